@@ -1,0 +1,424 @@
+"""One experiment, as a tree of frozen dataclasses: read from TOML, overridden on the command line, checked once.
+
+Knows nothing of Ray, torch or MLflow, so that `--help` is instant. Everything that can be derived is a property.
+The defaults are the paper's (Section 4.1) and, where the paper is silent, what docs/declared.md says.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+import tyro
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Ppo:
+    """CleanRL's `ppo_continuous_action.py`, no hyperparameter changed."""
+
+    num_steps: int = 2048
+    """Environment steps that a trial takes per iteration."""
+    num_minibatches: int = 32
+    """Minibatches per update epoch; each has num_steps / num_minibatches samples."""
+    num_epochs: int = 10
+    """Update epochs per iteration."""
+    learning_rate: float = 3e-4
+    """Adam's learning rate at the first iteration; annealed linearly to 0 over the trial."""
+    adam_epsilon: float = 1e-5
+    """Adam's epsilon."""
+    gamma: float = 0.99
+    """Discount factor, of returns and of the reward normalisation."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    clip_coefficient: float = 0.2
+    """Clipping of the probability ratio and of the value's change."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    value_coefficient: float = 0.5
+    """Weight of the value loss."""
+    max_gradient_norm: float = 0.5
+    """Limit of the gradient's norm, over actor, log-std and critic together."""
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.num_steps // self.num_minibatches
+
+    def check(self) -> None:
+        _at_least("ppo", self, num_steps=1, num_minibatches=1, num_epochs=1)
+        _between("ppo", self, 0.0, 1.0, "gamma", "gae_lambda")
+        _positive("ppo", self, "learning_rate", "adam_epsilon", "clip_coefficient", "max_gradient_norm")
+        if self.num_steps % self.num_minibatches or self.minibatch_size < 2:
+            raise ValueError(
+                f"ppo.num_minibatches={self.num_minibatches} does not cut the {self.num_steps} steps of an iteration "
+                "into equal minibatches of at least 2"
+            )
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Collect:
+    """The PPO trials whose policy weights become the data set."""
+
+    task: str = "InvertedPendulum-v4"
+    """Gymnasium id of the task."""
+    num_trials: int = 50
+    """Number of trials; their seeds count up from first_seed."""
+    first_seed: int = 1
+    """Seed of the first trial."""
+    total_env_steps: int = 800_000
+    """Environment steps per trial; whole iterations of ppo.num_steps are run."""
+    policy_hidden: tuple[int, int] = (8, 8)
+    """Widths of the policy's two hidden layers."""
+    critic_hidden: tuple[int, int] = (64, 64)
+    """Widths of the critic's two hidden layers (the paper gives the policy's alone; these are CleanRL's)."""
+    epochs_per_snapshot: int = 2
+    """PPO update epochs between two stored snapshots; must divide ppo.num_epochs."""
+    iterations_per_commit: int = 20
+    """PPO iterations between two commits of a trial: what a kill can cost at most."""
+    trials_per_actor: int = 0
+    """Trials that one Ray actor runs in lock step; 0 spreads them over the cluster's CPUs."""
+    engine: Literal["auto", "compiled", "torch"] = "auto"
+    """What runs the networks: `compiled` (C++, needs g++), `torch`, or `auto`: compiled where g++ is found."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.first_seed, self.first_seed + self.num_trials))
+
+    def check(self) -> None:
+        _at_least(
+            "collect",
+            self,
+            num_trials=1,
+            first_seed=0,
+            epochs_per_snapshot=1,
+            iterations_per_commit=1,
+            trials_per_actor=0,
+        )
+        for field in ("policy_hidden", "critic_hidden"):
+            if len(getattr(self, field)) != 2 or min(getattr(self, field)) < 1:
+                raise ValueError(f"collect.{field}={getattr(self, field)} is not two widths of at least 1")
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Trials held out, by trial and never by window: the last seeds report, those before them choose, the rest train."""
+
+    validation_trials: int = 5
+    """Trials that choose: early stopping, hyperparameters."""
+    test_trials: int = 5
+    """Trials that report: every figure of the evaluation."""
+
+    def check(self) -> None:
+        _at_least("split", self, validation_trials=1, test_trials=1)
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Basis:
+    """How snapshots become tokens and tokens become weights (Section 3.2)."""
+
+    kind: Literal["trial", "raw"] = "trial"
+    """`trial`: Temporal SVD of the trial's own trajectory, the paper's, not causal; `raw`: the weights themselves."""
+    rank: int = 32
+    """SVD rank D; `raw` has the rank of its weights."""
+    centred: bool = False
+    """Subtract the trajectory's mean before the SVD."""
+    deltas: bool = False
+    """Subtract the trajectory's first snapshot before the SVD."""
+
+    def check(self) -> None:
+        _at_least("basis", self, rank=1)
+        if self.centred and self.deltas:
+            raise ValueError("basis.centred=True and basis.deltas=True exclude each other: choose one origin")
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """The causal Transformer (Section 3.3), by default of Decision Transformer's size for gym."""
+
+    context: int = 20
+    """Context length K: the snapshots that the model sees."""
+    embedding: int = 128
+    """Width of a token inside the model."""
+    layers: int = 3
+    """Transformer blocks."""
+    heads: int = 1
+    """Attention heads per block; must divide embedding."""
+    dropout: float = 0.1
+    """Dropout of embeddings, attention and blocks."""
+
+    def check(self) -> None:
+        _at_least("model", self, context=2, embedding=1, layers=1, heads=1)
+        _between("model", self, 0.0, 0.95, "dropout")
+        if self.embedding % self.heads:
+            raise ValueError(f"model.heads={self.heads} does not divide model.embedding={self.embedding}")
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """How the Transformer is trained; the defaults are the paper's 50 iterations of 10,000 batches."""
+
+    num_steps: int = 500_000
+    """Optimisation steps."""
+    steps_per_iteration: int = 10_000
+    """Steps between two validations, each with a checkpoint."""
+    batch_size: int = 64
+    """Windows per step, over all workers together."""
+    learning_rate: float = 1e-4
+    """AdamW's learning rate after the warm-up."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    warmup_steps: int = 10_000
+    """Steps of linear warm-up."""
+    max_gradient_norm: float = 0.25
+    """Limit of the gradient's norm."""
+    seed: int = 0
+    """Seed of initialisation, batches and dropout."""
+    num_workers: int = 1
+    """Ray Train workers."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+
+    def check(self) -> None:
+        _at_least(
+            "train", self, num_steps=1, steps_per_iteration=1, batch_size=1, warmup_steps=0, num_workers=1, seed=0
+        )
+        _positive("train", self, "learning_rate", "max_gradient_norm")
+        if self.batch_size % self.num_workers:
+            raise ValueError(f"train.num_workers={self.num_workers} does not divide train.batch_size={self.batch_size}")
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """How predicted weights are judged: WPE, skill and REPW (Section 4)."""
+
+    horizon: int = 10
+    """Forward steps H that are predicted."""
+    windows_per_trial: int = 20
+    """Windows per test trial whose policies are run for REPW, evenly spaced; WPE takes every window."""
+    episodes: int = 10
+    """Evaluation episodes E per policy; the noise floor takes as many again on other seeds."""
+    sampled_actions: bool = False
+    """Sample actions from the policy instead of taking its mean."""
+    bootstrap: int = 1000
+    """Bootstrap resamples over trials behind each confidence interval."""
+    confidence: float = 0.95
+    """Level of the confidence intervals."""
+    seed: int = 0
+    """Seed of the evaluation episodes and of the bootstrap."""
+
+    def check(self) -> None:
+        _at_least("evaluate", self, horizon=1, windows_per_trial=1, episodes=1, bootstrap=1, seed=0)
+        _between("evaluate", self, 0.5, 0.999, "confidence")
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Tracking:
+    """Where MLflow keeps its records."""
+
+    uri: str | None = None
+    """MLflow tracking URI; none takes $MLFLOW_TRACKING_URI, else a sqlite file in the storage."""
+    experiment: str | None = None
+    """MLflow experiment; none takes the experiment's name."""
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """One experiment: what is collected, how it is reduced, what learns from it and how that is judged."""
+
+    name: str
+    """Name of the experiment, and of its folder in the default storage."""
+    storage: str | None = None
+    """Folder or URI for everything that the stages leave; none is storage/<name> in the checkout, which git ignores."""
+    preset: Literal["paper"] = "paper"
+    """Set of model and training defaults (in the TOML file): `paper` is the paper's Transformer and schedule."""
+    collect: Collect = dataclasses.field(default_factory=Collect)
+    ppo: Ppo = dataclasses.field(default_factory=Ppo)
+    split: Split = dataclasses.field(default_factory=Split)
+    basis: Basis = dataclasses.field(default_factory=Basis)
+    model: Model = dataclasses.field(default_factory=Model)
+    train: Train = dataclasses.field(default_factory=Train)
+    evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+    tracking: Tracking = dataclasses.field(default_factory=Tracking)
+
+    @property
+    def storage_path(self) -> str:
+        """Absolute folder, or the URI as given: Ray changes the working directory of its workers."""
+        if self.storage is None:
+            return str(CHECKOUT / "storage" / self.name)
+        return self.storage if "://" in self.storage else str(Path(self.storage).expanduser().absolute())
+
+    @property
+    def num_iterations(self) -> int:
+        """PPO iterations per trial."""
+        return self.collect.total_env_steps // self.ppo.num_steps
+
+    @property
+    def snapshots_per_iteration(self) -> int:
+        return self.ppo.num_epochs // self.collect.epochs_per_snapshot
+
+    @property
+    def num_snapshots(self) -> int:
+        """Snapshots per trial T, the initial one included."""
+        return 1 + self.num_iterations * self.snapshots_per_iteration
+
+    @property
+    def train_seeds(self) -> tuple[int, ...]:
+        return self.collect.seeds[: self.collect.num_trials - self.split.validation_trials - self.split.test_trials]
+
+    @property
+    def validation_seeds(self) -> tuple[int, ...]:
+        return self.collect.seeds[len(self.train_seeds) : self.collect.num_trials - self.split.test_trials]
+
+    @property
+    def test_seeds(self) -> tuple[int, ...]:
+        return self.collect.seeds[self.collect.num_trials - self.split.test_trials :]
+
+    def check(self) -> Self:
+        """Refuse what cannot run. Raises ValueError naming the field, the value and the limit."""
+        if not self.name or any(letter in self.name for letter in "/\\ "):
+            raise ValueError(f"name={self.name!r} is not a folder's name")
+        for part in (self.collect, self.ppo, self.split, self.basis, self.model, self.train, self.evaluate):
+            part.check()
+        if self.collect.total_env_steps < self.ppo.num_steps:
+            raise ValueError(
+                f"collect.total_env_steps={self.collect.total_env_steps} is less than one iteration of "
+                f"ppo.num_steps={self.ppo.num_steps}"
+            )
+        if self.ppo.num_epochs % self.collect.epochs_per_snapshot:
+            raise ValueError(
+                f"collect.epochs_per_snapshot={self.collect.epochs_per_snapshot} does not divide "
+                f"ppo.num_epochs={self.ppo.num_epochs}"
+            )
+        held_out = self.split.validation_trials + self.split.test_trials
+        if held_out >= self.collect.num_trials:
+            raise ValueError(
+                f"split.validation_trials + split.test_trials = {held_out} leaves no trial to train on: "
+                f"collect.num_trials={self.collect.num_trials}"
+            )
+        if self.basis.kind == "trial" and self.basis.rank > self.num_snapshots:
+            raise ValueError(f"basis.rank={self.basis.rank} exceeds the {self.num_snapshots} snapshots of a trial")
+        needed = self.model.context + self.evaluate.horizon
+        if needed > self.num_snapshots:
+            raise ValueError(
+                f"model.context={self.model.context} + evaluate.horizon={self.evaluate.horizon} = {needed} exceeds the "
+                f"{self.num_snapshots} snapshots of a trial"
+            )
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}}
+"""Model and training fields that a preset sets; the paper's are the dataclasses' own defaults."""
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Read an experiment's TOML file, unchecked.
+
+    Raises FileNotFoundError, or ValueError naming the key for what is not TOML, an unknown key or a wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in (CHECKOUT / "jobs" / "experiments").glob("*.toml")))
+        raise FileNotFoundError(f"--experiment {path}: no such file; in jobs/experiments there are: {known}")
+    try:
+        table = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    preset = table.get("preset", "paper")
+    if preset not in PRESETS:
+        raise ValueError(f"{path}: preset={preset!r} is not one of {sorted(PRESETS)}")
+    for section, fields in PRESETS[preset].items():
+        table[section] = {**fields, **table.get(section, {})}
+    return _build({"name": path.stem, **table}, str(path))
+
+
+def parse_arguments(description: str, arguments: list[str] | None = None) -> Experiment:
+    """The experiment of a command line: `--experiment FILE` first, then any field of it by name.
+
+    Exits with status 2 and one line on standard error where the file or a field is refused.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    path = str(CHECKOUT / "jobs" / "experiments" / "demo.toml")
+    for position, argument in enumerate(arguments):
+        if argument == "--experiment" and position + 1 < len(arguments):
+            path = arguments[position + 1]
+            del arguments[position : position + 2]
+            break
+        if argument.startswith("--experiment="):
+            path = argument.removeprefix("--experiment=")
+            del arguments[position]
+            break
+    try:
+        loaded = load_experiment(path)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    usage = f"{description}\n\n--experiment FILE   TOML file with the experiment, read first; now {path}"
+    experiment = tyro.cli(Experiment, default=loaded, args=arguments, description=usage)
+    try:
+        return experiment.check()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def as_table(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_table(table: dict[str, Any]) -> Experiment:
+    """The experiment that `as_table` wrote down."""
+    return _build(table, "table").check()
+
+
+def digest(*parts: Any) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the parts' canonical JSON."""
+    plain = [as_table(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _build(table: dict[str, Any], where: str) -> Experiment:
+    try:
+        return pydantic.TypeAdapter(Experiment).validate_python(table)
+    except pydantic.ValidationError as error:
+        complaints = []
+        for item in error.errors():
+            field = ".".join(map(str, item["loc"]))
+            message = (
+                "unknown key" if item["type"] in ("unexpected_keyword_argument", "extra_forbidden") else item["msg"]
+            )
+            complaints.append(f"{field}={item['input']!r}: {message}")
+        raise ValueError(f"{where}: " + "; ".join(complaints)) from error
+
+
+def _at_least(section: str, config: Any, **limits: int) -> None:
+    for field, limit in limits.items():
+        if getattr(config, field) < limit:
+            raise ValueError(f"{section}.{field}={getattr(config, field)} is below {limit}")
+
+
+def _between(section: str, config: Any, low: float, high: float, *fields: str) -> None:
+    for field in fields:
+        if not low <= getattr(config, field) <= high:
+            raise ValueError(f"{section}.{field}={getattr(config, field)} is outside [{low}, {high}]")
+
+
+def _positive(section: str, config: Any, *fields: str) -> None:
+    for field in fields:
+        if not 0 < getattr(config, field) < float("inf"):
+            raise ValueError(f"{section}.{field}={getattr(config, field)} is not a positive number")
