@@ -109,7 +109,7 @@ class Collect:
 @pydantic.with_config(extra="forbid")
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Trials held out, by trial and never by window: the last seeds report, those before them choose, the rest train."""
+    """Held-out trials, by trial and never by window: the last seeds report, those before choose, the rest train."""
 
     validation_trials: int = 5
     """Trials that choose: early stopping, hyperparameters."""

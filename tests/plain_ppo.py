@@ -1,0 +1,128 @@
+"""One PPO trial as plainly as it can be written: gymnasium's wrappers, eager torch, one environment.
+
+The measure of the stacked engine, in tests for what it computes and in benchmarks for how fast; nothing of tipl_ray is
+used. Hyperparameters are those of CleanRL's `ppo_continuous_action.py`. Noise and permutations may be handed in.
+"""
+
+import itertools
+
+import gymnasium
+import numpy as np
+import torch
+from torch import nn
+
+NUM_STEPS, NUM_MINIBATCHES, NUM_EPOCHS = 2048, 32, 10
+GAMMA, GAE_LAMBDA, CLIP, LEARNING_RATE = 0.99, 0.95, 0.2, 3e-4
+
+
+def make_environment(task: str) -> gymnasium.Env:
+    environment = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make(task))
+    environment = gymnasium.wrappers.ClipAction(environment)
+    environment = gymnasium.wrappers.NormalizeObservation(environment)
+    environment = gymnasium.wrappers.TransformObservation(environment, lambda o: np.clip(o, -10, 10), None)
+    environment = gymnasium.wrappers.NormalizeReward(environment, gamma=GAMMA)
+    return gymnasium.wrappers.TransformReward(environment, lambda r: np.clip(r, -10, 10))
+
+
+def make_network(widths: list[int], head_gain: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        last = index == len(widths) - 2
+        linear = nn.Linear(inputs, outputs)
+        nn.init.orthogonal_(linear.weight, head_gain if last else 2**0.5)
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if last else [linear, nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+class PlainTrial:
+    """A trial that runs iteration by iteration."""
+
+    def __init__(self, task: str, policy_hidden: tuple[int, int], seed: int, num_iterations: int):
+        torch.manual_seed(seed)
+        self.environment = make_environment(task)
+        (observation_size,), (action_size,) = (
+            self.environment.observation_space.shape,
+            self.environment.action_space.shape,
+        )
+        self.actor = make_network([observation_size, *policy_hidden, action_size], 0.01)
+        self.log_std = nn.Parameter(torch.zeros(1, action_size))
+        self.critic = make_network([observation_size, 64, 64, 1], 1.0)
+        self.parameters = [*self.actor.parameters(), self.log_std, *self.critic.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=LEARNING_RATE, eps=1e-5)
+        self.observation = torch.tensor(self.environment.reset(seed=seed)[0], dtype=torch.float32)
+        self.num_iterations, self.iteration = num_iterations, 0
+        self.episodic_returns: list[float] = []
+        self.random = np.random.default_rng(seed)
+
+    def run_iteration(
+        self,
+        noise: np.ndarray | None = None,
+        permutations: np.ndarray | None = None,
+        actions: np.ndarray | None = None,
+    ) -> None:
+        """One rollout and its update epochs; noise (S, A) and permutations (epochs, S) are drawn where not given.
+
+        Given actions (S, A) are taken in place of the policy's own.
+        """
+        self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - self.iteration / self.num_iterations)
+        self.collect(noise, actions)
+        self.estimate_advantages()
+        for epoch in range(NUM_EPOCHS):
+            permutation = self.random.permutation(NUM_STEPS) if permutations is None else permutations[epoch]
+            for indices in np.split(permutation, NUM_MINIBATCHES):
+                self.optimizer.zero_grad()
+                self.loss(torch.from_numpy(indices)).backward()
+                nn.utils.clip_grad_norm_(self.parameters, 0.5)
+                self.optimizer.step()
+        self.iteration += 1
+
+    def collect(self, noise: np.ndarray | None, actions: np.ndarray | None) -> None:
+        size = len(self.log_std[0])
+        self.observations = torch.zeros(NUM_STEPS, len(self.observation))
+        self.actions, self.rewards = torch.zeros(NUM_STEPS, size), torch.zeros(NUM_STEPS)
+        self.log_probabilities, self.values = torch.zeros(NUM_STEPS), torch.zeros(NUM_STEPS)
+        self.ends = torch.zeros(NUM_STEPS)
+        for step in range(NUM_STEPS):
+            self.observations[step] = self.observation
+            with torch.no_grad():
+                distribution = torch.distributions.Normal(self.actor(self.observation), self.log_std[0].exp())
+                if actions is not None:
+                    action = torch.from_numpy(actions[step])
+                elif noise is None:
+                    action = distribution.sample()
+                else:
+                    action = distribution.loc + distribution.scale * torch.from_numpy(noise[step])
+                self.values[step] = self.critic(self.observation)
+                self.log_probabilities[step] = distribution.log_prob(action).sum()
+            self.actions[step] = action
+            observation, reward, terminated, truncated, info = self.environment.step(action.numpy())
+            self.rewards[step], self.ends[step] = float(reward), float(terminated or truncated)
+            if terminated or truncated:
+                self.episodic_returns.append(float(info["episode"]["r"]))
+                observation, _ = self.environment.reset()
+            self.observation = torch.tensor(observation, dtype=torch.float32)
+
+    def estimate_advantages(self) -> None:
+        with torch.no_grad():
+            next_value = self.critic(self.observation)[0]
+            self.advantages, advantage = torch.zeros(NUM_STEPS), torch.zeros(())
+            for step in reversed(range(NUM_STEPS)):
+                going_on = 1 - self.ends[step]
+                delta = self.rewards[step] + GAMMA * next_value * going_on - self.values[step]
+                advantage = delta + GAMMA * GAE_LAMBDA * going_on * advantage
+                self.advantages[step] = advantage
+                next_value = self.values[step]
+            self.returns = self.advantages + self.values
+
+    def loss(self, indices: torch.Tensor) -> torch.Tensor:
+        observations = self.observations[indices]
+        distribution = torch.distributions.Normal(self.actor(observations), self.log_std.exp())
+        ratio = (distribution.log_prob(self.actions[indices]).sum(1) - self.log_probabilities[indices]).exp()
+        advantages = self.advantages[indices]
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        policy_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+        values, before, returns = self.critic(observations)[:, 0], self.values[indices], self.returns[indices]
+        clipped = before + (values - before).clamp(-CLIP, CLIP)
+        value_loss = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2).mean()
+        return policy_loss + 0.5 * value_loss

@@ -1,0 +1,108 @@
+"""Simulations against gymnasium's own classes, wrappers against gymnasium's own wrappers, step for step."""
+
+import gymnasium
+import numpy as np
+import pytest
+
+from tipl_ray.environments import TASKS, Environments, Simulations, find_task, generator_state, restored_generator
+
+NUM_STEPS = 1000
+
+
+def wrapped(task: str) -> gymnasium.Env:
+    environment = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make(task))
+    environment = gymnasium.wrappers.ClipAction(environment)
+    environment = gymnasium.wrappers.NormalizeObservation(environment)
+    environment = gymnasium.wrappers.TransformObservation(environment, lambda o: np.clip(o, -10, 10), None)
+    environment = gymnasium.wrappers.NormalizeReward(environment, gamma=0.99)
+    return gymnasium.wrappers.TransformReward(environment, lambda r: np.clip(r, -10, 10))
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_simulations_equal_gymnasium_bit_for_bit_resets_included(task: str) -> None:
+    seeds = [3, 4, 5]
+    simulations: Simulations = find_task(task)(len(seeds))
+    generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))) for seed in seeds]
+    originals = [gymnasium.make(task) for _ in seeds]
+    random = np.random.default_rng(0)
+    for k, (original, seed) in enumerate(zip(originals, seeds, strict=True)):
+        np.testing.assert_array_equal(simulations.reset(k, generators[k]), original.reset(seed=seed)[0])
+    num_resets = 0
+    for _ in range(NUM_STEPS):
+        low, high = simulations.action_low, simulations.action_high
+        actions = random.uniform(low, high, (len(seeds), len(low))).astype(np.float32)
+        simulations.step(actions)
+        for k, original in enumerate(originals):
+            observation, reward, terminated, truncated, _ = original.step(actions[k])
+            np.testing.assert_array_equal(simulations.observations_KO[k], observation)
+            assert simulations.rewards_K[k] == reward
+            assert simulations.terminated_K[k] == terminated
+            if terminated or truncated:
+                num_resets += 1
+                np.testing.assert_array_equal(simulations.reset(k, generators[k]), original.reset()[0])
+    assert num_resets >= len(seeds)
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str) -> None:
+    seeds = [11, 12]
+    environments = Environments(task, seeds, gamma=0.99)
+    originals = [wrapped(task) for _ in seeds]
+    for k, seed in enumerate(seeds):
+        np.testing.assert_array_equal(environments.observations_KO[k], originals[k].reset(seed=seed)[0])
+    random = np.random.default_rng(1)
+    returns: list[tuple[int, float]] = []
+    for _ in range(NUM_STEPS + 50):
+        actions = random.normal(0, 1, (len(seeds), environments.simulations.action_size)).astype(np.float32)
+        environments.step(actions)
+        for k, original in enumerate(originals):
+            observation, reward, terminated, truncated, info = original.step(actions[k])
+            assert environments.ends_K[k] == (terminated or truncated)
+            assert environments.rewards_K[k] == np.float32(reward)
+            if terminated or truncated:
+                returns.append((k, info["episode"]["r"]))
+                observation, _ = original.reset()
+            np.testing.assert_array_equal(environments.observations_KO[k], np.float32(observation))
+    assert [k for k, _ in environments.finished] == [k for k, _ in returns]
+    np.testing.assert_allclose([r for _, r in environments.finished], [r for _, r in returns], rtol=1e-12)
+    for k, original in enumerate(originals):
+        statistics = original.get_wrapper_attr("obs_rms")
+        np.testing.assert_array_equal(environments.observation_statistics.mean[k], statistics.mean)
+        np.testing.assert_array_equal(environments.observation_statistics.variance[k], statistics.var)
+        assert environments.observation_statistics.count[k, 0] == statistics.count
+        assert environments.reward_statistics.variance[k] == original.get_wrapper_attr("return_rms").var
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_environments_go_on_from_a_saved_state_bit_for_bit(task: str) -> None:
+    random = np.random.default_rng(2)
+    environments = Environments(task, [1, 2, 3], gamma=0.99)
+    actions = random.normal(0, 1, (400, 3, environments.simulations.action_size)).astype(np.float32)
+    for step in range(200):
+        environments.step(actions[step])
+    resumed = Environments(task, [7, 8], gamma=0.99)
+    resumed.set_state(0, environments.state(2))
+    resumed.set_state(1, environments.state(0))
+    environments.keep(np.array([2, 0]))
+    for step in range(200, 400):
+        environments.step(actions[step][[2, 0]])
+        resumed.step(actions[step][[2, 0]])
+        np.testing.assert_array_equal(environments.observations_KO, resumed.observations_KO)
+        np.testing.assert_array_equal(environments.rewards_K, resumed.rewards_K)
+    for name, array in environments.state(0).items():
+        np.testing.assert_array_equal(array, resumed.state(0)[name], err_msg=name)
+
+
+def test_a_generator_survives_as_six_words() -> None:
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(5)))
+    generator.integers(0, 10, 3, dtype=np.uint32)
+    again = restored_generator(generator_state(generator))
+    np.testing.assert_array_equal(generator.standard_normal(9), again.standard_normal(9))
+    assert generator.integers(0, 2**32, dtype=np.uint32) == again.integers(0, 2**32, dtype=np.uint32)
+
+
+def test_an_unknown_task_is_refused_by_name() -> None:
+    with pytest.raises(
+        ValueError, match=r"collect.task='CartPole-v1' is not one of HalfCheetah-v4, InvertedPendulum-v4"
+    ):
+        find_task("CartPole-v1")

@@ -1,0 +1,135 @@
+"""The learners against autograd, against each other, and against themselves under other compilers' choices."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from tipl_ray.config import Ppo
+from tipl_ray.learner import CompiledLearner, Rollouts, TorchLearner, choose_engine
+from tipl_ray.policy import NetworkShape
+
+PENDULUM = NetworkShape(observation_size=4, action_size=1, policy_hidden=(8, 8), critic_hidden=(64, 64))
+ODD = NetworkShape(observation_size=5, action_size=3, policy_hidden=(40, 16), critic_hidden=(24, 72))
+CHEETAH = NetworkShape(observation_size=17, action_size=6, policy_hidden=(256, 256), critic_hidden=(64, 64))
+STEPS = 256
+PPO = Ppo(num_steps=STEPS, num_minibatches=4, entropy_coefficient=0.01)
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+def some_rollouts(shape: NetworkShape, trials: int = 2) -> Rollouts:
+    """Rollouts whose ratios and values lie on both sides of the clipping limits."""
+    random = np.random.default_rng(0)
+    rollouts = Rollouts.empty(trials, STEPS, shape)
+    for array in (rollouts.observations_KSO, rollouts.actions_KSA, rollouts.rewards_KS):
+        array[:] = random.standard_normal(array.shape)
+    rollouts.ends_KS[:] = random.random(rollouts.ends_KS.shape) < 0.05
+    return rollouts
+
+
+def some_parameters(shape: NetworkShape, trials: int = 2) -> np.ndarray:
+    random = np.random.default_rng(1)
+    parameters = np.stack([shape.initial_parameters(random) for _ in range(trials)])
+    return parameters + random.normal(0, 0.1, parameters.shape).astype(np.float32)
+
+
+def prepared(shape: NetworkShape) -> tuple[np.ndarray, Rollouts]:
+    parameters, rollouts = some_parameters(shape), some_rollouts(shape)
+    TorchLearner(shape, PPO).advantages(parameters, rollouts)
+    random = np.random.default_rng(2)
+    rollouts.log_probabilities_KS[:] += random.normal(0, 0.3, rollouts.log_probabilities_KS.shape)
+    rollouts.values_KS[:] += random.normal(0, 0.3, rollouts.values_KS.shape)
+    return parameters, rollouts
+
+
+def autograd_gradient(
+    shape: NetworkShape, parameters: np.ndarray, rollouts: Rollouts, k: int, indices: np.ndarray
+) -> np.ndarray:
+    arrays = (
+        rollouts.observations_KSO,
+        rollouts.actions_KSA,
+        rollouts.log_probabilities_KS,
+        rollouts.values_KS,
+        rollouts.advantages_KS,
+        rollouts.returns_KS,
+    )
+    minibatch = [torch.from_numpy(array[k, indices].astype(np.float64))[None] for array in arrays]
+    return (
+        TorchLearner(shape, PPO)
+        .gradient(torch.from_numpy(parameters[k].astype(np.float64))[None], *minibatch)[0]
+        .numpy()
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH])
+def test_closed_form_gradients_equal_autograd_in_float64(shape: NetworkShape) -> None:
+    parameters, rollouts = prepared(shape)
+    learner = CompiledLearner(shape, PPO, precision=np.float64)
+    for k in range(2):
+        indices = np.random.default_rng(k).permutation(STEPS)[: PPO.minibatch_size]
+        expected = autograd_gradient(shape, parameters, rollouts, k, indices)
+        gradient = learner.gradient(parameters[k].astype(np.float64), rollouts, k, indices)
+        assert np.abs(expected).max() > 1e-3
+        np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-13)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH])
+def test_float32_gradients_are_as_near_to_float64_as_float32_allows(shape: NetworkShape) -> None:
+    parameters, rollouts = prepared(shape)
+    indices = np.random.default_rng(7).permutation(STEPS)[: PPO.minibatch_size]
+    expected = autograd_gradient(shape, parameters, rollouts, 1, indices)
+    gradient = CompiledLearner(shape, PPO).gradient(parameters[1], rollouts, 1, indices)
+    assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH])
+def test_compiled_and_torch_learners_agree(shape: NetworkShape) -> None:
+    results = []
+    for learner in (CompiledLearner(shape, PPO), TorchLearner(shape, PPO)):
+        parameters, rollouts = some_parameters(shape), some_rollouts(shape)
+        actions = np.zeros((3, shape.action_size), dtype=np.float32)
+        noise = np.random.default_rng(3).standard_normal(actions.shape).astype(np.float32)
+        owners = np.array([1, 0, 1], dtype=np.int32)
+        learner.act(parameters, owners, np.ascontiguousarray(rollouts.observations_KSO[0, :3]), noise, actions)
+        learner.advantages(parameters, rollouts)
+        moments = np.zeros((2, *parameters.shape), dtype=np.float32)
+        steps, rates = np.zeros(2, dtype=np.int64), np.array([3e-4, 1e-4])
+        permutations = np.array([[np.random.default_rng(k).permutation(STEPS)] for k in range(2)], dtype=np.int32)
+        learner.update(parameters, *moments, steps, rates, rollouts, permutations)
+        results.append((actions, rollouts.log_probabilities_KS, rollouts.advantages_KS, parameters, moments[0], steps))
+    for compiled, eager in zip(*results, strict=True):
+        np.testing.assert_allclose(compiled, eager, rtol=2e-4, atol=2e-5)
+
+
+@needs_compiler
+def test_compiled_bits_do_not_depend_on_the_vector_width() -> None:
+    parameters, rollouts = prepared(CHEETAH)
+    indices = np.arange(PPO.minibatch_size)
+    native = CompiledLearner(CHEETAH, PPO).gradient(parameters[0], rollouts, 0, indices)
+    narrow = CompiledLearner(CHEETAH, PPO, march="x86-64-v3").gradient(parameters[0], rollouts, 0, indices)
+    np.testing.assert_array_equal(native, narrow)
+
+
+@needs_compiler
+def test_first_ratio_after_a_rollout_is_one() -> None:
+    """Then the surrogate's gradient is the plain policy gradient: no clipping noise from two forward passes."""
+    parameters, rollouts = some_parameters(PENDULUM), some_rollouts(PENDULUM)
+    learner = CompiledLearner(PENDULUM, PPO)
+    learner.advantages(parameters, rollouts)
+    before = rollouts.log_probabilities_KS.copy()
+    learner.advantages(parameters, rollouts)
+    np.testing.assert_array_equal(before, rollouts.log_probabilities_KS)
+
+
+def test_an_engine_that_cannot_be_had_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="minibatch size 8 is not a multiple of 16"):
+        choose_engine("compiled", Ppo(num_steps=64, num_minibatches=8))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="no g\\+\\+"):
+        choose_engine("compiled", Ppo())
+    assert choose_engine("auto", Ppo()) == "torch"

@@ -1,0 +1,487 @@
+// PPO's networks of many trials, one trial after another, so that what a trial touches stays in cache.
+//
+// Compiled by learner.py for the shapes of one experiment: OBSERVATION, ACTION, POLICY_1, POLICY_2, CRITIC_1, CRITIC_2
+// (widths), BATCH (samples per minibatch, a multiple of 16) and REAL (float; double in tests) are macros.
+//
+// Activations are feature-major: a layer's output is (features, BATCH), with the samples of the minibatch along the
+// vector lanes. Weights are (inputs, outputs). Every sum runs in an order that the source fixes, lane by lane of 16,
+// whatever the width of the machine's vectors, and exp and tanh are our own: the same source and compiler give the
+// same bits on any processor with fused multiply-add.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int O = OBSERVATION, A = ACTION, B = BATCH;
+constexpr int NV = B / LANES;
+static_assert(B % LANES == 0, "BATCH must be a multiple of 16");
+
+typedef REAL Vector __attribute__((vector_size(LANES * sizeof(REAL))));
+typedef REAL Unaligned __attribute__((vector_size(LANES * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+#define UNROLL _Pragma("GCC unroll 32")
+#define INLINE __attribute__((always_inline)) inline
+
+constexpr int padded(int size) { return (size + LANES - 1) / LANES * LANES; }
+
+INLINE REAL lane_sum(Vector values) {
+  REAL total = 0;
+  UNROLL for (int lane = 0; lane < LANES; ++lane) total += values[lane];
+  return total;
+}
+
+// exp and tanh ------------------------------------------------------------------------------------------------------
+
+// exp(x) - 1 and 2^n of the range reduction x = n ln 2 + r, |r| <= ln 2 / 2; the polynomial's error is below one ulp.
+INLINE Vector exp_minus_one(Vector x, Vector &power) {
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  Vector shifted = x * 1.44269504088896341f + magic;
+  Vector n = shifted - magic;
+  Vector r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  Vector p = r * (1.0f / 5040) + (1.0f / 720);
+  p = p * r + (1.0f / 120);
+  p = p * r + (1.0f / 24);
+  p = p * r + (1.0f / 6);
+  p = p * r + 0.5f;
+  p = p * (r * r) + r;
+  Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+  __builtin_memcpy(&power, &bits, sizeof bits);
+  return power * p + (power - 1.0f);
+}
+
+template <typename Real>
+struct Elementary;
+
+template <>
+struct Elementary<float> {
+  static INLINE Vector exp(Vector x) {
+    Vector power;
+    x = x < -87.0f ? Vector{} - 87.0f : x;
+    x = x > 88.0f ? Vector{} + 88.0f : x;
+    return exp_minus_one(x, power) + 1.0f;
+  }
+  static INLINE Vector tanh(Vector x) {
+    Vector size = x < 0.0f ? -x : x;
+    Vector power, doubled = size * -2.0f;
+    doubled = doubled < -20.0f ? Vector{} - 20.0f : doubled;
+    Vector e = exp_minus_one(doubled, power);
+    Vector t = -e / (e + 2.0f);
+    return x < 0.0f ? -t : t;
+  }
+};
+
+template <>
+struct Elementary<double> {
+  template <typename V>
+  static V exp(V x) {
+    for (int lane = 0; lane < LANES; ++lane) x[lane] = std::exp(x[lane]);
+    return x;
+  }
+  template <typename V>
+  static V tanh(V x) {
+    for (int lane = 0; lane < LANES; ++lane) x[lane] = std::tanh(x[lane]);
+    return x;
+  }
+};
+
+INLINE Vector vector_exp(Vector x) { return Elementary<REAL>::exp(x); }
+INLINE Vector vector_tanh(Vector x) { return Elementary<REAL>::tanh(x); }
+
+// Matrix products ---------------------------------------------------------------------------------------------------
+
+// Rows of outputs kept in registers at once: 24 accumulators of the 32 vector registers.
+constexpr int ROWS = NV >= 24 ? 1 : (24 / NV > 8 ? 8 : 24 / NV);
+
+// y_r = start_r + sum_k scalars[k * k_stride + r * r_stride] x_k for R rows of y.
+template <int R, int INNER, int K_STRIDE, int R_STRIDE>
+INLINE void product_rows(const REAL *__restrict scalars, const REAL *start, const Vector *__restrict x,
+                         Vector *__restrict y) {
+  Vector sums[R][NV];
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = Vector{} + (start ? start[r] : REAL(0));
+  for (int k = 0; k < INNER; ++k) {
+    UNROLL for (int r = 0; r < R; ++r) {
+      const REAL scalar = scalars[k * K_STRIDE + r * R_STRIDE];
+      UNROLL for (int v = 0; v < NV; ++v) sums[r][v] += scalar * x[k * NV + v];
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int v = 0; v < NV; ++v) y[r * NV + v] = sums[r][v];
+}
+
+template <int OUTER, int INNER, int K_STRIDE, int R_STRIDE>
+void product(const REAL *scalars, const REAL *start, const Vector *x, Vector *y) {
+  int r = 0;
+  for (; r + ROWS <= OUTER; r += ROWS)
+    product_rows<ROWS, INNER, K_STRIDE, R_STRIDE>(scalars + r * R_STRIDE, start ? start + r : nullptr, x, y + r * NV);
+  constexpr int REST = OUTER % ROWS;
+  if constexpr (REST > 0)
+    product_rows<REST, INNER, K_STRIDE, R_STRIDE>(scalars + r * R_STRIDE, start ? start + r : nullptr, x, y + r * NV);
+}
+
+// dW[i, o] = sum_b x[i, b] dy[o, b], with dy given sample-major and padded: (B, padded(OUT)).
+template <int R, int C, int OUT>
+INLINE void weight_gradient_block(const REAL *__restrict x, const REAL *__restrict dy, REAL *__restrict gradient) {
+  Vector sums[R][C] = {};
+  for (int b = 0; b < B; ++b) {
+    const Vector *row = reinterpret_cast<const Vector *>(dy + b * padded(OUT));
+    UNROLL for (int r = 0; r < R; ++r) {
+      const REAL scalar = x[r * B + b];
+      UNROLL for (int c = 0; c < C; ++c) sums[r][c] += scalar * row[c];
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r) {
+    if constexpr (OUT % LANES == 0) {
+      UNROLL for (int c = 0; c < C; ++c) *reinterpret_cast<Unaligned *>(gradient + r * OUT + c * LANES) = sums[r][c];
+    } else {
+      static_assert(OUT % LANES == 0 || C == 1, "a padded width has one column of vectors at a time");
+      for (int o = 0; o < (OUT < LANES ? OUT : LANES); ++o) gradient[r * OUT + o] = sums[r][0][o];
+    }
+  }
+}
+
+template <int R, int IN, int OUT>
+INLINE void weight_gradient_rows(const REAL *x, const REAL *dy, REAL *gradient) {
+  if constexpr (OUT % (4 * LANES) == 0) {
+    for (int o = 0; o < OUT; o += 4 * LANES) weight_gradient_block<R, 4, OUT>(x, dy + o, gradient + o);
+  } else if constexpr (OUT % LANES == 0) {
+    for (int o = 0; o < OUT; o += LANES) weight_gradient_block<R, 1, OUT>(x, dy + o, gradient + o);
+  } else {
+    constexpr int WHOLE = OUT / LANES * LANES;
+    for (int r = 0; r < R; ++r)
+      for (int o = 0; o < WHOLE; ++o) {
+        REAL total = 0;
+        for (int b = 0; b < B; ++b) total += x[r * B + b] * dy[b * padded(OUT) + o];
+        gradient[r * OUT + o] = total;
+      }
+    Vector sums[R] = {};
+    for (int b = 0; b < B; ++b) {
+      const Vector row = *reinterpret_cast<const Vector *>(dy + b * padded(OUT) + WHOLE);
+      UNROLL for (int r = 0; r < R; ++r) sums[r] += x[r * B + b] * row;
+    }
+    for (int r = 0; r < R; ++r)
+      for (int o = WHOLE; o < OUT; ++o) gradient[r * OUT + o] = sums[r][o - WHOLE];
+  }
+}
+
+// Layers ------------------------------------------------------------------------------------------------------------
+
+template <int IN, int OUT>
+struct Layer {
+  static constexpr int SIZE = IN * OUT + OUT;
+
+  static void forward(const REAL *weights, const Vector *x, Vector *y) {
+    product<OUT, IN, OUT, 1>(weights, weights + IN * OUT, x, y);
+  }
+
+  static void input_gradient(const REAL *weights, const Vector *dy, Vector *dx) {
+    product<IN, OUT, 1, OUT>(weights, nullptr, dy, dx);
+  }
+
+  static void weight_gradient(const Vector *x, const Vector *dy, REAL *gradient) {
+    alignas(64) REAL samples[B * padded(OUT)];
+    const REAL *dy_scalars = reinterpret_cast<const REAL *>(dy);
+    for (int b0 = 0; b0 < B; b0 += LANES)
+      for (int o = 0; o < padded(OUT); ++o)
+        for (int b = b0; b < b0 + LANES; ++b) samples[b * padded(OUT) + o] = o < OUT ? dy_scalars[o * B + b] : REAL(0);
+    const REAL *x_scalars = reinterpret_cast<const REAL *>(x);
+    int i = 0;
+    for (; i + 6 <= IN; i += 6) weight_gradient_rows<6, IN, OUT>(x_scalars + i * B, samples, gradient + i * OUT);
+    if constexpr (IN % 6 > 0) weight_gradient_rows<IN % 6, IN, OUT>(x_scalars + i * B, samples, gradient + i * OUT);
+    for (int o = 0; o < OUT; ++o) {
+      Vector total = dy[o * NV];
+      UNROLL for (int v = 1; v < NV; ++v) total += dy[o * NV + v];
+      gradient[IN * OUT + o] = lane_sum(total);
+    }
+  }
+
+  // One sample, the outputs along the lanes: the rollout's form, bound by reading the weights once.
+  static INLINE void single(const REAL *weights, const REAL *x, REAL *y) {
+    const REAL *biases = weights + IN * OUT;
+    constexpr int WHOLE = OUT / LANES;
+    constexpr int BLOCK = WHOLE > 16 ? 16 : (WHOLE > 0 ? WHOLE : 1);
+    int o = 0;
+    if constexpr (WHOLE > 0) {
+      for (; o + BLOCK * LANES <= OUT; o += BLOCK * LANES) single_block<BLOCK>(weights, biases, x, y, o);
+      for (; o + LANES <= OUT; o += LANES) single_block<1>(weights, biases, x, y, o);
+    }
+    if constexpr (OUT % LANES > 0) {
+      constexpr int REST = OUT % LANES;
+      REAL sums[REST];
+      for (int r = 0; r < REST; ++r) sums[r] = biases[o + r];
+      for (int i = 0; i < IN; ++i)
+        for (int r = 0; r < REST; ++r) sums[r] += x[i] * weights[i * OUT + o + r];
+      for (int r = 0; r < REST; ++r) y[o + r] = sums[r];
+    }
+  }
+
+  template <int C>
+  static INLINE void single_block(const REAL *weights, const REAL *biases, const REAL *x, REAL *y, int o) {
+    Vector sums[C];
+    UNROLL for (int c = 0; c < C; ++c) sums[c] = *reinterpret_cast<const Unaligned *>(biases + o + c * LANES);
+    for (int i = 0; i < IN; ++i) {
+      UNROLL for (int c = 0; c < C; ++c)
+        sums[c] += x[i] * *reinterpret_cast<const Unaligned *>(weights + i * OUT + o + c * LANES);
+    }
+    UNROLL for (int c = 0; c < C; ++c) *reinterpret_cast<Unaligned *>(y + o + c * LANES) = sums[c];
+  }
+};
+
+template <int SIZE>
+INLINE void tanh_in_place(Vector *y) {
+  for (int j = 0; j < SIZE * NV; ++j) y[j] = vector_tanh(y[j]);
+}
+
+template <int H1, int H2, int OUT>
+struct Network {
+  using First = Layer<O, H1>;
+  using Second = Layer<H1, H2>;
+  using Head = Layer<H2, OUT>;
+  static constexpr int SECOND = First::SIZE, HEAD = SECOND + Second::SIZE, SIZE = HEAD + Head::SIZE;
+
+  Vector hidden_1[H1 * NV], hidden_2[H2 * NV], output[OUT * NV];
+
+  void forward(const REAL *weights, const Vector *x) {
+    First::forward(weights, x, hidden_1);
+    tanh_in_place<H1>(hidden_1);
+    Second::forward(weights + SECOND, hidden_1, hidden_2);
+    tanh_in_place<H2>(hidden_2);
+    Head::forward(weights + HEAD, hidden_2, output);
+  }
+
+  // Gradient of every weight, from the gradient of the output; `forward` must have run on the same x.
+  void backward(const REAL *weights, const Vector *x, const Vector *d_output, REAL *gradient) {
+    Vector d_2[H2 * NV], d_1[H1 * NV];
+    Head::weight_gradient(hidden_2, d_output, gradient + HEAD);
+    Head::input_gradient(weights + HEAD, d_output, d_2);
+    for (int j = 0; j < H2 * NV; ++j) d_2[j] *= REAL(1) - hidden_2[j] * hidden_2[j];
+    Second::weight_gradient(hidden_1, d_2, gradient + SECOND);
+    Second::input_gradient(weights + SECOND, d_2, d_1);
+    for (int j = 0; j < H1 * NV; ++j) d_1[j] *= REAL(1) - hidden_1[j] * hidden_1[j];
+    First::weight_gradient(x, d_1, gradient);
+  }
+
+  static void single(const REAL *weights, const REAL *x, REAL *y) {
+    alignas(64) REAL h1[padded(H1)] = {}, h2[padded(H2)] = {};
+    First::single(weights, x, h1);
+    for (int j = 0; j < padded(H1); j += LANES) *reinterpret_cast<Vector *>(h1 + j) = vector_tanh(*reinterpret_cast<Vector *>(h1 + j));
+    Second::single(weights + SECOND, h1, h2);
+    for (int j = 0; j < padded(H2); j += LANES) *reinterpret_cast<Vector *>(h2 + j) = vector_tanh(*reinterpret_cast<Vector *>(h2 + j));
+    Head::single(weights + HEAD, h2, y);
+  }
+};
+
+using Actor = Network<POLICY_1, POLICY_2, A>;
+using Critic = Network<CRITIC_1, CRITIC_2, 1>;
+constexpr int LOG_STD = Actor::SIZE, CRITIC = LOG_STD + A, SIZE = CRITIC + Critic::SIZE;
+
+struct Workspace {
+  Vector x[O * NV], actions[A * NV];
+  Actor actor;
+  Critic critic;
+};
+
+INLINE REAL scalar_exp(REAL x) { return vector_exp(Vector{} + x)[0]; }
+
+// Samples `indices` of a trial's rollout, feature-major.
+template <int FEATURES>
+INLINE void gather(const float *rows, const int32_t *indices, Vector *out) {
+  REAL *scalars = reinterpret_cast<REAL *>(out);
+  for (int b = 0; b < B; ++b)
+    for (int f = 0; f < FEATURES; ++f) scalars[f * B + b] = rows[int64_t(indices[b]) * FEATURES + f];
+}
+
+INLINE Vector gather_scalar(const float *values, const int32_t *indices) {
+  Vector out;
+  for (int lane = 0; lane < LANES; ++lane) out[lane] = values[indices[lane]];
+  return out;
+}
+
+// log N(action; mean, exp(log_std)) of each sample.
+INLINE void log_probabilities(const REAL *log_std, const Vector *mean, const Vector *actions, Vector *out) {
+  UNROLL for (int v = 0; v < NV; ++v) out[v] = Vector{};
+  for (int a = 0; a < A; ++a) {
+    const REAL half_precision = REAL(0.5) * scalar_exp(REAL(-2) * log_std[a]);
+    const REAL constant = log_std[a] + REAL(0.91893853320467274178);  // log sqrt(2 pi)
+    UNROLL for (int v = 0; v < NV; ++v) {
+      const Vector error = actions[a * NV + v] - mean[a * NV + v];
+      out[v] -= error * error * half_precision + constant;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Rollouts {  // of K trials, S steps each; row-major
+  const float *observations;  // (K, S + 1, O): the last is the one after the last step
+  const float *actions;       // (K, S, A)
+  const float *rewards;       // (K, S)
+  const float *ends;          // (K, S + 1): 1 where the observation of that step begins an episode
+  float *log_probabilities;   // (K, S)
+  float *values;              // (K, S)
+  float *advantages;          // (K, S)
+  float *returns;             // (K, S)
+};
+
+struct Hyperparameters {
+  REAL clip_coefficient, entropy_coefficient, value_coefficient, max_gradient_norm, adam_epsilon, gamma, gae_lambda;
+};
+
+int64_t num_parameters() { return SIZE; }
+int64_t num_policy_weights() { return CRITIC; }
+
+// Actions of `rows` samples: mean + exp(log_std) noise, row j by the policy of parameters[owners[j]]; no noise: the mean.
+void act(int64_t rows, const REAL *parameters, int64_t stride, const int32_t *owners, const float *observations,
+         const float *noise, float *actions) {
+  for (int64_t j = 0; j < rows; ++j) {
+    const REAL *weights = parameters + owners[j] * stride;
+    alignas(64) REAL x[O], mean[padded(A)];
+    for (int f = 0; f < O; ++f) x[f] = observations[j * O + f];
+    Actor::single(weights, x, mean);
+    for (int a = 0; a < A; ++a)
+      actions[j * A + a] = noise ? mean[a] + scalar_exp(weights[LOG_STD + a]) * noise[j * A + a] : mean[a];
+  }
+}
+
+// Log-probabilities and values of the rollouts, then generalised advantages and returns.
+void advantages(int64_t trials, int64_t steps, const REAL *parameters, Rollouts rollouts, Hyperparameters hyper) {
+  static thread_local Workspace work;
+  for (int64_t k = 0; k < trials; ++k) {
+    const REAL *weights = parameters + k * SIZE;
+    const float *observations = rollouts.observations + k * (steps + 1) * O;
+    float *values = rollouts.values + k * steps;
+    REAL next_value = 0;
+    for (int64_t s = 0; s < steps + 1; s += B) {
+      int32_t indices[B], action_indices[B];
+      for (int b = 0; b < B; ++b) {
+        indices[b] = s + b < steps + 1 ? s + b : steps;
+        action_indices[b] = s + b < steps ? s + b : steps - 1;
+      }
+      gather<O>(observations, indices, work.x);
+      gather<A>(rollouts.actions + k * steps * A, action_indices, work.actions);
+      work.critic.forward(weights + CRITIC, work.x);
+      work.actor.forward(weights, work.x);
+      Vector log_probability[NV];
+      log_probabilities(weights + LOG_STD, work.actor.output, work.actions, log_probability);
+      for (int b = 0; b < B && s + b < steps + 1; ++b) {
+        const REAL value = work.critic.output[b / LANES][b % LANES];
+        if (s + b == steps) {
+          next_value = value;
+        } else {
+          values[s + b] = value;
+          rollouts.log_probabilities[k * steps + s + b] = log_probability[b / LANES][b % LANES];
+        }
+      }
+    }
+    const float *ends = rollouts.ends + k * (steps + 1);
+    REAL advantage = 0;
+    for (int64_t s = steps - 1; s >= 0; --s) {
+      const REAL going_on = REAL(1) - ends[s + 1];
+      const REAL after = s == steps - 1 ? next_value : REAL(values[s + 1]);
+      const REAL delta = rollouts.rewards[k * steps + s] + hyper.gamma * after * going_on - values[s];
+      advantage = delta + hyper.gamma * hyper.gae_lambda * going_on * advantage;
+      rollouts.advantages[k * steps + s] = advantage;
+      rollouts.returns[k * steps + s] = advantage + values[s];
+    }
+  }
+}
+
+// Gradient of PPO's loss on one minibatch of trial k's rollout, (SIZE,).
+void gradient(int64_t k, int64_t steps, const REAL *weights, Rollouts rollouts, const int32_t *indices,
+              Hyperparameters hyper, REAL *out) {
+  static thread_local Workspace work;
+  gather<O>(rollouts.observations + k * (steps + 1) * O, indices, work.x);
+  gather<A>(rollouts.actions + k * steps * A, indices, work.actions);
+
+  work.actor.forward(weights, work.x);
+  Vector log_probability[NV], advantage[NV], total = {}, squares = {};
+  log_probabilities(weights + LOG_STD, work.actor.output, work.actions, log_probability);
+  UNROLL for (int v = 0; v < NV; ++v) {
+    advantage[v] = gather_scalar(rollouts.advantages + k * steps, indices + v * LANES);
+    total += advantage[v];
+  }
+  const REAL mean = lane_sum(total) / B;
+  UNROLL for (int v = 0; v < NV; ++v) {
+    advantage[v] -= mean;
+    squares += advantage[v] * advantage[v];
+  }
+  const REAL deviation = std::sqrt(lane_sum(squares) / (B - 1)) + REAL(1e-8);
+  Vector d_log_probability[NV];
+  UNROLL for (int v = 0; v < NV; ++v) {
+    const Vector normalised = advantage[v] / deviation;
+    const Vector ratio =
+        vector_exp(log_probability[v] - gather_scalar(rollouts.log_probabilities + k * steps, indices + v * LANES));
+    const Vector low = Vector{} + (REAL(1) - hyper.clip_coefficient), high = Vector{} + (REAL(1) + hyper.clip_coefficient);
+    const Vector clipped = ratio < low ? low : (ratio > high ? high : ratio);
+    const Vector chosen = -normalised * ratio, other = -normalised * clipped;
+    d_log_probability[v] = chosen >= other ? chosen / REAL(B) : Vector{};
+  }
+  Vector d_mean[A * NV];
+  for (int a = 0; a < A; ++a) {
+    const REAL precision = scalar_exp(REAL(-2) * weights[LOG_STD + a]);
+    Vector d_log_std = {};
+    UNROLL for (int v = 0; v < NV; ++v) {
+      const Vector error = work.actions[a * NV + v] - work.actor.output[a * NV + v];
+      d_mean[a * NV + v] = d_log_probability[v] * error * precision;
+      d_log_std += d_log_probability[v] * (error * error * precision - REAL(1));
+    }
+    out[LOG_STD + a] = lane_sum(d_log_std) - hyper.entropy_coefficient;
+  }
+  work.actor.backward(weights, work.x, d_mean, out);
+
+  work.critic.forward(weights + CRITIC, work.x);
+  Vector d_value[NV];
+  UNROLL for (int v = 0; v < NV; ++v) {
+    const Vector before = gather_scalar(rollouts.values + k * steps, indices + v * LANES);
+    const Vector target = gather_scalar(rollouts.returns + k * steps, indices + v * LANES);
+    const Vector change = work.critic.output[v] - before, error = work.critic.output[v] - target;
+    const Vector low = Vector{} - hyper.clip_coefficient, high = Vector{} + hyper.clip_coefficient;
+    const Vector clipped_error = before + (change < low ? low : (change > high ? high : change)) - target;
+    const auto inside = (change >= low) & (change <= high);
+    const auto counts = inside | (error * error >= clipped_error * clipped_error);
+    d_value[v] = counts ? error * (hyper.value_coefficient / B) : Vector{};
+  }
+  work.critic.backward(weights + CRITIC, work.x, d_value, out + CRITIC);
+}
+
+// `epochs` update epochs of every trial: clipped gradients and Adam, minibatch by minibatch of its permutations.
+// permutations: (K, epochs, S); adam_steps: (K,), counted on; learning_rates: (K,).
+void update(int64_t trials, int64_t steps, int64_t epochs, REAL *parameters, REAL *first_moments, REAL *second_moments,
+            int64_t *adam_steps, const double *learning_rates, Rollouts rollouts, const int32_t *permutations,
+            Hyperparameters hyper) {
+  alignas(64) static thread_local REAL g[padded(SIZE)];
+  for (int64_t k = 0; k < trials; ++k) {
+    REAL *__restrict w = parameters + k * SIZE;
+    REAL *__restrict m = first_moments + k * SIZE;
+    REAL *__restrict s = second_moments + k * SIZE;
+    for (int64_t start = 0; start + B <= epochs * steps; start += B) {
+      gradient(k, steps, w, rollouts, permutations + k * epochs * steps + start, hyper, g);
+      Vector squares[4] = {};
+      for (int j = SIZE; j < padded(SIZE); ++j) g[j] = 0;
+      for (int j = 0; j < padded(SIZE); j += LANES) {
+        const Vector part = *reinterpret_cast<const Vector *>(g + j);
+        squares[j / LANES % 4] += part * part;
+      }
+      const REAL norm = std::sqrt(lane_sum((squares[0] + squares[1]) + (squares[2] + squares[3])));
+      const REAL scale = std::fmin(REAL(1), hyper.max_gradient_norm / (norm + REAL(1e-6)));
+      const double t = static_cast<double>(++adam_steps[k]);
+      const REAL step = REAL(learning_rates[k] / (1 - std::pow(0.9, t)));
+      const REAL root_correction = REAL(1 / std::sqrt(1 - std::pow(0.999, t)));
+      for (int j = 0; j < SIZE; ++j) {
+        const REAL clipped = g[j] * scale;
+        m[j] = m[j] + (clipped - m[j]) * REAL(0.1);
+        s[j] = s[j] * REAL(0.999) + clipped * clipped * REAL(0.001);
+        w[j] -= step * m[j] / (std::sqrt(s[j]) * root_correction + hyper.adam_epsilon);
+      }
+    }
+  }
+}
+
+}  // extern "C"

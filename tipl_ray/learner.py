@@ -1,0 +1,406 @@
+"""PPO's networks of K stacked trials: act, advantages, update; compiled C++ or torch, behind one interface.
+
+K trials, S steps of a rollout, O observation values, A action values, N parameters of a trial. Both learners compute
+the same thing from the same numpy arrays and change them in place; their bits differ, so a data set is made by one of
+them. `CompiledLearner` builds learner.cpp with g++ for the shapes at hand, once, into the user's cache; `TorchLearner`
+is autograd over stacked networks. Neither knows of environments, random numbers or snapshots.
+"""
+
+import ctypes
+import dataclasses
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from tipl_ray.config import Ppo
+from tipl_ray.policy import NetworkShape
+
+ENGINES = {"compiled": "compiled-1", "torch": "torch-1"}
+"""Name and version of each learner; a change of its bits counts the version up, for it is part of the data's hash."""
+LANES = 16
+"""The compiled learner's vector width, whose multiples its minibatches must be."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rollouts:
+    """What K trials saw and did in one iteration, float32."""
+
+    observations_KSO: np.ndarray
+    """(K, S + 1, O): the last is the one after the last step."""
+    actions_KSA: np.ndarray
+    rewards_KS: np.ndarray
+    ends_KS: np.ndarray
+    """(K, S + 1): 1 where the observation of that step begins an episode."""
+    log_probabilities_KS: np.ndarray
+    values_KS: np.ndarray
+    advantages_KS: np.ndarray
+    returns_KS: np.ndarray
+
+    @classmethod
+    def empty(cls, trials: int, steps: int, shape: NetworkShape) -> "Rollouts":
+        """Room for K trials of S steps."""
+        sizes: list[tuple[int, ...]] = [(steps + 1, shape.observation_size), (steps, shape.action_size), (steps,)]
+        sizes += [(steps + 1,)] + [(steps,)] * 4
+        return cls(*(np.zeros((trials, *size), dtype=np.float32) for size in sizes))
+
+
+class Learner(Protocol):
+    """The networks of K stacked trials; `parameters_KN` is one row per trial."""
+
+    def act(
+        self,
+        parameters_KN: np.ndarray,
+        owners_B: np.ndarray,
+        observations_BO: np.ndarray,
+        noise_BA: np.ndarray | None,
+        actions_BA: np.ndarray,
+    ) -> None:
+        """Write mean + std * noise (no noise: the mean) of row b's observation under policy owners_B[b].
+
+        Rows of parameters may end after the policy's P weights.
+        """
+
+    def advantages(self, parameters_KN: np.ndarray, rollouts: Rollouts) -> None:
+        """Write log-probabilities, values, generalised advantages and returns of the rollouts."""
+
+    def update(
+        self,
+        parameters_KN: np.ndarray,
+        first_moments_KN: np.ndarray,
+        second_moments_KN: np.ndarray,
+        adam_steps_K: np.ndarray,
+        learning_rates_K: np.ndarray,
+        rollouts: Rollouts,
+        permutations_KES: np.ndarray,
+    ) -> None:
+        """E update epochs of every trial, in place; epoch e of trial k draws its minibatches by permutation (k, e)."""
+
+
+def choose_engine(engine: str, ppo: Ppo) -> Literal["compiled", "torch"]:
+    """The learner that a configuration means. Raises ValueError where `compiled` cannot be had."""
+    reason = None
+    if shutil.which("g++") is None:
+        reason = "there is no g++ on the PATH"
+    elif ppo.minibatch_size % LANES:
+        reason = f"the minibatch size {ppo.minibatch_size} is not a multiple of {LANES}"
+    if engine == "compiled" and reason:
+        raise ValueError(f"collect.engine='compiled' cannot be had: {reason}; 'torch' runs without")
+    if engine == "torch" or reason:
+        return "torch"
+    return "compiled"
+
+
+def make_learner(engine: str, shape: NetworkShape, ppo: Ppo) -> Learner:
+    """The learner named `compiled` or `torch`, for these shapes."""
+    return CompiledLearner(shape, ppo) if engine == "compiled" else TorchLearner(shape, ppo)
+
+
+class CompiledLearner:
+    """learner.cpp, compiled for the shapes at hand and called through ctypes, which lets other threads run meanwhile.
+
+    `precision` float64 is for tests: parameters, moments and gradients are then float64, rollouts stay float32.
+    Raises RuntimeError with the compiler's words if it fails.
+    """
+
+    def __init__(self, shape: NetworkShape, ppo: Ppo, precision: type = np.float32, march: str = "native"):
+        self.shape, self.precision = shape, precision
+        self._library = ctypes.CDLL(str(_build(shape, ppo.minibatch_size, precision, march)))
+        real = ctypes.c_float if precision is np.float32 else ctypes.c_double
+
+        class Hyperparameters(ctypes.Structure):
+            _fields_ = [(f"field_{index}", real) for index in range(7)]
+
+        class RolloutPointers(ctypes.Structure):
+            _fields_ = [(field.name, ctypes.c_void_p) for field in dataclasses.fields(Rollouts)]
+
+        self._pointers = RolloutPointers
+        self._hyperparameters = Hyperparameters(
+            ppo.clip_coefficient,
+            ppo.entropy_coefficient,
+            ppo.value_coefficient,
+            ppo.max_gradient_norm,
+            ppo.adam_epsilon,
+            ppo.gamma,
+            ppo.gae_lambda,
+        )
+        address, count = ctypes.c_void_p, ctypes.c_int64
+        self._library.act.argtypes = [count, address, count] + [address] * 4
+        self._library.advantages.argtypes = [count, count, address, RolloutPointers, Hyperparameters]
+        self._library.gradient.argtypes = [count, count, address, RolloutPointers, address, Hyperparameters, address]
+        self._library.update.argtypes = [*[count] * 3, *[address] * 5, RolloutPointers, address, Hyperparameters]
+        self._library.num_parameters.restype = count
+        assert self._library.num_parameters() == shape.num_parameters
+
+    def act(
+        self,
+        parameters_KN: np.ndarray,
+        owners_B: np.ndarray,
+        observations_BO: np.ndarray,
+        noise_BA: np.ndarray | None,
+        actions_BA: np.ndarray,
+    ) -> None:
+        """See Learner."""
+        self._library.act(
+            len(owners_B),
+            parameters_KN.ctypes.data,
+            parameters_KN.shape[1],
+            owners_B.ctypes.data,
+            observations_BO.ctypes.data,
+            None if noise_BA is None else noise_BA.ctypes.data,
+            actions_BA.ctypes.data,
+        )
+
+    def advantages(self, parameters_KN: np.ndarray, rollouts: Rollouts) -> None:
+        """See Learner."""
+        trials, steps = rollouts.rewards_KS.shape
+        self._library.advantages(
+            trials, steps, self._address(parameters_KN), self._addresses(rollouts), self._hyperparameters
+        )
+
+    def gradient(self, parameters_N: np.ndarray, rollouts: Rollouts, trial: int, indices_B: np.ndarray) -> np.ndarray:
+        """Gradient (N,) of PPO's loss on one minibatch of a trial, unclipped."""
+        gradient_N: np.ndarray = np.zeros(self.shape.num_parameters, dtype=self.precision)
+        self._library.gradient(
+            trial,
+            rollouts.rewards_KS.shape[1],
+            self._address(parameters_N),
+            self._addresses(rollouts),
+            np.ascontiguousarray(indices_B, dtype=np.int32).ctypes.data,
+            self._hyperparameters,
+            gradient_N.ctypes.data,
+        )
+        return gradient_N
+
+    def update(
+        self,
+        parameters_KN: np.ndarray,
+        first_moments_KN: np.ndarray,
+        second_moments_KN: np.ndarray,
+        adam_steps_K: np.ndarray,
+        learning_rates_K: np.ndarray,
+        rollouts: Rollouts,
+        permutations_KES: np.ndarray,
+    ) -> None:
+        """See Learner."""
+        trials, epochs, steps = permutations_KES.shape
+        assert permutations_KES.dtype == np.int32
+        assert permutations_KES.flags.c_contiguous
+        assert adam_steps_K.dtype == np.int64
+        assert learning_rates_K.dtype == np.float64
+        self._library.update(
+            trials,
+            steps,
+            epochs,
+            self._address(parameters_KN),
+            self._address(first_moments_KN),
+            self._address(second_moments_KN),
+            adam_steps_K.ctypes.data,
+            learning_rates_K.ctypes.data,
+            self._addresses(rollouts),
+            permutations_KES.ctypes.data,
+            self._hyperparameters,
+        )
+
+    def _address(self, array: np.ndarray) -> int:
+        assert array.dtype == self.precision
+        assert array.flags.c_contiguous
+        assert array.shape[-1] == self.shape.num_parameters
+        return array.ctypes.data
+
+    def _addresses(self, rollouts: Rollouts) -> ctypes.Structure:
+        arrays = [getattr(rollouts, field.name) for field in dataclasses.fields(Rollouts)]
+        assert all(array.dtype == np.float32 and array.flags.c_contiguous for array in arrays)
+        return self._pointers(*(array.ctypes.data for array in arrays))
+
+
+def _build(shape: NetworkShape, minibatch_size: int, precision: type, march: str) -> Path:
+    """Compile learner.cpp for these shapes unless the cache has it; the path of the shared library."""
+    source = Path(__file__).with_name("learner.cpp")
+    macros = {
+        "OBSERVATION": shape.observation_size,
+        "ACTION": shape.action_size,
+        "POLICY_1": shape.policy_hidden[0],
+        "POLICY_2": shape.policy_hidden[1],
+        "CRITIC_1": shape.critic_hidden[0],
+        "CRITIC_2": shape.critic_hidden[1],
+        "BATCH": minibatch_size,
+        "REAL": "float" if precision is np.float32 else "double",
+    }
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O3",
+        f"-march={march}",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-shared",
+        "-fPIC",
+    ]
+    command += [f"-D{name}={value}" for name, value in macros.items()]
+    # What `native` means is the processor's affair: a cache on a shared home must tell machines apart.
+    target = subprocess.run(["g++", f"-march={march}", "-Q", "--help=target", "-v"], capture_output=True, check=False)
+    fingerprint = hashlib.sha256(
+        source.read_bytes() + repr(command).encode() + target.stdout + target.stderr
+    ).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tipl_ray"
+    library = cache / f"learner-{fingerprint[:24]}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / library.name
+            result = subprocess.run(
+                [*command, str(source), "-o", str(built)], capture_output=True, text=True, check=False
+            )
+            if result.returncode:
+                raise RuntimeError(f"g++ could not compile {source.name}: {result.stderr.strip()}")
+            built.replace(library)
+    return library
+
+
+class TorchLearner:
+    """Autograd over stacked networks; one batched matrix product per layer for all trials."""
+
+    def __init__(self, shape: NetworkShape, ppo: Ppo):
+        self.shape, self.ppo = shape, ppo
+
+    def act(
+        self,
+        parameters_KN: np.ndarray,
+        owners_B: np.ndarray,
+        observations_BO: np.ndarray,
+        noise_BA: np.ndarray | None,
+        actions_BA: np.ndarray,
+    ) -> None:
+        """See Learner. Rows of one policy run as one product."""
+        with torch.no_grad():
+            in_order = np.array_equal(owners_B, np.arange(len(parameters_KN)))
+            rows = torch.from_numpy(parameters_KN if in_order else parameters_KN[owners_B])
+            observations = torch.from_numpy(observations_BO).unsqueeze(1)
+            mean = _stacked(self._mean, rows, observations).squeeze(1)
+            if noise_BA is not None:
+                mean = mean + self._named(rows)["log_std"].exp() * torch.from_numpy(noise_BA)
+        actions_BA[:] = mean.numpy()
+
+    def advantages(self, parameters_KN: np.ndarray, rollouts: Rollouts) -> None:
+        """See Learner."""
+        parameters = torch.from_numpy(parameters_KN)
+        observations = torch.from_numpy(rollouts.observations_KSO)
+        with torch.no_grad():
+            values = _stacked(self._values, parameters, observations).numpy()
+            probabilities = _stacked(
+                self._log_probabilities, parameters, observations[:, :-1], torch.from_numpy(rollouts.actions_KSA)
+            )
+        rollouts.values_KS[:] = values[:, :-1]
+        rollouts.log_probabilities_KS[:] = probabilities.numpy()
+        gamma, decay = np.float32(self.ppo.gamma), np.float32(self.ppo.gamma) * np.float32(self.ppo.gae_lambda)
+        advantages_K = np.zeros(len(parameters_KN), dtype=np.float32)
+        for step in reversed(range(rollouts.rewards_KS.shape[1])):
+            going_on_K = 1 - rollouts.ends_KS[:, step + 1]
+            delta_K = rollouts.rewards_KS[:, step] + gamma * values[:, step + 1] * going_on_K - values[:, step]
+            advantages_K = delta_K + decay * going_on_K * advantages_K
+            rollouts.advantages_KS[:, step] = advantages_K
+        rollouts.returns_KS[:] = rollouts.advantages_KS + rollouts.values_KS
+
+    def gradient(self, parameters: torch.Tensor, *minibatch: torch.Tensor) -> torch.Tensor:
+        """Gradients (K, N) of PPO's loss on one minibatch per trial, unclipped; for the arguments see `losses`."""
+        parameters = parameters.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.losses(parameters, *minibatch).sum(), parameters)
+        return gradient
+
+    def losses(
+        self,
+        parameters: torch.Tensor,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        log_probabilities: torch.Tensor,
+        values: torch.Tensor,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+    ) -> torch.Tensor:
+        """PPO's loss of each trial (K,) on a minibatch (K, B, ...): clipped surrogate, clipped value loss, entropy."""
+        clip = self.ppo.clip_coefficient
+        advantages = (advantages - advantages.mean(1, keepdim=True)) / (advantages.std(1, keepdim=True) + 1e-8)
+        ratio = (self._log_probabilities(parameters, observations, actions) - log_probabilities).exp()
+        policy_loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).mean(1)
+        predicted = self._values(parameters, observations)
+        clipped = values + (predicted - values).clamp(-clip, clip)
+        value_loss = 0.5 * torch.maximum((predicted - returns) ** 2, (clipped - returns) ** 2).mean(1)
+        entropy = self._named(parameters)["log_std"].sum(1)  # up to a constant, which has no gradient
+        return policy_loss + self.ppo.value_coefficient * value_loss - self.ppo.entropy_coefficient * entropy
+
+    def update(
+        self,
+        parameters_KN: np.ndarray,
+        first_moments_KN: np.ndarray,
+        second_moments_KN: np.ndarray,
+        adam_steps_K: np.ndarray,
+        learning_rates_K: np.ndarray,
+        rollouts: Rollouts,
+        permutations_KES: np.ndarray,
+    ) -> None:
+        """See Learner."""
+        trials, size = len(parameters_KN), self.ppo.minibatch_size
+        parameters, first, second = map(torch.from_numpy, (parameters_KN, first_moments_KN, second_moments_KN))
+        samples = (
+            rollouts.observations_KSO,
+            rollouts.actions_KSA,
+            rollouts.log_probabilities_KS,
+            rollouts.values_KS,
+            rollouts.advantages_KS,
+            rollouts.returns_KS,
+        )
+        rows_K1 = np.arange(trials)[:, None]
+        for indices_KB in np.split(permutations_KES.reshape(trials, -1), permutations_KES[0].size // size, axis=1):
+            minibatch = [torch.from_numpy(array[rows_K1, indices_KB]) for array in samples]
+            gradient = _stacked(self.gradient, parameters, *minibatch)
+            norm = gradient.norm(dim=1, keepdim=True)
+            gradient = gradient * (self.ppo.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
+            adam_steps_K += 1
+            correction = torch.from_numpy(1 / np.sqrt(1 - 0.999**adam_steps_K)).float().unsqueeze(1)
+            step = torch.from_numpy(learning_rates_K / (1 - 0.9**adam_steps_K)).float().unsqueeze(1)
+            first.lerp_(gradient, 0.1)
+            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            parameters -= step * first / (second.sqrt() * correction + self.ppo.adam_epsilon)
+
+    def _named(self, parameters: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            name: parameters[:, offset : offset + math.prod(shape)].unflatten(1, shape)
+            for name, shape, offset in self.shape.layout
+            if offset < parameters.shape[1]
+        }
+
+    def _network(self, name: str, parameters: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        named = self._named(parameters)
+        for index in range(3):
+            x = torch.baddbmm(named[f"{name}.{index}.bias"].unsqueeze(1), x, named[f"{name}.{index}.weight"])
+            x = x if index == 2 else x.tanh()
+        return x
+
+    def _mean(self, parameters: torch.Tensor, observations: torch.Tensor) -> torch.Tensor:
+        return self._network("actor", parameters, observations)
+
+    def _values(self, parameters: torch.Tensor, observations: torch.Tensor) -> torch.Tensor:
+        return self._network("critic", parameters, observations).squeeze(2)
+
+    def _log_probabilities(
+        self, parameters: torch.Tensor, observations: torch.Tensor, actions: torch.Tensor
+    ) -> torch.Tensor:
+        log_std = self._named(parameters)["log_std"].unsqueeze(1)
+        errors = (actions - self._mean(parameters, observations)) / log_std.exp()
+        return (-0.5 * errors**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(2)
+
+
+def _stacked(function: Callable[..., torch.Tensor], parameters: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """The function over stacked trials; a lone trial is doubled, for a stack of one takes other matrix products."""
+    if len(parameters) > 1:
+        return function(parameters, *others)
+    return function(parameters.repeat(2, 1), *(torch.cat([other, other]) for other in others))[:1]

@@ -1,0 +1,90 @@
+"""The Gaussian policy and the critic as flat vectors: layout, orthogonal initialisation, named weights.
+
+P policy weights: the actor's mean network, then log-std. N parameters: the policy's P, then the critic's. A trial's
+parameters are one float32 vector, so that a snapshot is its first P values and stacked trials are an (K, N) array.
+Weights are stored (inputs, outputs), the transpose of `torch.nn.Linear.weight`.
+"""
+
+import dataclasses
+import itertools
+import math
+from functools import cached_property
+
+import numpy as np
+
+Layout = tuple[tuple[str, tuple[int, ...], int], ...]
+"""(name, shape, offset) of each array in a flat vector, in order."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkShape:
+    """Widths of a trial's actor and critic."""
+
+    observation_size: int
+    action_size: int
+    policy_hidden: tuple[int, int]
+    critic_hidden: tuple[int, int]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Layout of all N parameters: actor, log-std, critic."""
+        arrays: list[tuple[str, tuple[int, ...]]] = []
+        arrays += _layers("actor", (self.observation_size, *self.policy_hidden, self.action_size))
+        arrays.append(("log_std", (self.action_size,)))
+        arrays += _layers("critic", (self.observation_size, *self.critic_hidden, 1))
+        offset, layout = 0, []
+        for name, shape in arrays:
+            layout.append((name, shape, offset))
+            offset += math.prod(shape)
+        return tuple(layout)
+
+    @cached_property
+    def policy_layout(self) -> Layout:
+        """Layout of a snapshot's P weights."""
+        return tuple(entry for entry in self.layout if not entry[0].startswith("critic"))
+
+    @cached_property
+    def num_policy_weights(self) -> int:
+        """P."""
+        return sum(math.prod(shape) for _, shape, _ in self.policy_layout)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """N."""
+        return sum(math.prod(shape) for _, shape, _ in self.layout)
+
+    def initial_parameters(self, generator: np.random.Generator) -> np.ndarray:
+        """CleanRL's initialisation, (N,) float32: orthogonal of gain sqrt 2 (actor head 0.01, critic head 1), zeros."""
+        parameters = np.zeros(self.num_parameters, dtype=np.float32)
+        heads = {"actor.2.weight": 0.01, "critic.2.weight": 1.0}
+        for name, weight in unflatten(parameters, self.layout).items():
+            if name.endswith("weight"):
+                weight[:] = _orthogonal(generator, weight.shape) * heads.get(name, math.sqrt(2))
+        return parameters
+
+
+def unflatten(flat: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+    """Views (..., *shape) into flat vectors (..., N), by name.
+
+    >>> unflatten(np.arange(6), (("a", (2, 2), 0), ("b", (2,), 4)))["b"]
+    array([4, 5])
+    """
+    return {
+        name: flat[..., offset : offset + math.prod(shape)].reshape(*flat.shape[:-1], *shape)
+        for name, shape, offset in layout
+    }
+
+
+def _layers(name: str, widths: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    arrays: list[tuple[str, tuple[int, ...]]] = []
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        arrays += [(f"{name}.{index}.weight", (inputs, outputs)), (f"{name}.{index}.bias", (outputs,))]
+    return arrays
+
+
+def _orthogonal(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """A random matrix with orthonormal rows or columns, whichever are fewer."""
+    rows, columns = shape
+    q, r = np.linalg.qr(generator.standard_normal((max(shape), min(shape))))
+    q *= np.sign(np.diag(r))
+    return q if rows >= columns else q.T

@@ -1,0 +1,168 @@
+"""A group of PPO trials in lock step: a generator of snapshots, with a state to save and restore per trial.
+
+K trials, S steps of a rollout, A action values, E update epochs between two snapshots, P policy weights, N parameters.
+The algorithm is CleanRL's `ppo_continuous_action.py`. A trial draws everything random from its own generators, and no
+arithmetic crosses from one trial to another, so that its snapshots do not depend on the group that it runs in. Where
+snapshots and states are kept is the caller's affair.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tipl_ray.config import Collect, Experiment, Ppo
+from tipl_ray.environments import Environments, find_task, generator_state, restored_generator
+from tipl_ray.learner import Rollouts, make_learner
+from tipl_ray.policy import NetworkShape
+from tipl_ray.trajectory_store import Snapshot
+
+State = dict[str, np.ndarray]
+
+
+def network_shape(collect: Collect) -> NetworkShape:
+    """The widths of a task's actor and critic. Raises ValueError for an unknown task."""
+    simulations = find_task(collect.task)(1)
+    return NetworkShape(
+        observation_size=simulations.observation_size,
+        action_size=simulations.action_size,
+        policy_hidden=collect.policy_hidden,
+        critic_hidden=collect.critic_hidden,
+    )
+
+
+class TrialGroup:
+    """K trials, each at its own iteration; `run_iteration` takes all of them one PPO iteration further."""
+
+    def __init__(self, experiment: Experiment, engine: str, seeds: list[int], states: list[State | None] | None = None):
+        self.collect: Collect = experiment.collect
+        self.ppo: Ppo = experiment.ppo
+        self.num_iterations = experiment.num_iterations
+        self.snapshots_per_iteration = experiment.snapshots_per_iteration
+        self.seeds = list(seeds)
+        self.shape = network_shape(self.collect)
+        self.learner = make_learner(engine, self.shape, self.ppo)
+        count, size = len(seeds), self.shape.num_parameters
+        self.environments = Environments(self.collect.task, self.seeds, self.ppo.gamma)
+        self.generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 1]))) for seed in seeds]
+        self.parameters_KN = np.stack([self.shape.initial_parameters(generator) for generator in self.generators])
+        self.first_moments_KN, self.second_moments_KN = np.zeros((2, count, size), dtype=np.float32)
+        self.adam_steps_K, self.iterations_K = np.zeros((2, count), dtype=np.int64)
+        for k, state in enumerate(states or []):
+            if state is not None:
+                self._set_state(k, state)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self._rollouts = Rollouts.empty(len(self), self.ppo.num_steps, self.shape)
+        self._owners_K = np.arange(len(self), dtype=np.int32)
+        self._actions_KA = np.zeros((len(self), self.shape.action_size), dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every trial has run all of its iterations."""
+        return bool((self.iterations_K >= self.num_iterations).all())
+
+    def initial_snapshots(self) -> Iterator[Snapshot]:
+        """Snapshot 0 of the trials that have not begun."""
+        for k in np.flatnonzero(self.iterations_K == 0):
+            yield self._snapshot(int(k), 0, None)
+
+    def run_iteration(self) -> Iterator[Snapshot]:
+        """One iteration of every trial that is not finished: rollout, then update epochs with their snapshots."""
+        going_on = np.flatnonzero(self.iterations_K < self.num_iterations)
+        if len(going_on) < len(self):
+            self._keep(going_on)
+        returns = self._collect_rollouts()
+        self.learner.advantages(self.parameters_KN, self._rollouts)
+        learning_rates_K = np.array([self._learning_rate(k) for k in range(len(self))])
+        self.iterations_K += 1
+        for index in range(1, self.snapshots_per_iteration + 1):
+            self.learner.update(
+                self.parameters_KN,
+                self.first_moments_KN,
+                self.second_moments_KN,
+                self.adam_steps_K,
+                learning_rates_K,
+                self._rollouts,
+                self._permutations(),
+            )
+            for k in range(len(self)):
+                yield self._snapshot(k, index, returns[k] if index == 1 else None)
+
+    def _collect_rollouts(self) -> list[float | None]:
+        """Fill the rollouts; the mean return of each trial's episodes that ended meanwhile."""
+        rollouts, environments = self._rollouts, self.environments
+        noise_SKA = np.stack([self._noise(generator) for generator in self.generators], axis=1)
+        environments.finished.clear()
+        for step in range(self.ppo.num_steps):
+            rollouts.observations_KSO[:, step] = environments.observations_KO
+            self.learner.act(
+                self.parameters_KN, self._owners_K, environments.observations_KO, noise_SKA[step], self._actions_KA
+            )
+            rollouts.actions_KSA[:, step] = self._actions_KA
+            environments.step(self._actions_KA)
+            rollouts.rewards_KS[:, step] = environments.rewards_K
+            rollouts.ends_KS[:, step + 1] = environments.ends_K
+        rollouts.observations_KSO[:, -1] = environments.observations_KO
+        ended: list[list[float]] = [[] for _ in self.seeds]
+        for k, episodic_return in environments.finished:
+            ended[k].append(episodic_return)
+        return [float(np.mean(values)) if values else None for values in ended]
+
+    def _noise(self, generator: np.random.Generator) -> np.ndarray:
+        return generator.standard_normal((self.ppo.num_steps, self.shape.action_size), dtype=np.float32)
+
+    def _permutations(self) -> np.ndarray:
+        """(K, E, S) int32, each trial's from its own generator."""
+        steps, epochs = self.ppo.num_steps, self.collect.epochs_per_snapshot
+        permutations = [[generator.permutation(steps) for _ in range(epochs)] for generator in self.generators]
+        return np.array(permutations, dtype=np.int32)
+
+    def _learning_rate(self, k: int) -> float:
+        """Of the iteration that trial k runs next."""
+        return self.ppo.learning_rate * (1.0 - int(self.iterations_K[k]) / self.num_iterations)
+
+    def _snapshot(self, k: int, index: int, episodic_return: float | None) -> Snapshot:
+        iteration, statistics = int(self.iterations_K[k]), self.environments.observation_statistics
+        ran = max(iteration - 1, 0)
+        return Snapshot(
+            seed=self.seeds[k],
+            snapshot=ran * self.snapshots_per_iteration + index,
+            iteration=iteration,
+            epoch=index * self.collect.epochs_per_snapshot,
+            env_step=iteration * self.ppo.num_steps,
+            learning_rate=self.ppo.learning_rate * (1.0 - ran / self.num_iterations),
+            episodic_return=episodic_return,
+            weights=self.parameters_KN[k, : self.shape.num_policy_weights].copy(),
+            observation_mean=statistics.mean[k].copy(),
+            observation_variance=statistics.variance[k].copy(),
+            observation_count=float(statistics.count[k, 0]),
+        )
+
+    def state(self, seed: int) -> State:
+        """Everything that the next bit of a trial depends on, as arrays, between two iterations."""
+        k = self.seeds.index(seed)
+        arrays = {name: np.array(array[k]) for name, array in self._per_trial().items()}
+        return {**arrays, "generator": generator_state(self.generators[k]), **self.environments.state(k)}
+
+    def _set_state(self, k: int, state: State) -> None:
+        for name, array in self._per_trial().items():
+            array[k] = state[name]
+        self.generators[k] = restored_generator(state["generator"])
+        self.environments.set_state(k, state)
+
+    def _keep(self, kept: np.ndarray) -> None:
+        """Go on with the kept trials alone."""
+        self.environments.keep(kept)
+        self.seeds = [self.seeds[k] for k in kept]
+        self.generators = [self.generators[k] for k in kept]
+        for name, array in self._per_trial().items():
+            setattr(self, name, array[kept])
+        self._allocate()
+
+    def _per_trial(self) -> dict[str, np.ndarray]:
+        names = ("parameters_KN", "first_moments_KN", "second_moments_KN", "adam_steps_K", "iterations_K")
+        return {name: getattr(self, name) for name in names}
