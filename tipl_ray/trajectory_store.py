@@ -1,0 +1,819 @@
+"""The data set: policy weight trajectories as Parquet parts, and the commit records that make them count (Section 3.1).
+
+Knows how trials are laid out, published and verified under one storage root; knows nothing of PPO, torch or Ray.
+
+    <storage>/trajectories/trial=<seed>/part-<first snapshot>-<digest>.parquet
+    <storage>/commits/trial=<seed>/commit-<n>.json, state-<n>-<digest>.safetensors
+    <storage>/commits/_SUCCESS
+
+A part counts once a commit record names it, and a commit record counts while records 1, 2, ... n have no gap and their
+snapshots follow each other from 0. Everything else is garbage, which readers do not see and `sweep` deletes.
+
+Shapes: T snapshots, P policy weights, O observation entries.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pa_fs
+import pyarrow.parquet as pq
+import pydantic
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from tipl_ray import config
+
+FORMAT_VERSION = 1
+METADATA_KEY = b"tipl_ray"
+"""Key of the header's JSON in the metadata of a part's Parquet schema."""
+ROW_GROUP_BYTES = 8 * 2**20
+"""Raw weights per row group at most: what reading a single snapshot costs."""
+
+_TRAJECTORIES, _COMMITS = "trajectories", "commits"
+_SUCCESS = "_SUCCESS"
+_TEMPORARY = ".tmp-"
+_TRIAL_FOLDER = re.compile(r"trial=(0|[1-9][0-9]*)")
+_PART_NAME = re.compile(r"part-[0-9]{8,}-[0-9a-f]{16}\.parquet")
+_COMMIT_NAME = re.compile(r"commit-([1-9][0-9]*)\.json")
+_OWN_NAME = re.compile(rf"{_PART_NAME.pattern}|{_COMMIT_NAME.pattern}|state-[1-9][0-9]*-[0-9a-f]{{16}}\.safetensors")
+
+_Count = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
+_Bytes = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+_Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
+
+
+class StoreError(RuntimeError):
+    """The store refuses: names the file or field, what is wrong with it, and the way out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Snapshot:
+    """Snapshot: the policy's flat weights after some update epochs, with the observation statistics of that moment."""
+
+    seed: int
+    """Seed of the trial."""
+    snapshot: int
+    """Index within the trial; 0 is the initial policy."""
+    iteration: int
+    """PPO iterations begun; 0 for the initial policy."""
+    epoch: int
+    """Update epochs done in that iteration."""
+    env_step: int
+    """Environment steps taken so far."""
+    learning_rate: float
+    """Adam's learning rate of that iteration."""
+    episodic_return: float | None
+    """Mean return of the episodes that ended since the last snapshot; None where none did."""
+    weights: NDArray[np.float32]
+    """(P,) in the order of the header's layout."""
+    observation_mean: NDArray[np.float64]
+    """(O,)"""
+    observation_variance: NDArray[np.float64]
+    """(O,)"""
+    observation_count: float
+    """Observations behind the mean and the variance."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Trajectory:
+    """Trajectory: snapshots of one trial in order; a column that was not asked for has length 0."""
+
+    seed: int
+    snapshots_T: NDArray[np.int32]
+    iterations_T: NDArray[np.int32]
+    epochs_T: NDArray[np.int32]
+    env_steps_T: NDArray[np.int64]
+    learning_rates_T: NDArray[np.float64]
+    episodic_returns_T: NDArray[np.float64]
+    """NaN where no episode ended since the last snapshot."""
+    weights_TP: NDArray[np.float32]
+    observation_means_TO: NDArray[np.float64]
+    observation_variances_TO: NDArray[np.float64]
+    observation_counts_T: NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """What a trial's weights are and how they were made; every part and every commit record carries it."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of this file format."""
+    task: str
+    """Gymnasium id of the task."""
+    layout: tuple[tuple[str, tuple[int, ...], int], ...]
+    """(name, shape, offset) of each parameter in the flat weights, without a gap."""
+    config: dict[str, Any]
+    """What the trial's bits depend on: policy shape, PPO configuration, engine; plain JSON types."""
+    versions: dict[str, str]
+    """Versions of mujoco, gymnasium, torch and numpy."""
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(f"format_version={self.format_version} is not {FORMAT_VERSION}, the one known here")
+        end = 0
+        for name, shape, offset in self.layout:
+            if offset != end or min(shape, default=1) < 1:
+                raise ValueError(f"layout: {name!r} of shape {shape} at offset {offset} does not follow offset {end}")
+            end += math.prod(shape)
+        if not 0 < end < 2**31:
+            raise ValueError(f"layout: {end} weights are not between 1 and 2**31 - 1")
+
+    @property
+    def num_weights(self) -> int:
+        """Policy weights P."""
+        _, shape, offset = self.layout[-1]
+        return offset + math.prod(shape)
+
+    @property
+    def config_hash(self) -> str:
+        """Digest of what the trial's bits depend on; the versions of torch and numpy are told, not compared."""
+        simulators = {name: self.versions.get(name) for name in ("mujoco", "gymnasium")}
+        return config.digest(self.task, self.layout, self.config, simulators)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CommitRecord:
+    """What makes a part count: commit-<n>.json. One that contradicts itself cannot be built (ValueError)."""
+
+    commit: _Count
+    """n, counted from 1."""
+    part: str
+    """Name of the part's file, in the trial's folder of the trajectories."""
+    part_sha256: _Sha256
+    part_bytes: _Bytes
+    state: str
+    """Name of the resume state's file, beside the record; deleted once the next commit is durable."""
+    state_sha256: _Sha256
+    rows: _Count
+    first_snapshot: _Count
+    last_snapshot: _Count
+    num_observations: _Count
+    """Observation entries O."""
+    config_hash: str
+    header: Header
+
+    def __post_init__(self) -> None:
+        # Whole names are rebuilt from checked numbers and digests, so none can lead out of its folder.
+        for field, expected in (
+            ("part", _part_name(self.first_snapshot, self.part_sha256)),
+            ("state", _state_name(self.commit, self.state_sha256)),
+            ("rows", self.last_snapshot - self.first_snapshot + 1),
+            ("config_hash", self.header.config_hash),
+        ):
+            if getattr(self, field) != expected:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not {expected!r}, which its other fields say")
+        if self.rows < 1 or self.commit < 1:
+            raise ValueError(f"commit={self.commit} and rows={self.rows} are not both at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrialProgress:
+    """How far a trial is committed."""
+
+    seed: int
+    num_snapshots: int
+    """Committed snapshots T."""
+    num_commits: int
+    num_bytes: int
+    """Size of the committed parts on disk."""
+    complete: bool
+    """All the expected snapshots are committed; False where no number was expected."""
+
+
+_RECORD = pydantic.TypeAdapter(CommitRecord)
+
+_SCALARS = {
+    "seed": pa.int64(),
+    "snapshot": pa.int32(),
+    "iteration": pa.int32(),
+    "epoch": pa.int32(),
+    "env_step": pa.int64(),
+    "learning_rate": pa.float64(),
+    "episodic_return": pa.float64(),
+    "observation_count": pa.float64(),
+}
+_FIELDS = {
+    "snapshot": "snapshots_T",
+    "iteration": "iterations_T",
+    "epoch": "epochs_T",
+    "env_step": "env_steps_T",
+    "learning_rate": "learning_rates_T",
+    "episodic_return": "episodic_returns_T",
+    "weights": "weights_TP",
+    "observation_mean": "observation_means_TO",
+    "observation_variance": "observation_variances_TO",
+    "observation_count": "observation_counts_T",
+}
+"""Parquet column -> field of a Trajectory."""
+
+
+class TrajectoryStore:
+    """The data set under one storage root, a folder or a URI: what is committed, and nothing else."""
+
+    def __init__(self, root: str) -> None:
+        """Open without touching anything. Raises StoreError where no filesystem answers to the URI."""
+        self.root = root
+        self._files = _Files(root)
+
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the trials with at least one commit, ascending."""
+        folders = self._trial_seeds(_COMMITS)
+        return tuple(seed for seed in folders if "commit-1.json" in self._files.sizes(_folder(_COMMITS, seed)))
+
+    def progress(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
+        """How much of a trial is committed, of `num_snapshots` expected. Raises StoreError as `trajectory` does."""
+        run = self._present_run(seed)
+        committed = run[-1].last_snapshot + 1 if run else 0
+        return TrialProgress(
+            seed=seed,
+            num_snapshots=committed,
+            num_commits=len(run),
+            num_bytes=sum(record.part_bytes for record in run),
+            complete=committed == num_snapshots,
+        )
+
+    def header(self) -> Header:
+        """The header that all trials share. Raises StoreError where there is no trial, or two that differ."""
+        headers = {seed: self._record(seed, 1).header for seed in self.seeds()}
+        if not headers:
+            raise StoreError(f"{self._files.show(_COMMITS)}: no trial is committed there; collect first")
+        first = min(headers)
+        for seed, header in headers.items():
+            if header.config_hash != headers[first].config_hash:
+                complaint = _disagreement(header, headers[first], f"trial {first}")
+                raise self._files.damaged(_commit_path(seed, 1), complaint)
+        return headers[first]
+
+    def trajectory(
+        self, seed: int, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
+    ) -> Trajectory:
+        """Snapshots [start, stop) of a trial, all columns or the named ones (`snapshot` always).
+
+        Reads the row groups that hold the range and no others, one at a time, comparing each page's checksum; only
+        `verify` finds all damage. Raises ValueError for a column or a range that the trial does not have, StoreError
+        for what is missing or seen to be damaged.
+        """
+        run = self._present_run(seed)
+        if not run:
+            raise StoreError(
+                f"{self._files.show(_folder(_COMMITS, seed))}: no commit of trial {seed}; collect it first"
+            )
+        num_snapshots = run[-1].last_snapshot + 1
+        stop = num_snapshots if stop is None else stop
+        if not 0 <= start <= stop <= num_snapshots:
+            raise ValueError(f"start={start}, stop={stop} is no range of the {num_snapshots} snapshots of trial {seed}")
+        names = tuple(_FIELDS) if columns is None else tuple(dict.fromkeys(("snapshot", *columns)))
+        if unknown := [name for name in names if name not in _FIELDS]:
+            raise ValueError(f"columns={unknown} are not among {sorted(_FIELDS)}")
+        schema = _schema(run[0].header, run[0].num_observations)
+        arrays = {name: _empty_array(schema.field(name).type, stop - start if name in names else 0) for name in _FIELDS}
+        for record in run:
+            for first, rows in self._row_groups(seed, record, names, start, stop):
+                for name in names:
+                    arrays[name][first - start : first - start + len(rows)] = _to_numpy(rows.column(name))
+        return Trajectory(seed=seed, **{field: arrays[name] for name, field in _FIELDS.items()})
+
+    def verify(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
+        """Compare every digest, range, schema and number of a trial with its commit records; reads everything.
+
+        Raises StoreError naming the first file that is not what its record says, or that should not lie there, or,
+        where `num_snapshots` is given, the trial that does not have as many.
+        """
+        run = self._present_run(seed)
+        self._refuse_stray_records(seed, run)
+        for record in run:
+            self._verify_part(seed, record)
+        if run:
+            self._state(seed, run[-1])
+        self._refuse_foreign(_folder(_TRAJECTORIES, seed), _PART_NAME)
+        progress = self.progress(seed, num_snapshots)
+        if num_snapshots is not None and not progress.complete:
+            raise StoreError(
+                f"{self._files.show(_folder(_COMMITS, seed))}: trial {seed} has {progress.num_snapshots} of "
+                f"{num_snapshots} snapshots; collect again to go on with it"
+            )
+        return progress
+
+    def verify_all(self, expected_seeds: Sequence[int], num_snapshots: int) -> tuple[TrialProgress, ...]:
+        """Verify that every expected trial is whole and that all share one header. Raises as `verify` does."""
+        progress = tuple(self.verify(seed, num_snapshots) for seed in expected_seeds)
+        self._refuse_foreign(_TRAJECTORIES, _TRIAL_FOLDER)
+        self.header()
+        return progress
+
+    def sweep(self) -> tuple[str, ...]:
+        """Delete what no unbroken run of commit records names; returns its names. Only while no writer is open.
+
+        Touches nothing but files of the store's own naming. Raises StoreError, before anything is deleted, for a
+        commit record that cannot be read.
+        """
+        garbage = [f"{_COMMITS}/{name}" for name in self._files.sizes(_COMMITS) if name.startswith(_TEMPORARY)]
+        for seed in sorted({*self._trial_seeds(_COMMITS), *self._trial_seeds(_TRAJECTORIES)}):
+            run = self._run(seed)
+            kept = {_commit_path(seed, record.commit) for record in run}
+            kept |= {_part_path(seed, record) for record in run} | {_state_path(seed, record) for record in run[-1:]}
+            for parent in (_COMMITS, _TRAJECTORIES):
+                names = filter(_OWN_NAME.fullmatch, self._files.sizes(_folder(parent, seed)))
+                garbage += sorted({f"{_folder(parent, seed)}/{name}" for name in names} - kept)
+        for path in garbage:
+            self._files.delete(path)
+        return tuple(garbage)
+
+    def digest(self, seeds: Sequence[int] | None = None) -> str:
+        """Identity of the data set: digest of the seeds and their parts' SHA-256, in whatever order it was written."""
+        seeds = self.seeds() if seeds is None else sorted(set(seeds))
+        return config.digest([[seed, [record.part_sha256 for record in self._run(seed)]] for seed in seeds])
+
+    def finish(self, seeds: Sequence[int], num_snapshots: int) -> None:
+        """Mark the data set as whole: verify every trial, sweep, write `_SUCCESS`. Raises as `verify` does."""
+        self.verify_all(seeds, num_snapshots)
+        self.sweep()
+        mark = {"seeds": sorted(seeds), "num_snapshots": num_snapshots, "digest": self.digest(seeds)}
+        self._files.write(f"{_COMMITS}/{_SUCCESS}", json.dumps(mark, indent=2).encode())
+
+    def finished(self) -> bool:
+        """Whether `finish` has marked the data set as whole and nothing was committed since."""
+        return _SUCCESS in self._files.sizes(_COMMITS)
+
+    def _trial_seeds(self, parent: str) -> list[int]:
+        matches = map(_TRIAL_FOLDER.fullmatch, self._files.folders(parent))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _record(self, seed: int, number: int) -> CommitRecord:
+        path = _commit_path(seed, number)
+        try:
+            record = _RECORD.validate_json(self._files.read(path), strict=True)
+        except pydantic.ValidationError as error:
+            complaints = [f"{'.'.join(map(str, item['loc'])) or 'record'}: {item['msg']}" for item in error.errors()]
+            raise self._files.damaged(path, "is no commit record: " + "; ".join(complaints)) from error
+        if record.commit != number:
+            raise self._files.damaged(path, f"says commit={record.commit}")
+        return record
+
+    def _run(self, seed: int) -> tuple[CommitRecord, ...]:
+        """The trial's unbroken run of commit records."""
+        names = self._files.sizes(_folder(_COMMITS, seed))
+        run: list[CommitRecord] = []
+        while f"commit-{len(run) + 1}.json" in names:
+            record = self._record(seed, len(run) + 1)
+            if record.first_snapshot != (run[-1].last_snapshot + 1 if run else 0):
+                break
+            if run and record.config_hash != run[0].config_hash:
+                complaint = _disagreement(record.header, run[0].header, "commit-1.json")
+                raise self._files.damaged(_commit_path(seed, record.commit), complaint)
+            if run and record.num_observations != run[0].num_observations:
+                complaint = f"num_observations={record.num_observations} is not commit 1's {run[0].num_observations}"
+                raise self._files.damaged(_commit_path(seed, record.commit), complaint)
+            run.append(record)
+        return tuple(run)
+
+    def _present_run(self, seed: int) -> tuple[CommitRecord, ...]:
+        """The unbroken run, its parts known to lie there in full size."""
+        run = self._run(seed)
+        sizes = self._files.sizes(_folder(_TRAJECTORIES, seed))
+        for record in run:
+            if (size := sizes.get(record.part)) != record.part_bytes:
+                found = "is missing" if size is None else f"has {size} bytes"
+                complaint = f"{found} where commit {record.commit} says {record.part_bytes} bytes"
+                raise self._files.damaged(_part_path(seed, record), complaint)
+        return run
+
+    def _row_groups(
+        self, seed: int, record: CommitRecord, names: Sequence[str], start: int, stop: int
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """What a part holds of snapshots [start, stop): (index of the first, rows) of one row group at a time."""
+        path, first = _part_path(seed, record), record.first_snapshot
+        if stop <= first or record.last_snapshot < start:
+            return
+        with self._files.explained(path), self._files.open(path) as source:
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            if not file.schema_arrow.equals(_schema(record.header, record.num_observations), check_metadata=True):
+                raise self._files.damaged(path, f"its columns or header are not those that commit {record.commit} says")
+            group_rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            if sum(group_rows) != record.rows:
+                complaint = f"has {sum(group_rows)} rows where commit {record.commit} says {record.rows}"
+                raise self._files.damaged(path, complaint)
+            for group, num_rows in enumerate(group_rows):
+                low, high = max(first, start), min(first + num_rows, stop)
+                if low < high:
+                    rows = file.read_row_group(group, columns=list(names))
+                    if len(rows) != num_rows:
+                        raise self._files.damaged(path, f"row group {group} has {len(rows)} of its {num_rows} rows")
+                    yield low, rows.slice(low - first, high - low)
+                first += num_rows
+
+    def _verify_part(self, seed: int, record: CommitRecord) -> None:
+        path = _part_path(seed, record)
+        if hashlib.sha256(self._files.read(path)).hexdigest() != record.part_sha256:
+            raise self._files.damaged(path, f"is altered: its SHA-256 is not the one in commit {record.commit}")
+        for first, rows in self._row_groups(seed, record, ("seed", *_FIELDS), record.first_snapshot, 2**31):
+            columns = {name: _to_numpy(rows.column(name)) for name in rows.column_names}
+            if not np.array_equal(columns["snapshot"], np.arange(first, first + len(rows))):
+                raise self._files.damaged(path, f"its snapshots do not count up from {first}")
+            if not (columns["seed"] == seed).all():
+                raise self._files.damaged(path, f"holds another seed than {seed}")
+            for name in ("weights", "observation_mean", "observation_variance"):
+                if not np.isfinite(columns[name]).all():
+                    raise self._files.damaged(path, f"{name} holds NaN or infinity")
+
+    def _state(self, seed: int, record: CommitRecord) -> dict[str, np.ndarray]:
+        path = _state_path(seed, record)
+        content = self._files.read(path)
+        if hashlib.sha256(content).hexdigest() != record.state_sha256:
+            raise self._files.damaged(path, f"is altered: its SHA-256 is not the one in commit {record.commit}")
+        with self._files.explained(path):
+            return safetensors.numpy.load(content)
+
+    def _refuse_stray_records(self, seed: int, run: Sequence[CommitRecord]) -> None:
+        matches = map(_COMMIT_NAME.fullmatch, self._files.sizes(_folder(_COMMITS, seed)))
+        if stray := [number for match in matches if match and (number := int(match[1])) > len(run)]:
+            raise StoreError(
+                f"{self._files.show(_commit_path(seed, min(stray)))}: does not follow {len(run)} commits before it; "
+                "restore what is missing, or sweep it away"
+            )
+
+    def _refuse_foreign(self, folder: str, pattern: re.Pattern[str]) -> None:
+        for name in (*self._files.sizes(folder), *self._files.folders(folder)):
+            if not pattern.fullmatch(name) and not name.startswith((".", "_")):
+                path = self._files.show(f"{folder}/{name}")
+                raise StoreError(f"{path}: is not the store's, and readers of the folder may take it for data; move it")
+
+
+class TrialWriter:
+    """The one writer of a trial: goes on after the last commit, buffers snapshots, publishes them commit by commit."""
+
+    def __init__(self, store: TrajectoryStore, seed: int, header: Header) -> None:
+        """Find the trial's unbroken run of commits; nothing is written.
+
+        Raises StoreError where the store cannot tell two writers apart, the trial was begun with another
+        configuration, its parts or last state are damaged, or a commit record lies beyond the run.
+        """
+        self._store, self._files, self._seed, self._header = store, store._files, seed, header
+        self._files.check_put_if_absent()
+        run = store._present_run(seed)
+        if run and run[0].config_hash != header.config_hash:
+            complaint = _disagreement(run[0].header, header, "this run")
+            raise self._files.damaged(_commit_path(seed, 1), f"{complaint}. Choose another storage, or")
+        store._refuse_stray_records(seed, run)
+        self._last = run[-1] if run else None
+        self._state = store._state(seed, run[-1]) if run else None
+        self._buffer: list[Snapshot] = []
+
+    @property
+    def state(self) -> dict[str, np.ndarray] | None:
+        """Resume state of the last commit, bit for bit as it was given; None before the first."""
+        return self._state
+
+    @property
+    def next_snapshot(self) -> int:
+        """Index that the next appended snapshot must have."""
+        return (self._last.last_snapshot + 1 if self._last else 0) + len(self._buffer)
+
+    def append(self, snapshot: Snapshot) -> None:
+        """Buffer a copy of the next snapshot. Raises StoreError naming seed, snapshot and field that do not fit."""
+        for field, expected in (("seed", self._seed), ("snapshot", self.next_snapshot)):
+            if getattr(snapshot, field) != expected:
+                raise self._misfit(snapshot, field, f"{getattr(snapshot, field)} is not {expected}")
+        for field, limit in (("iteration", 2**31), ("epoch", 2**31), ("env_step", 2**63)):
+            if not 0 <= getattr(snapshot, field) < limit:
+                raise self._misfit(snapshot, field, f"{getattr(snapshot, field)} is not between 0 and {limit - 1}")
+        for field in ("learning_rate", "observation_count", "episodic_return"):
+            value = getattr(snapshot, field)
+            if not np.isfinite(0.0 if value is None and field == "episodic_return" else value):
+                raise self._misfit(snapshot, field, f"{value} is not finite")
+        size = self._num_observations or snapshot.observation_mean.size
+        copy = dataclasses.replace(
+            snapshot,
+            weights=self._checked_copy(snapshot, "weights", self._header.num_weights, np.float32),
+            observation_mean=self._checked_copy(snapshot, "observation_mean", size, np.float64),
+            observation_variance=self._checked_copy(snapshot, "observation_variance", size, np.float64),
+        )
+        self._buffer.append(copy)
+
+    def commit(self, state: dict[str, np.ndarray]) -> None:
+        """Publish the buffered snapshots and the state to resume from: part, then state, then the record that counts.
+
+        When it returns, they survive a power cut. Raises StoreError where nothing is buffered, another writer holds
+        the trial or the storage refuses a write; readers then still see the commit before.
+        """
+        if not self._buffer:
+            raise StoreError(f"trial {self._seed}: no snapshot was appended since the last commit")
+        part, state_file = _encode_part(self._header, self._buffer), _encode_state(state)
+        record, before = self._record(part, state_file), self._last
+        self._files.delete(f"{_COMMITS}/{_SUCCESS}")
+        self._files.write(_part_path(self._seed, record), part)
+        self._files.write(_state_path(self._seed, record), state_file)
+        path = _commit_path(self._seed, record.commit)
+        # The loser deletes nothing: equal snapshots have equal names, so its files may be the winner's.
+        if not self._files.put_if_absent(path, _json(record)):
+            raise StoreError(
+                f"{self._files.show(path)}: another writer holds trial {self._seed} and made commit {record.commit}; "
+                "end one of the two runs on this storage"
+            )
+        self._last, self._buffer = record, []
+        self._state = {name: array.copy() for name, array in state.items()}
+        if before:
+            self._files.delete(_state_path(self._seed, before))
+
+    def _record(self, part: memoryview, state_file: bytes) -> CommitRecord:
+        commit = self._last.commit + 1 if self._last else 1
+        first, last = int(self._buffer[0].snapshot), int(self._buffer[-1].snapshot)
+        part_sha256, state_sha256 = hashlib.sha256(part).hexdigest(), hashlib.sha256(state_file).hexdigest()
+        return CommitRecord(
+            commit=commit,
+            part=_part_name(first, part_sha256),
+            part_sha256=part_sha256,
+            part_bytes=part.nbytes,
+            state=_state_name(commit, state_sha256),
+            state_sha256=state_sha256,
+            rows=len(self._buffer),
+            first_snapshot=first,
+            last_snapshot=last,
+            num_observations=self._buffer[0].observation_mean.size,
+            config_hash=self._header.config_hash,
+            header=self._header,
+        )
+
+    @property
+    def _num_observations(self) -> int | None:
+        if self._buffer:
+            return self._buffer[0].observation_mean.size
+        return self._last.num_observations if self._last else None
+
+    def _checked_copy(self, snapshot: Snapshot, field: str, size: int, dtype: type[np.floating]) -> np.ndarray:
+        array = getattr(snapshot, field)
+        if array.dtype != dtype or array.shape != (size,):
+            raise self._misfit(snapshot, field, f"{array.dtype}{list(array.shape)} is not {np.dtype(dtype)}[{size}]")
+        if not (finite := np.isfinite(array)).all():
+            position = int(np.argmin(finite))
+            raise self._misfit(snapshot, field, f"{array[position]} at position {position} is not finite")
+        return array.copy()
+
+    def _misfit(self, snapshot: Snapshot, field: str, complaint: str) -> StoreError:
+        return StoreError(f"trial {self._seed}, snapshot {snapshot.snapshot}: {field}={complaint}")
+
+
+def _folder(parent: str, seed: int) -> str:
+    return f"{parent}/trial={seed}"
+
+
+def _commit_path(seed: int, number: int) -> str:
+    return f"{_folder(_COMMITS, seed)}/commit-{number}.json"
+
+
+def _part_path(seed: int, record: CommitRecord) -> str:
+    return f"{_folder(_TRAJECTORIES, seed)}/{record.part}"
+
+
+def _state_path(seed: int, record: CommitRecord) -> str:
+    return f"{_folder(_COMMITS, seed)}/{record.state}"
+
+
+def _part_name(first_snapshot: int, sha256: str) -> str:
+    return f"part-{first_snapshot:08d}-{sha256[:16]}.parquet"
+
+
+def _state_name(commit: int, sha256: str) -> str:
+    return f"state-{commit}-{sha256[:16]}.safetensors"
+
+
+def _json(table: Header | CommitRecord) -> bytes:
+    return json.dumps(config.as_table(table), sort_keys=True).encode()
+
+
+def _disagreement(header: Header, other: Header, whose: str) -> str:
+    """One clause on what differs between a header and that of another, by dotted field."""
+    left, right = (_flat(config.as_table(one)) for one in (header, other))
+    hashes = f"config hash {header.config_hash} is not {whose}'s {other.config_hash}"
+    fields = [name for name in sorted({*left, *right}) if left.get(name) != right.get(name)]
+    return "; ".join([hashes, *(f"{name}={left.get(name)!r} there, {right.get(name)!r} here" for name in fields)])
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in table.items():
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def _schema(header: Header, num_observations: int) -> pa.Schema:
+    # Columns that cannot hold nulls read and write about three times as fast.
+    def vector(name: str, scalar: pa.DataType, size: int) -> pa.Field:
+        return pa.field(name, pa.list_(pa.field("element", scalar, nullable=False), size), nullable=False)
+
+    scalars = [pa.field(name, scalar, nullable=name == "episodic_return") for name, scalar in _SCALARS.items()]
+    vectors = [
+        vector("weights", pa.float32(), header.num_weights),
+        vector("observation_mean", pa.float64(), num_observations),
+        vector("observation_variance", pa.float64(), num_observations),
+    ]
+    return pa.schema([*scalars[:-1], *vectors, scalars[-1]], metadata={METADATA_KEY: _json(header)})
+
+
+def _encode_part(header: Header, snapshots: Sequence[Snapshot]) -> memoryview:
+    """The Parquet file of these snapshots: the same bytes for the same snapshots and header."""
+    schema = _schema(header, snapshots[0].observation_mean.size)
+    columns = []
+    for field in schema:
+        values = [getattr(snapshot, field.name) for snapshot in snapshots]
+        if field.name in _SCALARS:
+            columns.append(pa.array(values, type=field.type))
+        else:
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(values)), type=field.type))
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.Table.from_arrays(columns, schema=schema),
+        sink,
+        row_group_size=max(1, ROW_GROUP_BYTES // (4 * header.num_weights)),
+        data_page_size=2 * ROW_GROUP_BYTES,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=False,
+        column_encoding={"weights.list.element": "BYTE_STREAM_SPLIT"},
+        write_statistics=list(_SCALARS),
+        write_page_checksum=True,
+    )
+    return memoryview(sink.getvalue())
+
+
+def _encode_state(state: dict[str, np.ndarray]) -> bytes:
+    for name, array in state.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            raise StoreError(f"state[{name!r}] is no array of numbers: {getattr(array, 'dtype', type(array).__name__)}")
+    # Not ascontiguousarray, which would give a scalar array a dimension.
+    return safetensors.numpy.save({name: np.array(array, order="C") for name, array in state.items()})
+
+
+def _empty_array(column: pa.DataType, num_rows: int) -> np.ndarray:
+    if pa.types.is_fixed_size_list(column):
+        return np.empty((num_rows, column.list_size), column.value_type.to_pandas_dtype())
+    return np.empty(num_rows, column.to_pandas_dtype())
+
+
+def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """(rows,) or (rows, size); nulls become NaN."""
+    array = column.combine_chunks()
+    if pa.types.is_fixed_size_list(array.type):
+        return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
+    return array.to_numpy(zero_copy_only=False)
+
+
+class _Files:
+    """Whole files under one root, by names relative to it; local writes are durable when they return."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root.rstrip("/")
+        try:
+            if "://" in root:
+                self._filesystem, self._base = pa_fs.FileSystem.from_uri(root)
+            else:
+                self._filesystem, self._base = pa_fs.LocalFileSystem(), str(Path(root).absolute())
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(
+                f"{root}: cannot be opened: {error}; give a folder or a URI such as s3://bucket/folder"
+            ) from error
+
+    @property
+    def _is_local(self) -> bool:
+        return isinstance(self._filesystem, pa_fs.LocalFileSystem)
+
+    def show(self, path: str) -> str:
+        """Full name for an error message."""
+        return f"{self._base if self._is_local else self._root}/{path}"
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Name -> bytes of the files in a folder; empty where there is no folder."""
+        return {info.base_name: info.size for info in self._entries(folder) if info.type == pa_fs.FileType.File}
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders in a folder."""
+        return [info.base_name for info in self._entries(folder) if info.type == pa_fs.FileType.Directory]
+
+    def open(self, path: str) -> pa.NativeFile:
+        """The file, for reading. Raises OSError where it cannot be."""
+        return self._filesystem.open_input_file(f"{self._base}/{path}")
+
+    def read(self, path: str) -> bytes:
+        """All of the file. Raises StoreError."""
+        with self.explained(path), self.open(path) as file:
+            return file.read()
+
+    @contextlib.contextmanager
+    def explained(self, path: str) -> Iterator[None]:
+        """Turn whatever reading a missing or damaged file of a trial raises into one StoreError."""
+        try:
+            yield
+        except (OSError, pa.ArrowException, safetensors.SafetensorError, UnicodeDecodeError) as error:
+            raise self.damaged(path, f"cannot be read: {' '.join(str(error).split())}") from error
+
+    def damaged(self, path: str, complaint: str) -> StoreError:
+        """The error for a file of a trial that is not what it should be."""
+        trial = path.split("/")[1]
+        folders = " and ".join(self.show(f"{parent}/{trial}") for parent in (_TRAJECTORIES, _COMMITS))
+        return StoreError(
+            f"{self.show(path)}: {complaint}. Restore the file, or delete {folders} and collect again; other trials "
+            "stay as they are"
+        )
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        """Publish a whole file under its name, over whatever bears it."""
+        with self._refused(path):
+            if self._is_local:
+                target = self._target(path)
+                with self._temporary(data) as temporary:
+                    temporary.replace(target)
+                _sync_folder(target.parent)
+            else:
+                with self._filesystem.open_output_stream(f"{self._base}/{path}") as stream:
+                    stream.write(data)
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        """Publish a whole file under its name unless the name is taken; False where it is."""
+        self.check_put_if_absent()
+        with self._refused(path):
+            target = self._target(path)
+            with self._temporary(data) as temporary:
+                try:
+                    target.hardlink_to(temporary)
+                except FileExistsError:
+                    return False
+            _sync_folder(target.parent)
+        return True
+
+    def check_put_if_absent(self) -> None:
+        """Raises StoreError where two writers of one name could both believe that they were first."""
+        if not self._is_local:
+            raise StoreError(
+                f"{self._root}: trials cannot be written there: no conditional put is known for a filesystem of type "
+                f"{self._filesystem.type_name!r}, so a second writer would go unnoticed; collect into a local folder"
+            )
+
+    def delete(self, path: str) -> None:
+        """Delete a file, or find it gone."""
+        with self._refused(path), contextlib.suppress(FileNotFoundError):
+            self._filesystem.delete_file(f"{self._base}/{path}")
+
+    def _entries(self, folder: str) -> list[pa_fs.FileInfo]:
+        try:
+            return self._filesystem.get_file_info(pa_fs.FileSelector(f"{self._base}/{folder}", allow_not_found=True))
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{self.show(folder)}: cannot be listed: {error}; check the storage") from error
+
+    def _target(self, path: str) -> Path:
+        target = Path(self._base, path)
+        _make_folder(target.parent)
+        return target
+
+    @contextlib.contextmanager
+    def _temporary(self, data: bytes | memoryview) -> Iterator[Path]:
+        """A durable file among the commits, where no Parquet reader looks; gone afterwards unless renamed or killed."""
+        folder = Path(self._base, _COMMITS)
+        _make_folder(folder)
+        path = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            with path.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _refused(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            cause = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else str(error)
+            raise StoreError(
+                f"{self.show(path)}: cannot be written: {cause}. Make room or give access, then run again; what was "
+                "committed before stays readable"
+            ) from error
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
