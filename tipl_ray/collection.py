@@ -146,7 +146,17 @@ def _run_groups(
 ) -> None:
     remote = ray.remote(GroupCollector).options(num_cpus=1, max_restarts=-1, max_task_retries=-1)
     actors = [remote.remote(experiment, engine, seeds) for seeds in groups]
-    latest: dict[int, GroupProgress] = {}
+    total = experiment.num_iterations * experiment.ppo.num_steps
+    latest = [
+        GroupProgress(
+            seeds=tuple(seeds),
+            env_steps=0,
+            total_env_steps=len(seeds) * total,
+            env_steps_per_second=0.0,
+            mean_return=math.nan,
+        )
+        for seeds in groups
+    ]
     running = {actor.advance.remote(0.0): index for index, actor in enumerate(actors)}
     while running:
         ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
@@ -157,4 +167,4 @@ def _run_groups(
                 ray.kill(actors[index])
             else:
                 running[actors[index].advance.remote(SLICE_SECONDS)] = index
-        on_progress([latest[index] for index in sorted(latest)])
+        on_progress(latest)

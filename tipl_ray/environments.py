@@ -6,6 +6,7 @@ the same id. `Environments` adds, in CleanRL's order: episode statistics, clip a
 `mujoco.batch.Batch`, one thread. Knows nothing of policies or learning.
 """
 
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -30,7 +31,8 @@ class Simulations:
 
     def __init__(self, count: int):
         assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
-        self.model = mujoco.MjModel.from_xml_path(str(assets / self.model_file))
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of what gymnasium's files deprecate
+            self.model = mujoco.MjSpec.from_file(str(assets / self.model_file)).compile()
         self.batch = mujoco.batch.Batch(self.model, count, nthread=1, persistent=True)
         self.qpos, self.qvel, self.ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self.action_size: int = self.model.nu

@@ -1,0 +1,34 @@
+# make demo    installs into .venv and runs the main job on real PPO data
+# make test    installs into .venv and runs the tests
+# make bench   what the README claims of speed, side by side
+
+PYTHON ?= python3
+STAMP := .venv/installed
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(STAMP)
+	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/demo.toml
+
+test: $(STAMP)
+	.venv/bin/python -m pytest -q
+
+test-slow: $(STAMP)
+	.venv/bin/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+bench: $(STAMP)
+	.venv/bin/python -m pip install -q --no-deps -c constraints.txt stable-baselines3
+	.venv/bin/python benchmarks/engine.py
+
+clean:
+	rm -rf .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $(STAMP)

@@ -1,0 +1,200 @@
+"""How fast one actor's engine is on one core, beside a plain trial and stable-baselines3, and above which floors.
+
+Every subject runs one PPO iteration per round and the rounds alternate, so that a noisy machine is noisy for all; the
+table shows medians. Floors: MuJoCo's steps alone, and the update's matrix products at the best rate that torch's own
+product of a minibatch reaches here. Run it by `make bench`, which installs stable-baselines3 beside the project.
+
+    python benchmarks/engine.py [--rounds 5]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from plain_ppo import PlainTrial  # noqa: E402
+
+from tipl_ray.config import Collect, Experiment  # noqa: E402
+from tipl_ray.environments import find_task  # noqa: E402
+from tipl_ray.learner import choose_engine  # noqa: E402
+from tipl_ray.ppo import TrialGroup  # noqa: E402
+from tipl_ray.terminal import format_rows  # noqa: E402
+
+NUM_STEPS = 2048
+TASKS = (("InvertedPendulum-v4", 8, 25), ("HalfCheetah-v4", 256, 10))
+"""Task, width of the policy's hidden layers, trials of one actor."""
+
+
+def engine(task: str, width: int, trials: int) -> Callable[[], float]:
+    """Seconds per environment step of one iteration of a group of trials."""
+    collect = Collect(task=task, policy_hidden=(width, width))
+    experiment = Experiment(name="bench", collect=collect)
+    group = TrialGroup(experiment, choose_engine("auto", experiment.ppo), list(range(1, trials + 1)))
+
+    def run() -> float:
+        begin = time.perf_counter()
+        for _ in group.run_iteration():
+            pass
+        return (time.perf_counter() - begin) / (trials * NUM_STEPS)
+
+    return run
+
+
+def plain(task: str, width: int) -> Callable[[], float]:
+    """Seconds per environment step of one iteration of the plain trial."""
+    trial = PlainTrial(task, (width, width), seed=1, num_iterations=400)
+
+    def run() -> float:
+        begin = time.perf_counter()
+        trial.run_iteration()
+        return (time.perf_counter() - begin) / NUM_STEPS
+
+    return run
+
+
+def stable_baselines(task: str, width: int) -> Callable[[], float] | None:
+    """Seconds per environment step of one iteration of stable-baselines3's PPO; None where it is not installed."""
+    try:
+        import gymnasium
+        from stable_baselines3 import PPO
+        from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+    except ImportError:
+        return None
+    environment = VecNormalize(DummyVecEnv([lambda: gymnasium.make(task)]), clip_obs=10.0, clip_reward=10.0)
+    widths = {"pi": [width, width], "vf": [64, 64]}
+    model = PPO(
+        "MlpPolicy",
+        environment,
+        n_steps=NUM_STEPS,
+        batch_size=64,
+        n_epochs=10,
+        clip_range_vf=0.2,
+        policy_kwargs={"net_arch": widths},
+        device="cpu",
+    )
+
+    def run() -> float:
+        begin = time.perf_counter()
+        model.learn(NUM_STEPS, reset_num_timesteps=False)
+        return (time.perf_counter() - begin) / NUM_STEPS
+
+    return run
+
+
+def physics(task: str, trials: int) -> Callable[[], float]:
+    """Seconds per environment step of MuJoCo alone, under random actions and with resets outside the clock."""
+    simulations = find_task(task)(trials)
+    generator = np.random.default_rng(0)
+    for k in range(trials):
+        simulations.reset(k, generator)
+    shape = (NUM_STEPS, trials, simulations.action_size)
+    actions = generator.normal(0, 0.5, shape).clip(simulations.action_low, simulations.action_high)
+
+    def run() -> float:
+        total = 0.0
+        for step in range(NUM_STEPS):
+            simulations.ctrl[:] = actions[step]
+            begin = time.perf_counter()
+            simulations.batch.step(nstep=simulations.frame_skip)
+            total += time.perf_counter() - begin
+            simulations.observe(simulations.observations_KO)
+            simulations.before_physics()
+            simulations.judge(actions[step])
+            for k in np.flatnonzero(simulations.terminated_K):
+                simulations.reset(int(k), generator)
+        return total / (trials * NUM_STEPS)
+
+    return run
+
+
+def matrix_products(task: str, width: int) -> Callable[[], float]:
+    """Seconds per environment step of the update's multiply-adds at the rate of the best product of a minibatch."""
+    simulations = find_task(task)(1)
+    inputs, outputs = simulations.observation_size, simulations.action_size
+    per_sample = inputs * width + width * width + width * outputs + inputs * 64 + 64 * 64 + 64
+    # Ten epochs of forward, gradient of weights and gradient of inputs (of all layers but the first).
+    flops = 10 * 2 * (3 * per_sample - inputs * (width + 64))
+    operands = [(torch.randn(64, size), torch.randn(size, size)) for size in (64, 128, 256)]
+
+    def run() -> float:
+        rates = []
+        for left, right in operands:
+            out = torch.empty(64, right.shape[1])
+            begin = time.perf_counter()
+            for _ in range(300):
+                torch.mm(left, right, out=out)
+            rates.append(300 * 2 * left.numel() * right.shape[1] / (time.perf_counter() - begin))
+        return flops / max(rates)
+
+    return run
+
+
+def measure(rounds: int) -> list[dict]:
+    """All subjects on all tasks; one row each."""
+    rows = []
+    for task, width, trials in TASKS:
+        subjects: dict[str, Callable[[], float] | None] = {
+            "engine": engine(task, width, trials),
+            "plain": plain(task, width),
+            "stable-baselines3": stable_baselines(task, width),
+            "floor: physics": physics(task, trials),
+            "floor: matrix products": matrix_products(task, width),
+        }
+        present = {name: run for name, run in subjects.items() if run is not None}
+        seconds: dict[str, list[float]] = {name: [] for name in present}
+        for number in range(rounds + 1):
+            for name, run in present.items():
+                taken = run()
+                if number:  # the first round warms up
+                    seconds[name].append(taken)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        floor = medians["floor: physics"] + medians["floor: matrix products"]
+        for name, median in medians.items():
+            rows.append(
+                {
+                    "task": f"{task} {width}-{width}",
+                    "subject": name,
+                    "metric": "env steps per second, one core",
+                    "value": round(1 / median, 1),
+                    "unit": "1/s",
+                    "ratio_to_plain": round(medians["plain"] / median, 2),
+                    "ratio_to_floor": round(median / floor, 3),
+                    "ratio_to_physics": round(median / medians["floor: physics"], 3),
+                    "microseconds": round(median * 1e6, 2),
+                    "spread": round((max(seconds[name]) - min(seconds[name])) / median, 3),
+                    "trials": trials if name == "engine" else 1,
+                    "rounds": rounds,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure, print the table, write benchmarks/results/engine.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds after the one that warms up")
+    rounds = parser.parse_args().rounds
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
+    torch.set_num_threads(1)
+    rows = measure(rounds)
+    target = ROOT / "benchmarks" / "results" / "engine.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(rows, indent=1) + "\n")
+    shown = ("task", "subject", "value", "microseconds", "ratio_to_plain", "ratio_to_physics", "ratio_to_floor", "spread")
+    title = f"One core, medians of {rounds} alternating rounds; value in env steps/s, floor = physics + matrix products"
+    Console(width=150).print(format_rows([{key: str(row[key]) for key in shown} for row in rows], title=title))
+
+
+if __name__ == "__main__":
+    main()

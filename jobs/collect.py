@@ -1,0 +1,26 @@
+"""Collect: seeded PPO trials at once on Ray actors, their policy weights streamed to Parquet.
+
+    python jobs/collect.py --experiment jobs/experiments/demo.toml
+    ray job submit --working-dir . -- python jobs/collect.py --experiment jobs/experiments/demo.toml
+
+The same command again goes on where it stopped, or says that all is done.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tipl_ray.config import parse_arguments
+
+
+def main() -> None:
+    """Read the experiment, then load what runs it: --help is instant."""
+    experiment = parse_arguments(__doc__)
+    from tipl_ray.stages import run_stages
+
+    run_stages(experiment, ["collect"])
+
+
+if __name__ == "__main__":
+    main()

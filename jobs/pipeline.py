@@ -1,0 +1,26 @@
+"""The whole pipeline: collect, train and evaluate, in order, as one MLflow run with a child per stage.
+
+    python jobs/pipeline.py --experiment jobs/experiments/demo.toml
+    ray job submit --working-dir . -- python jobs/pipeline.py --experiment jobs/experiments/demo.toml
+
+The same command again goes on where it stopped, or says that all is done.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tipl_ray.config import parse_arguments
+
+
+def main() -> None:
+    """Read the experiment, then load what runs it: --help is instant."""
+    experiment = parse_arguments(__doc__)
+    from tipl_ray.stages import run_stages
+
+    run_stages(experiment, ["collect", "train", "evaluate"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+import re
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from tipl_ray import figures
+
+STEPS = range(1, 5)
+SKILLS = {"tipl": 0.3, "copy-last": 0.0, "linear": -1.5, "svd-floor": 0.9}
+
+
+def result_table(capped=False):
+    """20 windows of one trial, 4 of them run; squared errors that make SKILLS exact at every step."""
+    rng = np.random.default_rng(0)
+    rows = [(start, name, step) for start in range(20) for name in SKILLS for step in STEPS]
+    starts, names, steps = (np.array(column) for column in zip(*rows, strict=True))
+    true = np.where(starts % 5 == 0, 1000.0 if capped else 50.0 * starts + steps, np.nan)
+    displacement = rng.uniform(0.5, 1.5, len(rows))
+    return {
+        "start": starts,
+        "phase": starts % 5,
+        "third": starts // 7,
+        "predictor": names,
+        "step": steps,
+        "squared_error": displacement * (1 - np.array([SKILLS[name] for name in names])),
+        "displacement_squared": displacement,
+        "return_true": true,
+        "return_predicted": true - (0.0 if capped else 10.0),
+    }
+
+
+def summary(run=True, names=tuple(SKILLS)):
+    return [
+        {
+            "predictor": name,
+            "basis": "trial" if name in ("tipl", "svd-floor") else "none",
+            "step": step,
+            "skill": SKILLS[name],
+            "skill_low": SKILLS[name] - 0.1,
+            "skill_high": SKILLS[name] + 0.1,
+            "wpe": (1 - SKILLS[name]) * 1e-3 * step,
+            "repw": 10.0 * step if run else None,
+            "repw_low": 8.0 * step if run else None,
+            "repw_high": 12.0 * step if run else None,
+            "repw_noise_floor": 5.0 if run and name == "tipl" else None,
+        }
+        for name in names
+        for step in STEPS
+    ]
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def drawn(axes):
+    """The lines that have points."""
+    return [line for line in axes.lines if len(line.get_xdata()) > 2]
+
+
+def points(line):
+    return np.asarray(line.get_xdata(), dtype=float), np.asarray(line.get_ydata(), dtype=float)
+
+
+def all_figures():
+    env_steps = np.arange(0, 1000, 100)
+    curves = [(seed, env_steps, np.where(env_steps < 100 * seed, np.nan, env_steps + seed)) for seed in range(4)]
+    history = [{"step": s, "loss": 1 / (1 + s), "validation_loss": 0.5 if s % 2 else None} for s in range(10)]
+    ranks = [{"trial": t, "rank": r, "energy_outside": 0.1 / r, "mse": 1e-3 / r} for t in range(3) for r in (1, 2, 4)]
+    return {
+        "figure_2": figures.figure_2(result_table(), summary()),
+        "skill_by_step": figures.skill_by_step(summary()),
+        "skill_by_phase": figures.skill_by_phase(result_table()),
+        "skill_by_third": figures.skill_by_third(result_table()),
+        "learning_curves": figures.learning_curves(curves),
+        "reconstruction": figures.reconstruction(ranks),
+        "training_curves": figures.training_curves(history),
+    }
+
+
+def test_every_figure_is_saved_as_the_same_bytes_each_time(tmp_path):
+    for name, figure in all_figures().items():
+        first = figures.save(figure, tmp_path / f"{name}.png").read_bytes()
+        assert first.startswith(b"\x89PNG")
+        assert b"Software" not in first
+        assert figures.png(all_figures()[name]) == first
+
+
+def test_every_axis_has_a_title_in_words_and_names_what_runs_along_it():
+    for figure in all_figures().values():
+        titles = [axes.get_title() for axes in figure.axes] + [figure.get_suptitle()]
+        assert all(re.fullmatch(r"[\w' :,.]*", title) for title in titles)
+        assert sum(bool(title) for title in titles) >= 1
+        assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
+
+
+def test_figure_2_draws_both_errors_per_predictor_and_the_noise_floor():
+    figure = figures.figure_2(result_table(), summary())
+    errors, _, _, returns = figure.axes
+    assert len(drawn(errors)) == len(SKILLS)
+    assert errors.get_yscale() == "log"
+    bands = len(returns.collections)
+    assert bands == len(SKILLS)
+    floor = [line for line in drawn(returns) if line.get_linestyle() == "--"]
+    assert [points(line)[1].tolist() for line in floor] == [[5.0] * len(STEPS)]
+    assert legend(figure)[0] == "TIPL"
+    assert "noise floor of REPW" in legend(figure)
+
+
+def test_figure_2_scatters_every_policy_run_of_tipl_beside_copying():
+    figure = figures.figure_2(result_table(), summary())
+    _, tipl, copied, _ = figure.axes
+    for axes in (tipl, copied):
+        predicted, true = np.asarray(axes.collections[0].get_offsets()).T
+        assert len(true) == 4 * len(STEPS)
+        assert np.allclose(true - predicted, 10.0)
+    assert tipl.get_xlim() == copied.get_xlim() == tipl.get_ylim() == copied.get_ylim()
+    assert "mean difference 10.0" in tipl.texts[0].get_text()
+
+
+def test_points_at_the_same_place_are_counted_in_words():
+    tipl = figures.figure_2(result_table(capped=True), summary()).axes[1]
+    assert "100% of 16 points lie" in tipl.texts[0].get_text()
+
+
+def test_figure_2_says_so_where_no_policies_were_run():
+    table = {**result_table(), "return_true": np.full(20 * len(SKILLS) * len(STEPS), np.nan)}
+    figure = figures.figure_2(table, summary(run=False))
+    assert figure.axes[1].texts[0].get_text() == "no policies were run"
+    assert figures.png(figure)
+
+
+def test_figure_2_survives_weights_that_do_not_move():
+    rows = [{**row, "wpe": 0.0, "skill": float("nan")} for row in summary()]
+    assert figures.png(figures.figure_2(result_table(), rows))
+    assert figures.png(figures.skill_by_step(rows))
+
+
+def test_a_diverging_predictor_does_not_press_the_comparison_flat():
+    rows = [{**row, "repw": 1e5} if row["predictor"] == "linear" else row for row in summary()]
+    figure = figures.figure_2(result_table(), rows)
+    returns = figure.axes[3]
+    assert returns.get_ylim()[1] < 1000
+    assert "linear extrapolation rises to 100,000" in figure.legends[0].get_title().get_text()
+
+
+def test_skill_has_copying_as_its_zero_line_and_says_what_is_outside():
+    figure = figures.skill_by_step(summary())
+    (axes,) = figure.axes
+    assert [points(line)[1].tolist() for line in axes.lines if line.get_label() == "copying the last snapshot"] == [
+        [0, 0]
+    ]
+    assert len(drawn(axes)) == 3
+    assert figure.legends[0].get_title().get_text() == "Outside the picture: linear extrapolation falls to -1.5"
+
+
+def test_skill_by_phase_has_a_panel_per_phase_with_the_exact_skill():
+    figure = figures.skill_by_phase(result_table())
+    assert len(figure.axes) == 5
+    for axes in figure.axes:
+        for line in drawn(axes):
+            name = next(name for name, words in figures.NAMES.items() if words == line.get_label())
+            assert np.allclose(line.get_ydata(), SKILLS[name])
+
+
+def test_skill_by_third_has_three_panels():
+    figure = figures.skill_by_third(result_table())
+    assert [axes.get_title() for axes in figure.axes] == ["first third", "second third", "last third"]
+
+
+def test_a_predictor_keeps_its_colour_from_picture_to_picture():
+    def colours(figure):
+        handles = figure.legends[0].legend_handles
+        return {handle.get_label(): handle.get_color() for handle in handles}
+
+    by_step, by_phase = colours(figures.skill_by_step(summary())), colours(figures.skill_by_phase(result_table()))
+    assert by_step["TIPL"] == by_phase["TIPL"] == figures.COLOURS["tipl"]
+    assert by_step == by_phase
+    assert len(set(by_step.values())) == len(by_step)
+
+
+def test_two_bases_of_one_predictor_are_told_apart():
+    rows = summary(names=("tipl",)) + [{**row, "basis": "raw"} for row in summary(names=("tipl",))]
+    figure = figures.skill_by_step(rows)
+    assert legend(figure)[:2] == ["TIPL, basis raw", "TIPL, basis trial"]
+    assert len({line.get_linestyle() for line in drawn(figure.axes[0])}) == 2
+
+
+def test_learning_curves_skip_nan_and_average_on_a_common_grid():
+    env_steps = np.array([0, 100, 200, 300])
+    curves = [
+        (1, env_steps, np.array([np.nan, 100.0, 200.0, 300.0])),
+        (2, env_steps, np.array([0.0, np.nan, 200.0, 300.0])),
+        (3, env_steps, np.full(4, np.nan)),
+    ]
+    figure = figures.learning_curves(curves)
+    *trials, mean = figure.axes[0].lines
+    assert len(trials) == 2
+    env_steps_G, returns_G = points(mean)
+    assert (env_steps_G[0], env_steps_G[-1]) == (100, 300)
+    assert np.allclose(returns_G, env_steps_G)
+
+
+def test_the_mean_returns_band_stays_within_the_trials():
+    env_steps = np.arange(5)
+    figure = figures.learning_curves([(seed, env_steps, np.full(5, 900.0 + 50 * seed)) for seed in range(3)])
+    heights = np.asarray(figure.axes[0].collections[0].get_paths()[0].vertices)[:, 1]
+    assert heights.min() >= 900
+    assert heights.max() <= 1000
+
+
+def test_learning_curves_without_returns_are_refused():
+    with pytest.raises(ValueError, match="none of the 1 curves"):
+        figures.learning_curves([(1, np.arange(3), np.full(3, np.nan))])
+
+
+def test_reconstruction_has_a_line_per_trial_and_the_mean():
+    figure = all_figures()["reconstruction"]
+    for axes in figure.axes:
+        assert len(axes.lines) == 4
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert np.allclose(figure.axes[0].lines[-1].get_ydata(), [0.1, 0.05, 0.025])
+
+
+def test_reconstruction_leaves_out_exact_zeros():
+    rows = [{"trial": 1, "rank": rank, "energy_outside": 0.0, "mse": 0.0} for rank in (1, 2)]
+    assert figures.png(figures.reconstruction(rows))
+
+
+def test_validation_is_drawn_where_it_was_measured():
+    training, validation = all_figures()["training_curves"].axes[0].lines
+    assert len(training.get_xdata()) == 10
+    assert points(validation)[0].tolist() == [1, 3, 5, 7, 9]
+
+
+def test_training_without_validation_has_one_line():
+    figure = figures.training_curves([{"step": step, "loss": 1.0} for step in range(3)])
+    assert isinstance(figure, Figure)
+    assert legend(figure) == ["training trials"]

@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+
+from tipl_ray import metrics
+
+
+def table_of(num_trials: int = 4, windows_per_trial: int = 30, num_steps: int = 3, seed: int = 0) -> metrics.Table:
+    """Results of a predictor that is off by half the displacement; policies are run in every third window."""
+    generator = np.random.default_rng(seed)
+    trial, start, step = np.meshgrid(
+        np.arange(num_trials) + 40, np.arange(windows_per_trial) + 19, np.arange(1, num_steps + 1), indexing="ij"
+    )
+    num_rows = trial.size
+    displacement = generator.exponential(size=num_rows) * step.ravel()
+    run = start.ravel() % 3 == 0
+    returns = {
+        name: np.where(run, generator.normal(500.0, 10.0, num_rows), np.nan)
+        for name in ("return_true", "return_true_again", "return_predicted", "return_last")
+    }
+    return {
+        "task": np.full(num_rows, "InvertedPendulum-v4", object),
+        "trial": trial.ravel(),
+        "start": start.ravel().astype(np.int32),
+        "phase": (start.ravel() % 5).astype(np.int8),
+        "third": (start.ravel() * 3 // (windows_per_trial + 19)).astype(np.int8),
+        "predictor": np.full(num_rows, "tipl", object),
+        "basis": np.full(num_rows, "trial", object),
+        "causal": np.zeros(num_rows, bool),
+        "step": step.ravel().astype(np.int16),
+        "num_weights": np.full(num_rows, 122, np.int32),
+        "squared_error": 0.25 * displacement,
+        "displacement_squared": displacement,
+        **returns,
+    }
+
+
+def summary(table: metrics.Table) -> list[dict]:
+    return metrics.summarise(table, confidence=0.95, bootstrap=200, seed=0, trained_on="InvertedPendulum-v4")
+
+
+def test_copying_the_last_snapshot_has_skill_exactly_0_and_beats_last_half_the_time():
+    table = table_of()
+    table |= {"squared_error": table["displacement_squared"], "return_predicted": table["return_last"]}
+    for row in summary(table):
+        assert (row["skill"], row["skill_low"], row["skill_high"]) == (0.0, 0.0, 0.0)
+        assert row["beats_last"] == 0.5
+
+
+def test_predictor_that_is_given_the_truth_has_skill_1_and_repw_equal_to_the_noise_floor():
+    table = table_of()
+    table |= {
+        "squared_error": np.zeros_like(table["squared_error"]),
+        "return_predicted": table["return_true_again"],
+    }
+    for row in summary(table):
+        assert (row["skill"], row["skill_low"], row["skill_high"], row["wpe"]) == (1.0, 1.0, 1.0, 0.0)
+        assert row["repw"] == row["repw_noise_floor"] > 0.0
+
+
+def test_half_the_displacement_is_a_skill_of_three_quarters():
+    table = table_of()
+    assert metrics.skill(table) == pytest.approx(0.75)
+    assert metrics.wpe(table) == pytest.approx((0.25 * table["displacement_squared"] / 122).mean())
+
+
+def test_repw_counts_only_the_windows_whose_policies_were_run():
+    table = table_of()
+    run = ~np.isnan(table["return_true"])
+    assert 0 < run.sum() < len(run)
+    difference = (table["return_predicted"] - table["return_true"])[run]
+    assert metrics.repw(table) == pytest.approx(np.abs(difference).mean())
+    assert metrics.repw_signed(table) == pytest.approx(difference.mean())
+
+
+def test_figures_of_policies_never_run_are_nan_and_weights_are_still_judged():
+    table = table_of()
+    for name in ("return_true", "return_true_again", "return_predicted", "return_last"):
+        table[name] = np.full_like(table[name], np.nan)
+    for row in summary(table):
+        assert np.isnan([row["repw"], row["repw_low"], row["repw_noise_floor"], row["beats_last"]]).all()
+        assert row["skill"] == pytest.approx(0.75)
+
+
+def test_skill_where_nothing_moved_is_nan():
+    table = table_of()
+    table |= {"squared_error": 0.0 * table["squared_error"], "displacement_squared": 0.0 * table["squared_error"]}
+    assert np.isnan(metrics.skill(table))
+    assert np.isnan(summary(table)[0]["skill_low"])
+
+
+def test_ties_with_the_last_policy_count_half():
+    table = {"return_predicted": np.array([3.0, 2.0, 1.0, 2.0, np.nan]), "return_last": np.array([2.0] * 4 + [np.nan])}
+    assert metrics.beats_last(table) == (1 + 0.5 + 0 + 0.5) / 4
+
+
+def test_interval_holds_the_figure_and_is_the_same_for_the_same_seed():
+    table = table_of(num_trials=8)
+    table["squared_error"] = table["squared_error"] * (1 + 0.2 * (table["trial"] % 3))
+    row = summary(table)[0]
+    assert row["skill_low"] < row["skill"] < row["skill_high"]
+    assert row["repw_low"] < row["repw"] < row["repw_high"]
+    assert summary(table) == summary(table)
+
+
+def test_interval_resamples_trials_and_not_windows():
+    num_windows = 1000
+    trials = np.repeat([1, 2], num_windows)
+    errors = np.repeat([0.0, 1.0], num_windows)
+    low, high = metrics.bootstrap_interval(
+        trials, errors, np.ones(2 * num_windows), confidence=0.95, resamples=500, seed=0
+    )
+    assert (low, high) == (0.0, 1.0)
+
+
+def test_a_single_trial_has_no_interval():
+    row = summary(table_of(num_trials=1))[0]
+    assert np.isnan([row["skill_low"], row["skill_high"], row["repw_low"]]).all()
+
+
+def test_summary_has_one_row_per_predictor_basis_and_step_in_order():
+    ours, theirs = table_of(), table_of(seed=1)
+    theirs["predictor"] = np.full_like(theirs["predictor"], "linear")
+    rows = summary({name: np.concatenate([ours[name], theirs[name]]) for name in ours})
+    assert [(row["predictor"], row["step"]) for row in rows] == [
+        (predictor, step) for predictor in ("linear", "tipl") for step in (1, 2, 3)
+    ]
+    assert {(row["windows"], row["trials"]) for row in rows} == {(120, 4)}
+    columns = "task trained_on predictor basis causal step skill skill_low skill_high wpe repw repw_low repw_high"
+    assert " ".join(rows[0]) == f"{columns} repw_noise_floor beats_last windows trials"
+
+
+def test_groups_by_phase_share_out_every_row():
+    table = table_of()
+    groups = {value: rows for (value,), rows in metrics.by(table, "phase")}
+    assert list(groups) == [0, 1, 2, 3, 4]
+    assert sum(len(rows["trial"]) for rows in groups.values()) == len(table["trial"])
+    for phase, rows in groups.items():
+        assert (rows["phase"] == phase).all()
+
+
+def test_empty_table_has_an_empty_summary():
+    assert summary({name: values[:0] for name, values in table_of().items()}) == []

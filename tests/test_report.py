@@ -1,0 +1,198 @@
+import base64
+import re
+
+import pytest
+
+from tipl_ray import report
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def row(predictor, step, skill, repw=10.0, *, spread=0.05, basis="trial", causal=False):
+    """One summary row: intervals are +- spread for skill and +- 2 for REPW; the noise floor is 5."""
+    return {
+        "task": "InvertedPendulum-v4",
+        "trained_on": "InvertedPendulum-v4",
+        "predictor": predictor,
+        "basis": basis,
+        "causal": causal,
+        "step": step,
+        "skill": skill,
+        "skill_low": skill - spread,
+        "skill_high": skill + spread,
+        "wpe": 1.25e-4,
+        "repw": repw,
+        "repw_low": repw - 2,
+        "repw_high": repw + 2,
+        "repw_noise_floor": 5.0,
+        "beats_last": 0.53,
+        "windows": 1200,
+        "trials": 5,
+    }
+
+
+def rows(predictor, *skills, **rest):
+    return [row(predictor, step, skill, **rest) for step, skill in enumerate(skills, start=1)]
+
+
+def test_skill_above_zero_at_every_step_is_a_yes():
+    answer = report.beats_copying(rows("tipl", 0.4, 0.3, 0.2, causal=True))
+    assert answer.verdict == "yes"
+    assert answer.text == (
+        "It beats copying at h = 1 to 3. Its skill is 0.40 [0.35, 0.45] at h = 1 and 0.20 [0.15, 0.25] at h = 3."
+    )
+
+
+def test_an_interval_that_includes_zero_does_not_beat_copying():
+    answer = report.beats_copying(rows("tipl", 0.03))
+    assert answer.verdict == "no"
+    assert "At h = 1 it does not: the 95% interval of its skill includes 0" in answer.text
+    assert "beats" not in answer.text
+
+
+def test_skill_below_zero_is_said_to_be_worse():
+    answer = report.beats_copying(rows("tipl", 0.4, 0.01, -0.2, -0.4), confidence=0.9)
+    assert answer.verdict == "partly"
+    assert "It beats copying at h = 1." in answer.text
+    assert "At h = 2 it does not: the 90% interval" in answer.text
+    assert "It is worse than copying at h = 3 and 4." in answer.text
+
+
+def test_a_basis_that_saw_the_future_is_named_wherever_skill_is_claimed():
+    assert "the future included" in report.beats_copying(rows("tipl", 0.4)).text
+    assert "the future included" not in report.beats_copying(rows("tipl", 0.4, basis="raw", causal=True)).text
+
+
+def test_a_single_trial_leaves_the_answer_unknown():
+    alone = [{**item, "skill_low": float("nan"), "skill_high": None} for item in rows("tipl", 0.4)]
+    answer = report.beats_copying(alone)
+    assert answer.verdict == "unknown"
+    assert answer.text.startswith("At h = 1 there are too few trials to tell. Its skill is 0.40 at h = 1.")
+
+
+def test_without_the_transformer_nothing_is_claimed():
+    answers = report.answers(rows("copy-last", 0.0))
+    assert {answer.verdict for answer in answers} == {"unknown"}
+    assert all(answer.text for answer in answers)
+
+
+def test_linear_is_beaten_only_where_intervals_are_apart():
+    summary = rows("tipl", 0.40, 0.20, 0.10) + rows("linear", 0.10, 0.15, 0.50)
+    answer = report.beats_linear(summary)
+    assert answer.verdict == "partly"
+    assert "It beats linear extrapolation at h = 1." in answer.text
+    assert "At h = 2 it does not, as far as can be told" in answer.text
+    assert "It is worse than linear extrapolation at h = 3." in answer.text
+
+
+def test_returns_within_the_noise_floor_are_the_same():
+    answer = report.returns_like_the_true_policy(rows("tipl", 0.4, repw=6.0))
+    assert answer.verdict == "yes"
+    assert "At h = 1 no difference can be told from the noise of the evaluation." in answer.text
+    assert "1.0 above the noise floor of 5.0" in answer.text
+
+
+def test_returns_above_the_noise_floor_are_not_the_same():
+    answer = report.returns_like_the_true_policy(rows("tipl", 0.4, 0.3, repw=25.0))
+    assert answer.verdict == "no"
+    assert "They do not at h = 1 and 2" in answer.text
+    assert "20.0 above the noise floor" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("tipl", "verdict", "words"),
+    [
+        (10.0, "yes", "They do at h = 1."),
+        (19.0, "no", "At h = 1 they do not, as far as can be told: the intervals of both REPWs overlap."),
+        (40.0, "no", "They return further from it than the copy at h = 1."),
+    ],
+)
+def test_returns_are_compared_with_a_copys(tipl, verdict, words):
+    answer = report.returns_closer_than_a_copy(rows("tipl", 0.4, repw=tipl) + rows("copy-last", 0.0, repw=20.0))
+    assert (answer.verdict, answer.text.startswith(words)) == (verdict, True)
+    assert "returns more than the last snapshot in 53% of windows" in answer.text
+
+
+def test_policies_that_were_not_run_are_no_finding():
+    unrun = [{**item, "repw": None, "repw_low": None, "repw_high": None} for item in rows("tipl", 0.4)]
+    answer = report.returns_like_the_true_policy(unrun)
+    assert (answer.verdict, answer.text) == ("unknown", report.NO_POLICIES)
+
+
+def test_a_basis_worse_than_copying_is_called_so():
+    answer = report.basis_suffices(rows("svd-floor", -0.5, 0.5, 0.95))
+    assert answer.verdict == "partly"
+    assert "It does not at h = 1" in answer.text
+    assert report.basis_suffices(rows("svd-floor", -0.5)).verdict == "no"
+    assert report.basis_suffices(rows("svd-floor", 0.8)).verdict == "partly"
+
+
+def test_table_shows_four_steps_unless_all_are_asked_for():
+    summary = rows("copy-last", *[0.0] * 10, basis="none", causal=True) + rows("tipl", *[0.4] * 10)
+    short, whole = report.format_table(summary).splitlines(), report.format_table(summary, all=True).splitlines()
+    assert (len(short), len(whole)) == (2 + 8, 2 + 20)
+    assert [line.split()[3] for line in short[2:6]] == ["1", "2", "5", "10"]
+    assert [line.split()[0] for line in short[2:]] == ["tipl"] * 4 + ["copy-last"] * 4
+    assert "0.40 [0.35, 0.45]" in short[2]
+    assert "1,200" in short[2]
+    assert len({line.rindex("%") for line in short[2:]}) == 1
+
+
+def test_a_value_that_is_not_known_is_a_dash_in_the_table():
+    unknown = {**row("tipl", 1, float("nan"), spread=float("nan")), "repw": None, "beats_last": None}
+    assert report.format_table([unknown]).splitlines()[2].split()[4:] == ["-", "1.25e-04", "-", "5.0", "-", "1,200"]
+
+
+@pytest.fixture
+def page(tmp_path):
+    picture = tmp_path / "figure_2.png"
+    picture.write_bytes(PNG)
+    path = report.write_report(
+        tmp_path / "report.html",
+        title="demo <script>alert(1)</script>",
+        summary=rows("tipl", 0.4, 0.01) + rows("copy-last", 0.0, 0.0),
+        figures={"figure_2": picture},
+        facts={"trials & tests": "<b>16</b>"},
+        configuration={"model": {"context": 20}, "name": "a\"b'c"},
+        commands={"Again": "make demo && echo '<done>'"},
+        files={"results": "/storage/<demo>/results.parquet"},
+    )
+    return path.read_text(encoding="utf-8")
+
+
+def test_report_needs_nothing_beside_it(page):
+    sources = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'>\s]+)", page)
+    assert sources == ["data:image/png;base64," + base64.b64encode(PNG).decode()]
+    assert not re.search(r"<script|<link|<iframe|@import|url\(", page)
+
+
+def test_report_escapes_every_value(page):
+    for raw in ("<script>", "<b>16</b>", "<done>", "<demo>", "trials & tests"):
+        assert raw not in page
+    assert "demo &lt;script&gt;" in page
+    assert "make demo &amp;&amp; echo" in page
+
+
+def test_report_holds_answers_tables_configuration_and_captions(page):
+    assert "It beats copying at h = 1." in page
+    assert "At h = 2 it does not" in page
+    assert "model.context" in page
+    assert report.CAPTIONS["figure_2"][1][:40] in page
+    assert page.count('<tr class="tipl">') == 2 * 2
+    assert "/storage/&lt;demo&gt;/results.parquet" in page
+
+
+def test_a_picture_without_a_caption_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"figures=\['mystery'\] have no caption"):
+        report.write_report(
+            tmp_path / "report.html",
+            title="",
+            summary=[],
+            figures={"mystery": "m.png"},
+            facts={},
+            configuration={},
+            commands={},
+            files={},
+        )

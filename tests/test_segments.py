@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tipl_ray import config
+from tipl_ray.model import Normaliser
+from tipl_ray.segments import Segments, Tokens, draw_windows, load_tokens, tokens_of
+from tipl_ray.temporal_svd import fit_basis
+from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+
+BASIS = config.Basis(rank=4)
+HEADER = Header(task="Line-v0", layout=(("w", (11,), 0),), config={}, versions={"mujoco": "4.0", "gymnasium": "1.4"})
+
+
+def trajectory(seed: int, num_snapshots: int = 15, num_weights: int = 11) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return generator.standard_normal((num_snapshots, num_weights)).cumsum(axis=0).astype(np.float32)
+
+
+def tokens(seeds: range, num_snapshots: int = 15) -> Tokens:
+    trajectories = {seed: trajectory(seed, num_snapshots) for seed in seeds}
+    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, "trial", 4)) for seed, w_TP in trajectories.items()])
+
+
+def write_store(root: Path, trajectories: dict[int, np.ndarray]) -> TrajectoryStore:
+    store = TrajectoryStore(str(root))
+    for seed, weights_TP in trajectories.items():
+        writer = TrialWriter(store, seed, HEADER)
+        for index, weights_P in enumerate(weights_TP):
+            writer.append(
+                Snapshot(
+                    seed=seed,
+                    snapshot=index,
+                    iteration=index,
+                    epoch=0,
+                    env_step=index,
+                    learning_rate=3e-4,
+                    episodic_return=None,
+                    weights=weights_P,
+                    observation_mean=np.zeros(2),
+                    observation_variance=np.ones(2),
+                    observation_count=1.0,
+                )
+            )
+        writer.commit({})
+    return store
+
+
+def test_windows_are_the_tokens_of_neighbouring_snapshots_and_targets_the_next():
+    two = tokens(range(2))
+    segments = Segments(two, Normaliser.fit(two.coordinates_NTD), context=5)
+    assert segments.num_windows == 2 * (15 - 5)
+    normalised_NTD = Normaliser.fit(two.coordinates_NTD).normalise(two.coordinates_NTD)
+    batch = segments.gather(np.arange(20))
+    for window in range(20):
+        trial, first = divmod(window, 10)
+        assert batch.snapshots_BK[window].tolist() == list(range(first, first + 5))
+        np.testing.assert_array_equal(batch.tokens_BKD[window], normalised_NTD[trial, first : first + 5])
+        np.testing.assert_array_equal(batch.targets_BKD[window], normalised_NTD[trial, first + 1 : first + 6])
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_workers_share_out_the_same_global_batch_whatever_their_number(num_workers):
+    two = tokens(range(2))
+    segments = Segments(two, Normaliser.fit(two.coordinates_NTD), context=5)
+    for step in (0, 1, 1000):
+        alone = segments.batch(step, 8, seed=3)
+        shares = [segments.batch(step, 8, 3, rank, num_workers) for rank in range(num_workers)]
+        for one, many in zip(alone, zip(*shares, strict=True), strict=True):
+            assert torch.equal(torch.stack(many, dim=1).flatten(0, 1), one)
+
+
+def test_batches_depend_on_step_and_seed_and_on_nothing_else():
+    draw = draw_windows(1000, step=7, batch_size=64, seed=1)
+    np.testing.assert_array_equal(draw, draw_windows(1000, step=7, batch_size=64, seed=1))
+    assert (draw != draw_windows(1000, step=8, batch_size=64, seed=1)).any()
+    assert (draw != draw_windows(1000, step=7, batch_size=64, seed=2)).any()
+
+
+def test_every_window_is_drawn_about_as_often():
+    draws = np.concatenate([draw_windows(10, step, 100, seed=0) for step in range(100)])
+    np.testing.assert_allclose(np.bincount(draws, minlength=10), 1000, rtol=0.15)
+
+
+@pytest.mark.parametrize("kind", ["trial", "raw"])
+def test_one_step_errors_are_those_of_the_decoded_weights(kind):
+    weights_TP = trajectory(5)
+    fitted = fit_basis(weights_TP, kind, 4)
+    one = tokens_of(5, weights_TP, fitted)
+    normaliser = Normaliser.fit(one.coordinates_NTD)
+    segments = Segments(one, normaliser, context=5)
+    predicted_BD = torch.randn(10, fitted.rank, generator=torch.Generator().manual_seed(0))
+    error_B, displacement_B = segments.one_step_errors(np.arange(10), predicted_BD)
+    decoded_BP = fitted.decode(normaliser.restore(predicted_BD.numpy()))
+    np.testing.assert_allclose(error_B, np.square(decoded_BP - weights_TP[5:]).sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(displacement_B, np.square(weights_TP[5:] - weights_TP[4:-1]).sum(axis=1), rtol=1e-6)
+
+
+def test_tokens_come_from_the_store_one_basis_per_trial(tmp_path: Path):
+    trajectories = {seed: trajectory(seed) for seed in (3, 4, 5)}
+    loaded = load_tokens(write_store(tmp_path, trajectories), (3, 5), BASIS)
+    assert loaded.seeds == (3, 5)
+    for index, seed in enumerate(loaded.seeds):
+        fitted = fit_basis(trajectories[seed], "trial", 4)
+        np.testing.assert_array_equal(loaded.coordinates_NTD[index], fitted.coordinates_TD)
+        np.testing.assert_array_equal(loaded.singular_values_ND[index], fitted.singular_values_D)
+
+
+def test_trials_of_different_length_are_refused_by_name(tmp_path: Path):
+    store = write_store(tmp_path, {3: trajectory(3), 4: trajectory(4, num_snapshots=12)})
+    with pytest.raises(ValueError, match="trial 3: 15 x 4, trial 4: 12 x 4"):
+        load_tokens(store, (3, 4), BASIS)
+
+
+def test_rank_beyond_a_trial_is_refused_with_its_seed(tmp_path: Path):
+    store = write_store(tmp_path, {3: trajectory(3)})
+    with pytest.raises(ValueError, match=r"trial 3: basis\.rank=12 is not between 1 and 11"):
+        load_tokens(store, (3,), config.Basis(rank=12))
+
+
+def test_context_as_long_as_the_trajectory_is_refused():
+    one = tokens(range(1))
+    with pytest.raises(ValueError, match=r"model\.context=15 leaves no window"):
+        Segments(one, Normaliser.fit(one.coordinates_NTD), context=15)

@@ -1,0 +1,247 @@
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from tipl_ray import config, training
+from tipl_ray.forecasting import Tipl
+from tipl_ray.model import CausalTransformer, Normaliser, load_about
+from tipl_ray.segments import Tokens, tokens_of
+from tipl_ray.temporal_svd import fit_basis
+from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+
+HEADER = Header(task="Line-v0", layout=(("w", (13,), 0),), config={}, versions={"mujoco": "4.0", "gymnasium": "1.4"})
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    ray.init(num_cpus=2, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def experiment(storage: Path | str = "/nowhere", **train: int | float) -> config.Experiment:
+    """Two trials to train, one to choose and one to report, of 41 snapshots each."""
+    schedule = {"num_steps": 30, "steps_per_iteration": 10, "batch_size": 8, "warmup_steps": 5, "learning_rate": 1e-3}
+    return config.Experiment(
+        name="tiny",
+        storage=str(storage),
+        collect=config.Collect(num_trials=4, first_seed=3, total_env_steps=8 * 2048),
+        split=config.Split(validation_trials=1, test_trials=1),
+        basis=config.Basis(rank=4),
+        model=config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.1),
+        train=config.Train(**(schedule | train)),  # type: ignore[arg-type]
+        evaluate=config.Evaluate(horizon=2),
+    ).check()
+
+
+def trajectory(seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return (0.1 * generator.standard_normal((41, 13)).cumsum(axis=0) + generator.standard_normal(13)).astype(np.float32)
+
+
+def tokens(*seeds: int) -> Tokens:
+    trajectories = {seed: trajectory(seed) for seed in seeds}
+    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, "trial", 4)) for seed, w_TP in trajectories.items()])
+
+
+def data() -> training.TrainingData:
+    return training.TrainingData(train=tokens(3, 4), validation=tokens(5))
+
+
+def write_store(root: Path, seeds: tuple[int, ...]) -> TrajectoryStore:
+    store = TrajectoryStore(str(root))
+    for seed in seeds:
+        writer = TrialWriter(store, seed, HEADER)
+        for index, weights_P in enumerate(trajectory(seed)):
+            writer.append(
+                Snapshot(
+                    seed=seed,
+                    snapshot=index,
+                    iteration=index,
+                    epoch=0,
+                    env_step=index,
+                    learning_rate=3e-4,
+                    episodic_return=None,
+                    weights=weights_P,
+                    observation_mean=np.zeros(2),
+                    observation_variance=np.ones(2),
+                    observation_count=1.0,
+                )
+            )
+        writer.commit({})
+    return store
+
+
+def assert_equal_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def without_time(history: list[training.Metrics]) -> list[training.Metrics]:
+    return [{key: value for key, value in row.items() if "second" not in key} for row in history]
+
+
+def test_training_lowers_the_loss_and_is_the_same_twice():
+    run, again = (training.Training(experiment(num_steps=100, steps_per_iteration=50), data()) for _ in range(2))
+    untrained, _ = run.validate()
+    history = list(run.iterations())
+    assert [row["step"] for row in history] == [50, 100]
+    assert history[-1]["validation_loss"] < 0.8 * untrained
+    assert without_time(list(again.iterations())) == without_time(history)
+    assert_equal_weights(run.model, again.model)
+
+
+def test_resumed_run_ends_with_the_same_weights_as_an_undisturbed_one(tmp_path: Path):
+    undisturbed = training.Training(experiment(), data())
+    list(undisturbed.iterations())
+    interrupted = training.Training(experiment(), data())
+    next(interrupted.iterations())
+    interrupted.save(str(tmp_path))
+    torch.rand(7)
+    resumed = training.Training(experiment(), data())
+    resumed.restore(str(tmp_path))
+    assert resumed.step == 10
+    list(resumed.iterations())
+    assert_equal_weights(resumed.model, undisturbed.model)
+    assert_equal_weights(resumed.best, undisturbed.best)
+    assert without_time(resumed.history) == without_time(undisturbed.history)
+
+
+def test_an_iteration_ends_early_where_the_steps_end():
+    run = training.Training(experiment(num_steps=14), data())
+    assert [(row["iteration"], row["step"]) for row in run.iterations()] == [(1, 10), (2, 14)]
+
+
+def test_the_best_model_is_that_of_the_lowest_validation_loss():
+    run = training.Training(experiment(num_steps=60, learning_rate=0.03), data())
+    kept = {
+        row["validation_loss"]: {k: v.clone() for k, v in run.model.state_dict().items()} for row in run.iterations()
+    }
+    assert list(kept)[-1] > min(kept), "the learning rate is meant to overshoot"
+    for name, tensor in run.best.state_dict().items():
+        assert torch.equal(tensor, kept[min(kept)][name])
+
+
+def test_learning_rate_warms_up_linearly_and_then_stays():
+    run = training.Training(experiment(warmup_steps=20, steps_per_iteration=5), data())
+    rates = [row["learning_rate"] for row in run.iterations()]
+    np.testing.assert_allclose(rates, 1e-3 * np.array([5, 10, 15, 20, 20, 20]) / 20)
+
+
+def test_validation_skill_of_the_true_next_token_is_1_but_for_what_the_basis_leaves_out():
+    run = training.Training(experiment(), data())
+    windows = np.arange(run.validation.num_windows)
+    truth_BD = run.validation.gather(windows).targets_BKD[:, -1]
+    error_B, displacement_B = run.validation.one_step_errors(windows, truth_BD)
+    weights_TP = trajectory(5)
+    fitted = fit_basis(weights_TP, "trial", 4)
+    floor = np.square(fitted.decode(fitted.coordinates_TD) - weights_TP)[6:].sum()
+    assert error_B.sum().item() == pytest.approx(floor, rel=1e-4)
+    assert displacement_B.sum().item() == pytest.approx(np.square(np.diff(weights_TP[5:], axis=0)).sum(), rel=1e-4)
+
+
+def test_mean_gradient_of_two_workers_is_that_of_one():
+    steady = dataclasses.replace(experiment(), model=dataclasses.replace(experiment().model, dropout=0.0))
+    alone = training.Training(steady, data())
+    pair = [training.Training(steady, data(), rank=rank, num_workers=2) for rank in range(2)]
+    for run in (alone, *pair):
+        run.step = 4
+        batch = run.segments.batch(4, 8, 0, run.rank, run.num_workers)
+        torch.nn.functional.mse_loss(run.model(batch.tokens_BKD, batch.snapshots_BK), batch.targets_BKD).backward()
+    for one, first, second in zip(*(run.model.parameters() for run in (alone, *pair)), strict=True):
+        torch.testing.assert_close((first.grad + second.grad) / 2, one.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_that_diverges_says_so():
+    run = training.Training(experiment(learning_rate=1e30, warmup_steps=0), data())
+    with pytest.raises(training.TrainingError, match=r"lower train\.learning_rate=1e\+30"):
+        list(run.iterations())
+
+
+def test_the_models_folder_is_that_of_what_it_depends_on():
+    base = training.model_folder(experiment(), "data")
+    assert training.model_folder(experiment(num_workers=2), "data") == base
+    assert training.model_folder(experiment(seed=1), "data") != base
+    assert training.model_folder(experiment(), "other data") != base
+
+
+def assert_close_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+class InterruptError(Exception):
+    """Stands for Ctrl-C."""
+
+
+def interrupt(metrics: training.Metrics) -> None:
+    if metrics["step"] >= 100:
+        raise InterruptError
+
+
+def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster: None, tmp_path: Path):
+    settings = experiment(tmp_path, num_steps=300)
+    # The test trial is not in the store: a run that touched it would fail.
+    digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
+    with pytest.raises(InterruptError):
+        training.train(settings, digest, on_metrics=interrupt)
+    rows: list[training.Metrics] = []
+    folder = training.train(settings, digest, on_metrics=rows.append, say=lambda line: None)
+    assert 10 < rows[0]["step"] <= rows[-1]["step"] == 300
+
+    undisturbed = training.Training(settings, data())
+    list(undisturbed.iterations())
+    assert_close_weights(CausalTransformer.load(folder), undisturbed.best)
+    history = training.load_history(folder)
+    assert [row["step"] for row in history] == list(range(10, 301, 10))
+    assert history[-len(rows) :] == rows
+    about = load_about(folder)
+    assert about["data_digest"] == digest
+    assert about["metrics"] == min(history, key=lambda row: row["validation_loss"])
+    np.testing.assert_array_equal(
+        Normaliser.from_table(about["normaliser"]).mean_D, Normaliser.fit(tokens(3, 4).coordinates_NTD).mean_D
+    )
+    assert np.isfinite(Tipl.load(folder).forecast(trajectory(6), np.array([10, 38]), 2)).all()
+
+    # As if killed after the last checkpoint and before the model was put in its place.
+    (Path(folder) / "model.json").unlink()
+    assert training.train(settings, digest, on_metrics=rows.append) == folder
+    assert load_about(folder) == about
+    assert rows[-1]["step"] == 300
+
+    lines: list[str] = []
+    assert training.train(settings, digest, on_metrics=interrupt, say=lines.append) == folder
+    assert lines == [f"found the trained model {folder}"]
+
+
+def test_data_that_cannot_be_reduced_is_refused_with_the_trial(cluster: None, tmp_path: Path):
+    settings = dataclasses.replace(experiment(tmp_path), basis=config.Basis(rank=14))
+    digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
+    with pytest.raises(ValueError, match=r"trial 3: basis\.rank=14 is not between 1 and 13"):
+        training.train(settings, digest)
+
+
+@pytest.mark.slow
+def test_two_ray_workers_train_the_same_model_as_one(cluster: None, tmp_path: Path):
+    steady = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.0)
+    settings = dataclasses.replace(experiment(tmp_path, num_workers=2), model=steady)
+    digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
+    folder = training.train(settings, digest)
+    alone = training.Training(settings, data())
+    list(alone.iterations())
+    assert_close_weights(CausalTransformer.load(folder), alone.best)
+    np.testing.assert_allclose(
+        [row["loss"] for row in training.load_history(folder)], [row["loss"] for row in alone.history], rtol=1e-4
+    )

@@ -1,0 +1,139 @@
+"""WPE, skill and REPW (Section 4), and how sure of them one may be.
+
+Knows the evaluation's result table, as a dictionary of equally long numpy columns, and nothing of how it was made.
+One row is one forecast: a trial, the start of a window, a predictor and a forward step h. The rows that a function is
+given are taken as one group; `by` cuts a table into groups.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+Table = dict[str, NDArray]
+
+GROUP = ("task", "predictor", "basis", "causal", "step")
+"""Columns whose values one summary row stands for."""
+
+
+def by(table: Table, *columns: str) -> Iterator[tuple[tuple, Table]]:
+    """Cut a table into the groups of equal values in some columns, in the values' order: (values, rows)."""
+    if not len(table[columns[0]]):
+        return
+    coded = [np.unique(table[column], return_inverse=True) for column in columns]
+    groups = np.ravel_multi_index([codes for _, codes in coded], [len(unique) for unique, _ in coded])
+    order = np.argsort(groups, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        values = tuple(np.asarray(table[column][rows[0]]).item() for column in columns)
+        yield values, {name: column[rows] for name, column in table.items()}
+
+
+def wpe(table: Table) -> float:
+    """WPE (Section 4): squared error per weight, mean over windows."""
+    return _ratio((table["squared_error"] / table["num_weights"]).sum(), len(table["squared_error"]))
+
+
+def skill(table: Table) -> float:
+    """1 - squared error / squared error of copying the last snapshot: 1 is perfect, 0 is copying; NaN for 0 / 0."""
+    return 1.0 - _ratio(table["squared_error"].sum(), table["displacement_squared"].sum())
+
+
+def repw(table: Table) -> float:
+    """REPW (Section 4): absolute difference of mean returns, mean over the windows whose policies were run."""
+    return _mean(np.abs(_return_error(table)))
+
+
+def repw_signed(table: Table) -> float:
+    """As `repw`, with the difference's sign: positive where predicted policies return more than the true ones."""
+    return _mean(_return_error(table))
+
+
+def noise_floor(table: Table) -> float:
+    """REPW of the true policy against itself on other evaluation seeds: what a perfect forecast would still show."""
+    return _mean(np.abs(table["return_true"] - table["return_true_again"]))
+
+
+def beats_last(table: Table) -> float:
+    """Share of the windows run in which the predicted policy returns more than the context's last; ties count half."""
+    difference = table["return_predicted"] - table["return_last"]
+    return _mean(np.where(np.isnan(difference), np.nan, 0.5 * (1.0 + np.sign(difference))))
+
+
+def bootstrap_interval(
+    trials: NDArray,
+    numerators: NDArray,
+    denominators: NDArray,
+    *,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Percentile interval of sum(numerators) / sum(denominators) under resampling of trials, never of windows.
+
+    One entry of each array per window. Windows of a trial resemble each other, so only trials count as independent:
+    of fewer than two the interval is (NaN, NaN). Resamples whose denominators sum to 0 are left out.
+    """
+    _, group = np.unique(trials, return_inverse=True)
+    num_trials = int(group.max(initial=-1)) + 1
+    if num_trials < 2:
+        return np.nan, np.nan
+    numerators_N = np.bincount(group, weights=numerators)
+    denominators_N = np.bincount(group, weights=denominators)
+    picks_RN = np.random.default_rng(seed).integers(num_trials, size=(resamples, num_trials))
+    numerators_R, denominators_R = numerators_N[picks_RN].sum(axis=1), denominators_N[picks_RN].sum(axis=1)
+    valid_R = denominators_R != 0
+    if not valid_R.any():
+        return np.nan, np.nan
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(numerators_R[valid_R] / denominators_R[valid_R], (tail, 1.0 - tail))
+    return float(low), float(high)
+
+
+def summarise(table: Table, *, confidence: float, bootstrap: int, seed: int, trained_on: str) -> list[dict]:
+    """One row per task, predictor, basis and step: every figure with its interval over trials.
+
+    For the same per phase or third: `{value: summarise(rows, ...) for (value,), rows in by(table, "phase")}`.
+    """
+    interval = functools.partial(bootstrap_interval, confidence=confidence, resamples=bootstrap, seed=seed)
+    rows = []
+    for (task, predictor, basis, causal, step), group in by(table, *GROUP):
+        errors, trials = np.abs(_return_error(group)), group["trial"]
+        run = ~np.isnan(errors)
+        low, high = interval(trials, group["squared_error"], group["displacement_squared"])
+        repw_low, repw_high = interval(trials[run], errors[run], np.ones(run.sum()))
+        rows.append(
+            {
+                "task": task,
+                "trained_on": trained_on,
+                "predictor": predictor,
+                "basis": basis,
+                "causal": causal,
+                "step": step,
+                "skill": skill(group),
+                "skill_low": 1.0 - high,
+                "skill_high": 1.0 - low,
+                "wpe": wpe(group),
+                "repw": repw(group),
+                "repw_low": repw_low,
+                "repw_high": repw_high,
+                "repw_noise_floor": noise_floor(group),
+                "beats_last": beats_last(group),
+                "windows": len(trials),
+                "trials": len(np.unique(trials)),
+            }
+        )
+    return rows
+
+
+def _return_error(table: Table) -> NDArray:
+    return table["return_predicted"] - table["return_true"]
+
+
+def _mean(values: NDArray) -> float:
+    known = values[~np.isnan(values)]
+    return _ratio(known.sum(), len(known))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return float(numerator / denominator) if denominator else float("nan")

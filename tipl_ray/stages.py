@@ -1,0 +1,322 @@
+"""The jobs' stages, one after the other: collect, train, evaluate; each found done, gone on with, or run from the start.
+
+Here everything meets: a stage runs on the Ray cluster, tells the terminal how far it is, leaves its work in the storage
+and logs it to MLflow. What is computed, and how, is in the files below.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from tipl_ray import figures, report
+from tipl_ray.collection import GroupProgress, collect, pending_seeds, trial_header
+from tipl_ray.config import CHECKOUT, Experiment, as_table, digest
+from tipl_ray.environments import find_task
+from tipl_ray.evaluation import Evaluation, evaluate
+from tipl_ray.files import file_exists, local_path, write_file
+from tipl_ray.learner import choose_engine
+from tipl_ray.terminal import ProgressView, duration, say
+from tipl_ray.tracking import Run, Tracker, TrackingError, ui_command
+from tipl_ray.training import TrainingError, load_history, model_folder, run_digest, train
+from tipl_ray.trajectory_store import StoreError, TrajectoryStore
+
+USER_ERRORS = (StoreError, TrackingError, TrainingError, ValueError)
+"""What a user can mend: told in one line, without a traceback."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What every stage needs beside its own work."""
+
+    experiment: Experiment
+    tracker: Tracker
+    pipeline: Run
+    """The MLflow run that the stages' runs are nested under."""
+
+
+def run_collect(context: Context) -> None:
+    """Collect every trial, with the progress of each actor, and log the trials' learning curves."""
+    experiment, settings = context.experiment, context.experiment.collect
+    store = TrajectoryStore(experiment.storage_path)
+    engine = choose_engine(settings.engine, experiment.ppo)
+    header = trial_header(experiment, engine)
+    width = "-".join(map(str, settings.policy_hidden))
+    say(
+        f"collect: {settings.num_trials} trials of {settings.task}, {experiment.num_iterations * experiment.ppo.num_steps:,} "
+        f"env steps each, policy {width} (P = {header.num_weights:,}), {experiment.num_snapshots:,} snapshots a trial"
+    )
+    if engine == "torch" and settings.engine == "auto":
+        say("collect: no g++ here, or a minibatch that is no multiple of 16: networks run in torch, several times slower")
+    found = settings.num_trials - len(pending_seeds(experiment, store))
+    if found == settings.num_trials and store.finished():
+        say(f"collect: found all {found} trials complete")
+    elif found:
+        say(f"collect: found {found} trials complete, going on with the others")
+    begin = time.monotonic()
+    with ProgressView() as view:
+        collect(experiment, lambda groups: _show_collection(view, groups, time.monotonic() - begin))
+    curves = learning_curves(experiment)
+    final = float(np.mean([returns[-1] for _, _, returns in curves]))
+    say(
+        f"collect: data set {store.digest(settings.seeds)} in {experiment.storage_path}/trajectories, "
+        f"mean episodic return at the end {final:.1f} over {len(curves)} trials, {duration(time.monotonic() - begin)}"
+    )
+    key = f"collect-{header.config_hash}-{digest(settings.seeds)}"
+    with context.tracker.run("collect", key, parent=context.pipeline, tags=_tags(context)) as run:
+        run.log_parameters({"collect": as_table(settings), "ppo": as_table(experiment.ppo), "engine": engine})
+        steps = curves[0][1]
+        mean_T = np.nanmean(np.stack([returns for _, _, returns in curves]), axis=0)
+        run.log_history("episodic_return_mean", [int(step) for step in steps], [float(value) for value in mean_T])
+        run.log_metrics({"final_episodic_return_mean": final, "num_weights": header.num_weights})
+        _log_data(context, run)
+        run.log_figure(figures.learning_curves(curves), "learning_curves")
+
+
+def run_train(context: Context) -> None:
+    """Train the Transformer on the collected trials and log every iteration and the model."""
+    experiment = context.experiment
+    data = data_digest(experiment)
+    say(
+        f"train: {len(experiment.train_seeds)} trials to train, {len(experiment.validation_seeds)} to choose, basis "
+        f"{experiment.basis.kind} of rank {experiment.basis.rank}, context {experiment.model.context}, "
+        f"{experiment.train.num_steps:,} steps of {experiment.train.batch_size} windows"
+    )
+    begin = time.monotonic()
+    key = f"train-{run_digest(experiment, data)}"
+    with context.tracker.run("train", key, parent=context.pipeline, tags=_tags(context)) as run:
+        run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("basis", "split", "model", "train")})
+        _log_data(context, run)
+
+        def log(metrics: dict[str, float]) -> None:
+            told = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
+            run.log_metrics({name: metrics[name] for name in told}, step=int(metrics["step"]))
+
+        folder = train(experiment, data, on_metrics=log, say=lambda line: say(f"train: {line}"))
+        history = load_history(folder)
+        for metrics in history:
+            log(metrics)
+        run.log_figure(figures.training_curves(history), "training_curves")
+        if local_path(folder):
+            run.log_model_folder(folder)
+    say(f"train: model in {folder}, {duration(time.monotonic() - begin)}")
+
+
+def run_evaluate(context: Context) -> None:
+    """Judge the trained model on the test trials: result table, figures, report."""
+    experiment = context.experiment
+    data = data_digest(experiment)
+    model = model_folder(experiment, data)
+    if not file_exists(model, "model.json"):
+        raise StoreError(f"{model}: no trained model of this experiment is there; run jobs/train.py first")
+    settings = experiment.evaluate
+    say(
+        f"evaluate: {len(experiment.test_seeds)} test trials, h = 1..{settings.horizon}, policies run at "
+        f"{settings.windows_per_trial} windows a trial on {settings.episodes} episodes each"
+    )
+    begin = time.monotonic()
+    with ProgressView() as view:
+        evaluation = evaluate(
+            experiment, model, lambda done, total: view.show([], f"evaluate: {done} of {total} tasks done")
+        )
+    key = f"evaluate-{evaluation.folder.rsplit('/', 1)[-1]}"
+    with context.tracker.run("evaluate", key, parent=context.pipeline, tags=_tags(context)) as run:
+        run.log_parameters({"evaluate": as_table(settings), "model": model})
+        _log_data(context, run)
+        for row in evaluation.summary:
+            values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
+            run.log_metrics(values, step=row["step"])
+        with tempfile.TemporaryDirectory() as folder:
+            pictures = _draw(context, evaluation, load_history(model), Path(folder))
+            for name, picture in pictures.items():
+                run.log_figure(picture, name)
+                write_file(f"{evaluation.folder}/figures", picture.name, picture.read_bytes())
+            page = _write_report(Path(folder) / "report.html", context, evaluation, model, pictures)
+            run.log_file(page)
+            write_file(evaluation.folder, page.name, page.read_bytes())
+    for line in report.format_table(evaluation.summary).splitlines():
+        say(line)
+    for answer in report.answers(evaluation.summary, settings.confidence):
+        say(f"{answer.question} {answer.text}")
+    say(f"evaluate: results and figures in {evaluation.folder}, {duration(time.monotonic() - begin)}")
+    say(f"evaluate: report {evaluation.folder}/report.html")
+
+
+STAGES: dict[str, Callable[[Context], None]] = {"collect": run_collect, "train": run_train, "evaluate": run_evaluate}
+
+
+def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
+    """Run stages in order on the Ray cluster at hand, or on this machine; the whole of a job.
+
+    Exits with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
+    """
+    try:
+        find_task(experiment.collect.task)
+        tracker = Tracker.open(
+            experiment.tracking.uri, experiment.tracking.experiment or experiment.name, experiment.storage_path
+        )
+        with _connected_to_ray(), _pipeline(experiment, tracker) as context:
+            for name in names:
+                STAGES[name](context)
+        say(f"MLflow: {ui_command(tracker.uri)}")
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on from what is committed", file=sys.stderr)
+        raise SystemExit(130) from None
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+@contextlib.contextmanager
+def _pipeline(experiment: Experiment, tracker: Tracker) -> Iterator[Context]:
+    """The parent run of all stages of an experiment, whichever job runs them."""
+    with tracker.run(experiment.name, f"pipeline-{digest(_essence(experiment))}") as run:
+        run.log_parameters(_essence(experiment))
+        yield Context(experiment=experiment, tracker=tracker, pipeline=run)
+
+
+@contextlib.contextmanager
+def _connected_to_ray() -> Iterator[None]:
+    """The cluster of $RAY_ADDRESS, as in a submitted job; else a local one that ends with the job."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+    else:
+        # A local cluster is this process' own. A token, which Ray would write into the home, belongs to real ones.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        paths = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+        # What matters of the workers' output comes as exceptions; the rest is Ray Train missing the dashboard.
+        ray.init(
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def data_digest(experiment: Experiment) -> str:
+    """Digest of the experiment's complete data set. Raises StoreError where it is not complete, or is another's."""
+    store = TrajectoryStore(experiment.storage_path)
+    missing = pending_seeds(experiment, store)
+    if missing or not store.finished():
+        raise StoreError(
+            f"{experiment.storage_path}: {len(missing)} of {experiment.collect.num_trials} trials are not complete; "
+            "run jobs/collect.py with the same experiment first"
+        )
+    return store.digest(experiment.collect.seeds)
+
+
+def learning_curves(experiment: Experiment) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Per trial: seed, env steps, mean return of the episodes that ended in each iteration (the last known, if none)."""
+    store, curves = TrajectoryStore(experiment.storage_path), []
+    first = slice(1, None, experiment.snapshots_per_iteration)  # an iteration's episodes stand at its first snapshot
+    for seed in experiment.collect.seeds:
+        trial = store.trajectory(seed, columns=["env_step", "episodic_return"])
+        returns_T = trial.episodic_returns_T[first].copy()
+        for index in range(1, len(returns_T)):
+            if np.isnan(returns_T[index]):
+                returns_T[index] = returns_T[index - 1]
+        curves.append((seed, trial.env_steps_T[first], returns_T))
+    return curves
+
+
+def _essence(experiment: Experiment) -> dict:
+    """What tells one experiment from another: not where it is kept, tracked or run."""
+    table = as_table(experiment)
+    del table["storage"], table["tracking"], table["train"]["num_workers"], table["train"]["use_gpu"]
+    del table["collect"]["trials_per_actor"]
+    return table
+
+
+def _tags(context: Context) -> dict[str, str]:
+    experiment = context.experiment
+    return {"task": experiment.collect.task, "basis": experiment.basis.kind, "experiment": experiment.name}
+
+
+def _log_data(context: Context, run: Run) -> None:
+    experiment = context.experiment
+    run.log_dataset(
+        f"{experiment.name} trajectories",
+        data_digest(experiment),
+        f"{experiment.storage_path}/trajectories",
+        profile={"trials": experiment.collect.num_trials, "snapshots_per_trial": experiment.num_snapshots},
+    )
+
+
+def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: float) -> None:
+    rows = [
+        {
+            "trials": f"{group.seeds[0]}-{group.seeds[-1]}" if len(group.seeds) > 1 else str(group.seeds[0]),
+            "env steps": f"{group.env_steps:,} of {group.total_env_steps:,}",
+            "env steps/s": f"{group.env_steps_per_second:,.0f}",
+            "mean return": f"{group.mean_return:.1f}",
+            "left": "done" if group.finished else _left(group.seconds_left),
+        }
+        for group in groups
+    ]
+    done, total = sum(group.env_steps for group in groups), sum(group.total_env_steps for group in groups)
+    running = [group for group in groups if not group.finished]
+    rate = sum(group.env_steps_per_second for group in running)
+    left = _left((total - done) / rate if rate else np.inf if running else 0.0)
+    finished = sum(len(group.seeds) for group in groups if group.finished)
+    view.show(
+        rows,
+        f"collect: {finished} of {sum(len(group.seeds) for group in groups)} trials done, {done:,} of {total:,} env steps, "
+        f"{rate:,.0f} env steps/s on {len(groups)} actors, {duration(seconds)} so far, {left} left",
+    )
+
+
+def _left(seconds: float) -> str:
+    return duration(seconds) if np.isfinite(seconds) else "?"
+
+
+def _draw(context: Context, evaluation: Evaluation, history: list[dict], folder: Path) -> dict[str, Path]:
+    drawn = {
+        "figure_2": figures.figure_2(evaluation.results, evaluation.summary),
+        "skill_by_step": figures.skill_by_step(evaluation.summary),
+        "skill_by_phase": figures.skill_by_phase(evaluation.results),
+        "skill_by_third": figures.skill_by_third(evaluation.results),
+        "reconstruction": figures.reconstruction(evaluation.reconstruction),
+        "training_curves": figures.training_curves(history),
+        "learning_curves": figures.learning_curves(learning_curves(context.experiment)),
+    }
+    return {name: figures.save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
+
+
+def _write_report(
+    path: Path, context: Context, evaluation: Evaluation, model: str, pictures: dict[str, Path]
+) -> Path:
+    experiment = context.experiment
+    return report.write_report(
+        path,
+        title=f"TIPL on {experiment.collect.task}: {experiment.name}",
+        summary=evaluation.summary,
+        figures=pictures,
+        facts={
+            "trials": experiment.collect.num_trials,
+            "snapshots a trial": f"{experiment.num_snapshots:,}",
+            "weights P": f"{int(evaluation.results['num_weights'][0]):,}",
+            "training steps": f"{experiment.train.num_steps:,}",
+            "test trials": len(experiment.test_seeds),
+        },
+        configuration=as_table(experiment),
+        commands={"the whole pipeline": f"python jobs/pipeline.py --experiment jobs/experiments/{experiment.name}.toml"},
+        files={
+            "data set": f"{experiment.storage_path}/trajectories",
+            "model": model,
+            "result table": f"{evaluation.folder}/results.parquet",
+            "summary": f"{evaluation.folder}/summary.csv",
+        },
+        confidence=experiment.evaluate.confidence,
+    )

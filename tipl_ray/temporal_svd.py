@@ -1,0 +1,158 @@
+"""Temporal SVD (Section 3.2): the basis in which one trajectory's weights become tokens, and tokens become weights.
+
+Knows one trajectory, as an array, and nothing of where it came from, of other trials or of the model.
+
+Shapes: T snapshots, P policy weights, D SVD rank, B any number of snapshots.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+BLOCK_BYTES = 128 * 2**20
+"""Most that is held in float64 of a trajectory at a time."""
+
+SMALLEST_SINGULAR_VALUE = 1e-7
+"""Singular values below this share of the largest are zero: a float64 Gram matrix knows no more of them."""
+
+Array = NDArray[np.floating]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class FittedBasis:
+    """The basis of one trajectory: W = origin + U S V^T, with the first D columns of U as tokens."""
+
+    kind: Literal["trial", "raw"]
+    """`trial`: Temporal SVD of the whole trajectory; `raw`: the weights themselves are the tokens."""
+    rank: int
+    """SVD rank D; P where the kind is `raw`."""
+    coordinates_TD: NDArray[np.float32]
+    """Tokens of the trajectory itself: U[:, :D]."""
+    singular_values_D: NDArray[np.float64]
+    """Leading singular values, falling; ones where the kind is `raw`."""
+    basis_PD: NDArray[np.float32] | None
+    """Right singular vectors, of which the entry with the largest absolute value is positive; none stands for the
+    identity of the kind `raw`."""
+    origin_P: NDArray[np.float32]
+    """What was subtracted from every snapshot: zeros, the mean or the first snapshot."""
+
+    def encode(self, weights_BP: Array) -> NDArray[np.float32]:
+        """Tokens of any snapshots; (B, D). A direction that the trajectory never took has coordinate 0."""
+        centred_BP = np.asarray(weights_BP, np.float64) - self.origin_P
+        if self.basis_PD is None:
+            return centred_BP.astype(np.float32)
+        taken_D = self.singular_values_D > 0
+        inverse_D = np.divide(1.0, self.singular_values_D, out=np.zeros(self.rank), where=taken_D)
+        return (centred_BP @ self.basis_PD * inverse_D).astype(np.float32)
+
+    def decode(self, coordinates_BD: Array) -> NDArray[np.float32]:
+        """Weights of tokens: U_D S_D V_D^T + origin; (B, P)."""
+        if self.basis_PD is None:
+            return (coordinates_BD + self.origin_P).astype(np.float32, copy=False)
+        scaled_BD = (coordinates_BD * self.singular_values_D).astype(np.float32)
+        return scaled_BD @ self.basis_PD.T + self.origin_P
+
+
+def fit_basis(
+    weights_TP: Array, kind: Literal["trial", "raw"], rank: int, centred: bool = False, deltas: bool = False
+) -> FittedBasis:
+    """Temporal SVD (Section 3.2) of one trajectory, or the identity for `raw`, which ignores the rank.
+
+    With `centred` the trajectory's mean is subtracted first, with `deltas` its first snapshot. Works from the float64
+    Gram matrix of the shorter side, so its memory does not grow with the longer one.
+    Raises ValueError if the rank exceeds T or P, or a weight is not finite.
+    """
+    origin_P = _origin(weights_TP, centred, deltas)
+    if kind == "raw":
+        if not np.isfinite(weights_TP).all():
+            raise ValueError("weights_TP has entries that are NaN or infinite: there is no basis for them")
+        return FittedBasis(
+            kind=kind,
+            rank=weights_TP.shape[1],
+            coordinates_TD=np.asarray(weights_TP - origin_P if centred or deltas else weights_TP, np.float32),
+            singular_values_D=np.ones(weights_TP.shape[1]),
+            basis_PD=None,
+            origin_P=origin_P,
+        )
+    singular_values_D, short_ND, _ = _spectrum(weights_TP, origin_P, rank)
+    inverse_D = np.divide(1.0, singular_values_D, out=np.zeros(rank), where=singular_values_D > 0)
+    long_MD = np.empty((max(weights_TP.shape), rank))
+    for part, block_NB in _blocks(weights_TP, origin_P):
+        long_MD[part] = block_NB.T @ short_ND * inverse_D
+    left_TD, right_PD = (short_ND, long_MD) if weights_TP.shape[0] <= weights_TP.shape[1] else (long_MD, short_ND)
+    largest_D = right_PD[np.abs(right_PD).argmax(axis=0), np.arange(rank)]
+    signs_D = np.where(largest_D < 0, -1.0, 1.0)
+    return FittedBasis(
+        kind=kind,
+        rank=rank,
+        coordinates_TD=(left_TD * signs_D).astype(np.float32),
+        singular_values_D=singular_values_D,
+        basis_PD=(right_PD * signs_D).astype(np.float32),
+        origin_P=origin_P,
+    )
+
+
+def reconstruction_error(
+    weights_TP: Array, ranks: Sequence[int], centred: bool = False, deltas: bool = False
+) -> dict[str, NDArray]:
+    """What each SVD rank leaves out of one trajectory, from singular values and total energy alone.
+
+    Columns, one entry per rank: `rank`; `energy_outside`, 1 - sum of sigma^2 / total, in [0, 1] (0 for a trajectory
+    that never leaves its origin); `mean_squared_error` per weight. Raises ValueError as `fit_basis` does.
+    """
+    origin_P = _origin(weights_TP, centred, deltas)
+    singular_values_D, _, energy = _spectrum(weights_TP, origin_P, max(ranks))
+    outside = np.maximum(energy - np.cumsum(singular_values_D**2)[np.asarray(ranks) - 1], 0.0)
+    return {
+        "rank": np.asarray(ranks, np.int64),
+        "energy_outside": outside / energy if energy else outside,
+        "mean_squared_error": outside / weights_TP.size,
+    }
+
+
+def _spectrum(weights_TP: Array, origin_P: NDArray, rank: int) -> tuple[NDArray, NDArray, float]:
+    """Leading singular values (D,), singular vectors of the shorter side (N, D), and the squared sum of all weights."""
+    num_short = min(weights_TP.shape)
+    if not 1 <= rank <= num_short:
+        raise ValueError(
+            f"basis.rank={rank} is not between 1 and {num_short}, the singular values of a trajectory of "
+            f"{weights_TP.shape[0]} snapshots of {weights_TP.shape[1]} weights"
+        )
+    gram_NN = np.zeros((num_short, num_short), order="F")
+    for _, block_NB in _blocks(weights_TP, origin_P):
+        # Fortran order, a transposed operand and overwrite_c: the sum grows in place, no second Gram matrix is made.
+        gram_NN = linalg.blas.dsyrk(1.0, block_NB.T, beta=1.0, c=gram_NN, trans=1, lower=1, overwrite_c=1)
+    energy = float(np.trace(gram_NN))
+    if not np.isfinite(energy):
+        raise ValueError("weights_TP has entries that are NaN or infinite: there is no basis for them")
+    leading = (num_short - rank, num_short - 1)
+    eigenvalues_D, vectors_ND = linalg.eigh(gram_NN, subset_by_index=leading, overwrite_a=True, check_finite=False)
+    singular_values_D = np.sqrt(np.maximum(eigenvalues_D[::-1], 0.0))
+    zero_D = singular_values_D <= SMALLEST_SINGULAR_VALUE * singular_values_D[0]
+    singular_values_D[zero_D] = 0.0
+    vectors_ND = vectors_ND[:, ::-1] * ~zero_D
+    return singular_values_D, vectors_ND, energy
+
+
+def _origin(weights_TP: Array, centred: bool, deltas: bool) -> NDArray[np.float32]:
+    if centred:
+        return weights_TP.mean(axis=0, dtype=np.float64).astype(np.float32)
+    if deltas:
+        return weights_TP[0].astype(np.float32)
+    return np.zeros(weights_TP.shape[1], np.float32)
+
+
+def _blocks(weights_TP: Array, origin_P: NDArray) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Cut the longer side into blocks: its slice, and the float64 block with the shorter side first."""
+    num_snapshots, num_weights = weights_TP.shape
+    step = max(1, BLOCK_BYTES // (8 * min(weights_TP.shape)))
+    for start in range(0, max(weights_TP.shape), step):
+        part = slice(start, start + step)
+        if num_snapshots <= num_weights:
+            yield part, weights_TP[:, part].astype(np.float64) - origin_P[part]
+        else:
+            yield part, (weights_TP[part].astype(np.float64) - origin_P).T

@@ -1,0 +1,366 @@
+"""Training of the causal Transformer (Section 3.3): a loop that works alone, and the shell that gives it to Ray Train.
+
+Knows tokens, the model and Ray; knows nothing of policies, returns or MLflow. Ray is initialised by the caller.
+
+    <storage>/training/<run digest>/    Ray Train's own: the last two checkpoints
+    <storage>/models/<run digest>/      the best model by validation loss: model.safetensors, history.json, model.json
+
+Every step is a pure function of the state before it and of (seed, step, worker): batches and dropout are drawn from
+counters, so that a resumed run goes on bit for bit (on the CPU, with as many threads).
+
+Shapes: B windows, K snapshots of context, D numbers per token.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import safetensors.torch
+import torch
+from ray.util.queue import Queue
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tipl_ray import config
+from tipl_ray.model import CausalTransformer, Normaliser, is_complete, load_about, read_file, write_file
+from tipl_ray.segments import Segments, Tokens, load_tokens
+from tipl_ray.trajectory_store import TrajectoryStore
+
+VALIDATION_WINDOWS = 4096
+"""Most windows that a validation takes, evenly spaced over the validation trials."""
+VALIDATION_BATCH = 256
+STATE_FILE, PROGRESS_FILE, HISTORY_FILE = "training.safetensors", "training.json", "history.json"
+POLL_SECONDS, ABORT_SECONDS = 0.5, 60.0
+
+Metrics = dict[str, float]
+"""One iteration: iteration, step, loss, validation_loss, validation_skill, learning_rate, steps_per_second,
+seconds_left."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: names the step and the way out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TrainingData:
+    """Tokens of the trials that train and of those that choose; test trials have no place here."""
+
+    train: Tokens
+    validation: Tokens
+
+
+class Training:
+    """One worker's share of a training run: a generator of metrics, with a state to save and restore."""
+
+    def __init__(
+        self,
+        experiment: config.Experiment,
+        data: TrainingData,
+        *,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        num_workers: int = 1,
+        distribute: Callable[[nn.Module], nn.Module] = lambda model: model,
+    ):
+        self.experiment, self.config = experiment, experiment.train
+        self.device, self.rank, self.num_workers = device, rank, num_workers
+        self.normaliser = Normaliser.fit(data.train.coordinates_NTD)
+        context = experiment.model.context
+        self.segments = Segments(data.train, self.normaliser, context, device)
+        self.validation = Segments(data.validation, self.normaliser, context, device)
+        torch.manual_seed(self.config.seed)
+        self.model = CausalTransformer(experiment.model, self.segments.token_size, self.segments.num_snapshots).to(
+            device
+        )
+        self.best = copy.deepcopy(self.model)
+        self._distributed = distribute(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=self.config.weight_decay, fused=True)
+        self.step = 0
+        self.history: list[Metrics] = []
+
+    def iterations(self) -> Iterator[Metrics]:
+        """Train on from where the state stands; yields after each iteration's validation.
+
+        Raises TrainingError if the loss is no longer finite.
+        """
+        while self.step < self.config.num_steps:
+            started, first = time.perf_counter(), self.step
+            per_iteration = self.config.steps_per_iteration
+            loss = self._train_until(min((first // per_iteration + 1) * per_iteration, self.config.num_steps))
+            steps_per_second = (self.step - first) / (time.perf_counter() - started)
+            validation_loss, validation_skill = self.validate()
+            if not np.isfinite([loss, validation_loss]).all():
+                raise TrainingError(
+                    f"step {self.step}: loss={loss}, validation loss={validation_loss}: the model has diverged; lower "
+                    f"train.learning_rate={self.config.learning_rate} or train.max_gradient_norm"
+                )
+            if validation_loss < min((row["validation_loss"] for row in self.history), default=np.inf):
+                self.best.load_state_dict(self.model.state_dict())
+            self.history.append(
+                {
+                    "iteration": -(-self.step // per_iteration),
+                    "step": self.step,
+                    "loss": loss,
+                    "validation_loss": validation_loss,
+                    "validation_skill": validation_skill,
+                    "learning_rate": self._learning_rate(self.step - 1),
+                    "steps_per_second": steps_per_second,
+                    "seconds_left": (self.config.num_steps - self.step) / steps_per_second,
+                }
+            )
+            yield self.history[-1]
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float]:
+        """Mean squared error of normalised tokens at all positions, and one-step skill in weights after whole contexts.
+
+        The first compares models on one basis and chooses the best; the second also compares bases and ranks. It is
+        NaN for trajectories that stand still.
+        """
+        self.model.eval()
+        num_windows = min(self.validation.num_windows, VALIDATION_WINDOWS)
+        windows = np.linspace(0, self.validation.num_windows - 1, num_windows).astype(np.int64)
+        loss, error, displacement = 0.0, 0.0, 0.0
+        for start in range(0, num_windows, VALIDATION_BATCH):
+            windows_B = windows[start : start + VALIDATION_BATCH]
+            batch = self.validation.gather(windows_B)
+            predicted_BKD = self.model(batch.tokens_BKD, batch.snapshots_BK)
+            loss += functional.mse_loss(predicted_BKD, batch.targets_BKD).item() * len(windows_B)
+            error_B, displacement_B = self.validation.one_step_errors(windows_B, predicted_BKD[:, -1])
+            error += error_B.sum().item()
+            displacement += displacement_B.sum().item()
+        return loss / num_windows, 1.0 - error / displacement if displacement else float("nan")
+
+    def save(self, folder: str) -> None:
+        """Checkpoint: everything that the next step depends on, and the best model so far in `model/`."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_file(folder, STATE_FILE, safetensors.torch.save(tensors))
+        write_file(folder, PROGRESS_FILE, json.dumps({"step": self.step, "history": self.history}).encode())
+        self.best.save(f"{folder}/model", self._about())
+
+    def restore(self, folder: str) -> None:
+        """Go on from the checkpoint that `save` wrote."""
+        progress = json.loads(read_file(folder, PROGRESS_FILE))
+        self.step, self.history = progress["step"], progress["history"]
+        tensors = safetensors.torch.load(read_file(folder, STATE_FILE))
+        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, moment = name.split(".")
+                moments.setdefault(int(index), {})[moment] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.best.load_state_dict(CausalTransformer.load(f"{folder}/model").state_dict())
+
+    def _train_until(self, step: int) -> float:
+        self.model.train()
+        first, loss_sum = self.step, torch.zeros((), dtype=torch.float64, device=self.device)
+        while self.step < step:
+            loss_sum += self._train_step()
+        if self.num_workers > 1:
+            torch.distributed.all_reduce(loss_sum)
+        return loss_sum.item() / (step - first) / self.num_workers
+
+    def _train_step(self) -> Tensor:
+        # Seeded anew at every step, dropout needs no state in the checkpoint, on whatever device it is drawn.
+        entropy = np.random.SeedSequence((self.config.seed, self.step, self.rank))
+        torch.manual_seed(int(entropy.generate_state(1)[0]))
+        batch = self.segments.batch(self.step, self.config.batch_size, self.config.seed, self.rank, self.num_workers)
+        loss = functional.mse_loss(self._distributed(batch.tokens_BKD, batch.snapshots_BK), batch.targets_BKD)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(self.step)
+        self.optimizer.step()
+        self.step += 1
+        return loss.detach()
+
+    def _learning_rate(self, step: int) -> float:
+        return self.config.learning_rate * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "experiment": config.as_table(self.experiment),
+            "basis": config.as_table(self.experiment.basis),
+            "normaliser": self.normaliser.as_table(),
+            "metrics": min(self.history, key=lambda row: row["validation_loss"], default=None),
+        }
+
+
+def run_digest(experiment: config.Experiment, data_digest: str) -> str:
+    """What a trained model depends on, and nothing that only says where it is trained."""
+    schedule = config.as_table(experiment.train)
+    del schedule["num_workers"], schedule["use_gpu"]
+    return config.digest(data_digest, experiment.basis, experiment.split, experiment.model, schedule)
+
+
+def model_folder(experiment: config.Experiment, data_digest: str) -> str:
+    """Where `train` leaves the model of this experiment and data."""
+    return f"{experiment.storage_path}/models/{run_digest(experiment, data_digest)}"
+
+
+def load_history(folder: str) -> list[Metrics]:
+    """Every iteration's metrics of a trained model. Raises FileNotFoundError if there is none."""
+    return json.loads(read_file(folder, HISTORY_FILE))
+
+
+def progress_line(metrics: Metrics, num_steps: int) -> str:
+    """One iteration in one line."""
+    minutes, seconds = divmod(round(metrics["seconds_left"]), 60)
+    return (
+        f"step {metrics['step']:,} of {num_steps:,}: loss {metrics['loss']:.4f}, "
+        f"validation {metrics['validation_loss']:.4f}, one-step skill {metrics['validation_skill']:.3f}, "
+        f"{metrics['steps_per_second']:.1f} steps/s, {minutes} min {seconds:02d} s left"
+    )
+
+
+def train(
+    experiment: config.Experiment,
+    data_digest: str,
+    *,
+    on_metrics: Callable[[Metrics], None] = lambda metrics: None,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Train the causal Transformer (Section 3.3) on the experiment's data set; the folder of the trained model.
+
+    Goes on where an interrupted run stopped; a finished one is found and nothing is done. `on_metrics` is called in
+    the caller's thread, once per iteration of this run (`load_history` has those of interrupted runs too), `say` with
+    one line for each; an exception out of either ends the run. Raises StoreError or ValueError for data that cannot be
+    used, Ray Train's TrainingFailedError with its cause where a worker failed for good.
+    """
+    folder = model_folder(experiment, data_digest)
+    if is_complete(folder):
+        say(f"found the trained model {folder}")
+        return folder
+
+    def on_row(metrics: Metrics) -> None:
+        on_metrics(metrics)
+        say(progress_line(metrics, experiment.train.num_steps))
+
+    checkpoint = _run(experiment, run_digest(experiment, data_digest), on_row)
+    with checkpoint.as_directory() as checkpoint_folder:
+        history = json.loads(read_file(checkpoint_folder, PROGRESS_FILE))["history"]
+        write_file(folder, HISTORY_FILE, json.dumps(history, indent=1).encode())
+        about = load_about(f"{checkpoint_folder}/model") | {"data_digest": data_digest}
+        CausalTransformer.load(f"{checkpoint_folder}/model").save(folder, about)
+    return folder
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs: `Training` with a checkpoint after every iteration."""
+    # Ray Train tells the root logger of every report, whatever its own level: one line per worker and iteration.
+    logging.getLogger().setLevel(logging.WARNING)
+    torch.set_num_threads(settings["num_threads"])
+    context = ray.train.get_context()
+    num_workers = context.get_world_size()
+    training = Training(
+        config.from_table(settings["experiment"]),
+        ray.get(settings["data"]),
+        device=ray.train.torch.get_device(),
+        rank=context.get_world_rank(),
+        num_workers=num_workers,
+        distribute=ray.train.torch.prepare_model if num_workers > 1 else lambda model: model,
+    )
+    resumed = ray.train.get_checkpoint()
+    if resumed is not None:
+        with resumed.as_directory() as folder:
+            training.restore(folder)
+    for metrics in training.iterations():
+        if training.rank:
+            ray.train.report(metrics)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            training.save(folder)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        settings["queue"].put(metrics)
+
+
+def _run(experiment: config.Experiment, name: str, on_row: Callable[[Metrics], None]) -> ray.train.Checkpoint:
+    """Reduce, train to the end, hand on the rows as they come; the last checkpoint.
+
+    The trainer runs in a Ray task. Here it would replace the handler of Ctrl-C for good, with one that ends the process
+    as if all were well; and a task can be cancelled, so that nothing trains on behind a caller who has gone on.
+    """
+    queue = Queue(actor_options={"num_cpus": 0})
+    data = ray.put(_load(experiment))
+    settings = {"experiment": config.as_table(experiment), "data": data, "queue": queue}
+    task = ray.remote(num_cpus=0, max_retries=3)(_fit).remote(settings, experiment, name)
+    try:
+        finished: list[ray.ObjectRef] = []
+        while not finished:
+            finished, _ = ray.wait([task], timeout=POLL_SECONDS)
+            for metrics in queue.get_nowait_batch(queue.qsize()):
+                on_row(metrics)
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    finally:
+        # Not by force: interrupted, Ray Train stops its workers and gives their CPUs back; killed, it keeps them.
+        ray.cancel(task)
+        ray.wait([task], timeout=ABORT_SECONDS)
+        queue.shutdown(force=True)
+
+
+def _load(experiment: config.Experiment) -> TrainingData:
+    """Tokens of all trials but the test trials', reduced in parallel, one Ray task per trial."""
+    reduce = ray.remote(num_cpus=1)(_load_trial)
+    seeds = experiment.train_seeds + experiment.validation_seeds
+    try:
+        parts = ray.get([reduce.remote(experiment.storage_path, seed, experiment.basis) for seed in seeds])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    num_train = len(experiment.train_seeds)
+    return TrainingData(train=Tokens.stack(parts[:num_train]), validation=Tokens.stack(parts[num_train:]))
+
+
+def _load_trial(storage: str, seed: int, basis: config.Basis) -> Tokens:
+    return load_tokens(TrajectoryStore(storage), (seed,), basis)
+
+
+def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> ray.train.Checkpoint:
+    """Ray Train over `train_loop`: built again under the same name and path, it goes on from the last checkpoint."""
+    # A report waits until the controller has looked after the one before, by default every two seconds.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    use_gpu = experiment.train.use_gpu
+    num_threads = 1 if use_gpu else _cpus_per_worker(experiment.train.num_workers)
+    trainer = ray.train.torch.TorchTrainer(
+        train_loop,
+        train_loop_config={**settings, "num_threads": num_threads},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=experiment.train.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": num_threads, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train v1
+            name=name,
+            storage_path=f"{experiment.storage_path}/training",
+            failure_config=ray.train.FailureConfig(max_failures=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    checkpoint = trainer.fit().checkpoint
+    assert checkpoint is not None, "every iteration reports a checkpoint"
+    return checkpoint
+
+
+def _cpus_per_worker(num_workers: int) -> int:
+    """Most CPUs that each worker can have on the cluster as it is; 1 where it still has to grow."""
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    fitting = [cpus for cpus in range(1, max(nodes) + 1) if sum(node // cpus for node in nodes) >= num_workers]
+    return max(fitting, default=1)
