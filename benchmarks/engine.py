@@ -26,9 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from plain_ppo import PlainTrial  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
-from tipl_ray.environments import find_task  # noqa: E402
 from tipl_ray.learner import choose_engine  # noqa: E402
 from tipl_ray.ppo import TrialGroup  # noqa: E402
+from tipl_ray.tasks import find_task  # noqa: E402
 from tipl_ray.terminal import format_rows  # noqa: E402
 
 NUM_STEPS = 2048
@@ -191,7 +191,16 @@ def main() -> None:
     target = ROOT / "benchmarks" / "results" / "engine.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(rows, indent=1) + "\n")
-    shown = ("task", "subject", "value", "microseconds", "ratio_to_plain", "ratio_to_physics", "ratio_to_floor", "spread")
+    shown = (
+        "task",
+        "subject",
+        "value",
+        "microseconds",
+        "ratio_to_plain",
+        "ratio_to_physics",
+        "ratio_to_floor",
+        "spread",
+    )
     title = f"One core, medians of {rounds} alternating rounds; value in env steps/s, floor = physics + matrix products"
     Console(width=150).print(format_rows([{key: str(row[key]) for key in shown} for row in rows], title=title))
 

@@ -16,12 +16,13 @@ GAMMA, GAE_LAMBDA, CLIP, LEARNING_RATE = 0.99, 0.95, 0.2, 3e-4
 
 
 def make_environment(task: str) -> gymnasium.Env:
-    environment = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make(task))
+    environment: gymnasium.Env = gymnasium.make(task)
+    environment = gymnasium.wrappers.RecordEpisodeStatistics(environment)
     environment = gymnasium.wrappers.ClipAction(environment)
     environment = gymnasium.wrappers.NormalizeObservation(environment)
     environment = gymnasium.wrappers.TransformObservation(environment, lambda o: np.clip(o, -10, 10), None)
     environment = gymnasium.wrappers.NormalizeReward(environment, gamma=GAMMA)
-    return gymnasium.wrappers.TransformReward(environment, lambda r: np.clip(r, -10, 10))
+    return gymnasium.wrappers.TransformReward(environment, lambda r: np.clip(float(r), -10, 10))
 
 
 def make_network(widths: list[int], head_gain: float) -> nn.Sequential:
@@ -41,9 +42,9 @@ class PlainTrial:
     def __init__(self, task: str, policy_hidden: tuple[int, int], seed: int, num_iterations: int):
         torch.manual_seed(seed)
         self.environment = make_environment(task)
-        (observation_size,), (action_size,) = (
-            self.environment.observation_space.shape,
-            self.environment.action_space.shape,
+        observation_size, action_size = (
+            int(np.prod(space.shape or ()))
+            for space in (self.environment.observation_space, self.environment.action_space)
         )
         self.actor = make_network([observation_size, *policy_hidden, action_size], 0.01)
         self.log_std = nn.Parameter(torch.zeros(1, action_size))

@@ -1,53 +1,20 @@
-"""Simulations against gymnasium's own classes, wrappers against gymnasium's own wrappers, step for step."""
+"""Wrappers against gymnasium's own, step for step and bit for bit."""
 
-import gymnasium
 import numpy as np
 import pytest
+from plain_ppo import make_environment
 
-from tipl_ray.environments import TASKS, Environments, Simulations, find_task, generator_state, restored_generator
+from tipl_ray.environments import Environments, generator_state, restored_generator
+from tipl_ray.tasks import TASKS
 
 NUM_STEPS = 1000
-
-
-def wrapped(task: str) -> gymnasium.Env:
-    environment = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make(task))
-    environment = gymnasium.wrappers.ClipAction(environment)
-    environment = gymnasium.wrappers.NormalizeObservation(environment)
-    environment = gymnasium.wrappers.TransformObservation(environment, lambda o: np.clip(o, -10, 10), None)
-    environment = gymnasium.wrappers.NormalizeReward(environment, gamma=0.99)
-    return gymnasium.wrappers.TransformReward(environment, lambda r: np.clip(r, -10, 10))
-
-
-@pytest.mark.parametrize("task", sorted(TASKS))
-def test_simulations_equal_gymnasium_bit_for_bit_resets_included(task: str) -> None:
-    seeds = [3, 4, 5]
-    simulations: Simulations = find_task(task)(len(seeds))
-    generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))) for seed in seeds]
-    originals = [gymnasium.make(task) for _ in seeds]
-    random = np.random.default_rng(0)
-    for k, (original, seed) in enumerate(zip(originals, seeds, strict=True)):
-        np.testing.assert_array_equal(simulations.reset(k, generators[k]), original.reset(seed=seed)[0])
-    num_resets = 0
-    for _ in range(NUM_STEPS):
-        low, high = simulations.action_low, simulations.action_high
-        actions = random.uniform(low, high, (len(seeds), len(low))).astype(np.float32)
-        simulations.step(actions)
-        for k, original in enumerate(originals):
-            observation, reward, terminated, truncated, _ = original.step(actions[k])
-            np.testing.assert_array_equal(simulations.observations_KO[k], observation)
-            assert simulations.rewards_K[k] == reward
-            assert simulations.terminated_K[k] == terminated
-            if terminated or truncated:
-                num_resets += 1
-                np.testing.assert_array_equal(simulations.reset(k, generators[k]), original.reset()[0])
-    assert num_resets >= len(seeds)
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str) -> None:
     seeds = [11, 12]
     environments = Environments(task, seeds, gamma=0.99)
-    originals = [wrapped(task) for _ in seeds]
+    originals = [make_environment(task) for _ in seeds]
     for k, seed in enumerate(seeds):
         np.testing.assert_array_equal(environments.observations_KO[k], originals[k].reset(seed=seed)[0])
     random = np.random.default_rng(1)
@@ -99,10 +66,3 @@ def test_a_generator_survives_as_six_words() -> None:
     again = restored_generator(generator_state(generator))
     np.testing.assert_array_equal(generator.standard_normal(9), again.standard_normal(9))
     assert generator.integers(0, 2**32, dtype=np.uint32) == again.integers(0, 2**32, dtype=np.uint32)
-
-
-def test_an_unknown_task_is_refused_by_name() -> None:
-    with pytest.raises(
-        ValueError, match=r"collect.task='CartPole-v1' is not one of HalfCheetah-v4, InvertedPendulum-v4"
-    ):
-        find_task("CartPole-v1")

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"config", "files", "terminal"},
-    {"environments", "policy", "trajectory_store", "temporal_svd", "model", "metrics", "tracking"},
-    {"learner", "segments", "forecasting"},
+    {"tasks", "policy", "trajectory_store", "temporal_svd", "model", "metrics", "tracking"},
+    {"environments", "learner", "segments", "forecasting"},
     {"ppo", "returns"},
     {"collection", "training", "evaluation", "figures", "report"},
     {"stages"},
@@ -53,5 +53,9 @@ def test_ray_is_imported_on_the_upper_floors_alone(module: str) -> None:
 def test_the_readmes_tree_names_every_file() -> None:
     readme = (ROOT / "README.md").read_text()
     tree = readme.split("## The house", 1)[1].split("```")[1]
-    shown = [path for folder in ("tipl_ray", "jobs", "tests", "benchmarks", "cluster") for path in (ROOT / folder).glob("*.*")]
+    shown = [
+        path
+        for folder in ("tipl_ray", "jobs", "tests", "benchmarks", "cluster")
+        for path in (ROOT / folder).glob("*.*")
+    ]
     assert [path.name for path in shown if path.name not in tree and path.name != "__init__.py"] == []

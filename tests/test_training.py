@@ -215,12 +215,6 @@ def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster
     )
     assert np.isfinite(Tipl.load(folder).forecast(trajectory(6), np.array([10, 38]), 2)).all()
 
-    # As if killed after the last checkpoint and before the model was put in its place.
-    (Path(folder) / "model.json").unlink()
-    assert training.train(settings, digest, on_metrics=rows.append) == folder
-    assert load_about(folder) == about
-    assert rows[-1]["step"] == 300
-
     lines: list[str] = []
     assert training.train(settings, digest, on_metrics=interrupt, say=lines.append) == folder
     assert lines == [f"found the trained model {folder}"]
@@ -231,6 +225,19 @@ def test_data_that_cannot_be_reduced_is_refused_with_the_trial(cluster: None, tm
     digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
     with pytest.raises(ValueError, match=r"trial 3: basis\.rank=14 is not between 1 and 13"):
         training.train(settings, digest)
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_before_its_model_was_put_in_place_is_completed(cluster: None, tmp_path: Path):
+    settings = experiment(tmp_path)
+    digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
+    folder = training.train(settings, digest)
+    about = load_about(folder)
+    (Path(folder) / "model.json").unlink()
+    rows: list[training.Metrics] = []
+    assert training.train(settings, digest, on_metrics=rows.append) == folder
+    assert load_about(folder) == about
+    assert not rows, "there was no step left to train"
 
 
 @pytest.mark.slow

@@ -93,7 +93,9 @@ def forecast_returns(experiment: Experiment, model_folder: str, seed: int, start
     last_B, last_BH = starts_B, np.repeat(starts_B[:, None], horizon, axis=1)
     run = _Runner(experiment, trajectory)
     last_return_BH = np.repeat(run(weights_TP[last_B], last_B, 0)[:, None], horizon, axis=1)
-    truth_BH, again_BH = (run(weights_TP[future_BH.ravel()], future_BH.ravel(), s).reshape(future_BH.shape) for s in (0, 1))
+    truth_BH, again_BH = (
+        run(weights_TP[future_BH.ravel()], future_BH.ravel(), s).reshape(future_BH.shape) for s in (0, 1)
+    )
     tables = []
     for predictor in make_predictors(model_folder):
         predicted_BH = last_return_BH
@@ -145,7 +147,9 @@ def reconstruction_rows(experiment: Experiment, seed: int) -> list[dict]:
 def evaluation_folder(experiment: Experiment, model_folder: str) -> str:
     """Where the evaluation of a model lies: a name made of all that its figures depend on."""
     evaluate = as_table(experiment.evaluate)
-    name = digest(model_folder.rsplit("/", 1)[-1], evaluate, experiment.test_seeds, choose_engine("auto", experiment.ppo))
+    name = digest(
+        model_folder.rsplit("/", 1)[-1], evaluate, experiment.test_seeds, choose_engine("auto", experiment.ppo)
+    )
     return f"{experiment.storage_path}/evaluations/{name}"
 
 
@@ -224,7 +228,7 @@ def _rows(
         "num_weights": np.full(size, num_weights, dtype=np.int32),
         "squared_error": errors_BH.ravel(),
         "displacement_squared": displacements_BH.ravel(),
-        **{name: nothing for name in RETURN_COLUMNS},
+        **dict.fromkeys(RETURN_COLUMNS, nothing),
     }
 
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from tipl_ray.config import Collect, Experiment, Ppo
-from tipl_ray.environments import Environments, find_task, generator_state, restored_generator
+from tipl_ray.environments import Environments, generator_state, restored_generator
 from tipl_ray.learner import Rollouts, make_learner
 from tipl_ray.policy import NetworkShape
+from tipl_ray.tasks import find_task
 from tipl_ray.trajectory_store import Snapshot
 
 State = dict[str, np.ndarray]

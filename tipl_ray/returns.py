@@ -7,8 +7,9 @@ leaves the stack. What a policy returns does not depend on what runs beside it.
 
 import numpy as np
 
-from tipl_ray.environments import CLIP, EPSILON, find_task
+from tipl_ray.environments import CLIP, EPSILON
 from tipl_ray.learner import Learner
+from tipl_ray.tasks import find_task
 
 SIMULATIONS = 64
 """Simulations in lock step: enough to make the interpreter's share small, few enough to stay in cache."""

@@ -19,10 +19,10 @@ import ray
 from tipl_ray import figures, report
 from tipl_ray.collection import GroupProgress, collect, pending_seeds, trial_header
 from tipl_ray.config import CHECKOUT, Experiment, as_table, digest
-from tipl_ray.environments import find_task
 from tipl_ray.evaluation import Evaluation, evaluate
 from tipl_ray.files import file_exists, local_path, write_file
 from tipl_ray.learner import choose_engine
+from tipl_ray.tasks import find_task
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, TrackingError, ui_command
 from tipl_ray.training import TrainingError, load_history, model_folder, run_digest, train
@@ -54,7 +54,9 @@ def run_collect(context: Context) -> None:
         f"env steps each, policy {width} (P = {header.num_weights:,}), {experiment.num_snapshots:,} snapshots a trial"
     )
     if engine == "torch" and settings.engine == "auto":
-        say("collect: no g++ here, or a minibatch that is no multiple of 16: networks run in torch, several times slower")
+        say(
+            "collect: no g++ here, or a minibatch that is no multiple of 16: networks run in torch, several times slower"
+        )
     found = settings.num_trials - len(pending_seeds(experiment, store))
     if found == settings.num_trials and store.finished():
         say(f"collect: found all {found} trials complete")
@@ -294,9 +296,7 @@ def _draw(context: Context, evaluation: Evaluation, history: list[dict], folder:
     return {name: figures.save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
 
 
-def _write_report(
-    path: Path, context: Context, evaluation: Evaluation, model: str, pictures: dict[str, Path]
-) -> Path:
+def _write_report(path: Path, context: Context, evaluation: Evaluation, model: str, pictures: dict[str, Path]) -> Path:
     experiment = context.experiment
     return report.write_report(
         path,
@@ -311,7 +311,9 @@ def _write_report(
             "test trials": len(experiment.test_seeds),
         },
         configuration=as_table(experiment),
-        commands={"the whole pipeline": f"python jobs/pipeline.py --experiment jobs/experiments/{experiment.name}.toml"},
+        commands={
+            "the whole pipeline": f"python jobs/pipeline.py --experiment jobs/experiments/{experiment.name}.toml"
+        },
         files={
             "data set": f"{experiment.storage_path}/trajectories",
             "model": model,

@@ -1,0 +1,147 @@
+"""The real jobs, shrunk: `smoke` from the command line, killed, run again, and read back by other people's readers."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pyarrow.dataset
+import pyarrow.parquet
+import pytest
+
+from tipl_ray.config import CHECKOUT
+from tipl_ray.trajectory_store import TrajectoryStore
+
+SMOKE = ["--experiment", str(CHECKOUT / "jobs" / "experiments" / "smoke.toml")]
+
+
+def command(job: str, storage: Path, *overrides: str) -> list[str]:
+    return [sys.executable, str(CHECKOUT / "jobs" / f"{job}.py"), *SMOKE, "--storage", str(storage), *overrides]
+
+
+def run(job: str, storage: Path, *overrides: str) -> str:
+    result = subprocess.run(command(job, storage, *overrides), capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    storage = tmp_path_factory.mktemp("pipeline")
+    return storage, run("pipeline", storage)
+
+
+def test_the_pipeline_leaves_data_model_results_figures_and_report(finished: tuple[Path, str]) -> None:
+    storage, said = finished
+    data = pyarrow.dataset.dataset(storage / "trajectories", partitioning="hive")
+    assert data.count_rows() == 4 * 41
+    assert set(data.to_table(columns=["trial"])["trial"].to_pylist()) == {1, 2, 3, 4}
+    (results,) = storage.glob("evaluations/*/results.parquet")
+    table = pyarrow.parquet.read_table(results)
+    assert set(table["predictor"].to_pylist()) == {"copy-last", "linear", "tipl", "svd-floor"}
+    assert set(table["trial"].to_pylist()) == {4}
+    folder = results.parent
+    assert (folder / "report.html").stat().st_size > 100_000
+    assert (folder / "figures" / "figure_2.png").read_bytes().startswith(b"\x89PNG")
+    assert str(folder / "report.html") in said
+    assert re.search(r"^tipl +trial +no +1 ", said, re.MULTILINE)
+    assert "mlflow ui --backend-store-uri sqlite:///" in said
+
+
+def test_copy_last_has_skill_zero_in_the_written_summary(finished: tuple[Path, str]) -> None:
+    (path,) = finished[0].glob("evaluations/*/summary.csv")
+    rows = path.read_text().replace('"', "").splitlines()
+    header = rows[0].split(",")
+    copied = [dict(zip(header, row.split(","), strict=True)) for row in rows[1:] if ",copy-last," in row]
+    assert len(copied) == 5
+    assert all(float(row["skill"]) == 0 for row in copied)
+
+
+def test_run_again_every_stage_is_found_done(finished: tuple[Path, str]) -> None:
+    storage, first = finished
+    digests = re.findall(r"data set ([0-9a-f]{16})", first)
+    begin = time.monotonic()
+    again = run("pipeline", storage)
+    assert "found all 4 trials complete" in again
+    assert "found the trained model" in again
+    assert re.findall(r"data set ([0-9a-f]{16})", again) == digests
+    assert time.monotonic() - begin < 60
+
+
+def test_mlflow_has_one_parent_with_one_child_per_stage_however_often_it_ran(finished: tuple[Path, str]) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{finished[0]}/mlflow.db")
+    experiment = client.get_experiment_by_name("smoke")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_name for run in parents] == ["smoke"]
+    children = {run.info.run_name: run for run in runs if run not in parents}
+    assert set(children) == {"collect", "train", "evaluate"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parents[0].info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert [m.step for m in client.get_metric_history(children["train"].info.run_id, "validation_loss")] == [20, 40]
+    assert children["collect"].inputs.dataset_inputs[0].dataset.digest == TrajectoryStore(str(finished[0])).digest()
+
+
+def test_a_killed_collection_goes_on_to_the_same_data_whatever_the_number_of_actors(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """The driver is killed with SIGKILL once commits are there; one actor then finishes what two began."""
+    long = ["--collect.total-env-steps", "40960"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    expected = re.findall(r"data set ([0-9a-f]{16})", run("collect", undisturbed, *long))
+    job = subprocess.Popen(command("collect", killed, *long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("commits/trial=*/commit-2.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    commits = list(killed.glob("commits/trial=*/commit-*.json"))
+    assert commits
+    assert not (killed / "commits" / "_SUCCESS").exists()
+    said = run("collect", killed, *long, "--collect.trials-per-actor", "4")
+    assert re.findall(r"data set ([0-9a-f]{16})", said) == expected
+    assert json.loads((killed / "commits" / "_SUCCESS").read_text())
+
+
+def test_stages_run_alone_and_in_the_wrong_order_say_what_is_missing(tmp_path: Path) -> None:
+    result = subprocess.run(command("train", tmp_path / "empty"), capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1
+    assert "4 of 4 trials are not complete; run jobs/collect.py" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_another_configuration_on_the_same_storage_is_refused_and_changes_nothing(finished: tuple[Path, str]) -> None:
+    storage = finished[0]
+    before = TrajectoryStore(str(storage)).digest()
+    result = subprocess.run(
+        command("collect", storage, "--ppo.gamma", "0.9"), capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 1
+    assert "config.ppo.gamma" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert TrajectoryStore(str(storage)).digest() == before
+
+
+def test_an_unknown_task_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    storage = tmp_path / "none"
+    result = subprocess.run(
+        command("collect", storage, "--collect.task", "CartPole-v1"), capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 1
+    assert "collect.task='CartPole-v1' is not one of" in result.stderr
+    assert not storage.exists()
+
+
+def test_weights_read_as_lists_of_floats_by_pandas(finished: tuple[Path, str]) -> None:
+    import pandas
+
+    frame = pandas.read_parquet(finished[0] / "trajectories")
+    assert len(frame) == 164
+    assert np.isfinite(np.stack(frame["weights"].to_list())).all()
+    assert frame["weights"].map(len).unique().tolist() == [122]
