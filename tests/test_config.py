@@ -46,7 +46,7 @@ def test_the_papers_experiment_has_the_papers_numbers() -> None:
     ],
 )
 def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text: str, words: str) -> None:
-    with pytest.raises(ValueError, match="mine.toml") as caught:
+    with pytest.raises(ValueError, match=r"mine\.toml") as caught:
         load_experiment(write(tmp_path, text))
     assert words in str(caught.value)
 

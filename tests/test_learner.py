@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tipl_ray.config import Ppo
-from tipl_ray.learner import CompiledLearner, Rollouts, TorchLearner, choose_engine
+from tipl_ray.learner import CompiledLearner, Learner, Rollouts, TorchLearner, choose_engine
 from tipl_ray.policy import NetworkShape
 
 PENDULUM = NetworkShape(observation_size=4, action_size=1, policy_hidden=(8, 8), critic_hidden=(64, 64))
@@ -90,6 +90,7 @@ def test_float32_gradients_are_as_near_to_float64_as_float32_allows(shape: Netwo
 @pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH])
 def test_compiled_and_torch_learners_agree(shape: NetworkShape) -> None:
     results = []
+    learner: Learner
     for learner in (CompiledLearner(shape, PPO), TorchLearner(shape, PPO)):
         parameters, rollouts = some_parameters(shape), some_rollouts(shape)
         actions = np.zeros((3, shape.action_size), dtype=np.float32)
@@ -97,11 +98,11 @@ def test_compiled_and_torch_learners_agree(shape: NetworkShape) -> None:
         owners = np.array([1, 0, 1], dtype=np.int32)
         learner.act(parameters, owners, np.ascontiguousarray(rollouts.observations_KSO[0, :3]), noise, actions)
         learner.advantages(parameters, rollouts)
-        moments = np.zeros((2, *parameters.shape), dtype=np.float32)
+        first, second = np.zeros((2, *parameters.shape), dtype=np.float32)
         steps, rates = np.zeros(2, dtype=np.int64), np.array([3e-4, 1e-4])
         permutations = np.array([[np.random.default_rng(k).permutation(STEPS)] for k in range(2)], dtype=np.int32)
-        learner.update(parameters, *moments, steps, rates, rollouts, permutations)
-        results.append((actions, rollouts.log_probabilities_KS, rollouts.advantages_KS, parameters, moments[0], steps))
+        learner.update(parameters, first, second, steps, rates, rollouts, permutations)
+        results.append((actions, rollouts.log_probabilities_KS, rollouts.advantages_KS, parameters, first, steps))
     for compiled, eager in zip(*results, strict=True):
         np.testing.assert_allclose(compiled, eager, rtol=2e-4, atol=2e-5)
 

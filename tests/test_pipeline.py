@@ -77,6 +77,7 @@ def test_run_again_every_stage_is_found_done(finished: tuple[Path, str]) -> None
 def test_mlflow_has_one_parent_with_one_child_per_stage_however_often_it_ran(finished: tuple[Path, str]) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{finished[0]}/mlflow.db")
     experiment = client.get_experiment_by_name("smoke")
+    assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_name for run in parents] == ["smoke"]
@@ -85,7 +86,9 @@ def test_mlflow_has_one_parent_with_one_child_per_stage_however_often_it_ran(fin
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parents[0].info.run_id}
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert [m.step for m in client.get_metric_history(children["train"].info.run_id, "validation_loss")] == [20, 40]
-    assert children["collect"].inputs.dataset_inputs[0].dataset.digest == TrajectoryStore(str(finished[0])).digest()
+    inputs = children["collect"].inputs
+    assert inputs is not None
+    assert inputs.dataset_inputs[0].dataset.digest == TrajectoryStore(str(finished[0])).digest()
 
 
 def test_a_killed_collection_goes_on_to_the_same_data_whatever_the_number_of_actors(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from plain_ppo import PlainTrial
+from torch import nn
 
 from tipl_ray.config import Collect, Experiment, Ppo
 from tipl_ray.policy import unflatten
@@ -17,6 +18,12 @@ SMALL = Experiment(
     ppo=Ppo(num_steps=128, num_minibatches=4),
     collect=Collect(total_env_steps=4 * 128, policy_hidden=(8, 8)),
 )
+
+
+def linear(network: nn.Sequential, index: int) -> nn.Linear:
+    layer = network[2 * index]
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def snapshots_of(group: TrialGroup) -> dict[tuple[int, int], np.ndarray]:
@@ -44,12 +51,22 @@ def test_one_iteration_equals_a_plain_trial_fed_the_same_noise(engine: str, task
     with torch.no_grad():
         for name, network in (("actor", plain.actor), ("critic", plain.critic)):
             for index in range(3):
-                network[2 * index].weight.copy_(torch.from_numpy(named[f"{name}.{index}.weight"].T))
-                network[2 * index].bias.copy_(torch.from_numpy(named[f"{name}.{index}.bias"]))
-    noise, permutations = [], []
+                linear(network, index).weight.copy_(torch.from_numpy(named[f"{name}.{index}.weight"].T))
+                linear(network, index).bias.copy_(torch.from_numpy(named[f"{name}.{index}.bias"]))
+    noise: list[np.ndarray] = []
+    permutations: list[np.ndarray] = []
     original_noise, original_permutations = group._noise, group._permutations
-    group._noise = lambda generator: noise.append(original_noise(generator)) or noise[-1]  # type: ignore[method-assign]
-    group._permutations = lambda: permutations.append(original_permutations()) or permutations[-1]  # type: ignore[method-assign]
+
+    def kept_noise(generator: np.random.Generator) -> np.ndarray:
+        noise.append(original_noise(generator))
+        return noise[-1]
+
+    def kept_permutations() -> np.ndarray:
+        permutations.append(original_permutations())
+        return permutations[-1]
+
+    group._noise = kept_noise  # type: ignore[method-assign]
+    group._permutations = kept_permutations  # type: ignore[method-assign]
     start = group.parameters_KN[1].copy()
     for _ in group.run_iteration():
         pass
@@ -62,7 +79,7 @@ def test_one_iteration_equals_a_plain_trial_fed_the_same_noise(engine: str, task
     assert moved > 0.01
     for name, network in (("actor", plain.actor), ("critic", plain.critic)):
         for index in range(3):
-            weight = network[2 * index].weight.detach().numpy().T
+            weight = linear(network, index).weight.detach().numpy().T
             np.testing.assert_allclose(named[f"{name}.{index}.weight"], weight, atol=1e-3)
     np.testing.assert_allclose(named["log_std"], plain.log_std.detach().numpy()[0], atol=1e-3)
 

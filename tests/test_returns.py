@@ -1,6 +1,7 @@
 """Returns of many policies at once against episodes in gymnasium, one by one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -24,7 +25,7 @@ def some_policies(task: str, count: int) -> tuple[NetworkShape, np.ndarray, np.n
 
 
 def gymnasium_return(task: str, act: Callable, mean: np.ndarray, variance: np.ndarray, seed: int) -> float:
-    environment = gymnasium.make(task)
+    environment: Any = gymnasium.make(task)
     observation, _ = environment.reset(seed=seed)
     total, over = 0.0, False
     while not over:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import ray
@@ -84,7 +85,7 @@ class GroupCollector:
         return GroupProgress(
             seeds=tuple(self._writers),
             env_steps=done * num_steps,
-            total_env_steps=len(self._writers) * self._experiment.num_iterations * num_steps,
+            total_env_steps=len(self._writers) * self._experiment.env_steps_per_trial,
             env_steps_per_second=(done - before) * num_steps / max(time.monotonic() - begin, 1e-9),
             mean_return=float(np.mean(returns)) if returns else math.nan,
         )
@@ -144,14 +145,13 @@ def collect(
 def _run_groups(
     experiment: Experiment, engine: str, groups: list[list[int]], on_progress: Callable[[list[GroupProgress]], None]
 ) -> None:
-    remote = ray.remote(GroupCollector).options(num_cpus=1, max_restarts=-1, max_task_retries=-1)
-    actors = [remote.remote(experiment, engine, seeds) for seeds in groups]
-    total = experiment.num_iterations * experiment.ppo.num_steps
+    collector: Any = ray.remote(GroupCollector).options(num_cpus=1, max_restarts=-1, max_task_retries=-1)
+    actors = [collector.remote(experiment, engine, seeds) for seeds in groups]
     latest = [
         GroupProgress(
             seeds=tuple(seeds),
             env_steps=0,
-            total_env_steps=len(seeds) * total,
+            total_env_steps=len(seeds) * experiment.env_steps_per_trial,
             env_steps_per_second=0.0,
             mean_return=math.nan,
         )

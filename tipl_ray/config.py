@@ -267,6 +267,11 @@ class Experiment:
         return self.collect.total_env_steps // self.ppo.num_steps
 
     @property
+    def env_steps_per_trial(self) -> int:
+        """Environment steps of the whole iterations that a trial runs."""
+        return self.num_iterations * self.ppo.num_steps
+
+    @property
     def snapshots_per_iteration(self) -> int:
         return self.ppo.num_epochs // self.collect.epochs_per_snapshot
 

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -132,8 +132,9 @@ class CompiledLearner:
             ppo.gamma,
             ppo.gae_lambda,
         )
-        address, count = ctypes.c_void_p, ctypes.c_int64
-        self._library.act.argtypes = [count, address, count] + [address] * 4
+        address: Any = ctypes.c_void_p
+        count: Any = ctypes.c_int64
+        self._library.act.argtypes = [count, address, count, *[address] * 4]
         self._library.advantages.argtypes = [count, count, address, RolloutPointers, Hyperparameters]
         self._library.gradient.argtypes = [count, count, address, RolloutPointers, address, Hyperparameters, address]
         self._library.update.argtypes = [*[count] * 3, *[address] * 5, RolloutPointers, address, Hyperparameters]

@@ -1,4 +1,4 @@
-"""The jobs' stages, one after the other: collect, train, evaluate; each found done, gone on with, or run from the start.
+"""The jobs' stages in order: collect, train, evaluate; each found done, gone on with, or run from the start.
 
 Here everything meets: a stage runs on the Ray cluster, tells the terminal how far it is, leaves its work in the storage
 and logs it to MLflow. What is computed, and how, is in the files below.
@@ -6,6 +6,7 @@ and logs it to MLflow. What is computed, and how, is in the files below.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import sys
 import tempfile
@@ -50,13 +51,11 @@ def run_collect(context: Context) -> None:
     header = trial_header(experiment, engine)
     width = "-".join(map(str, settings.policy_hidden))
     say(
-        f"collect: {settings.num_trials} trials of {settings.task}, {experiment.num_iterations * experiment.ppo.num_steps:,} "
-        f"env steps each, policy {width} (P = {header.num_weights:,}), {experiment.num_snapshots:,} snapshots a trial"
+        f"collect: {settings.num_trials} trials of {settings.task}, {experiment.env_steps_per_trial:,} env steps each, "
+        f"policy {width} (P = {header.num_weights:,}), {experiment.num_snapshots:,} snapshots a trial"
     )
     if engine == "torch" and settings.engine == "auto":
-        say(
-            "collect: no g++ here, or a minibatch that is no multiple of 16: networks run in torch, several times slower"
-        )
+        say("collect: no g++ here, or minibatches of no multiple of 16: networks run in torch, several times slower")
     found = settings.num_trials - len(pending_seeds(experiment, store))
     if found == settings.num_trials and store.finished():
         say(f"collect: found all {found} trials complete")
@@ -197,7 +196,7 @@ def _connected_to_ray() -> Iterator[None]:
         # What matters of the workers' output comes as exceptions; the rest is Ray Train missing the dashboard.
         ray.init(
             include_dashboard=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             log_to_driver=False,
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
         )
@@ -220,7 +219,7 @@ def data_digest(experiment: Experiment) -> str:
 
 
 def learning_curves(experiment: Experiment) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Per trial: seed, env steps, mean return of the episodes that ended in each iteration (the last known, if none)."""
+    """Per trial: seed, env steps, mean return of the episodes that ended in each iteration; the last known, if none."""
     store, curves = TrajectoryStore(experiment.storage_path), []
     first = slice(1, None, experiment.snapshots_per_iteration)  # an iteration's episodes stand at its first snapshot
     for seed in experiment.collect.seeds:
@@ -274,8 +273,8 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
     finished = sum(len(group.seeds) for group in groups if group.finished)
     view.show(
         rows,
-        f"collect: {finished} of {sum(len(group.seeds) for group in groups)} trials done, {done:,} of {total:,} env steps, "
-        f"{rate:,.0f} env steps/s on {len(groups)} actors, {duration(seconds)} so far, {left} left",
+        f"collect: {finished} of {sum(len(group.seeds) for group in groups)} trials done, {done:,} of {total:,} env "
+        f"steps, {rate:,.0f} env steps/s on {len(running)} actors, {duration(seconds)} so far, {left} left",
     )
 
 
