@@ -9,24 +9,33 @@ Knows how trials are laid out, published and verified under one storage root; kn
 A part counts once a commit record names it, and a commit record counts while records 1, 2, ... n have no gap and their
 snapshots follow each other from 0. Everything else is garbage, which readers do not see and `sweep` deletes.
 
+The root is a folder or s3://bucket/prefix, with an endpoint other than AWS's by `?endpoint_override=http://host:port` or
+$AWS_ENDPOINT_URL_S3 or $AWS_ENDPOINT_URL. Writing to S3 takes the extra `s3`; other URIs can only be read.
+
 Shapes: T snapshots, P policy weights, O observation entries.
 """
 
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
+import time
+import urllib.parse
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 import pydantic
@@ -41,14 +50,16 @@ METADATA_KEY = b"tipl_ray"
 """Key of the header's JSON in the metadata of a part's Parquet schema."""
 ROW_GROUP_BYTES = 8 * 2**20
 """Raw weights per row group at most: what reading a single snapshot costs."""
+REQUESTS_AT_ONCE = 16
+"""Requests under way at once where each is a round trip."""
 
 _TRAJECTORIES, _COMMITS = "trajectories", "commits"
 _SUCCESS = "_SUCCESS"
 _TEMPORARY = ".tmp-"
 _TRIAL_FOLDER = re.compile(r"trial=(0|[1-9][0-9]*)")
-_PART_NAME = re.compile(r"part-[0-9]{8,}-[0-9a-f]{16}\.parquet")
+_PART_NAME = re.compile(r"part-([0-9]{8,})-[0-9a-f]{16}\.parquet")
 _COMMIT_NAME = re.compile(r"commit-([1-9][0-9]*)\.json")
-_OWN_NAME = re.compile(rf"{_PART_NAME.pattern}|{_COMMIT_NAME.pattern}|state-[1-9][0-9]*-[0-9a-f]{{16}}\.safetensors")
+_STATE_NAME = re.compile(r"state-([1-9][0-9]*)-[0-9a-f]{16}\.safetensors")
 
 _Count = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 _Bytes = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
@@ -230,8 +241,9 @@ class TrajectoryStore:
 
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the trials with at least one commit, ascending."""
-        folders = self._trial_seeds(_COMMITS)
-        return tuple(seed for seed in folders if "commit-1.json" in self._files.sizes(_folder(_COMMITS, seed)))
+        seeds = self._trial_seeds(_COMMITS)
+        listings = self._files.each(self._files.entries, [_folder(_COMMITS, seed) for seed in seeds])
+        return tuple(seed for seed, names in zip(seeds, listings, strict=True) if "commit-1.json" in names)
 
     def progress(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
         """How much of a trial is committed, of `num_snapshots` expected. Raises StoreError as `trajectory` does."""
@@ -247,7 +259,9 @@ class TrajectoryStore:
 
     def header(self) -> Header:
         """The header that all trials share. Raises StoreError where there is no trial, or two that differ."""
-        headers = {seed: self._record(seed, 1).header for seed in self.seeds()}
+        seeds = self.seeds()
+        contents = self._files.each(self._files.read, [_commit_path(seed, 1) for seed in seeds])
+        headers = {seed: self._record(seed, 1, content).header for seed, content in zip(seeds, contents, strict=True)}
         if not headers:
             raise StoreError(f"{self._files.show(_COMMITS)}: no trial is committed there; collect first")
         first = min(headers)
@@ -278,10 +292,13 @@ class TrajectoryStore:
         names = tuple(_FIELDS) if columns is None else tuple(dict.fromkeys(("snapshot", *columns)))
         if unknown := [name for name in names if name not in _FIELDS]:
             raise ValueError(f"columns={unknown} are not among {sorted(_FIELDS)}")
+        run = [record for record in run if record.first_snapshot < stop and start <= record.last_snapshot] or run[:1]
+        # Footers first: a record's word alone is no reason to ask for memory.
+        footers = list(self._files.each(functools.partial(self._footer, seed), run))
         schema = _schema(run[0].header, run[0].num_observations)
         arrays = {name: _empty_array(schema.field(name).type, stop - start if name in names else 0) for name in _FIELDS}
-        for record in run:
-            for first, rows in self._row_groups(seed, record, names, start, stop):
+        for record, footer in zip(run, footers, strict=True):
+            for first, rows in self._row_groups(seed, record, footer, names, start, stop):
                 for name in names:
                     arrays[name][first - start : first - start + len(rows)] = _to_numpy(rows.column(name))
         return Trajectory(seed=seed, **{field: arrays[name] for name, field in _FIELDS.items()})
@@ -310,27 +327,40 @@ class TrajectoryStore:
     def verify_all(self, expected_seeds: Sequence[int], num_snapshots: int) -> tuple[TrialProgress, ...]:
         """Verify that every expected trial is whole and that all share one header. Raises as `verify` does."""
         progress = tuple(self.verify(seed, num_snapshots) for seed in expected_seeds)
-        self._refuse_foreign(_TRAJECTORIES, _TRIAL_FOLDER)
-        self.header()
+        self.verify_folder()
         return progress
 
-    def sweep(self) -> tuple[str, ...]:
-        """Delete what no unbroken run of commit records names; returns its names. Only while no writer is open.
+    def verify_folder(self) -> None:
+        """Verify that nothing foreign lies among the trials and that all share one header. Raises StoreError."""
+        self._refuse_foreign(_TRAJECTORIES, _TRIAL_FOLDER)
+        self.header()
 
-        Touches nothing but files of the store's own naming. Raises StoreError, before anything is deleted, for a
-        commit record that cannot be read.
+    def garbage(self, seeds: Sequence[int] | None = None, lost: bool = False) -> tuple[str, ...]:
+        """What no unbroken run of commit records names, of all trials or of some: names of the store's own kind.
+
+        Raises StoreError for a commit record that cannot be read and, unless `lost`, for a trial whose commit records
+        seem to be lost, as parts lie there that only they can have named.
         """
         garbage = [f"{_COMMITS}/{name}" for name in self._files.sizes(_COMMITS) if name.startswith(_TEMPORARY)]
-        for seed in sorted({*self._trial_seeds(_COMMITS), *self._trial_seeds(_TRAJECTORIES)}):
+        every_seed = {*self._trial_seeds(_COMMITS), *self._trial_seeds(_TRAJECTORIES)}
+        for seed in sorted(every_seed if seeds is None else set(seeds)):
             run = self._run(seed)
+            if not lost:
+                self._refuse_lost(seed, run)
             kept = {_commit_path(seed, record.commit) for record in run}
             kept |= {_part_path(seed, record) for record in run} | {_state_path(seed, record) for record in run[-1:]}
-            for parent in (_COMMITS, _TRAJECTORIES):
-                names = filter(_OWN_NAME.fullmatch, self._files.sizes(_folder(parent, seed)))
-                garbage += sorted({f"{_folder(parent, seed)}/{name}" for name in names} - kept)
+            garbage += sorted(set(self._own_files(seed)) - kept)
+        return tuple(garbage)
+
+    def sweep(self, seeds: Sequence[int] | None = None, lost: bool = False) -> tuple[str, ...]:
+        """Delete the garbage; returns its names. Only while no writer is open.
+
+        Raises StoreError as `garbage` does, before anything is deleted.
+        """
+        garbage = self.garbage(seeds, lost)
         for path in garbage:
             self._files.delete(path)
-        return tuple(garbage)
+        return garbage
 
     def digest(self, seeds: Sequence[int] | None = None) -> str:
         """Identity of the data set: digest of the seeds and their parts' SHA-256, in whatever order it was written."""
@@ -340,22 +370,31 @@ class TrajectoryStore:
     def finish(self, seeds: Sequence[int], num_snapshots: int) -> None:
         """Mark the data set as whole: verify every trial, sweep, write `_SUCCESS`. Raises as `verify` does."""
         self.verify_all(seeds, num_snapshots)
-        self.sweep()
+        self.sweep(seeds)
         mark = {"seeds": sorted(seeds), "num_snapshots": num_snapshots, "digest": self.digest(seeds)}
         self._files.write(f"{_COMMITS}/{_SUCCESS}", json.dumps(mark, indent=2).encode())
 
     def finished(self) -> bool:
         """Whether `finish` has marked the data set as whole and nothing was committed since."""
-        return _SUCCESS in self._files.sizes(_COMMITS)
+        return _SUCCESS in self._files.entries(_COMMITS)
 
     def _trial_seeds(self, parent: str) -> list[int]:
         matches = map(_TRIAL_FOLDER.fullmatch, self._files.folders(parent))
         return sorted(int(match[1]) for match in matches if match)
 
-    def _record(self, seed: int, number: int) -> CommitRecord:
+    def _own_files(self, seed: int) -> list[str]:
+        """Paths of the files of a trial that bear names of the store's own kind."""
+        kinds = (_COMMITS, _COMMIT_NAME), (_COMMITS, _STATE_NAME), (_TRAJECTORIES, _PART_NAME)
+        return [
+            f"{_folder(parent, seed)}/{name}"
+            for parent, kind in kinds
+            for name in filter(kind.fullmatch, self._files.sizes(_folder(parent, seed)))
+        ]
+
+    def _record(self, seed: int, number: int, content: bytes) -> CommitRecord:
         path = _commit_path(seed, number)
         try:
-            record = _RECORD.validate_json(self._files.read(path), strict=True)
+            record = _RECORD.validate_json(content, strict=True)
         except pydantic.ValidationError as error:
             complaints = [f"{'.'.join(map(str, item['loc'])) or 'record'}: {item['msg']}" for item in error.errors()]
             raise self._files.damaged(path, "is no commit record: " + "; ".join(complaints)) from error
@@ -365,10 +404,12 @@ class TrajectoryStore:
 
     def _run(self, seed: int) -> tuple[CommitRecord, ...]:
         """The trial's unbroken run of commit records."""
-        names = self._files.sizes(_folder(_COMMITS, seed))
+        names = self._files.entries(_folder(_COMMITS, seed))
+        numbers = itertools.takewhile(lambda number: f"commit-{number}.json" in names, itertools.count(1))
+        contents = self._files.each(self._files.read, [_commit_path(seed, number) for number in numbers])
         run: list[CommitRecord] = []
-        while f"commit-{len(run) + 1}.json" in names:
-            record = self._record(seed, len(run) + 1)
+        for content in contents:
+            record = self._record(seed, len(run) + 1, content)
             if record.first_snapshot != (run[-1].last_snapshot + 1 if run else 0):
                 break
             if run and record.config_hash != run[0].config_hash:
@@ -383,30 +424,41 @@ class TrajectoryStore:
     def _present_run(self, seed: int) -> tuple[CommitRecord, ...]:
         """The unbroken run, its parts known to lie there in full size."""
         run = self._run(seed)
-        sizes = self._files.sizes(_folder(_TRAJECTORIES, seed))
+        entries = self._files.entries(_folder(_TRAJECTORIES, seed))
         for record in run:
-            if (size := sizes.get(record.part)) != record.part_bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
+            if (size := entries.get(record.part)) != record.part_bytes:
+                found = (
+                    f"has {size} bytes"
+                    if size is not None
+                    else "is a folder"
+                    if record.part in entries
+                    else "is missing"
+                )
                 complaint = f"{found} where commit {record.commit} says {record.part_bytes} bytes"
                 raise self._files.damaged(_part_path(seed, record), complaint)
         return run
 
+    def _footer(self, seed: int, record: CommitRecord) -> pq.FileMetaData:
+        """The Parquet footer of a part, found to hold the columns, the header and the rows that its record says."""
+        path = _part_path(seed, record)
+        with self._files.explained(path), self._files.open(path) as source:
+            file = pq.ParquetFile(source)
+            if not file.schema_arrow.equals(_schema(record.header, record.num_observations), check_metadata=True):
+                raise self._files.damaged(path, f"its columns or header are not those that commit {record.commit} says")
+            num_rows = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+            if num_rows != record.rows:
+                raise self._files.damaged(path, f"has {num_rows} rows where commit {record.commit} says {record.rows}")
+            return file.metadata
+
     def _row_groups(
-        self, seed: int, record: CommitRecord, names: Sequence[str], start: int, stop: int
+        self, seed: int, record: CommitRecord, footer: pq.FileMetaData, names: Sequence[str], start: int, stop: int
     ) -> Iterator[tuple[int, pa.Table]]:
         """What a part holds of snapshots [start, stop): (index of the first, rows) of one row group at a time."""
         path, first = _part_path(seed, record), record.first_snapshot
-        if stop <= first or record.last_snapshot < start:
-            return
         with self._files.explained(path), self._files.open(path) as source:
-            file = pq.ParquetFile(source, page_checksum_verification=True)
-            if not file.schema_arrow.equals(_schema(record.header, record.num_observations), check_metadata=True):
-                raise self._files.damaged(path, f"its columns or header are not those that commit {record.commit} says")
-            group_rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            if sum(group_rows) != record.rows:
-                complaint = f"has {sum(group_rows)} rows where commit {record.commit} says {record.rows}"
-                raise self._files.damaged(path, complaint)
-            for group, num_rows in enumerate(group_rows):
+            file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True)
+            for group in range(footer.num_row_groups):
+                num_rows = footer.row_group(group).num_rows
                 low, high = max(first, start), min(first + num_rows, stop)
                 if low < high:
                     rows = file.read_row_group(group, columns=list(names))
@@ -419,14 +471,16 @@ class TrajectoryStore:
         path = _part_path(seed, record)
         if hashlib.sha256(self._files.read(path)).hexdigest() != record.part_sha256:
             raise self._files.damaged(path, f"is altered: its SHA-256 is not the one in commit {record.commit}")
-        for first, rows in self._row_groups(seed, record, ("seed", *_FIELDS), record.first_snapshot, 2**31):
-            columns = {name: _to_numpy(rows.column(name)) for name in rows.column_names}
-            if not np.array_equal(columns["snapshot"], np.arange(first, first + len(rows))):
+        footer = self._footer(seed, record)
+        for first, rows in self._row_groups(seed, record, footer, ("seed", *_FIELDS), record.first_snapshot, 2**31):
+            if not np.array_equal(_to_numpy(rows.column("snapshot")), np.arange(first, first + len(rows))):
                 raise self._files.damaged(path, f"its snapshots do not count up from {first}")
-            if not (columns["seed"] == seed).all():
+            if not (_to_numpy(rows.column("seed")) == seed).all():
                 raise self._files.damaged(path, f"holds another seed than {seed}")
-            for name in ("weights", "observation_mean", "observation_variance"):
-                if not np.isfinite(columns[name]).all():
+            for name, column in zip(rows.column_names, rows.columns, strict=True):
+                values = column.combine_chunks()
+                numbers = values.flatten() if pa.types.is_fixed_size_list(values.type) else values
+                if not pc.all(pc.is_finite(numbers)).as_py():
                     raise self._files.damaged(path, f"{name} holds NaN or infinity")
 
     def _state(self, seed: int, record: CommitRecord) -> dict[str, np.ndarray]:
@@ -438,15 +492,31 @@ class TrajectoryStore:
             return safetensors.numpy.load(content)
 
     def _refuse_stray_records(self, seed: int, run: Sequence[CommitRecord]) -> None:
-        matches = map(_COMMIT_NAME.fullmatch, self._files.sizes(_folder(_COMMITS, seed)))
+        matches = map(_COMMIT_NAME.fullmatch, self._files.entries(_folder(_COMMITS, seed)))
         if stray := [number for match in matches if match and (number := int(match[1])) > len(run)]:
             raise StoreError(
                 f"{self._files.show(_commit_path(seed, min(stray)))}: does not follow {len(run)} commits before it; "
-                "restore what is missing, or sweep it away"
+                "restore what is missing, or sweep it away as lost"
             )
 
+    def _refuse_lost(self, seed: int, run: Sequence[CommitRecord]) -> None:
+        """A crash leaves at most the next commit's part and state; what lies beyond was committed once."""
+        next_snapshot = run[-1].last_snapshot + 1 if run else -1
+        for path in sorted(self._own_files(seed)):
+            name = path.rpartition("/")[2]
+            commit, state, part = (kind.fullmatch(name) for kind in (_COMMIT_NAME, _STATE_NAME, _PART_NAME))
+            if (
+                (commit and int(commit[1]) > len(run))
+                or (state and int(state[1]) > len(run) + 1)
+                or (part and int(part[1]) > next_snapshot)
+            ):
+                raise StoreError(
+                    f"{self._files.show(path)}: lies beyond the {len(run)} commits of trial {seed}, so commit records "
+                    "of it seem to be lost; restore them, or sweep it away as lost"
+                )
+
     def _refuse_foreign(self, folder: str, pattern: re.Pattern[str]) -> None:
-        for name in (*self._files.sizes(folder), *self._files.folders(folder)):
+        for name in self._files.entries(folder):
             if not pattern.fullmatch(name) and not name.startswith((".", "_")):
                 path = self._files.show(f"{folder}/{name}")
                 raise StoreError(f"{path}: is not the store's, and readers of the folder may take it for data; move it")
@@ -671,20 +741,32 @@ def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
     return array.to_numpy(zero_copy_only=False)
 
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
 class _Files:
-    """Whole files under one root, by names relative to it; local writes are durable when they return."""
+    """Whole files under one root, by names relative to it: read through pyarrow, written by the root's publisher."""
 
     def __init__(self, root: str) -> None:
         self._root = root.rstrip("/")
+        self._publisher: _Publisher
         try:
-            if "://" in root:
+            if root.startswith("s3://"):
+                bucket = _Bucket(root)
+                self._filesystem, self._base, self._publisher = bucket.reader(), bucket.base, bucket
+                self._root = f"s3://{bucket.base}"
+            elif "://" in root:
                 self._filesystem, self._base = pa_fs.FileSystem.from_uri(root)
+                self._publisher = _NoPublisher(self._filesystem.type_name)
             else:
                 self._filesystem, self._base = pa_fs.LocalFileSystem(), str(Path(root).absolute())
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise StoreError(
                 f"{root}: cannot be opened: {error}; give a folder or a URI such as s3://bucket/folder"
             ) from error
+        if self._is_local:
+            self._publisher, self._root = _Folder(self._base), self._base
 
     @property
     def _is_local(self) -> bool:
@@ -692,18 +774,39 @@ class _Files:
 
     def show(self, path: str) -> str:
         """Full name for an error message."""
-        return f"{self._base if self._is_local else self._root}/{path}"
+        return f"{self._root}/{path}"
+
+    def entries(self, folder: str) -> dict[str, int | None]:
+        """Name -> bytes of the files in a folder, None of the folders in it; empty where there is no folder."""
+        kinds = (pa_fs.FileType.File, pa_fs.FileType.Directory)
+        try:
+            selector = pa_fs.FileSelector(f"{self._base}/{folder}", allow_not_found=True)
+            return {
+                info.base_name: info.size for info in self._filesystem.get_file_info(selector) if info.type in kinds
+            }
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{self.show(folder)}: cannot be listed: {error}; check the storage") from error
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Name -> bytes of the files in a folder; empty where there is no folder."""
-        return {info.base_name: info.size for info in self._entries(folder) if info.type == pa_fs.FileType.File}
+        return {name: size for name, size in self.entries(folder).items() if size is not None}
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders in a folder."""
-        return [info.base_name for info in self._entries(folder) if info.type == pa_fs.FileType.Directory]
+        return [name for name, size in self.entries(folder).items() if size is None]
+
+    def each(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+        """The function of each item in order; several at once where each is a round trip to another machine."""
+        if self._is_local:
+            yield from map(function, items)
+        else:
+            with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+                yield from pool.map(function, items)
 
     def open(self, path: str) -> pa.NativeFile:
         """The file, for reading. Raises OSError where it cannot be."""
+        if self._is_local:
+            _refuse_outside(Path(self._base), Path(self._base, path))
         return self._filesystem.open_input_file(f"{self._base}/{path}")
 
     def read(self, path: str) -> bytes:
@@ -729,58 +832,119 @@ class _Files:
         )
 
     def write(self, path: str, data: bytes | memoryview) -> None:
-        """Publish a whole file under its name, over whatever bears it."""
+        """Publish a whole file under its name, over whatever bears it; durable when it returns."""
         with self._refused(path):
-            if self._is_local:
-                target = self._target(path)
-                with self._temporary(data) as temporary:
-                    temporary.replace(target)
-                _sync_folder(target.parent)
-            else:
-                with self._filesystem.open_output_stream(f"{self._base}/{path}") as stream:
-                    stream.write(data)
+            self._publisher.write(path, data)
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Publish a whole file under its name unless the name is taken; False where it is."""
         self.check_put_if_absent()
         with self._refused(path):
-            target = self._target(path)
-            with self._temporary(data) as temporary:
-                try:
-                    target.hardlink_to(temporary)
-                except FileExistsError:
-                    return False
-            _sync_folder(target.parent)
-        return True
+            return self._publisher.put_if_absent(path, data)
 
     def check_put_if_absent(self) -> None:
         """Raises StoreError where two writers of one name could both believe that they were first."""
-        if not self._is_local:
+        if refusal := self._publisher.refusal():
             raise StoreError(
-                f"{self._root}: trials cannot be written there: no conditional put is known for a filesystem of type "
-                f"{self._filesystem.type_name!r}, so a second writer would go unnoticed; collect into a local folder"
+                f"{self._root}: trials cannot be written there: {refusal}; collect into a local folder, or into an S3 "
+                "bucket that takes conditional puts"
             )
 
     def delete(self, path: str) -> None:
         """Delete a file, or find it gone."""
         with self._refused(path), contextlib.suppress(FileNotFoundError):
-            self._filesystem.delete_file(f"{self._base}/{path}")
+            self._publisher.delete(path)
 
-    def _entries(self, folder: str) -> list[pa_fs.FileInfo]:
+    @contextlib.contextmanager
+    def _refused(self, path: str) -> Iterator[None]:
         try:
-            return self._filesystem.get_file_info(pa_fs.FileSelector(f"{self._base}/{folder}", allow_not_found=True))
-        except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{self.show(folder)}: cannot be listed: {error}; check the storage") from error
+            yield
+        except OSError as error:
+            cause = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+            raise StoreError(
+                f"{self.show(path)}: cannot be written: {cause}. Make room or give access, then run again; what was "
+                "committed before stays readable"
+            ) from error
+
+
+class _Publisher(Protocol):
+    """Puts and deletes whole files by names relative to a root; raises OSError where the storage refuses."""
+
+    def refusal(self) -> str | None:
+        """Why trials cannot be written here; None where they can."""
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        """Put a file over whatever bears its name."""
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        """Put a file unless its name is taken; False where it is."""
+        raise NotImplementedError
+
+    def delete(self, path: str) -> None:
+        """Delete a file. May raise FileNotFoundError."""
+
+
+class _NoPublisher:
+    """A filesystem without conditional put, as far as is known here: only for reading."""
+
+    def __init__(self, type_name: str) -> None:
+        self._refusal = (
+            f"no conditional put is known for a filesystem of type {type_name!r}, so a second writer would go unnoticed"
+        )
+
+    def refusal(self) -> str | None:
+        return self._refusal
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        raise OSError(errno.EROFS, self._refusal)
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        raise OSError(errno.EROFS, self._refusal)
+
+    def delete(self, path: str) -> None:
+        raise OSError(errno.EROFS, self._refusal)
+
+
+class _Folder:
+    """A local folder: a file appears whole by rename, or by a hard link, which an existing name refuses."""
+
+    def __init__(self, base: str) -> None:
+        self._base = Path(base)
+
+    def refusal(self) -> str | None:
+        return None
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        target = self._target(path)
+        with self._temporary(data) as temporary:
+            temporary.replace(target)
+        _sync_folder(target.parent)
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        target = self._target(path)
+        with self._temporary(data) as temporary:
+            try:
+                target.hardlink_to(temporary)
+            except FileExistsError:
+                return False
+        _sync_folder(target.parent)
+        return True
+
+    def delete(self, path: str) -> None:
+        target = self._base / path
+        _refuse_outside(self._base, target.parent)
+        target.unlink()
 
     def _target(self, path: str) -> Path:
-        target = Path(self._base, path)
+        target = self._base / path
+        _refuse_outside(self._base, target.parent)
         _make_folder(target.parent)
         return target
 
     @contextlib.contextmanager
     def _temporary(self, data: bytes | memoryview) -> Iterator[Path]:
         """A durable file among the commits, where no Parquet reader looks; gone afterwards unless renamed or killed."""
-        folder = Path(self._base, _COMMITS)
+        folder = self._base / _COMMITS
         _make_folder(folder)
         path = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
@@ -792,16 +956,122 @@ class _Files:
         finally:
             path.unlink(missing_ok=True)
 
+
+class _Bucket:
+    """An S3 bucket and a prefix in it: a file appears whole by one put, and by a conditional one under a new name.
+
+    Credentials come from where AWS's own tools find them (environment, profile, web identity, machine), for reading
+    (pyarrow) as for writing (botocore); none are taken from the URI, which logs show.
+    """
+
+    def __init__(self, root: str) -> None:
+        location = urllib.parse.urlsplit(root)
+        if "@" in location.netloc:
+            raise StoreError(
+                f"s3://{location.netloc.rpartition('@')[2]}{location.path}: the URI carries credentials, which every "
+                "log would show; give them by the environment or a profile"
+            )
+        options = dict(
+            urllib.parse.parse_qsl(location.query, keep_blank_values=True, strict_parsing=bool(location.query))
+        )
+        if unknown := sorted(options.keys() - {"endpoint_override", "scheme", "region"}):
+            raise ValueError(f"{unknown[0]!r} is none of endpoint_override, scheme and region")
+        if not location.netloc:
+            raise ValueError("names no bucket")
+        self._bucket, self._prefix = location.netloc, location.path.strip("/")
+        self.base = f"{self._bucket}/{self._prefix}".rstrip("/")
+        environment = os.environ.get
+        endpoint = (
+            options.get("endpoint_override") or environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL")
+        )
+        if endpoint and "://" not in endpoint:
+            endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
+        self._endpoint = endpoint
+        told = options.get("region") or environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
+        self._region = told or ("us-east-1" if endpoint else pa_fs.resolve_s3_region(self._bucket))
+
+    def reader(self) -> pa_fs.S3FileSystem:
+        """The filesystem to read from."""
+        scheme, _, host = (self._endpoint or "https://").partition("://")
+        return pa_fs.S3FileSystem(region=self._region, scheme=scheme, endpoint_override=host.rstrip("/") or None)
+
+    def refusal(self) -> str | None:
+        return self._refusal
+
+    @functools.cached_property
+    def _refusal(self) -> str | None:
+        """Found by trying: the second conditional put of one name has to fail."""
+        path = f"{_COMMITS}/{_TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            first, second = self.put_if_absent(path, b""), self.put_if_absent(path, b"")
+            self.delete(path)
+        except OSError as error:
+            return f"a conditional put is refused: {error}"
+        if first and not second:
+            return None
+        return (
+            "its conditional puts (If-None-Match: *) let one name be taken twice, so a second writer would go unnoticed"
+        )
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        with self._as_os_error():
+            self._client.put_object(Bucket=self._bucket, Key=self._key(path), Body=bytes(data))
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        name = {"Bucket": self._bucket, "Key": self._key(path)}
+        mark = uuid.uuid4().hex
+        with self._as_os_error():
+            while True:
+                try:
+                    self._client.put_object(**name, Body=data, IfNoneMatch="*", Metadata={"writer": mark})
+                    return True
+                except self._client.exceptions.ClientError as error:
+                    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+                    if status == 412:
+                        # The client repeats a put whose answer was lost: the name may be taken by this very call.
+                        return self._client.head_object(**name)["Metadata"].get("writer") == mark
+                    if status != 409:
+                        raise
+                    time.sleep(0.1)  # another put or delete of the name was under way
+
+    def delete(self, path: str) -> None:
+        with self._as_os_error():
+            self._client.delete_object(Bucket=self._bucket, Key=self._key(path))
+
+    def _key(self, path: str) -> str:
+        return f"{self._prefix}/{path}".lstrip("/")
+
+    @functools.cached_property
+    def _client(self) -> Any:
+        import botocore.config
+        import botocore.session
+
+        settings = botocore.config.Config(
+            retries={"mode": "standard", "max_attempts": 5},
+            # Signed bodies are checked by every S3, the newer checksums by AWS's alone.
+            request_checksum_calculation="when_required",
+            s3={"payload_signing_enabled": True, "addressing_style": "path" if self._endpoint else "auto"},
+        )
+        return botocore.session.get_session().create_client(
+            "s3", region_name=self._region, endpoint_url=self._endpoint, config=settings
+        )
+
     @contextlib.contextmanager
-    def _refused(self, path: str) -> Iterator[None]:
+    def _as_os_error(self) -> Iterator[None]:
+        try:
+            import botocore.exceptions
+        except ImportError as error:
+            raise OSError("botocore is not installed: pip install 'tipl_ray[s3]'") from error
         try:
             yield
-        except (OSError, pa.ArrowException) as error:
-            cause = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else str(error)
-            raise StoreError(
-                f"{self.show(path)}: cannot be written: {cause}. Make room or give access, then run again; what was "
-                "committed before stays readable"
-            ) from error
+        except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
+            raise OSError(f"{self._endpoint or 'S3'}: {error}") from error
+
+
+def _refuse_outside(root: Path, path: Path) -> None:
+    """Raises OSError where links lead out of the storage: neither reads nor writes follow them."""
+    if not (target := path.resolve()).is_relative_to(root.resolve()):
+        raise OSError(f"{path} leads out of the storage, to {target}")
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,0 +1,126 @@
+"""Collection: groups and commits without Ray, and actors that are killed with it."""
+
+import contextlib
+import dataclasses
+import doctest
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from tipl_ray import collection
+from tipl_ray.collection import GroupCollector, GroupProgress, collect, pending_seeds
+from tipl_ray.config import CHECKOUT, Experiment, load_experiment
+from tipl_ray.learner import choose_engine
+from tipl_ray.trajectory_store import TrajectoryStore
+
+
+def smoke(storage: Path, **collect_fields: int) -> Experiment:
+    experiment = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+    return dataclasses.replace(
+        experiment,
+        storage=str(storage),
+        collect=dataclasses.replace(experiment.collect, **collect_fields),  # type: ignore[arg-type]
+    ).check()
+
+
+def own_processes(title: str) -> list[int]:
+    """Descendants of this process whose command line begins with a title."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end while we look
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    own = {os.getpid()}
+    while new := {process for process, parent in parents.items() if parent in own} - own:
+        own |= new
+    found = []
+    for process in own:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(title.encode()):
+                found.append(process)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"] = "disabled", "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_examples_in_docstrings_hold() -> None:
+    assert doctest.testmod(collection).failed == 0
+
+
+@pytest.mark.parametrize("groups", [[[1, 2, 3, 4]], [[4], [2, 1, 3]]])
+def test_the_data_does_not_depend_on_the_groups(tmp_path: Path, groups: list[list[int]]) -> None:
+    digests = []
+    for name, parts in (("one by one", [[1], [2], [3], [4]]), ("grouped", groups)):
+        experiment = smoke(tmp_path / name)
+        for seeds in parts:
+            collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), seeds)
+            assert collector.advance(seconds=600).finished
+        store = TrajectoryStore(experiment.storage_path)
+        store.finish(experiment.collect.seeds, experiment.num_snapshots)
+        digests.append(store.digest())
+    assert digests[0] == digests[1]
+
+
+def test_a_group_goes_on_from_commits_at_different_iterations(tmp_path: Path) -> None:
+    """Trial 1 is two commits ahead of the others when the collector is dropped."""
+    undisturbed, dropped = smoke(tmp_path / "undisturbed"), smoke(tmp_path / "dropped")
+    engine = choose_engine("auto", undisturbed.ppo)
+    GroupCollector(undisturbed, engine, [1, 2]).advance(seconds=600)
+    early = GroupCollector(dropped, engine, [1])
+    for _ in range(7):
+        early._run_iteration()
+    assert TrajectoryStore(dropped.storage_path).progress(1).num_snapshots == 1 + 6 * 5
+    assert GroupCollector(dropped, engine, [1, 2]).advance(seconds=600).finished
+    stores = [TrajectoryStore(experiment.storage_path) for experiment in (undisturbed, dropped)]
+    assert stores[0].digest([1, 2]) == stores[1].digest([1, 2])
+
+
+def test_progress_counts_what_was_run_before(tmp_path: Path) -> None:
+    experiment = smoke(tmp_path)
+    collector = GroupCollector(experiment, "torch", [1, 2])
+    progress = collector.advance(seconds=0)
+    assert (progress.env_steps, progress.total_env_steps, progress.finished) == (0, 2 * 2048, False)
+    for _ in range(3):
+        collector._run_iteration()
+    again = GroupCollector(experiment, "torch", [1, 2]).advance(seconds=0)
+    assert again.env_steps == 2 * 3 * 256
+
+
+def test_killed_actors_are_restarted_and_the_data_is_the_same(cluster: None, tmp_path: Path) -> None:
+    undisturbed = smoke(tmp_path / "undisturbed", total_env_steps=30_720)
+    disturbed = smoke(tmp_path / "disturbed", total_env_steps=30_720)
+    expected = collect(undisturbed).digest()
+    kills: list[int] = []
+    over = threading.Event()
+
+    def kill_now_and_then() -> None:
+        while not over.is_set() and len(kills) < 3:
+            if list(Path(disturbed.storage_path).glob("commits/trial=*/commit-*.json")):
+                for process in own_processes("ray::GroupCollector.advance")[:1]:
+                    os.kill(process, signal.SIGKILL)
+                    kills.append(process)
+            time.sleep(0.3)
+
+    killer = threading.Thread(target=kill_now_and_then)
+    killer.start()
+    seen: list[GroupProgress] = []
+    try:
+        store = collect(disturbed, lambda groups: seen.extend(groups))
+    finally:
+        over.set()
+        killer.join()
+    assert kills
+    assert store.digest() == expected
+    assert pending_seeds(disturbed, store) == []
+    assert max(progress.env_steps for progress in seen) == 2 * 30_720
