@@ -1,14 +1,18 @@
 # make demo    installs into .venv and runs the main job on real PPO data
 # make test    installs into .venv and runs the tests
+# make learn   the slow proof that PPO learns: HalfCheetah, 3 trials of 300,000 steps, with a report
 # make bench   what the README claims of speed, side by side
 
 PYTHON ?= python3
 STAMP := .venv/installed
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo learn test test-slow lint bench clean
 
 demo: $(STAMP)
 	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/demo.toml
+
+learn: $(STAMP)
+	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/half_cheetah_small.toml
 
 test: $(STAMP)
 	.venv/bin/python -m pytest -q
@@ -24,6 +28,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	.venv/bin/python -m pip install -q --no-deps -c constraints.txt stable-baselines3
 	.venv/bin/python benchmarks/engine.py
+	.venv/bin/python benchmarks/returns.py
+	.venv/bin/python benchmarks/scaling.py
 
 clean:
 	rm -rf .venv

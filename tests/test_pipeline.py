@@ -112,6 +112,23 @@ def test_a_killed_collection_goes_on_to_the_same_data_whatever_the_number_of_act
     assert json.loads((killed / "commits" / "_SUCCESS").read_text())
 
 
+def test_a_pipeline_killed_while_training_goes_on_to_the_same_model_and_results(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    undisturbed, killed = finished[0], tmp_path / "killed"
+    job = subprocess.Popen(command("pipeline", killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list(killed.glob("training/*/checkpoint_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    assert not list(killed.glob("models/*/model.json"))
+    run("pipeline", killed)
+    for pattern in ("models/*/model.safetensors", "evaluations/*/summary.csv"):
+        (expected,), (found,) = undisturbed.glob(pattern), killed.glob(pattern)
+        assert found.read_bytes() == expected.read_bytes(), pattern
+
+
 def test_stages_run_alone_and_in_the_wrong_order_say_what_is_missing(tmp_path: Path) -> None:
     result = subprocess.run(command("train", tmp_path / "empty"), capture_output=True, text=True, timeout=200)
     assert result.returncode == 1

@@ -1,0 +1,126 @@
+"""Policies evaluated many at once, beside a loop of gymnasium episodes with a policy in torch; same policies and seeds.
+
+    python benchmarks/returns.py [--rounds 5]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tipl_ray.config import Collect, Experiment  # noqa: E402
+from tipl_ray.learner import choose_engine, make_learner  # noqa: E402
+from tipl_ray.policy import NetworkShape, unflatten  # noqa: E402
+from tipl_ray.ppo import TrialGroup, network_shape  # noqa: E402
+from tipl_ray.returns import policy_returns  # noqa: E402
+from tipl_ray.terminal import console, format_rows  # noqa: E402
+
+TASK, NUM_POLICIES, SEEDS = "InvertedPendulum-v4", 24, [101, 102, 103]
+
+
+def learned_policies() -> tuple[NetworkShape, np.ndarray, np.ndarray, np.ndarray]:
+    """Weights (N, P) and observation statistics (N, O) of trials that have learned for 16 iterations."""
+    collect = Collect(task=TASK, policy_hidden=(8, 8), total_env_steps=100_000)
+    experiment = Experiment(name="bench", collect=collect)
+    group = TrialGroup(experiment, choose_engine("auto", experiment.ppo), list(range(NUM_POLICIES)))
+    for _ in range(16):
+        snapshots = list(group.run_iteration())[-NUM_POLICIES:]
+    return (
+        network_shape(collect),
+        np.stack([snapshot.weights for snapshot in snapshots]),
+        np.stack([snapshot.observation_mean for snapshot in snapshots]),
+        np.stack([snapshot.observation_variance for snapshot in snapshots]),
+    )
+
+
+def gymnasium_loop(
+    shape: NetworkShape, weights_NP: np.ndarray, means_NO: np.ndarray, variances_NO: np.ndarray
+) -> np.ndarray:
+    """Returns (N, E), episode by episode: gymnasium.make, and a policy of torch's own modules."""
+    environment: Any = gymnasium.make(TASK)
+    low, high = environment.action_space.low, environment.action_space.high
+    returns = np.zeros((len(weights_NP), len(SEEDS)))
+    for n, weights in enumerate(weights_NP):
+        policy = torch_policy(shape, weights)
+        for e, seed in enumerate(SEEDS):
+            observation, _ = environment.reset(seed=seed)
+            over = False
+            while not over:
+                normalised = (observation - means_NO[n]) / np.sqrt(variances_NO[n] + 1e-8)
+                action = policy(torch.from_numpy(np.clip(normalised.astype(np.float32), -10, 10))).numpy()
+                observation, reward, terminated, truncated, _ = environment.step(np.clip(action, low, high))
+                returns[n, e] += float(reward)
+                over = terminated or truncated
+    return returns
+
+
+def torch_policy(shape: NetworkShape, weights: np.ndarray) -> torch.nn.Sequential:
+    """A policy's mean as the module that a reader of CleanRL would write."""
+    modules: list[torch.nn.Module] = []
+    named = unflatten(weights, shape.policy_layout)
+    for layer in range(3):
+        weight = torch.from_numpy(named[f"actor.{layer}.weight"].T.copy())
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
+        linear.weight.copy_(weight)
+        linear.bias.copy_(torch.from_numpy(named[f"actor.{layer}.bias"]))
+        modules += [linear, torch.nn.Tanh()]
+    return torch.nn.Sequential(*modules[:-1])
+
+
+def main() -> None:
+    """Measure, print the table, write benchmarks/results/returns.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds")
+    rounds = parser.parse_args().rounds
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
+    torch.set_num_threads(1)
+    shape, weights_NP, means_NO, variances_NO = learned_policies()
+    ppo = Experiment(name="bench").ppo
+    learner = make_learner(choose_engine("auto", ppo), shape, ppo)
+    subjects: dict[str, Callable[[], np.ndarray]] = {
+        "many at once": lambda: policy_returns(TASK, learner, weights_NP, means_NO, variances_NO, SEEDS),
+        "gymnasium loop": lambda: gymnasium_loop(shape, weights_NP, means_NO, variances_NO),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    returns: dict[str, np.ndarray] = {}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for name, subject in subjects.items():
+                begin = time.perf_counter()
+                returns[name] = subject()
+                seconds[name].append(time.perf_counter() - begin)
+    np.testing.assert_allclose(returns["many at once"], returns["gymnasium loop"])
+    env_steps = returns["many at once"].sum()  # one reward a step
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = [
+        {
+            "task": f"{TASK} 8-8",
+            "subject": name,
+            "metric": f"env steps per second, {NUM_POLICIES} policies x {len(SEEDS)} episodes, one core",
+            "value": round(env_steps / median, 1),
+            "unit": "1/s",
+            "ratio_to_plain": round(medians["gymnasium loop"] / median, 2),
+            "rounds": rounds,
+        }
+        for name, median in medians.items()
+    ]
+    (ROOT / "benchmarks" / "results" / "returns.json").write_text(json.dumps(rows, indent=1) + "\n")
+    shown = ("subject", "value", "ratio_to_plain")
+    title = f"{NUM_POLICIES} policies x {len(SEEDS)} episodes, {env_steps:,.0f} env steps, equal returns"
+    console.print(format_rows([{key: str(row[key]) for key in shown} for row in rows], title=title))
+
+
+if __name__ == "__main__":
+    main()
