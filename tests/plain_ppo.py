@@ -1,4 +1,4 @@
-"""One PPO trial as plainly as it can be written: gymnasium's wrappers, eager torch, one environment.
+"""One PPO trial as plainly as it can be written: gymnasium's wrappers and vector environment of one, eager torch.
 
 The measure of the stacked engine, in tests for what it computes and in benchmarks for how fast; nothing of tipl_ray is
 used. Hyperparameters are those of CleanRL's `ppo_continuous_action.py`. Noise and permutations may be handed in.
@@ -41,11 +41,11 @@ class PlainTrial:
 
     def __init__(self, task: str, policy_hidden: tuple[int, int], seed: int, num_iterations: int):
         torch.manual_seed(seed)
-        self.environment = make_environment(task)
-        observation_size, action_size = (
-            int(np.prod(space.shape or ()))
-            for space in (self.environment.observation_space, self.environment.action_space)
+        self.environment = gymnasium.vector.SyncVectorEnv(
+            [lambda: make_environment(task)], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
         )
+        spaces = (self.environment.single_observation_space, self.environment.single_action_space)
+        observation_size, action_size = (int(np.prod(space.shape or ())) for space in spaces)
         self.actor = make_network([observation_size, *policy_hidden, action_size], 0.01)
         self.log_std = nn.Parameter(torch.zeros(1, action_size))
         self.critic = make_network([observation_size, 64, 64, 1], 1.0)
@@ -79,34 +79,35 @@ class PlainTrial:
         self.iteration += 1
 
     def collect(self, noise: np.ndarray | None, actions: np.ndarray | None) -> None:
-        size = len(self.log_std[0])
-        self.observations = torch.zeros(NUM_STEPS, len(self.observation))
+        size = self.log_std.shape[1]
+        self.observations = torch.zeros(NUM_STEPS, self.observation.shape[1])
         self.actions, self.rewards = torch.zeros(NUM_STEPS, size), torch.zeros(NUM_STEPS)
         self.log_probabilities, self.values = torch.zeros(NUM_STEPS), torch.zeros(NUM_STEPS)
         self.ends = torch.zeros(NUM_STEPS)
         for step in range(NUM_STEPS):
-            self.observations[step] = self.observation
+            self.observations[step] = self.observation[0]
             with torch.no_grad():
-                distribution = torch.distributions.Normal(self.actor(self.observation), self.log_std[0].exp())
+                mean = self.actor(self.observation)
+                distribution = torch.distributions.Normal(mean, self.log_std.expand_as(mean).exp())
                 if actions is not None:
-                    action = torch.from_numpy(actions[step])
+                    action = torch.from_numpy(actions[step : step + 1])
                 elif noise is None:
                     action = distribution.sample()
                 else:
-                    action = distribution.loc + distribution.scale * torch.from_numpy(noise[step])
-                self.values[step] = self.critic(self.observation)
-                self.log_probabilities[step] = distribution.log_prob(action).sum()
-            self.actions[step] = action
+                    action = mean + distribution.scale * torch.from_numpy(noise[step : step + 1])
+                self.values[step] = self.critic(self.observation).flatten()
+                self.log_probabilities[step] = distribution.log_prob(action).sum(1)
+            self.actions[step] = action[0]
             observation, reward, terminated, truncated, info = self.environment.step(action.numpy())
-            self.rewards[step], self.ends[step] = float(reward), float(terminated or truncated)
-            if terminated or truncated:
-                self.episodic_returns.append(float(info["episode"]["r"]))
-                observation, _ = self.environment.reset()
+            self.rewards[step] = torch.tensor(reward).view(-1)
+            self.ends[step] = torch.tensor(np.logical_or(terminated, truncated)).float()
+            if "final_info" in info:
+                self.episodic_returns.append(float(info["final_info"]["episode"]["r"][0]))
             self.observation = torch.tensor(observation, dtype=torch.float32)
 
     def estimate_advantages(self) -> None:
         with torch.no_grad():
-            next_value = self.critic(self.observation)[0]
+            next_value = self.critic(self.observation)[0, 0]
             self.advantages, advantage = torch.zeros(NUM_STEPS), torch.zeros(())
             for step in reversed(range(NUM_STEPS)):
                 going_on = 1 - self.ends[step]
