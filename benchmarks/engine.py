@@ -8,6 +8,7 @@ product of a minibatch reaches here. Run it by `make bench`, which installs stab
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mujoco
+import mujoco.batch
 import numpy as np
 import torch
 from rich.console import Console
@@ -28,7 +31,7 @@ from plain_ppo import PlainTrial  # noqa: E402
 from tipl_ray.config import Collect, Experiment  # noqa: E402
 from tipl_ray.learner import choose_engine  # noqa: E402
 from tipl_ray.ppo import TrialGroup  # noqa: E402
-from tipl_ray.tasks import find_task  # noqa: E402
+from tipl_ray.tasks import BatchSimulations, find_task  # noqa: E402
 from tipl_ray.terminal import format_rows  # noqa: E402
 
 NUM_STEPS = 2048
@@ -95,6 +98,11 @@ def stable_baselines(task: str, width: int) -> Callable[[], float] | None:
 def physics(task: str, trials: int) -> Callable[[], float]:
     """Seconds per environment step of MuJoCo alone, under random actions and with resets outside the clock."""
     simulations = find_task(task)(trials)
+    assert isinstance(simulations, BatchSimulations)
+    model = copy.copy(simulations.model)
+    model.opt.disableflags &= ~mujoco.mjtDisableBit.mjDSBL_CONTACT  # the floor is gymnasium's model as it is
+    simulations.batch = mujoco.batch.Batch(model, trials, nthread=1, persistent=True)
+    simulations.qpos, simulations.qvel, simulations.ctrl = map(simulations.batch.bind, ("qpos", "qvel", "ctrl"))
     generator = np.random.default_rng(0)
     for k in range(trials):
         simulations.reset(k, generator)

@@ -7,10 +7,12 @@ from plain_ppo import make_environment
 from tipl_ray.environments import Environments, generator_state, restored_generator
 from tipl_ray.tasks import TASKS
 
+SOME_TASKS = [*sorted(TASKS), "Humanoid-v4", "Reacher-v4"]
+
 NUM_STEPS = 1000
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", SOME_TASKS)
 def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str) -> None:
     seeds = [11, 12]
     environments = Environments(task, seeds, gamma=0.99)
@@ -40,7 +42,7 @@ def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str) -> No
         assert environments.reward_statistics.variance[k] == original.get_wrapper_attr("return_rms").var
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", SOME_TASKS)
 def test_environments_go_on_from_a_saved_state_bit_for_bit(task: str) -> None:
     random = np.random.default_rng(2)
     environments = Environments(task, [1, 2, 3], gamma=0.99)

@@ -1,27 +1,38 @@
 """Simulations against gymnasium's own classes, step for step and bit for bit, resets included."""
 
+import re
+
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
-from tipl_ray.tasks import TASKS, Simulations, find_task
+from tipl_ray.tasks import TASKS, GymnasiumSimulations, Simulations, find_task
 
 NUM_STEPS = 1000
+SLOW = ["Humanoid-v4", "Pusher-v5", "Reacher-v4"]
+"""Through gymnasium: each takes something else of what MuJoCo derived before the step."""
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+def generator(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+
+
+def random_actions(simulations: Simulations, num_steps: int, count: int) -> np.ndarray:
+    low, high = simulations.action_low, simulations.action_high
+    return generator(0).uniform(low, high, (num_steps, count, len(low))).astype(np.float32)
+
+
+@pytest.mark.parametrize("task", [*sorted(TASKS), *SLOW])
 def test_simulations_equal_gymnasium_bit_for_bit_resets_included(task: str) -> None:
     seeds = [3, 4, 5]
-    simulations: Simulations = find_task(task)(len(seeds))
-    generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))) for seed in seeds]
+    simulations = find_task(task)(len(seeds))
+    generators = [generator(seed) for seed in seeds]
     originals: list[gymnasium.Env] = [gymnasium.make(task) for _ in seeds]
-    random = np.random.default_rng(0)
     for k, (original, seed) in enumerate(zip(originals, seeds, strict=True)):
         np.testing.assert_array_equal(simulations.reset(k, generators[k]), original.reset(seed=seed)[0])
     num_resets = 0
-    for _ in range(NUM_STEPS):
-        low, high = simulations.action_low, simulations.action_high
-        actions = random.uniform(low, high, (len(seeds), len(low))).astype(np.float32)
+    for actions in random_actions(simulations, NUM_STEPS, len(seeds)):
         simulations.step(actions)
         for k, original in enumerate(originals):
             observation, reward, terminated, truncated, _ = original.step(actions[k])
@@ -34,8 +45,114 @@ def test_simulations_equal_gymnasium_bit_for_bit_resets_included(task: str) -> N
     assert num_resets >= len(seeds)
 
 
-def test_an_unknown_task_is_refused_by_name() -> None:
-    with pytest.raises(
-        ValueError, match=r"collect.task='CartPole-v1' is not one of HalfCheetah-v4, InvertedPendulum-v4"
-    ):
-        find_task("CartPole-v1")
+@pytest.mark.parametrize("task", [*sorted(TASKS), *SLOW])
+def test_limits_and_bounds_are_gymnasiums(task: str) -> None:
+    simulations, original = find_task(task)(1), gymnasium.make(task)
+    assert simulations.max_episode_steps == gymnasium.spec(task).max_episode_steps
+    assert isinstance(original.action_space, gymnasium.spaces.Box)
+    np.testing.assert_array_equal(simulations.action_low, original.action_space.low)
+    np.testing.assert_array_equal(simulations.action_high, original.action_space.high)
+    assert simulations.fast == (task in TASKS)
+
+
+@pytest.mark.parametrize("task", [*sorted(TASKS), *SLOW])
+def test_simulations_go_on_from_a_state_and_when_kept(task: str) -> None:
+    simulations, resumed = find_task(task)(3), find_task(task)(2)
+    for k in range(3):
+        simulations.reset(k, generator(k))
+    for k in range(2):
+        resumed.reset(k, generator(9))
+    actions = random_actions(simulations, 80, 3)
+    for step in range(20):
+        simulations.step(actions[step])
+    resumed.state_KS = simulations.state_KS[[2, 0]]
+    kept = simulations.keep(np.array([2, 0]))
+    np.testing.assert_array_equal(kept.observations_KO, simulations.observations_KO[[2, 0]])
+    for step in range(20, 80):
+        kept.step(actions[step, :2])
+        resumed.step(actions[step, :2])
+        np.testing.assert_array_equal(kept.observations_KO, resumed.observations_KO)
+        np.testing.assert_array_equal(kept.rewards_K, resumed.rewards_K)
+        np.testing.assert_array_equal(kept.terminated_K, resumed.terminated_K)
+        for k in map(int, np.flatnonzero(kept.terminated_K)):
+            np.testing.assert_array_equal(kept.reset(k, generator(step)), resumed.reset(k, generator(step)))
+    np.testing.assert_array_equal(kept.state_KS, resumed.state_KS)
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_a_simulation_does_not_depend_on_those_beside_it(task: str) -> None:
+    lone, many = find_task(task)(1), find_task(task)(19)
+    for k in range(19):
+        many.reset(k, generator(k))
+    lone.reset(0, generator(7))
+    for actions in random_actions(many, 50, 19):
+        many.step(actions)
+        lone.step(actions[7:8])
+        np.testing.assert_array_equal(lone.observations_KO[0], many.observations_KO[7])
+        assert lone.rewards_K[0] == many.rewards_K[7]
+
+
+@pytest.mark.parametrize("task", ["InvertedDoublePendulum-v5", "Ant-v5"])
+def test_a_reset_leaves_the_observations_beside_it_alone(task: str) -> None:
+    simulations = find_task(task)(2)
+    for k in range(2):
+        simulations.reset(k, generator(k))
+    for actions in random_actions(simulations, 20, 2):
+        simulations.step(actions)
+    kept = simulations.keep(np.array([0, 1]))
+    kept.reset(0, generator(2))
+    np.testing.assert_array_equal(kept.observations_KO[1], simulations.observations_KO[1])
+
+
+class UnboundedReacher(ReacherEnv):
+    """Reacher whose actions have no bounds."""
+
+    def _set_action_space(self) -> gymnasium.Space:
+        self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        return self.action_space
+
+
+class TiringReacher(ReacherEnv):
+    """Reacher that counts its steps where MuJoCo does not."""
+
+    def reset_model(self) -> np.ndarray:
+        self.num_steps = int(self.np_random.integers(1, 100))
+        return super().reset_model()
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.num_steps += 1
+        observation, reward, *rest = super().step(action)
+        return observation, reward - self.num_steps, *rest
+
+
+gymnasium.register("UnboundedReacher-v0", UnboundedReacher, max_episode_steps=50)
+gymnasium.register("TiringReacher-v0", TiringReacher, max_episode_steps=50)
+gymnasium.register("EndlessReacher-v0", ReacherEnv)
+gymnasium.register("OwnReacher-v0", ReacherEnv, max_episode_steps=50)
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("CartPole-v1", "its action space is Discrete(2)"),
+        ("FrozenLake-v1", "its observation space is Discrete(16)"),
+        ("Pendulum-v1", "MuJoCo does not run it"),
+        ("Hopper-v3", "moved to the gymnasium-robotics project"),
+        ("Nonsense-v0", "Environment `Nonsense` doesn't exist"),
+        ("Humanoid", "it names no version; the newest is Humanoid-v5"),
+        ("UnboundedReacher-v0", "has no bounds"),
+        ("TiringReacher-v0", "depends on more than MuJoCo's data"),
+        ("EndlessReacher-v0", "no limit of steps"),
+    ],
+)
+def test_a_task_that_cannot_run_is_refused_with_the_reason(task: str, reason: str) -> None:
+    known = f"collect.task='{task}' is not one of Ant-v4, Ant-v5, HalfCheetah-v4, "
+    with pytest.raises(ValueError, match=re.escape(known) + ".*slower: .*" + re.escape(reason)):
+        find_task(task)
+
+
+def test_a_registered_task_of_ones_own_runs_through_gymnasium() -> None:
+    kind = find_task("OwnReacher-v0")
+    assert issubclass(kind, GymnasiumSimulations)
+    assert kind.max_episode_steps == 50
+    assert find_task("OwnReacher-v0") is kind

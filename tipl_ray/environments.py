@@ -130,8 +130,10 @@ class Environments:
 
     def set_state(self, k: int, state: dict[str, np.ndarray]) -> None:
         """Go on from a state."""
-        for name, array in self._per_environment().items():
+        arrays = self._per_environment()
+        for name, array in arrays.items():
             array[k] = state[name]
+        self.simulations.state_KS = arrays["environment.physics"]
         self.generators[k] = restored_generator(state["environment.generator"])
 
     def keep(self, kept: np.ndarray) -> None:
@@ -145,7 +147,7 @@ class Environments:
 
     def _per_environment(self) -> dict[str, np.ndarray]:
         return {
-            "environment.physics": self.simulations.batch.state,
+            "environment.physics": self.simulations.state_KS,
             "environment.observation_mean": self.observation_statistics.mean,
             "environment.observation_variance": self.observation_statistics.variance,
             "environment.observation_count": self.observation_statistics.count,
