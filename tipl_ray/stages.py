@@ -56,6 +56,8 @@ def run_collect(context: Context) -> None:
     )
     if engine == "torch" and settings.engine == "auto":
         say("collect: no g++ here, or minibatches of no multiple of 16: networks run in torch, several times slower")
+    if not find_task(settings.task).fast:
+        say(f"collect: {settings.task} runs through gymnasium, one environment after the other, several times slower")
     found = settings.num_trials - len(pending_seeds(experiment, store))
     if found == settings.num_trials and store.finished():
         say(f"collect: found all {found} trials complete")
