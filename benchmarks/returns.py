@@ -1,5 +1,7 @@
 """Policies evaluated many at once, beside a loop of gymnasium episodes with a policy in torch; same policies and seeds.
 
+Run it by `make bench`, or alone:
+
     python benchmarks/returns.py [--rounds 5]
 """
 
