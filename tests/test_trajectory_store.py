@@ -86,7 +86,7 @@ def test_committed_snapshots_come_back_bit_for_bit(tmp_path: Path) -> None:
     store = collect(tmp_path)
     read = store.trajectory(3)
     expected = [make_snapshot(index) for index in range(8)]
-    for column, field in trajectory_store._FIELDS.items():
+    for column, field in trajectory_store.COLUMNS.items():
         values = [getattr(snapshot, column) for snapshot in expected]
         array = np.array([np.nan if value is None else value for value in values])
         assert getattr(read, field).dtype == np.float32 if column == "weights" else True
@@ -170,18 +170,18 @@ def test_an_uncommitted_part_is_invisible_and_swept(tmp_path: Path) -> None:
     commits, trial = tmp_path / "commits/trial=3", tmp_path / "trajectories/trial=3"
     foreign = tmp_path / "commits/trial=3/notes.txt"
     foreign.write_text("mine")
-    orphan_trial = tmp_path / "trajectories/trial=99"
-    orphan_trial.mkdir()
     garbage = [
         tmp_path / "commits/.tmp-0123",
-        commits / f"state-9-{'0' * 16}.safetensors",
+        commits / f"state-4-{'0' * 16}.safetensors",
         trial / f"part-00000008-{'0' * 16}.parquet",
-        orphan_trial / f"part-00000000-{'0' * 16}.parquet",
+        trial / f"part-00000003-{'0' * 16}.parquet",
     ]
     for path in garbage:
         path.write_bytes(files(tmp_path, "part-00000004-*")[0].read_bytes())
     assert (store.seeds(), store.digest(), store.progress(3).num_snapshots) == ((3,), digest, 8)
     assert len(store.trajectory(3).snapshots_T) == 8
+    assert store.sweep([4]) == (str(garbage.pop(0).relative_to(tmp_path)),)
+    assert sorted(store.garbage()) == sorted(str(path.relative_to(tmp_path)) for path in garbage)
     assert sorted(store.sweep()) == sorted(str(path.relative_to(tmp_path)) for path in garbage)
     assert not any(path.exists() for path in garbage)
     assert foreign.exists()
@@ -197,9 +197,28 @@ def test_a_broken_run_of_commits_shows_only_what_comes_before_the_break(tmp_path
     for refused in (lambda: TrialWriter(store, 3, HEADER), lambda: store.verify(3)):
         with pytest.raises(StoreError, match=r"commit-3\.json.*sweep"):
             refused()
-    store.sweep()
+    before = files(tmp_path, "*.*")
+    with pytest.raises(StoreError, match=r"commit-3\.json: lies beyond the 1 commits of trial 3.*lost"):
+        store.sweep()
+    assert files(tmp_path, "*.*") == before
+    store.sweep(lost=True)
     assert [path.name for path in files(tmp_path, "commit-*")] == ["commit-1.json"]
     assert len(files(tmp_path, "*.parquet")) == 1
+
+
+@pytest.mark.parametrize(("lost", "named"), [("commit-*", "part-00000000"), ("commit-[23]*", "part-00000004")])
+def test_a_trial_whose_records_are_lost_is_swept_only_when_told(tmp_path: Path, lost: str, named: str) -> None:
+    store = collect(tmp_path, seed=3)
+    collect(tmp_path, seed=4)
+    for path in files(tmp_path / "commits/trial=3", lost) + files(tmp_path / "commits/trial=3", "state-*"):
+        path.unlink()
+    with pytest.raises(StoreError, match=rf"trial=3/{named}.*: lies beyond .* trial 3.*seem to be lost"):
+        store.sweep()
+    assert len(files(tmp_path, "trial=3/part-*")) == 3
+    assert store.sweep([4]) == ()
+    store.finish([4], 8)
+    assert len(store.sweep(lost=True)) >= 2
+    assert store.verify(4, 8).complete
 
 
 def test_a_record_whose_range_does_not_follow_ends_the_run(tmp_path: Path) -> None:

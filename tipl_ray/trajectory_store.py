@@ -9,8 +9,9 @@ Knows how trials are laid out, published and verified under one storage root; kn
 A part counts once a commit record names it, and a commit record counts while records 1, 2, ... n have no gap and their
 snapshots follow each other from 0. Everything else is garbage, which readers do not see and `sweep` deletes.
 
-The root is a folder or s3://bucket/prefix, with an endpoint other than AWS's by `?endpoint_override=http://host:port` or
-$AWS_ENDPOINT_URL_S3 or $AWS_ENDPOINT_URL. Writing to S3 takes the extra `s3`; other URIs can only be read.
+The root is a folder or s3://bucket/prefix; an endpoint other than AWS's is told by $AWS_ENDPOINT_URL_S3,
+$AWS_ENDPOINT_URL or, first of all, `?endpoint_override=http://host:port`. Writing to S3 takes the extra `s3`; URIs of
+other filesystems can only be read.
 
 Shapes: T snapshots, P policy weights, O observation entries.
 """
@@ -52,6 +53,8 @@ ROW_GROUP_BYTES = 8 * 2**20
 """Raw weights per row group at most: what reading a single snapshot costs."""
 REQUESTS_AT_ONCE = 16
 """Requests under way at once where each is a round trip."""
+CONFLICTS = 50
+"""Conditional puts of one name that may meet another under way before the store gives up."""
 
 _TRAJECTORIES, _COMMITS = "trajectories", "commits"
 _SUCCESS = "_SUCCESS"
@@ -116,6 +119,7 @@ class Trajectory:
     observation_counts_T: NDArray[np.float64]
 
 
+@pydantic.with_config(extra="forbid")
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
     """What a trial's weights are and how they were made; every part and every commit record carries it."""
@@ -155,6 +159,7 @@ class Header:
         return config.digest(self.task, self.layout, self.config, simulators)
 
 
+@pydantic.with_config(extra="forbid")
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CommitRecord:
     """What makes a part count: commit-<n>.json. One that contradicts itself cannot be built (ValueError)."""
@@ -216,7 +221,7 @@ _SCALARS = {
     "episodic_return": pa.float64(),
     "observation_count": pa.float64(),
 }
-_FIELDS = {
+COLUMNS = {
     "snapshot": "snapshots_T",
     "iteration": "iterations_T",
     "epoch": "epochs_T",
@@ -257,9 +262,13 @@ class TrajectoryStore:
             complete=committed == num_snapshots,
         )
 
-    def header(self) -> Header:
-        """The header that all trials share. Raises StoreError where there is no trial, or two that differ."""
-        seeds = self.seeds()
+    def folders(self) -> tuple[int, ...]:
+        """Seeds of the trials that have a folder, committed or not, ascending."""
+        return tuple(sorted({*self._trial_seeds(_COMMITS), *self._trial_seeds(_TRAJECTORIES)}))
+
+    def header(self, seeds: Sequence[int] | None = None) -> Header:
+        """The header that all trials share, or some of them. Raises StoreError where there is none, or two differ."""
+        seeds = self.seeds() if seeds is None else seeds
         contents = self._files.each(self._files.read, [_commit_path(seed, 1) for seed in seeds])
         headers = {seed: self._record(seed, 1, content).header for seed, content in zip(seeds, contents, strict=True)}
         if not headers:
@@ -289,19 +298,19 @@ class TrajectoryStore:
         stop = num_snapshots if stop is None else stop
         if not 0 <= start <= stop <= num_snapshots:
             raise ValueError(f"start={start}, stop={stop} is no range of the {num_snapshots} snapshots of trial {seed}")
-        names = tuple(_FIELDS) if columns is None else tuple(dict.fromkeys(("snapshot", *columns)))
-        if unknown := [name for name in names if name not in _FIELDS]:
-            raise ValueError(f"columns={unknown} are not among {sorted(_FIELDS)}")
-        run = [record for record in run if record.first_snapshot < stop and start <= record.last_snapshot] or run[:1]
+        names = tuple(COLUMNS) if columns is None else tuple(dict.fromkeys(("snapshot", *columns)))
+        if unknown := [name for name in names if name not in COLUMNS]:
+            raise ValueError(f"columns={unknown} are not among {sorted(COLUMNS)}")
+        needed = [record for record in run if record.first_snapshot < stop and start <= record.last_snapshot]
         # Footers first: a record's word alone is no reason to ask for memory.
-        footers = list(self._files.each(functools.partial(self._footer, seed), run))
+        footers = list(self._files.each(functools.partial(self._footer, seed), needed))
         schema = _schema(run[0].header, run[0].num_observations)
-        arrays = {name: _empty_array(schema.field(name).type, stop - start if name in names else 0) for name in _FIELDS}
-        for record, footer in zip(run, footers, strict=True):
+        arrays = {name: _empty_array(schema.field(name).type, stop - start if name in names else 0) for name in COLUMNS}
+        for record, footer in zip(needed, footers, strict=True):
             for first, rows in self._row_groups(seed, record, footer, names, start, stop):
                 for name in names:
                     arrays[name][first - start : first - start + len(rows)] = _to_numpy(rows.column(name))
-        return Trajectory(seed=seed, **{field: arrays[name] for name, field in _FIELDS.items()})
+        return Trajectory(seed=seed, **{field: arrays[name] for name, field in COLUMNS.items()})
 
     def verify(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
         """Compare every digest, range, schema and number of a trial with its commit records; reads everything.
@@ -342,8 +351,7 @@ class TrajectoryStore:
         seem to be lost, as parts lie there that only they can have named.
         """
         garbage = [f"{_COMMITS}/{name}" for name in self._files.sizes(_COMMITS) if name.startswith(_TEMPORARY)]
-        every_seed = {*self._trial_seeds(_COMMITS), *self._trial_seeds(_TRAJECTORIES)}
-        for seed in sorted(every_seed if seeds is None else set(seeds)):
+        for seed in self.folders() if seeds is None else sorted(set(seeds)):
             run = self._run(seed)
             if not lost:
                 self._refuse_lost(seed, run)
@@ -472,7 +480,7 @@ class TrajectoryStore:
         if hashlib.sha256(self._files.read(path)).hexdigest() != record.part_sha256:
             raise self._files.damaged(path, f"is altered: its SHA-256 is not the one in commit {record.commit}")
         footer = self._footer(seed, record)
-        for first, rows in self._row_groups(seed, record, footer, ("seed", *_FIELDS), record.first_snapshot, 2**31):
+        for first, rows in self._row_groups(seed, record, footer, ("seed", *COLUMNS), record.first_snapshot, 2**31):
             if not np.array_equal(_to_numpy(rows.column("snapshot")), np.arange(first, first + len(rows))):
                 raise self._files.damaged(path, f"its snapshots do not count up from {first}")
             if not (_to_numpy(rows.column("seed")) == seed).all():
@@ -480,7 +488,7 @@ class TrajectoryStore:
             for name, column in zip(rows.column_names, rows.columns, strict=True):
                 values = column.combine_chunks()
                 numbers = values.flatten() if pa.types.is_fixed_size_list(values.type) else values
-                if not pc.all(pc.is_finite(numbers)).as_py():
+                if pc.all(pc.is_finite(numbers)).as_py() is False:
                     raise self._files.damaged(path, f"{name} holds NaN or infinity")
 
     def _state(self, seed: int, record: CommitRecord) -> dict[str, np.ndarray]:
@@ -536,7 +544,7 @@ class TrialWriter:
         run = store._present_run(seed)
         if run and run[0].config_hash != header.config_hash:
             complaint = _disagreement(run[0].header, header, "this run")
-            raise self._files.damaged(_commit_path(seed, 1), f"{complaint}. Choose another storage, or")
+            raise self._files.damaged(_commit_path(seed, 1), complaint, way_out="Choose another storage")
         store._refuse_stray_records(seed, run)
         self._last = run[-1] if run else None
         self._state = store._state(seed, run[-1]) if run else None
@@ -633,7 +641,9 @@ class TrialWriter:
         return array.copy()
 
     def _misfit(self, snapshot: Snapshot, field: str, complaint: str) -> StoreError:
-        return StoreError(f"trial {self._seed}, snapshot {snapshot.snapshot}: {field}={complaint}")
+        return StoreError(
+            f"trial {self._seed}, snapshot {snapshot.snapshot}: {field}={complaint}; what was committed before stays"
+        )
 
 
 def _folder(parent: str, seed: int) -> str:
@@ -822,13 +832,13 @@ class _Files:
         except (OSError, pa.ArrowException, safetensors.SafetensorError, UnicodeDecodeError) as error:
             raise self.damaged(path, f"cannot be read: {' '.join(str(error).split())}") from error
 
-    def damaged(self, path: str, complaint: str) -> StoreError:
+    def damaged(self, path: str, complaint: str, way_out: str = "Restore the file") -> StoreError:
         """The error for a file of a trial that is not what it should be."""
         trial = path.split("/")[1]
         folders = " and ".join(self.show(f"{parent}/{trial}") for parent in (_TRAJECTORIES, _COMMITS))
         return StoreError(
-            f"{self.show(path)}: {complaint}. Restore the file, or delete {folders} and collect again; other trials "
-            "stay as they are"
+            f"{self.show(path)}: {complaint}. {way_out}, or delete {folders} and collect again; other trials stay as "
+            "they are"
         )
 
     def write(self, path: str, data: bytes | memoryview) -> None:
@@ -1021,7 +1031,7 @@ class _Bucket:
         name = {"Bucket": self._bucket, "Key": self._key(path)}
         mark = uuid.uuid4().hex
         with self._as_os_error():
-            while True:
+            for _ in range(CONFLICTS):
                 try:
                     self._client.put_object(**name, Body=data, IfNoneMatch="*", Metadata={"writer": mark})
                     return True
@@ -1032,7 +1042,8 @@ class _Bucket:
                         return self._client.head_object(**name)["Metadata"].get("writer") == mark
                     if status != 409:
                         raise
-                    time.sleep(0.1)  # another put or delete of the name was under way
+                time.sleep(0.1)  # another put or delete of the name was under way
+        raise OSError(f"{CONFLICTS} conditional puts of {name['Key']} met others under way")
 
     def delete(self, path: str) -> None:
         with self._as_os_error():

@@ -1,0 +1,208 @@
+"""A data set of policy weight trajectories: what is in it, whether it is sound, and single trials out of it.
+
+    python jobs/data.py describe storage/demo
+    python jobs/data.py verify s3://bucket/experiment
+    python jobs/data.py export storage/demo 7 trial-7.safetensors --columns weights episodic_return --stop 100
+
+STORAGE is the folder or URI that the experiment was collected into. Each command explains itself with --help.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import safetensors.numpy
+import tyro
+
+from tipl_ray.config import as_table
+from tipl_ray.terminal import console, format_rows, say
+from tipl_ray.trajectory_store import COLUMNS, Header, StoreError, TrajectoryStore, TrialProgress
+
+Storage = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
+Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="seeds of the trials to take; none takes all")]
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def describe(storage: Storage) -> int:
+    """Task, policy, versions, sizes on disk against raw, trials, snapshots and returns."""
+    store = TrajectoryStore(storage)
+    progress, refusals = _survey(store, store.progress)
+    header, seeds = store.header([progress[0].seed]), [one.seed for one in progress]
+    expected = _expected_snapshots(header)
+    snapshots, num_bytes = sum(one.num_snapshots for one in progress), sum(one.num_bytes for one in progress)
+    raw = 4 * header.num_weights * snapshots
+    num_complete = sum(one.num_snapshots == expected for one in progress)
+    lines = {"task": header.task, "policy weights P": f"{header.num_weights:,}"}
+    lines |= {f"  {name}": f"{list(shape)} at {offset:,}" for name, shape, offset in header.layout}
+    lines |= {f"version of {name}": version for name, version in sorted(header.versions.items())}
+    lines |= {
+        "config hash": header.config_hash,
+        "trials": f"{len(progress)}, {num_complete} of them complete",
+        "snapshots": f"{snapshots:,}, {_number(expected)} in a complete trial",
+        "on disk": f"{_size(num_bytes)}, {num_bytes / raw:.3f} of the {_size(raw)} that the weights are raw",
+        "digest": store.digest(seeds),
+        "verified and sealed": "yes" if store.finished() else "no",
+    }
+    if returns := [value for one in progress for value in _last_return(store, one)]:
+        lines["last returns"] = f"mean {np.mean(returns):,.1f}, from {min(returns):,.1f} to {max(returns):,.1f}"
+    console.print(format_rows([{"data set": name, storage: value} for name, value in lines.items()]))
+    return _tell(refusals)
+
+
+@app.command(name="list")
+def list_trials(storage: Storage) -> int:
+    """The trials, what of each is committed and whether that is all of it."""
+    store = TrajectoryStore(storage)
+    progress, refusals = _survey(store, store.progress)
+    expected = _expected_snapshots(store.header([progress[0].seed]))
+    rows = [
+        {
+            "trial": str(one.seed),
+            "snapshots": f"{one.num_snapshots:,}",
+            "of": _number(expected),
+            "commits": f"{one.num_commits:,}",
+            "on disk": _size(one.num_bytes),
+            "complete": "yes" if one.num_snapshots == expected else "no",
+        }
+        for one in progress
+    ]
+    console.print(format_rows(rows))
+    return _tell(refusals)
+
+
+@app.command
+def verify(storage: Storage, seeds: Seeds = ()) -> int:
+    """Read everything and compare each digest, range, column and number with the commit records.
+
+    Exit status 1, and each damaged trial's file named with the way out, where anything is wrong.
+    """
+    store = TrajectoryStore(storage)
+    progress, refusals = _survey(store, store.verify, seeds)
+    if not seeds and not refusals:
+        store.verify_folder()
+    snapshots, num_bytes = sum(one.num_snapshots for one in progress), sum(one.num_bytes for one in progress)
+    say(f"{len(progress)} trials are sound: {snapshots:,} snapshots, {_size(num_bytes)}")
+    return _tell(refusals)
+
+
+@app.command
+def export(
+    storage: Storage,
+    seed: Annotated[int, tyro.conf.Positional, tyro.conf.arg(help="seed of the trial")],
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="new file, .safetensors or .npz")],
+    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(COLUMNS)}; none takes all")] = (),
+    start: Annotated[int, tyro.conf.arg(help="first snapshot")] = 0,
+    stop: Annotated[int | None, tyro.conf.arg(help="snapshot before which to end; none takes all")] = None,
+) -> int:
+    """One trial's snapshots as arrays under the columns' names, with the data set's header as JSON."""
+    if output.suffix not in (".safetensors", ".npz"):
+        raise ValueError(f"output={output} ends neither in .safetensors nor in .npz")
+    if output.exists():
+        raise ValueError(f"output={output} exists; choose another name")
+    store = TrajectoryStore(storage)
+    header = json.dumps(as_table(store.header([seed])), sort_keys=True)
+    names = tuple(dict.fromkeys(("snapshot", *(columns or COLUMNS))))
+    trajectory = store.trajectory(seed, names, start, stop)
+    arrays = {name: getattr(trajectory, COLUMNS[name]) for name in names}
+    partial = output.with_name(f".partial-{output.name}")
+    if output.suffix == ".npz":
+        np.savez(partial, allow_pickle=False, header=np.array(header), **arrays)
+    else:
+        safetensors.numpy.save_file(arrays, partial, metadata={"header": header, "seed": str(seed)})
+    partial.rename(output)
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+    say(f"{output}: {shapes}")
+    return 0
+
+
+@app.command
+def sweep(
+    storage: Storage,
+    seeds: Seeds = (),
+    delete: Annotated[bool, tyro.conf.arg(help="delete it; otherwise it is only listed")] = False,
+    lost: Annotated[bool, tyro.conf.arg(help="take trials whose commit records are lost for garbage as well")] = False,
+) -> int:
+    """Garbage that no commit record names, such as a killed run leaves. Only while nothing is being collected."""
+    store = TrajectoryStore(storage)
+    take, refusals = store.sweep if delete else store.garbage, []
+    garbage = list(take((), lost))
+    for seed in seeds or store.folders():
+        try:
+            garbage += take((seed,), lost)
+        except StoreError as error:
+            refusals.append(str(error))
+    garbage = sorted(set(garbage))
+    for path in garbage:
+        say(path)
+    say(f"{len(garbage)} files of garbage{' deleted' if delete else '; --delete deletes them' if garbage else ''}")
+    return _tell(refusals)
+
+
+def main() -> int:
+    """Run one command; what a user can mend is told in one line."""
+    try:
+        return app.cli(description=__doc__)
+    except (StoreError, ValueError) as error:
+        return _tell([str(error)])
+
+
+def _survey(
+    store: TrajectoryStore, look: Callable[[int], TrialProgress], seeds: Sequence[int] = ()
+) -> tuple[list[TrialProgress], list[str]]:
+    """Progress of the trials that can be read, at least one, and why the others cannot be."""
+    progress, refusals = [], []
+    for seed in seeds or store.seeds():
+        try:
+            progress.append(look(seed))
+        except StoreError as error:
+            refusals.append(str(error))
+    if not progress:
+        raise StoreError("\nerror: ".join(refusals) or f"{store.root}: no trial is committed there; collect first")
+    return progress, refusals
+
+
+def _expected_snapshots(header: Header) -> int | None:
+    """Snapshots of a complete trial, as the configuration in the header says; None where it does not."""
+    told = {**header.config, **header.config.get("ppo", {})}
+    try:
+        iterations = told["total_env_steps"] // told["num_steps"]
+        return 1 + iterations * (told["num_epochs"] // told["epochs_per_snapshot"])
+    except KeyError:
+        return None
+
+
+def _last_return(store: TrajectoryStore, progress: TrialProgress) -> list[float]:
+    """The last return among a trial's last 50 snapshots, if there is any."""
+    start = max(0, progress.num_snapshots - 50)
+    returns_T = store.trajectory(progress.seed, ["episodic_return"], start).episodic_returns_T
+    return [float(value) for value in returns_T[np.isfinite(returns_T)][-1:]]
+
+
+def _tell(refusals: Sequence[str]) -> int:
+    """Say what is wrong on standard error; the exit status."""
+    for refusal in refusals:
+        print(f"error: {refusal}", file=sys.stderr)
+    return 1 if refusals else 0
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
