@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tipl_ray.config import CHECKOUT, Experiment, as_table, digest, from_table, load_experiment, parse_arguments
+from tipl_ray.config import (
+    CHECKOUT,
+    Basis,
+    Experiment,
+    Model,
+    Train,
+    as_table,
+    digest,
+    from_table,
+    load_experiment,
+    parse_arguments,
+)
 
 EXPERIMENTS = sorted((CHECKOUT / "jobs" / "experiments").glob("*.toml"))
 
@@ -54,9 +65,12 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--basis.rank", "999"], "basis.rank=999 exceeds the 251 snapshots of a trial"),
-        (["--model.context", "250"], "model.context=250 + evaluate.horizon=10 = 260 exceeds the 251 snapshots"),
-        (["--model.heads", "3"], "model.heads=3 does not divide model.embedding=128"),
+        (["--preset", "paper", "--basis.rank", "999"], "basis.rank=999 exceeds the 251 snapshots of a trial"),
+        (
+            ["--model.context", "250"],
+            "model.context=250 + forward step 10 of evaluate = 260 displacements exceed the 250",
+        ),
+        (["--model.heads", "3"], "model.heads=3 does not divide model.embedding=64"),
         (["--ppo.num-minibatches", "30"], "ppo.num_minibatches=30"),
         (["--ppo.gamma", "1.5"], "ppo.gamma=1.5 is outside [0.0, 1.0]"),
         (["--split.test-trials", "14"], "leaves no trial to train on"),
@@ -65,6 +79,8 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
         (["--collect.num-trials", "0"], "collect.num_trials=0 is below 1"),
         (["--train.batch-size", "65", "--train.num-workers", "2"], "train.num_workers=2 does not divide"),
         (["--basis.centred", "--basis.deltas"], "exclude each other"),
+        (["--evaluate.extra-horizons", "5", "20"], "evaluate.extra_horizons=(5, 20) do not rise from beyond"),
+        (["--preset", "mine"], "preset='mine' is not one of ['causal', 'paper']"),
         (["--experiment", "nowhere.toml"], "nowhere.toml: no such file; in jobs/experiments there are: demo"),
     ],
 )
@@ -82,6 +98,38 @@ def test_the_command_line_overrides_the_file() -> None:
     assert experiment.name == "demo"
     assert (experiment.collect.num_trials, experiment.collect.policy_hidden) == (20, (16, 32))
     assert experiment.storage_path.endswith("storage/demo")
+
+
+def test_the_preset_on_the_command_line_sets_the_defaults_before_other_overrides(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "preset = 'causal'\n[train]\nseed = 3\n[causal.train]\nnum_steps = 70\n[paper.train]\nnum_steps = 90\n",
+    )
+    ours = parse_arguments("A job.", ["--experiment", path])
+    assert (ours.preset, ours.basis.kind, ours.model.embedding) == ("causal", "window", 64)
+    assert (ours.train.num_steps, ours.train.seed, ours.train.schedule) == (70, 3, "cosine")
+    papers = parse_arguments("A job.", ["--model.layers", "4", "--experiment", path, "--preset", "paper"])
+    assert papers.train == Train(num_steps=90, seed=3)
+    assert (papers.preset, papers.basis, papers.model) == ("paper", Basis(), Model(layers=4))
+    assert parse_arguments("A job.", ["--experiment", path, "--preset=paper"]).train == papers.train
+
+
+def test_the_papers_preset_is_the_papers() -> None:
+    """Section 4.1 and Decision Transformer's defaults for gym."""
+    paper = load_experiment(CHECKOUT / "jobs" / "experiments" / "inverted_pendulum.toml", preset="paper")
+    assert (paper.basis.kind, paper.basis.centred, paper.basis.deltas) == ("trial", False, False)
+    assert (paper.model.context, paper.model.embedding, paper.model.layers, paper.model.heads) == (20, 128, 3, 1)
+    assert (paper.train.num_steps, paper.train.batch_size, paper.train.schedule) == (500_000, 64, "constant")
+
+
+def test_the_demo_trains_our_own_preset_and_the_papers_is_one_flag_away() -> None:
+    assert parse_arguments("A job.", []).basis.kind == "window"
+    assert parse_arguments("A job.", ["--preset", "paper"]).basis.kind == "trial"
+
+
+def test_forward_steps_are_the_horizon_and_the_extra_ones() -> None:
+    experiment = parse_arguments("A job.", ["--evaluate.horizon", "3", "--evaluate.extra-horizons", "20", "50"])
+    assert experiment.evaluate.steps == (1, 2, 3, 20, 50)
 
 
 def test_digests_follow_values_and_nothing_else() -> None:

@@ -50,6 +50,22 @@ def summary(run=True, names=tuple(SKILLS)):
     ]
 
 
+def comparisons():
+    return [
+        {
+            "against": "ridge",
+            "group": "all" if phase < 0 else "phase",
+            "value": phase,
+            "step": step,
+            "skill_difference": 0.01 * (phase + 2),
+            "difference_low": 0.01 * phase,
+            "difference_high": 0.01 * (phase + 4),
+        }
+        for phase in range(-1, 5)
+        for step in STEPS
+    ]
+
+
 def legend(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
@@ -71,6 +87,7 @@ def all_figures():
     return {
         "figure_2": figures.figure_2(result_table(), summary()),
         "skill_by_step": figures.skill_by_step(summary()),
+        "skill_over_ridge": figures.skill_over_ridge(comparisons()),
         "skill_by_phase": figures.skill_by_phase(result_table()),
         "skill_by_third": figures.skill_by_third(result_table()),
         "learning_curves": figures.learning_curves(curves),
@@ -162,6 +179,21 @@ def test_skill_by_phase_has_a_panel_per_phase_with_the_exact_skill():
         for line in drawn(axes):
             name = next(name for name, words in figures.NAMES.items() if words == line.get_label())
             assert np.allclose(line.get_ydata(), SKILLS[name])
+
+
+def test_what_tipl_adds_has_a_line_for_all_windows_and_one_per_phase():
+    figure = figures.skill_over_ridge(comparisons())
+    lines = drawn(figure.axes[0])
+    assert [line.get_label() for line in lines] == ["all windows", *(f"phase {phase}" for phase in range(5))]
+    assert np.allclose(points(lines[0])[1], 0.01)
+    assert "as good as ridge by phase" in legend(figure)
+
+
+def test_predictors_whose_policies_were_not_run_stay_out_of_figure_2():
+    idle = [{**row, "predictor": "dmd", "repw": None} for row in summary(names=("linear",))]
+    figure = figures.figure_2(result_table(), [*summary(), *idle])
+    assert "dynamic modes" not in legend(figure)
+    assert "dynamic modes" in legend(figures.skill_by_step([*summary(), *idle]))
 
 
 def test_skill_by_third_has_three_panels():

@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"config", "files", "terminal"},
-    {"tasks", "policy", "trajectory_store", "temporal_svd", "model", "metrics", "tracking"},
+    {"tasks", "policy", "trajectory_store", "temporal_svd", "gram", "model", "metrics", "tracking"},
     {"environments", "learner", "segments", "forecasting"},
-    {"ppo", "returns"},
+    {"ppo", "returns", "objectives"},
     {"collection", "training", "evaluation", "figures", "report"},
     {"stages"},
 ]

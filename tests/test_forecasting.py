@@ -6,11 +6,38 @@ import numpy as np
 import pytest
 import torch
 
-from tipl_ray import config
-from tipl_ray.forecasting import CopyLast, Linear, Predictor, SvdFloor, Tipl, TrialBasis
-from tipl_ray.model import CausalTransformer, Normaliser
+from tipl_ray import config, forecasting
+from tipl_ray.forecasting import (
+    Combination,
+    CopyLast,
+    Damped,
+    DynamicModes,
+    Linear,
+    MeanTrajectory,
+    Predictor,
+    RankOne,
+    RankOneFromLast,
+    Ridge,
+    SvdFloor,
+    Tipl,
+    Trial,
+    TrialBasis,
+    Trials,
+    WindowFloor,
+    WindowLinear,
+    WindowTipl,
+    load_fitted,
+    load_tipl,
+    make_predictors,
+    phase_moments,
+    save_fitted,
+)
+from tipl_ray.gram import Question, make_band
+from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer
 from tipl_ray.temporal_svd import fit_basis
 
+STEPS = (1, 2, 3, 5)
+QUESTION = Question(context=6, steps=STEPS, snapshots_per_iteration=5)
 STARTS = np.array([7, 12, 20])
 SIZE = config.Model(context=6, embedding=16, layers=2, heads=2)
 
@@ -20,100 +47,264 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def trajectory(seed: int = 0, num_snapshots: int = 30, num_weights: int = 11) -> np.ndarray:
+def trajectory(seed: int = 0, num_snapshots: int = 40, num_weights: int = 31) -> np.ndarray:
+    """Displacements that remember the one before, more so at some phases than at others."""
     generator = np.random.default_rng(seed)
-    return generator.standard_normal((num_snapshots, num_weights)).cumsum(axis=0).astype(np.float32)
+    steps_TP = generator.standard_normal((num_snapshots, num_weights))
+    for snapshot in range(1, num_snapshots):
+        steps_TP[snapshot] += (0.2 + 0.15 * (snapshot % 5)) * steps_TP[snapshot - 1]
+    return steps_TP.cumsum(axis=0).astype(np.float32)
 
 
-def tipl(basis: config.Basis, token_size: int, num_snapshots: int = 30) -> Tipl:
+def trial(weights_TP: np.ndarray) -> Trial:
+    return Trial(weights_TP=weights_TP, band=make_band(weights_TP, QUESTION.width, snapshots_per_iteration=5))
+
+
+def trials(*seeds: int) -> Trials:
+    weights = [trajectory(seed) for seed in seeds]
+    return Trials(bands=[trial(weights_TP).band for weights_TP in weights], weights=lambda: weights)
+
+
+def tipl(basis: config.Basis, token_size: int, num_snapshots: int = 40) -> Tipl:
     torch.manual_seed(0)
+    assert basis.kind != "window"
     normaliser = Normaliser.fit(fit_basis(trajectory(9), basis.kind, basis.rank).coordinates_TD[None])
-    return Tipl(CausalTransformer(SIZE, token_size, num_snapshots), TrialBasis(basis), normaliser)
+    return Tipl(QUESTION, CausalTransformer(SIZE, token_size, num_snapshots), TrialBasis(basis), normaliser)
+
+
+def window_tipl() -> WindowTipl:
+    torch.manual_seed(0)
+    return WindowTipl(QUESTION, WindowTransformer(SIZE, STEPS, 5))
 
 
 def predictors() -> list[Predictor]:
-    return [
-        CopyLast(),
-        Linear(),
-        SvdFloor(TrialBasis(config.Basis(rank=4))),
+    kinds: tuple[type[Predictor], ...] = (
+        CopyLast,
+        Linear,
+        Damped,
+        WindowLinear,
+        Ridge,
+        RankOne,
+        RankOneFromLast,
+        DynamicModes,
+        MeanTrajectory,
+        WindowFloor,
+    )
+    made = [
+        *(kind(QUESTION) for kind in kinds),
+        SvdFloor(QUESTION, TrialBasis(config.Basis(rank=4))),
         tipl(config.Basis(rank=4), 4),
-        tipl(config.Basis(kind="raw"), 11),
-        tipl(config.Basis(kind="raw", deltas=True), 11),
+        tipl(config.Basis(kind="raw"), 31),
+        tipl(config.Basis(kind="raw", deltas=True), 31),
+        window_tipl(),
     ]
+    for predictor in made:
+        predictor.fit(trials(1, 2, 3), trials(4))
+    return made
 
 
-def skill(predicted_BHP: np.ndarray, weights_TP: np.ndarray) -> float:
-    future_BHP = weights_TP[STARTS[:, None] + np.arange(1, predicted_BHP.shape[1] + 1)].astype(np.float64)
-    displacement = np.square(weights_TP[STARTS][:, None] - future_BHP).sum()
-    return 1 - np.square(predicted_BHP - future_BHP).sum() / displacement
+every_predictor = pytest.mark.parametrize("predictor", predictors(), ids=lambda one: f"{one.name}-{one.basis}")
 
 
-@pytest.mark.parametrize("predictor", predictors(), ids=lambda predictor: f"{predictor.name}-{predictor.basis}")
+def truth(weights_TP: np.ndarray, starts_B: np.ndarray = STARTS) -> np.ndarray:
+    return weights_TP[starts_B[:, None] + np.asarray(STEPS)].astype(np.float64)
+
+
+def skill(predictor: Predictor, weights_TP: np.ndarray) -> float:
+    error = predictor.squared_errors(trial(weights_TP), STARTS).sum()
+    return 1 - error / np.square(truth(weights_TP) - weights_TP[STARTS][:, None]).sum()
+
+
+@every_predictor
 def test_forecasts_have_one_row_of_weights_per_start_and_step(predictor):
-    forecast_BHP = predictor.forecast(trajectory(), STARTS, 4)
-    assert forecast_BHP.shape == (3, 4, 11)
+    forecast_BHP = predictor.forecast(trial(trajectory()), STARTS)
+    assert forecast_BHP.shape == (3, 4, 31)
     assert forecast_BHP.dtype == np.float32
     assert np.isfinite(forecast_BHP).all()
 
 
-@pytest.mark.parametrize("predictor", predictors(), ids=lambda predictor: f"{predictor.name}-{predictor.basis}")
+@every_predictor
+def test_squared_errors_are_those_of_the_forecast_weights(predictor, monkeypatch):
+    """For predictors on Gram matrices the two ways have nothing but the trajectory in common."""
+    weights_TP = trajectory(num_weights=31)
+    monkeypatch.setattr(forecasting, "FORECAST_BYTES", 4 * 5 * 31 * 2)
+    forecast_BHP = predictor.forecast(trial(weights_TP), STARTS).astype(np.float64)
+    direct_BH = np.square(forecast_BHP - truth(weights_TP)).sum(axis=2)
+    np.testing.assert_allclose(predictor.squared_errors(trial(weights_TP), STARTS), direct_BH, rtol=1e-6)
+
+
+@every_predictor
 def test_a_predictor_is_causal_exactly_if_it_says_so(predictor):
     weights_TP = trajectory()
     changed_TP = weights_TP.copy()
-    changed_TP[STARTS[0] + 1 :] += 5.0
-    before, after = (predictor.forecast(array_TP, STARTS[:1], 4) for array_TP in (weights_TP, changed_TP))
+    changed_TP[STARTS[0] + 1 :] += np.random.default_rng(5).normal(size=31).astype(np.float32)
+    before, after = (predictor.forecast(trial(array_TP), STARTS[:1]) for array_TP in (weights_TP, changed_TP))
     assert np.array_equal(before, after) == predictor.causal
 
 
-def test_a_causal_predictor_sees_its_context_alone():
+@every_predictor
+def test_a_causal_predictor_sees_its_context_alone(predictor):
     weights_TP = trajectory()
     poisoned_TP = weights_TP.copy()
-    poisoned_TP[: STARTS[1] - 5] = 1e6
-    for predictor in (CopyLast(), Linear(), tipl(config.Basis(kind="raw"), 11)):
-        np.testing.assert_array_equal(
-            predictor.forecast(poisoned_TP, STARTS[1:2], 4), predictor.forecast(weights_TP, STARTS[1:2], 4)
+    poisoned_TP[: STARTS[1] - 6] = 1e3
+    counts_from_the_first = isinstance(predictor, Tipl) and predictor.trial_basis.config.deltas
+    if predictor.causal and not counts_from_the_first:
+        np.testing.assert_allclose(
+            predictor.forecast(trial(poisoned_TP), STARTS[1:2]), predictor.forecast(trial(weights_TP), STARTS[1:2])
         )
 
 
 def test_copying_the_last_snapshot_has_skill_exactly_0():
     weights_TP = trajectory()
-    assert skill(CopyLast().forecast(weights_TP, STARTS, 5), weights_TP) == 0.0
+    copied_BHP = CopyLast(QUESTION).forecast(trial(weights_TP), STARTS)
+    np.testing.assert_array_equal(copied_BHP, np.repeat(weights_TP[STARTS][:, None], 4, axis=1))
+    assert skill(CopyLast(QUESTION), weights_TP) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_a_straight_line_is_predicted_exactly_by_linear():
-    weights_TP = np.outer(np.arange(30), np.arange(11) - 4).astype(np.float32) + 3.0
-    np.testing.assert_array_equal(
-        Linear().forecast(weights_TP, STARTS, 5), weights_TP[STARTS[:, None] + np.arange(1, 6)]
-    )
+@pytest.mark.parametrize("kind", [Linear, WindowLinear, Damped, RankOne, RankOneFromLast, DynamicModes, Ridge])
+def test_a_straight_line_is_predicted_exactly(kind):
+    weights_TP = (np.outer(np.arange(40), np.arange(31) - 4) + 3.0).astype(np.float32)
+    predictor = kind(QUESTION)
+    line = trial(weights_TP)
+    fitting = Trials(bands=[line.band], weights=lambda: [weights_TP])
+    predictor.fit(fitting, fitting)
+    tolerance = 1e-2 if kind is Ridge else 1e-4  # a penalty is the price of a ridge
+    np.testing.assert_allclose(predictor.forecast(line, STARTS), truth(weights_TP), rtol=tolerance, atol=tolerance)
+
+
+def test_a_trajectory_that_stands_still_is_copied():
+    still = trial(np.repeat(trajectory(0, 1), 40, axis=0))
+    fitting = Trials(bands=[still.band], weights=lambda: [still.weights_TP])
+    for predictor in predictors():
+        if isinstance(predictor, Combination | WindowFloor):
+            predictor.fit(fitting, fitting)
+            np.testing.assert_array_equal(predictor.forecast(still, STARTS), truth(still.weights_TP))
+
+
+def test_dynamic_modes_follow_a_spiral_and_do_not_explode():
+    angle_T = 0.3 * np.arange(40)
+    spiral_TP = (0.97 ** np.arange(40) * np.stack([np.cos(angle_T), np.sin(angle_T)])).T.astype(np.float32)
+    modes = DynamicModes(QUESTION)
+    modes.fitted = {"rank": np.array(2)}
+    np.testing.assert_allclose(modes.forecast(trial(spiral_TP), STARTS), truth(spiral_TP), atol=1e-3)
+    growing_TP = np.exp(np.arange(40))[:, None].astype(np.float32) * np.ones((1, 3), np.float32)
+    last_B = growing_TP[STARTS, 0] - growing_TP[STARTS - 1, 0]
+    ahead_BHP = modes.forecast(trial(growing_TP), STARTS) - growing_TP[STARTS][:, None]
+    np.testing.assert_allclose(ahead_BHP[:, :, 0], np.outer(last_B, STEPS), rtol=0.02)
+
+
+def test_ridge_is_the_least_squares_solution_phase_by_phase():
+    moments = phase_moments(trials(1, 2, 3).bands, QUESTION)
+    table_QHK = moments.ridge(0.0)
+    phase = 3
+    inputs, targets = [], []
+    for seed in (1, 2, 3):
+        weights_TP = trajectory(seed).astype(np.float64)
+        for start in range(6, 35):
+            if start % 5 == phase:
+                inputs.append(np.diff(weights_TP[start - 6 : start + 1], axis=0).T)
+                targets.append((weights_TP[start + np.asarray(STEPS)] - weights_TP[start]).T)
+    expected_KH = np.linalg.lstsq(np.concatenate(inputs), np.concatenate(targets), rcond=None)[0]
+    np.testing.assert_allclose(table_QHK[phase], expected_KH.T, rtol=1e-4, atol=1e-5)
+
+
+def test_ridge_learns_what_depends_on_the_phase_and_beats_what_does_not():
+    ridge, damped = Ridge(QUESTION), Damped(QUESTION)
+    for predictor in (ridge, damped):
+        predictor.fit(trials(*range(1, 9)), trials(10))
+    assert skill(ridge, trajectory(11)) > skill(damped, trajectory(11)) > 0.1
+
+
+def test_ridge_takes_the_penalty_that_validation_trials_prefer():
+    """One short trial to fit on leaves noise in the coefficients: a penalty helps on others."""
+    ridge, judge = Ridge(QUESTION), phase_moments(trials(5, 6, 7).bands, QUESTION)
+    ridge.fit(trials(1), trials(5, 6, 7))
+    moments = phase_moments(trials(1).bands, QUESTION)
+    skills = [judge.mean_skill(moments.ridge(penalty)) for penalty in forecasting.RIDGE_PENALTIES]
+    assert forecasting.RIDGE_PENALTIES[int(np.argmax(skills))] == float(ridge.fitted["penalty"])
+    assert judge.mean_skill(ridge.table_QHK()) == max(skills) > skills[0]
+
+
+def test_moments_judge_as_the_predictor_itself_is_judged():
+    ridge, bands = Ridge(QUESTION), trials(6, 7).bands
+    ridge.fit(trials(1, 2), trials(3))
+    starts_B = np.arange(6, 35)
+    error_H = sum(ridge.band_errors(band, starts_B).sum(axis=0) for band in bands)
+    moved_H = sum(CopyLast(QUESTION).band_errors(band, starts_B).sum(axis=0) for band in bands)
+    expected = float(np.mean(1 - error_H / moved_H))
+    assert phase_moments(bands, QUESTION).mean_skill(ridge.table_QHK()) == pytest.approx(expected)
+
+
+def test_mean_trajectory_predicts_what_all_trials_have_in_common():
+    drift_TP = np.square(np.arange(40))[:, None].astype(np.float32) * np.ones((1, 31), np.float32)
+    weights = [drift_TP + trajectory(seed)[:1] for seed in (1, 2)]
+    mean = MeanTrajectory(QUESTION)
+    mean.fit(Trials(bands=[], weights=lambda: weights), Trials(bands=[], weights=list))
+    other_TP = drift_TP + trajectory(3)[:1]
+    np.testing.assert_allclose(mean.forecast(trial(other_TP), STARTS), truth(other_TP), rtol=1e-4)
+
+
+def test_a_mean_trajectory_too_large_to_keep_is_kept_at_fewer_snapshots(monkeypatch):
+    monkeypatch.setattr(forecasting, "MEAN_BYTES", 4 * 31 * 14)
+    line_TP = np.arange(40)[:, None].astype(np.float32) * np.ones((1, 31), np.float32)
+    mean = MeanTrajectory(QUESTION)
+    mean.fit(Trials(bands=[], weights=lambda: [line_TP]), Trials(bands=[], weights=list))
+    assert mean.fitted["mean_MP"].shape == (14, 31)
+    np.testing.assert_allclose(mean.forecast(trial(line_TP), STARTS), truth(line_TP), rtol=1e-5)
+
+
+def test_no_combination_of_the_context_is_nearer_to_the_truth_than_the_window_floor():
+    weights_TP = trajectory()
+    floor = WindowFloor(QUESTION).squared_errors(trial(weights_TP), STARTS)
+    combinations = [one for one in predictors() if isinstance(one, Combination)]
+    assert len(combinations) == 9
+    for predictor in combinations:
+        assert (predictor.squared_errors(trial(weights_TP), STARTS) >= floor - 1e-9).all()
 
 
 def test_svd_floor_of_full_rank_is_the_truth():
-    weights_TP = trajectory()
-    floor_BHP = SvdFloor(TrialBasis(config.Basis(rank=11))).forecast(weights_TP, STARTS, 5)
-    assert skill(floor_BHP, weights_TP) == pytest.approx(1.0, abs=1e-9)
+    floor = SvdFloor(QUESTION, TrialBasis(config.Basis(rank=31)))
+    assert skill(floor, trajectory()) == pytest.approx(1.0, abs=1e-9)
 
 
 def test_no_point_of_the_basis_is_nearer_to_the_truth_than_the_svd_floor():
     weights_TP = trajectory()
     trial_basis = TrialBasis(config.Basis(rank=3))
-    floor = skill(SvdFloor(trial_basis).forecast(weights_TP, STARTS, 5), weights_TP)
-    model = tipl(config.Basis(rank=3), 3)
-    assert skill(model.forecast(weights_TP, STARTS, 5), weights_TP) < floor < 1.0
+    floor = skill(SvdFloor(QUESTION, trial_basis), weights_TP)
+    assert skill(tipl(config.Basis(rank=3), 3), weights_TP) < floor < 1.0
     fitted = trial_basis.of(weights_TP)
-    moved = fitted.decode(fitted.coordinates_TD + 0.01)[STARTS[:, None] + np.arange(1, 6)]
-    assert skill(moved, weights_TP) < floor
+    moved = fitted.decode(fitted.coordinates_TD + 0.01)[STARTS[:, None] + np.asarray(STEPS)]
+    moved_error = np.square(moved - truth(weights_TP)).sum()
+    assert moved_error > SvdFloor(QUESTION, trial_basis).squared_errors(trial(weights_TP), STARTS).sum()
 
 
-def test_tipl_decodes_what_the_model_predicts():
+def test_tipl_decodes_what_the_model_predicts_at_the_steps_asked_for():
     weights_TP = trajectory()
     predictor = tipl(config.Basis(rank=4, centred=True), 4)
-    token_D = torch.tensor([0.5, -1.0, 2.0, 0.0])
-    with torch.no_grad():
-        predictor.model.predict.weight.zero_()
-        predictor.model.predict.bias.copy_(token_D)
-    decoded_P = predictor.trial_basis.of(weights_TP).decode(predictor.normaliser.restore(token_D.numpy())[None])[0]
-    for forecast_P in predictor.forecast(weights_TP, STARTS, 4).reshape(-1, 11):
-        np.testing.assert_allclose(forecast_P, decoded_P, rtol=1e-6, atol=1e-6)
+    fitted = predictor.trial_basis.of(weights_TP)
+    tokens_BKD = predictor.normaliser.normalise(fitted.coordinates_TD[STARTS[:, None] + np.arange(-5, 1)])
+    rolled_BFD = predictor.model.forecast(
+        torch.from_numpy(tokens_BKD), torch.from_numpy(STARTS[:, None] + np.arange(-5, 1)), 5
+    )
+    forecast_BHP = predictor.forecast(trial(weights_TP), STARTS)
+    for column, step in enumerate(STEPS):
+        decoded_BP = fitted.decode(predictor.normaliser.restore(rolled_BFD[:, step - 1].numpy()))
+        np.testing.assert_allclose(forecast_BHP[:, column], decoded_BP, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_window_model_answers_for_policies_of_any_size_and_scale():
+    predictor = window_tipl()
+    small, large = trial(trajectory()), trial(1000.0 * trajectory())
+    np.testing.assert_allclose(
+        predictor.coefficients(small.band.contexts(STARTS, 6)),
+        predictor.coefficients(large.band.contexts(STARTS, 6)),
+        atol=1e-5,
+    )
+    rotation_PP = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 31)))[0].T
+    wider = trial((trajectory() @ rotation_PP).astype(np.float32))
+    np.testing.assert_allclose(
+        predictor.squared_errors(wider, STARTS), predictor.squared_errors(small, STARTS), rtol=1e-3
+    )
 
 
 def test_the_basis_is_fitted_once_per_trajectory_and_does_not_keep_it_alive():
@@ -129,29 +320,71 @@ def test_the_basis_is_fitted_once_per_trajectory_and_does_not_keep_it_alive():
     assert reference() is None
 
 
-def test_saved_tipl_forecasts_the_same_when_loaded(tmp_path: Path):
-    weights_TP = trajectory()
-    predictor = tipl(config.Basis(rank=4, deltas=True), 4)
-    about = {"basis": config.as_table(predictor.trial_basis.config), "normaliser": predictor.normaliser.as_table()}
-    predictor.model.save(str(tmp_path), about)
+def save_tipl(folder: Path, basis: config.Basis) -> Tipl | WindowTipl:
+    about = {"basis": config.as_table(basis)}
+    if basis.kind == "window":
+        ours = window_tipl()
+        ours.model.save(str(folder), about)
+        return ours
+    predictor = tipl(basis, 4)
+    predictor.model.save(str(folder), about | {"normaliser": predictor.normaliser.as_table()})
+    return predictor
+
+
+@pytest.mark.parametrize("basis", [config.Basis(rank=4, deltas=True), config.Basis(kind="window")])
+def test_saved_tipl_forecasts_the_same_when_loaded(tmp_path: Path, basis: config.Basis):
+    saved = save_tipl(tmp_path, basis)
+    loaded = load_tipl(str(tmp_path), QUESTION)
+    assert type(loaded) is type(saved)
     np.testing.assert_array_equal(
-        Tipl.load(str(tmp_path)).forecast(weights_TP, STARTS, 4), predictor.forecast(weights_TP, STARTS, 4)
+        loaded.forecast(trial(trajectory()), STARTS), saved.forecast(trial(trajectory()), STARTS)
     )
 
 
+def test_everything_that_was_fitted_forecasts_the_same_when_loaded(tmp_path: Path):
+    save_tipl(tmp_path, config.Basis(kind="window"))
+    fitted, loaded = (make_predictors(QUESTION, str(tmp_path)) for _ in range(2))
+    for predictor in fitted:
+        predictor.fit(trials(1, 2, 3), trials(4))
+    load_fitted(loaded, save_fitted(fitted))
+    for one, other in zip(fitted, loaded, strict=True):
+        np.testing.assert_array_equal(
+            other.forecast(trial(trajectory()), STARTS), one.forecast(trial(trajectory()), STARTS)
+        )
+
+
+def test_the_floor_is_that_of_tipls_basis(tmp_path: Path):
+    for basis, floor in ((config.Basis(rank=4), "svd-floor"), (config.Basis(kind="window"), "window-floor")):
+        save_tipl(tmp_path / basis.kind, basis)
+        names = [predictor.name for predictor in make_predictors(QUESTION, str(tmp_path / basis.kind))]
+        assert names[-2:] == ["tipl", floor]
+        assert len(set(names)) == len(names) == 11
+
+
 def test_trajectory_longer_than_those_of_training_is_still_forecast():
-    assert np.isfinite(tipl(config.Basis(rank=4), 4, num_snapshots=10).forecast(trajectory(), STARTS, 4)).all()
+    short = tipl(config.Basis(rank=4), 4, num_snapshots=10)
+    assert np.isfinite(short.forecast(trial(trajectory()), STARTS)).all()
+    mean = MeanTrajectory(QUESTION)
+    mean.fit(Trials(bands=[], weights=lambda: [trajectory(1, 15)]), Trials(bands=[], weights=list))
+    np.testing.assert_array_equal(mean.forecast(trial(trajectory()), STARTS)[2], trajectory()[[20] * 4])
 
 
 def test_starts_without_enough_snapshots_are_refused():
-    weights_TP = trajectory()
-    with pytest.raises(ValueError, match="start=4 is not between 5 and 29"):
-        tipl(config.Basis(rank=4), 4).forecast(weights_TP, np.array([7, 4]), 2)
-    with pytest.raises(ValueError, match="start=28 is not between 0 and 27"):
-        SvdFloor(TrialBasis(config.Basis(rank=4))).forecast(weights_TP, np.array([28]), 2)
+    one = trial(trajectory())
+    for predictor in predictors():
+        with pytest.raises(ValueError, match="start=4 is not between 6 and 3"):
+            predictor.forecast(one, np.array([7, 4]))
+        with pytest.raises(ValueError, match="start=35 is not between 6 and 34"):
+            predictor.squared_errors(one, np.array([35]))
+
+
+def test_a_model_that_was_trained_for_another_question_is_refused():
+    with pytest.raises(ValueError, match=r"the model answers for context 6, steps \(1, 2, 3, 5\) and 5 phases"):
+        WindowTipl(Question(context=6, steps=(1, 2), snapshots_per_iteration=5), window_tipl().model)
     with pytest.raises(ValueError, match="tokens of 3 numbers do not fit a model of 4"):
         Tipl(
+            QUESTION,
             tipl(config.Basis(rank=4), 4).model,
             TrialBasis(config.Basis(rank=3)),
             Normaliser(mean_D=np.zeros(3, np.float32), deviation_D=np.ones(3, np.float32)),
-        ).forecast(weights_TP, STARTS, 2)
+        ).forecast(trial(trajectory()), STARTS)

@@ -3,6 +3,8 @@ import pytest
 
 from tipl_ray import metrics
 
+RESAMPLING = metrics.Resampling(confidence=0.95, bootstrap=200, seed=0)
+
 
 def table_of(num_trials: int = 4, windows_per_trial: int = 30, num_steps: int = 3, seed: int = 0) -> metrics.Table:
     """Results of a predictor that is off by half the displacement; policies are run in every third window."""
@@ -35,7 +37,7 @@ def table_of(num_trials: int = 4, windows_per_trial: int = 30, num_steps: int = 
 
 
 def summary(table: metrics.Table) -> list[dict]:
-    return metrics.summarise(table, confidence=0.95, bootstrap=200, seed=0, trained_on="InvertedPendulum-v4")
+    return metrics.summarise(table, RESAMPLING, trained_on="InvertedPendulum-v4")
 
 
 def test_copying_the_last_snapshot_has_skill_exactly_0_and_beats_last_half_the_time():
@@ -136,6 +138,61 @@ def test_groups_by_phase_share_out_every_row():
     assert sum(len(rows["trial"]) for rows in groups.values()) == len(table["trial"])
     for phase, rows in groups.items():
         assert (rows["phase"] == phase).all()
+
+
+def two_predictors(num_trials: int = 6) -> metrics.Table:
+    """TIPL of skill 0.75 and a ridge of skill 0.5, on windows that move by very different amounts."""
+    ours = table_of(num_trials)
+    theirs = {**ours, "predictor": np.full_like(ours["predictor"], "ridge")}
+    theirs["squared_error"] = 0.5 * ours["displacement_squared"]
+    mixed = np.random.default_rng(0).permutation(2 * len(ours["trial"]))
+    return {name: np.concatenate([ours[name], theirs[name]])[mixed] for name in ours}
+
+
+def test_comparison_is_the_difference_of_skills_and_far_surer_than_either():
+    table = two_predictors()
+    table["squared_error"] = table["squared_error"] * (1 + 0.3 * (table["trial"] % 3))
+    rows = metrics.compare(table, "tipl", RESAMPLING)
+    single = {(row["predictor"], row["step"]): row for row in summary(table)}
+    assert [(row["against"], row["step"]) for row in rows if row["group"] == "all"] == [
+        ("ridge", 1),
+        ("ridge", 2),
+        ("ridge", 3),
+    ]
+    for row in rows[:3]:
+        ours, theirs = single["tipl", row["step"]], single["ridge", row["step"]]
+        assert row["skill_difference"] == pytest.approx(ours["skill"] - theirs["skill"])
+        width = row["difference_high"] - row["difference_low"]
+        assert 0 < width < ours["skill_high"] - ours["skill_low"] + theirs["skill_high"] - theirs["skill_low"]
+
+
+def test_comparison_against_itself_in_other_words_is_exactly_0():
+    table = two_predictors()
+    table["squared_error"] = table["displacement_squared"].copy()
+    for row in metrics.compare(table, "tipl", RESAMPLING):
+        assert (row["skill_difference"], row["difference_low"], row["difference_high"]) == (0.0, 0.0, 0.0)
+
+
+def test_comparisons_by_phase_and_third_add_up_to_the_whole():
+    table = two_predictors()
+    rows = metrics.compare(table, "tipl", RESAMPLING)
+    assert {(row["group"], row["value"]) for row in rows} == {
+        ("all", -1),
+        *(("phase", phase) for phase in range(5)),
+        *(("third", int(third)) for third in np.unique(table["third"])),
+    }
+    assert all(row["skill_difference"] == pytest.approx(0.25) for row in rows)
+
+
+def test_skill_by_group_says_what_share_of_all_movement_a_group_has():
+    table = two_predictors()
+    rows = metrics.group_skills(table, "phase", RESAMPLING)
+    assert len(rows) == 2 * 3 * 5
+    assert {row["group"] for row in rows} == {"phase"}
+    ours = [row for row in rows if row["predictor"] == "tipl"]
+    assert all(row["skill"] == pytest.approx(0.75) for row in ours)
+    total = table["displacement_squared"][table["predictor"] == "tipl"].sum()
+    assert sum(row["displacement_squared"] for row in ours) == pytest.approx(total)
 
 
 def test_empty_table_has_an_empty_summary():

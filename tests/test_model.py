@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from tipl_ray import config
-from tipl_ray.model import CausalTransformer, Normaliser, is_complete, load_about
+from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer, is_complete, load_about, load_model
 
 SIZE = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.1)
 
@@ -80,6 +81,7 @@ def test_saved_model_loads_equal_with_what_is_said_of_it(tmp_path: Path):
     assert is_complete(folder)
     assert torch.equal(CausalTransformer.load(folder)(tokens_BKD, snapshots_BK), model(tokens_BKD, snapshots_BK))
     assert load_about(folder)["data_digest"] == "abc"
+    assert isinstance(load_model(folder), CausalTransformer)
     assert sorted(path.name for path in Path(folder).iterdir()) == ["model.json", "model.safetensors"]
 
 
@@ -99,3 +101,70 @@ def test_normaliser_is_its_own_inverse_and_survives_json():
     again = Normaliser.from_table(json.loads(json.dumps(normaliser.as_table())))
     np.testing.assert_array_equal(again.mean_D, normaliser.mean_D)
     np.testing.assert_array_equal(again.deviation_D, normaliser.deviation_D)
+
+
+def window_model(**size) -> WindowTransformer:
+    torch.manual_seed(0)
+    model = WindowTransformer(dataclasses.replace(SIZE, **size), steps=(1, 2, 5), num_phases=5).eval()
+    model.predict.weight.data.normal_()
+    return model
+
+
+def contexts(scale: float = 1.0, batch: int = 3) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    displacements_BKP = torch.randn(batch, 6, 40, generator=generator, dtype=torch.float64) * scale
+    return (
+        displacements_BKP @ displacements_BKP.transpose(1, 2),
+        torch.tensor([0, 1, 4]),
+        torch.tensor([0.1, 0.5, 0.9]),
+        torch.tensor([0.8, 0.6, 0.2]),
+    )
+
+
+def test_window_model_answers_every_displacement_with_a_coefficient_per_step():
+    assert window_model()(*contexts()).shape == (3, 3, 6)
+
+
+def test_window_model_does_not_know_the_scale_of_weights():
+    model = window_model()
+    for scale in (1e-6, 1e6):
+        torch.testing.assert_close(model(*contexts(scale)), model(*contexts()), rtol=1e-4, atol=1e-5)
+
+
+def test_window_model_corrects_the_ridge_of_its_phase():
+    model = window_model()
+    before = model(*contexts())
+    model.ridge_QHK[4] = 1.0
+    torch.testing.assert_close(model(*contexts()) - before, model.ridge_QHK[contexts()[1]])
+
+
+def test_window_model_is_told_the_phase_and_the_clock_that_it_is_made_for():
+    grams, phases, progress, rates = contexts()
+    other_phase, other_progress = (phases + 1) % 5, progress / 2
+    for size, phase_matters, progress_matters, rate_matters in (
+        ({}, True, True, False),
+        ({"phase": False}, False, True, False),
+        ({"clock": "none"}, True, False, False),
+        ({"clock": "learning_rate"}, True, False, True),
+    ):
+        model = window_model(**size)
+        answer = model(grams, phases, progress, rates)
+        assert torch.equal(model(grams, other_phase, progress, rates), answer) != phase_matters
+        assert torch.equal(model(grams, phases, other_progress, rates), answer) != progress_matters
+        assert torch.equal(model(grams, phases, progress, rates / 2), answer) != rate_matters
+
+
+def test_displacements_of_no_length_are_answered_with_numbers():
+    grams, *clocks = contexts()
+    grams[:, :, 2], grams[:, 2] = 0.0, 0.0
+    assert torch.isfinite(window_model()(grams, *clocks)).all()
+    assert torch.isfinite(window_model()(torch.zeros_like(grams), *clocks)).all()
+
+
+def test_saved_window_model_loads_equal(tmp_path: Path):
+    model = window_model()
+    model.ridge_QHK.normal_()
+    model.save(str(tmp_path), {"data_digest": "abc"})
+    loaded = load_model(str(tmp_path))
+    assert isinstance(loaded, WindowTransformer)
+    assert torch.equal(loaded(*contexts()), model(*contexts()))

@@ -80,11 +80,57 @@ def test_without_the_transformer_nothing_is_claimed():
 
 def test_linear_is_beaten_only_where_intervals_are_apart():
     summary = rows("tipl", 0.40, 0.20, 0.10) + rows("linear", 0.10, 0.15, 0.50)
-    answer = report.beats_linear(summary)
+    answer = report.beats(summary, "linear")
     assert answer.verdict == "partly"
     assert "It beats linear extrapolation at h = 1." in answer.text
     assert "At h = 2 it does not, as far as can be told" in answer.text
     assert "It is worse than linear extrapolation at h = 3." in answer.text
+
+
+def compared(against, step, difference, spread=0.01):
+    return {
+        "group": "all",
+        "value": -1,
+        "predictor": "tipl",
+        "against": against,
+        "step": step,
+        "skill_difference": difference,
+        "difference_low": difference - spread,
+        "difference_high": difference + spread,
+    }
+
+
+def test_on_the_same_windows_a_small_difference_is_seen_though_intervals_overlap():
+    summary = rows("tipl", 0.40, 0.30, 0.20) + rows("ridge", 0.37, 0.295, 0.25)
+    pairs = [compared("ridge", step, difference) for step, difference in ((1, 0.03), (2, 0.005), (3, -0.05))]
+    answer = report.beats(summary, "ridge", pairs)
+    assert answer.verdict == "partly"
+    assert "It beats a ridge regression that knows the phase at h = 1." in answer.text
+    assert "At h = 2 it does not, as far as can be told: the interval of the difference includes 0." in answer.text
+    assert "It is worse than a ridge regression that knows the phase at h = 3." in answer.text
+    assert "the difference is +0.030 [+0.020, +0.040] at h = 1 and -0.050 [-0.060, -0.040] at h = 3" in answer.text
+
+
+def grouped(group, value, skill, spread=0.05):
+    return {**row("tipl", 1, skill, spread=spread), "group": group, "value": value}
+
+
+def test_skill_is_told_by_phase_and_third_and_a_phase_without_any_is_named():
+    groups = [grouped("phase", phase, 0.02 if phase == 0 else 0.4) for phase in range(5)]
+    groups += [grouped("third", third, 0.3) for third in range(3)]
+    answer = report.where_it_lies(groups)
+    assert answer.verdict == "partly"
+    assert "0.02 [-0.03, 0.07] in phase 0" in answer.text
+    assert "In phase 0 it cannot be told from copying." in answer.text
+    assert "0.30 [0.25, 0.35] in the last third" in answer.text
+    assert "It is lowest where an iteration has just closed" in answer.text
+    assert report.where_it_lies(groups[1:]).verdict == "yes"
+
+
+def test_every_rival_in_the_table_has_its_question():
+    summary = [line for name in ("tipl", "copy-last", *report.RIVALS) for line in rows(name, 0.2)]
+    questions = " ".join(answer.question for answer in report.answers(summary))
+    assert all(words in questions for words in report.RIVALS.values())
 
 
 def test_returns_within_the_noise_floor_are_the_same():

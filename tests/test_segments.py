@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from tipl_ray import config
+from tipl_ray.gram import Question, make_band
 from tipl_ray.model import Normaliser
-from tipl_ray.segments import Segments, Tokens, draw_windows, load_tokens, tokens_of
+from tipl_ray.segments import Segments, Tokens, WindowSegments, draw_windows, load_band, load_tokens, tokens_of
 from tipl_ray.temporal_svd import fit_basis
 from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
 
 BASIS = config.Basis(rank=4)
+QUESTION = Question(context=4, steps=(1, 3), snapshots_per_iteration=5)
 HEADER = Header(task="Line-v0", layout=(("w", (11,), 0),), config={}, versions={"mujoco": "4.0", "gymnasium": "1.4"})
 
 
@@ -79,6 +81,12 @@ def test_batches_depend_on_step_and_seed_and_on_nothing_else():
     assert (draw != draw_windows(1000, step=7, batch_size=64, seed=2)).any()
 
 
+def test_windows_are_drawn_as_often_as_their_chances_say():
+    chances = np.array([0.5, 0.1, 0.0, 0.4])
+    draws = np.concatenate([draw_windows(chances.cumsum(), step, 100, seed=0) for step in range(100)])
+    np.testing.assert_allclose(np.bincount(draws, minlength=4) / 10_000, chances, atol=0.02)
+
+
 def test_every_window_is_drawn_about_as_often():
     draws = np.concatenate([draw_windows(10, step, 100, seed=0) for step in range(100)])
     np.testing.assert_allclose(np.bincount(draws, minlength=10), 1000, rtol=0.15)
@@ -124,3 +132,55 @@ def test_context_as_long_as_the_trajectory_is_refused():
     one = tokens(range(1))
     with pytest.raises(ValueError, match=r"model\.context=15 leaves no window"):
         Segments(one, Normaliser.fit(one.coordinates_NTD), context=15)
+
+
+def window_segments(num_trials: int = 2) -> WindowSegments:
+    bands = [make_band(trajectory(seed), QUESTION.width, snapshots_per_iteration=5) for seed in range(num_trials)]
+    return WindowSegments(bands, QUESTION)
+
+
+def test_windows_of_displacements_are_parts_of_the_gram_matrix_in_units_of_the_context():
+    segments = window_segments()
+    assert segments.num_windows == 2 * (15 - 7)
+    batch = segments.gather(np.arange(segments.num_windows))
+    for window in range(segments.num_windows):
+        seed, first = divmod(window, 8)
+        displacements_MP = np.diff(trajectory(seed)[first : first + 8].astype(np.float64), axis=0)
+        gram_MM = displacements_MP @ displacements_MP.T
+        scale = np.trace(gram_MM[:4, :4]) / 4
+        assert batch.scales_B[window].item() == pytest.approx(scale)
+        np.testing.assert_allclose(batch.grams_BMM[window], gram_MM / scale, rtol=1e-5, atol=1e-6)
+        assert batch.phases_B[window].item() == (first + 4) % 5
+        assert batch.progress_B[window].item() == pytest.approx((first + 4) / 14)
+
+
+def test_what_a_model_is_told_of_a_window_is_the_same_in_training_and_in_a_forecast():
+    batch = window_segments(1).gather(np.arange(8))
+    contexts = make_band(trajectory(0), 7, snapshots_per_iteration=5).contexts(np.arange(4, 12), 4)
+    np.testing.assert_array_equal(batch.phases_B, contexts.phases_B)
+    np.testing.assert_allclose(batch.progress_B, contexts.progress_B, rtol=1e-6)
+    np.testing.assert_allclose(batch.learning_rates_B, contexts.learning_rates_B, rtol=1e-6)
+    grams_BKK = batch.grams_BMM[:, :4, :4].double() * batch.scales_B[:, None, None]
+    np.testing.assert_allclose(grams_BKK, contexts.grams_BKK, rtol=1e-5, atol=1e-4)
+
+
+def test_a_band_is_computed_once_and_then_found(tmp_path: Path):
+    write_store(tmp_path, {3: trajectory(3)})
+    first = load_band(str(tmp_path), 3, QUESTION)
+    (kept,) = (tmp_path / "grams").iterdir()
+    written = kept.stat().st_mtime_ns
+    again = load_band(str(tmp_path), 3, QUESTION)
+    assert kept.stat().st_mtime_ns == written
+    np.testing.assert_array_equal(again.products_SW, first.products_SW)
+    np.testing.assert_array_equal(again.learning_rates_T, np.ones(15))
+    np.testing.assert_array_equal(first.products_SW, make_band(trajectory(3), 7).products_SW)
+    load_band(str(tmp_path), 3, Question(context=4, steps=(5,), snapshots_per_iteration=5))
+    assert len(list((tmp_path / "grams").iterdir())) == 2, "a wider band is another band"
+
+
+def test_trials_too_short_or_of_different_length_have_no_windows():
+    bands = [make_band(trajectory(0, length), 7) for length in (15, 12, 7)]
+    with pytest.raises(ValueError, match=r"trials differ in snapshots: \[12, 15\]"):
+        WindowSegments(bands[:2], QUESTION)
+    with pytest.raises(ValueError, match=r"model\.context=4 and forward step 3 leave no window in the 7 snapshots"):
+        WindowSegments(bands[2:], QUESTION)

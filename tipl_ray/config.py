@@ -125,10 +125,11 @@ class Split:
 class Basis:
     """How snapshots become tokens and tokens become weights (Section 3.2)."""
 
-    kind: Literal["trial", "raw"] = "trial"
-    """`trial`: Temporal SVD of the trial's own trajectory, the paper's, not causal; `raw`: the weights themselves."""
+    kind: Literal["trial", "raw", "window"] = "trial"
+    """`trial`: Temporal SVD of the trial's own trajectory, the paper's, not causal; `raw`: the weights themselves;
+    `window`: the displacements of the context, known by their inner products alone, causal."""
     rank: int = 32
-    """SVD rank D; `raw` has the rank of its weights."""
+    """SVD rank D of `trial`."""
     centred: bool = False
     """Subtract the trajectory's mean before the SVD."""
     deltas: bool = False
@@ -146,7 +147,7 @@ class Model:
     """The causal Transformer (Section 3.3), by default of Decision Transformer's size for gym."""
 
     context: int = 20
-    """Context length K: the snapshots that the model sees."""
+    """Context length K: the tokens that the model sees; snapshots, or with basis `window` displacements between."""
     embedding: int = 128
     """Width of a token inside the model."""
     layers: int = 3
@@ -155,6 +156,10 @@ class Model:
     """Attention heads per block; must divide embedding."""
     dropout: float = 0.1
     """Dropout of embeddings, attention and blocks."""
+    phase: bool = True
+    """Basis `window`: tell the model the phase, where in its PPO iteration each displacement was made."""
+    clock: Literal["none", "progress", "learning_rate"] = "progress"
+    """Basis `window`: what tells the model how far the trial has come: its share of snapshots, or PPO's annealing."""
 
     def check(self) -> None:
         _at_least("model", self, context=2, embedding=1, layers=1, heads=1)
@@ -180,6 +185,8 @@ class Train:
     """AdamW's weight decay."""
     warmup_steps: int = 10_000
     """Steps of linear warm-up."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rate after the warm-up: constant, or falling to 0 at the last step on half a cosine."""
     max_gradient_norm: float = 0.25
     """Limit of the gradient's norm."""
     seed: int = 0
@@ -204,9 +211,13 @@ class Evaluate:
     """How predicted weights are judged: WPE, skill and REPW (Section 4)."""
 
     horizon: int = 10
-    """Forward steps H that are predicted."""
+    """Forward steps that are predicted, from 1 on."""
+    extra_horizons: tuple[int, ...] = ()
+    """Forward steps beyond them that are predicted too, rising."""
     windows_per_trial: int = 20
     """Windows per test trial whose policies are run for REPW, evenly spaced; WPE takes every window."""
+    run_policies_of: tuple[str, ...] = ("copy-last", "linear", "ridge", "tipl", "svd-floor", "window-floor")
+    """Predictors whose policies are run, by their names in the result table; WPE takes all predictors."""
     episodes: int = 10
     """Evaluation episodes E per policy; the noise floor takes as many again on other seeds."""
     sampled_actions: bool = False
@@ -218,9 +229,19 @@ class Evaluate:
     seed: int = 0
     """Seed of the evaluation episodes and of the bootstrap."""
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Every forward step that is predicted."""
+        return (*range(1, self.horizon + 1), *self.extra_horizons)
+
     def check(self) -> None:
         _at_least("evaluate", self, horizon=1, windows_per_trial=1, episodes=1, bootstrap=1, seed=0)
         _between("evaluate", self, 0.5, 0.999, "confidence")
+        extra = (self.horizon, *self.extra_horizons)
+        if list(extra) != sorted(set(extra)):
+            raise ValueError(
+                f"evaluate.extra_horizons={self.extra_horizons} do not rise from beyond evaluate.horizon={self.horizon}"
+            )
 
 
 @pydantic.with_config(extra="forbid")
@@ -243,8 +264,9 @@ class Experiment:
     """Name of the experiment, and of its folder in the default storage."""
     storage: str | None = None
     """Folder or URI for everything that the stages leave; none is storage/<name> in the checkout, which git ignores."""
-    preset: Literal["paper"] = "paper"
-    """Set of model and training defaults (in the TOML file): `paper` is the paper's Transformer and schedule."""
+    preset: Literal["causal", "paper"] = "paper"
+    """Set of defaults for basis, model and training: `paper` is the paper's Transformer on its Temporal SVD, `causal`
+    our own on the basis `window`. The file's sections [causal.train], [paper.train] and so on hold for one of them."""
     collect: Collect = dataclasses.field(default_factory=Collect)
     ppo: Ppo = dataclasses.field(default_factory=Ppo)
     split: Split = dataclasses.field(default_factory=Split)
@@ -316,23 +338,42 @@ class Experiment:
             )
         if self.basis.kind == "trial" and self.basis.rank > self.num_snapshots:
             raise ValueError(f"basis.rank={self.basis.rank} exceeds the {self.num_snapshots} snapshots of a trial")
-        needed = self.model.context + self.evaluate.horizon
-        if needed > self.num_snapshots:
+        furthest = max(self.evaluate.horizon, *self.evaluate.extra_horizons, 0)
+        needed = self.model.context + furthest
+        if needed >= self.num_snapshots:
             raise ValueError(
-                f"model.context={self.model.context} + evaluate.horizon={self.evaluate.horizon} = {needed} exceeds the "
-                f"{self.num_snapshots} snapshots of a trial"
+                f"model.context={self.model.context} + forward step {furthest} of evaluate = {needed} displacements "
+                f"exceed the {self.num_snapshots - 1} of a trial"
             )
         return self
 
 
-PRESETS: dict[str, dict[str, Any]] = {"paper": {}}
-"""Model and training fields that a preset sets; the paper's are the dataclasses' own defaults."""
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {},
+    "causal": {
+        "basis": {"kind": "window"},
+        "model": {"embedding": 64, "layers": 2, "heads": 4, "dropout": 0.0},
+        "train": {
+            "num_steps": 6_000,
+            "steps_per_iteration": 500,
+            "batch_size": 128,
+            "learning_rate": 2e-3,
+            "weight_decay": 0.05,
+            "warmup_steps": 200,
+            "schedule": "cosine",
+            "max_gradient_norm": 1.0,
+        },
+    },
+}
+"""Fields that a preset sets; the paper's are the dataclasses' own defaults."""
 
 
-def load_experiment(path: str | Path) -> Experiment:
-    """Read an experiment's TOML file, unchecked.
+def load_experiment(path: str | Path, preset: str | None = None) -> Experiment:
+    """Read an experiment's TOML file, unchecked; a preset given here takes the place of the file's.
 
-    Raises FileNotFoundError, or ValueError naming the key for what is not TOML, an unknown key or a wrong type.
+    What is later overrides what is before: the dataclasses' defaults, the preset, the file's sections, its sections for
+    this preset. Raises FileNotFoundError, or ValueError naming the key for what is not TOML, an unknown key or a wrong
+    type.
     """
     path = Path(path)
     if not path.is_file():
@@ -342,32 +383,25 @@ def load_experiment(path: str | Path) -> Experiment:
         table = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
-    preset = table.get("preset", "paper")
+    table["preset"] = preset = preset or table.get("preset", "paper")
     if preset not in PRESETS:
         raise ValueError(f"{path}: preset={preset!r} is not one of {sorted(PRESETS)}")
-    for section, fields in PRESETS[preset].items():
-        table[section] = {**fields, **table.get(section, {})}
+    own = {name: table.pop(name, {}) for name in PRESETS}[preset]
+    for section in PRESETS[preset] | own:
+        table[section] = {**PRESETS[preset].get(section, {}), **table.get(section, {}), **own.get(section, {})}
     return _build({"name": path.stem, **table}, str(path))
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> Experiment:
-    """The experiment of a command line: `--experiment FILE` first, then any field of it by name.
+    """The experiment of a command line: `--experiment FILE` and `--preset NAME` first, then any field of it by name.
 
     Exits with status 2 and one line on standard error where the file or a field is refused.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    path = str(CHECKOUT / "jobs" / "experiments" / "demo.toml")
-    for position, argument in enumerate(arguments):
-        if argument == "--experiment" and position + 1 < len(arguments):
-            path = arguments[position + 1]
-            del arguments[position : position + 2]
-            break
-        if argument.startswith("--experiment="):
-            path = argument.removeprefix("--experiment=")
-            del arguments[position]
-            break
+    path = _take(arguments, "--experiment") or str(CHECKOUT / "jobs" / "experiments" / "demo.toml")
     try:
-        loaded = load_experiment(path)
+        # The preset decides what the other fields' defaults are, wherever it stands among them.
+        loaded = load_experiment(path, _take(arguments, "--preset"))
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -378,6 +412,19 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> Exp
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _take(arguments: list[str], option: str) -> str | None:
+    """Remove an option from a command line and return its value."""
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            value = arguments[position + 1]
+            del arguments[position : position + 2]
+            return value
+        if argument.startswith(f"{option}="):
+            del arguments[position]
+            return argument.removeprefix(f"{option}=")
+    return None
 
 
 def as_table(config: Any) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """Evaluate (Section 4): predicted weights against true ones, on the trials that nothing was fitted on.
 
-Two kinds of work, each a plain function of one trial and sent out as Ray tasks: `forecast_errors` compares weights at
-every window; `forecast_returns` runs the policies of a few windows. Together they are the result table, one row per
-(trial, start, predictor, step), from which `metrics` computes WPE, skill and REPW.
+First `fit_predictors`, on the trials to train and to choose. Then two kinds of work, each a plain function of one test
+trial and sent out as Ray tasks: `forecast_errors` compares weights at every window; `forecast_returns` runs the
+policies of a few windows. Together they are the result table, one row per (trial, start, predictor, step), from which
+`metrics` computes WPE, skill and REPW.
 
 T snapshots, B windows, H forward steps, P policy weights, E episodes, N policies.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -21,18 +22,19 @@ import torch
 from tipl_ray import metrics
 from tipl_ray.config import Experiment, as_table, digest
 from tipl_ray.files import file_exists, read_file, write_file
-from tipl_ray.forecasting import CopyLast, Linear, Predictor, SvdFloor, Tipl
+from tipl_ray.forecasting import Predictor, Trial, Trials, Weights, load_fitted, make_predictors, save_fitted
+from tipl_ray.gram import Question, squared_errors
 from tipl_ray.learner import choose_engine, make_learner
 from tipl_ray.metrics import Table
 from tipl_ray.ppo import network_shape
 from tipl_ray.returns import policy_returns
+from tipl_ray.segments import load_band
 from tipl_ray.temporal_svd import reconstruction_error
 from tipl_ray.trajectory_store import Trajectory, TrajectoryStore
 
-FORECAST_BYTES = 256 * 2**20
-"""Limit of the forecasts (B, H, P) held at once."""
 RECONSTRUCTION_RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 """SVD ranks whose reconstruction error is reported."""
+FITTED_FILE = "predictors.safetensors"
 RETURN_COLUMNS = ("return_true", "return_true_again", "return_predicted", "return_last")
 
 
@@ -46,19 +48,18 @@ class Evaluation:
     """One row per trial, start, predictor and step."""
     summary: list[dict]
     """One row per predictor and step: WPE, skill, REPW, with their intervals."""
+    groups: list[dict]
+    """One row per predictor, step and phase, and per predictor, step and third of training: skill."""
+    comparisons: list[dict]
+    """One row per predictor that TIPL is compared with and step: TIPL's skill less the other's, window by window."""
     reconstruction: list[dict]
     """One row per trial and SVD rank: what the rank leaves out."""
 
 
-def make_predictors(model_folder: str) -> list[Predictor]:
-    """Every predictor that is compared, TIPL as it was trained among them."""
-    tipl = Tipl.load(model_folder)
-    return [CopyLast(), Linear(), tipl, SvdFloor(tipl.trial_basis)]
-
-
 def window_starts(experiment: Experiment) -> np.ndarray:
-    """Snapshots that can be a window's last known one: a context up to it, a horizon after it."""
-    return np.arange(experiment.model.context - 1, experiment.num_snapshots - experiment.evaluate.horizon)
+    """Snapshots that can be a window's last known one: a context before it, the furthest forward step after it."""
+    question = Question.of(experiment)
+    return np.arange(question.context, experiment.num_snapshots - question.future)
 
 
 def run_starts(experiment: Experiment) -> np.ndarray:
@@ -68,45 +69,91 @@ def run_starts(experiment: Experiment) -> np.ndarray:
     return starts[np.linspace(0, len(starts) - 1, count).round().astype(int)]
 
 
-def forecast_errors(experiment: Experiment, model_folder: str, seed: int) -> Table:
+def fit_predictors(experiment: Experiment, model_folder: str) -> bytes:
+    """Fit every predictor on the training trials, its settings on the validation trials; for `load_fitted` to read.
+
+    Test trials are not opened.
+    """
+    torch.set_num_threads(1)
+    question = Question.of(experiment)
+    predictors = make_predictors(question, model_folder)
+    training, validation = (
+        Trials(
+            bands=[load_band(experiment.storage_path, seed, question) for seed in seeds],
+            weights=lambda seeds=seeds: _read_weights(experiment, seeds),  # type: ignore[misc]  # mypy: lambda defaults
+        )
+        for seeds in (experiment.train_seeds, experiment.validation_seeds)
+    )
+    for predictor in predictors:
+        predictor.fit(training, validation)
+    return save_fitted(predictors)
+
+
+def forecast_errors(experiment: Experiment, model_folder: str, fitted: bytes, seed: int) -> Table:
     """Squared errors of every predictor at every window of a trial; the return columns are NaN."""
     torch.set_num_threads(1)
-    weights_TP = TrajectoryStore(experiment.storage_path).trajectory(seed, columns=["weights"]).weights_TP
-    horizon, tables = experiment.evaluate.horizon, []
-    num_weights = weights_TP.shape[1]
-    batch = max(1, FORECAST_BYTES // (4 * horizon * num_weights))
-    for predictor in make_predictors(model_folder):
-        for starts_B in _cut(window_starts(experiment), batch):
-            truth_BHP = weights_TP[starts_B[:, None] + np.arange(1, horizon + 1)]
-            errors_BH = _squared_norm(predictor.forecast(weights_TP, starts_B, horizon) - truth_BHP)
-            displacements_BH = _squared_norm(truth_BHP - weights_TP[starts_B][:, None])
-            tables.append(_rows(experiment, predictor, seed, starts_B, num_weights, errors_BH, displacements_BH))
-    return _concatenate(tables)
+    question, starts_B = Question.of(experiment), window_starts(experiment)
+    (weights_TP,) = _read_weights(experiment, [seed])
+    trial = Trial(weights_TP=weights_TP, band=load_band(experiment.storage_path, seed, question))
+    windows_BNN = trial.band.windows(starts_B, question.context, question.future)
+    still_BHK = np.zeros((len(starts_B), len(question.steps), question.context))
+    displacements_BH = squared_errors(windows_BNN, still_BHK, question.steps)
+    return _concatenate(
+        [
+            _rows(
+                experiment,
+                one,
+                seed,
+                starts_B,
+                weights_TP.shape[1],
+                one.squared_errors(trial, starts_B),
+                displacements_BH,
+            )
+            for one in _fitted_predictors(question, model_folder, fitted)
+        ]
+    )
 
 
-def forecast_returns(experiment: Experiment, model_folder: str, seed: int, starts_B: np.ndarray) -> Table:
+def forecast_returns(
+    experiment: Experiment, model_folder: str, fitted: bytes, seed: int, starts_B: np.ndarray
+) -> Table:
     """Returns of true and predicted policies at some windows of a trial, one row per start, predictor and step."""
     torch.set_num_threads(1)
-    trajectory = TrajectoryStore(experiment.storage_path).trajectory(seed)
-    horizon, weights_TP = experiment.evaluate.horizon, trajectory.weights_TP
-    future_BH = starts_B[:, None] + np.arange(1, horizon + 1)
-    last_B, last_BH = starts_B, np.repeat(starts_B[:, None], horizon, axis=1)
+    trajectory, question = TrajectoryStore(experiment.storage_path).trajectory(seed), Question.of(experiment)
+    weights_TP, num_steps = trajectory.weights_TP, len(question.steps)
+    trial = Trial(weights_TP=weights_TP, band=load_band(experiment.storage_path, seed, question))
+    future_BH = starts_B[:, None] + np.asarray(question.steps)
+    last_BH = np.repeat(starts_B[:, None], num_steps, axis=1)
     run = _Runner(experiment, trajectory)
-    last_return_BH = np.repeat(run(weights_TP[last_B], last_B, 0)[:, None], horizon, axis=1)
+    last_return_BH = np.repeat(run(weights_TP[starts_B], starts_B, 0)[:, None], num_steps, axis=1)
     truth_BH, again_BH = (
         run(weights_TP[future_BH.ravel()], future_BH.ravel(), s).reshape(future_BH.shape) for s in (0, 1)
     )
     tables = []
-    for predictor in make_predictors(model_folder):
+    for predictor in _fitted_predictors(question, model_folder, fitted):
+        if predictor.name not in experiment.evaluate.run_policies_of:
+            continue
         predicted_BH = last_return_BH
-        if not isinstance(predictor, CopyLast):
-            forecast_NP = predictor.forecast(weights_TP, starts_B, horizon).reshape(-1, weights_TP.shape[1])
+        if predictor.name != "copy-last":
+            forecast_NP = predictor.forecast(trial, starts_B).reshape(-1, weights_TP.shape[1])
             # Weights without observation statistics are no policy; a forecast takes the last that are known.
             predicted_BH = run(forecast_NP, last_BH.ravel(), 0).reshape(future_BH.shape)
-        keys = _keys(predictor, seed, starts_B, horizon)
         found = (truth_BH, again_BH, predicted_BH, last_return_BH)
-        tables.append({**keys, **{name: r.ravel() for name, r in zip(RETURN_COLUMNS, found, strict=True)}})
+        returns = {name: r.ravel() for name, r in zip(RETURN_COLUMNS, found, strict=True)}
+        tables.append({**_keys(predictor, seed, starts_B, question.steps), **returns})
     return _concatenate(tables)
+
+
+def _fitted_predictors(question: Question, model_folder: str, fitted: bytes) -> list[Predictor]:
+    predictors = make_predictors(question, model_folder)
+    load_fitted(predictors, fitted)
+    return predictors
+
+
+def _read_weights(experiment: Experiment, seeds: Sequence[int]) -> Iterator[Weights]:
+    store = TrajectoryStore(experiment.storage_path)
+    for seed in seeds:
+        yield store.trajectory(seed, columns=["weights"]).weights_TP
 
 
 class _Runner:
@@ -162,36 +209,41 @@ def evaluate(
     """
     folder = evaluation_folder(experiment, model_folder)
     if not file_exists(folder, "reconstruction.json"):
-        errors, returns, reconstruction = _gather(_send(experiment, model_folder), on_progress)
+        fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folder))
+        write_file(folder, FITTED_FILE, fitted)
+        errors, returns, reconstruction = _gather(_send(experiment, model_folder, fitted), on_progress)
         results = _join(_concatenate(errors), _concatenate(returns))
         _write_parquet(folder, "results.parquet", results)
         write_file(folder, "reconstruction.json", json.dumps([row for rows in reconstruction for row in rows]).encode())
     results = _read_parquet(folder, "results.parquet")
     settings = experiment.evaluate
-    summary = metrics.summarise(
-        results,
-        confidence=settings.confidence,
-        bootstrap=settings.bootstrap,
-        seed=settings.seed,
-        trained_on=experiment.collect.task,
+    resampling = metrics.Resampling(confidence=settings.confidence, bootstrap=settings.bootstrap, seed=settings.seed)
+    evaluation = Evaluation(
+        folder=folder,
+        results=results,
+        summary=metrics.summarise(results, resampling, trained_on=experiment.collect.task),
+        groups=[row for column in ("phase", "third") for row in metrics.group_skills(results, column, resampling)],
+        comparisons=metrics.compare(results, "tipl", resampling),
+        reconstruction=json.loads(read_file(folder, "reconstruction.json")),
     )
-    sink = pa.BufferOutputStream()
-    pyarrow.csv.write_csv(pa.Table.from_pylist(summary), sink)
-    write_file(folder, "summary.csv", sink.getvalue().to_pybytes())
-    reconstruction = json.loads(read_file(folder, "reconstruction.json"))
-    return Evaluation(folder=folder, results=results, summary=summary, reconstruction=reconstruction)
+    for name in ("summary", "groups", "comparisons"):
+        sink = pa.BufferOutputStream()
+        pyarrow.csv.write_csv(pa.Table.from_pylist(getattr(evaluation, name)), sink)
+        write_file(folder, f"{name}.csv", sink.getvalue().to_pybytes())
+    return evaluation
 
 
-def _send(experiment: Experiment, model_folder: str) -> dict[ray.ObjectRef, int]:
+def _send(experiment: Experiment, model_folder: str, fitted: bytes) -> dict[ray.ObjectRef, int]:
     """Every task, and the kind of what it brings: 0 errors, 1 returns, 2 reconstruction."""
     sent: dict[ray.ObjectRef, int] = {}
     # Fitting a basis takes seconds at full scale, so a trial's windows are cut no finer than keeps the CPUs busy.
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
     chunks = min(len(run_starts(experiment)), -(-2 * num_cpus // len(experiment.test_seeds)))
+    kept = ray.put(fitted)
     for seed in experiment.test_seeds:
         for starts_B in np.array_split(run_starts(experiment), chunks):
-            sent[ray.remote(forecast_returns).remote(experiment, model_folder, seed, starts_B)] = 1
-        sent[ray.remote(forecast_errors).remote(experiment, model_folder, seed)] = 0
+            sent[ray.remote(forecast_returns).remote(experiment, model_folder, kept, seed, starts_B)] = 1
+        sent[ray.remote(forecast_errors).remote(experiment, model_folder, kept, seed)] = 0
         sent[ray.remote(reconstruction_rows).remote(experiment, seed)] = 2
     return sent
 
@@ -215,7 +267,7 @@ def _rows(
     errors_BH: np.ndarray,
     displacements_BH: np.ndarray,
 ) -> Table:
-    keys = _keys(predictor, seed, starts_B, errors_BH.shape[1])
+    keys = _keys(predictor, seed, starts_B, experiment.evaluate.steps)
     size, starts = len(keys["start"]), keys["start"]
     nothing = np.full(size, np.nan)
     return {
@@ -232,33 +284,29 @@ def _rows(
     }
 
 
-def _keys(predictor: Predictor, seed: int, starts_B: np.ndarray, horizon: int) -> Table:
-    size = len(starts_B) * horizon
+def _keys(predictor: Predictor, seed: int, starts_B: np.ndarray, steps_H: Sequence[int]) -> Table:
+    size = len(starts_B) * len(steps_H)
     return {
         "trial": np.full(size, seed, dtype=np.int64),
-        "start": np.repeat(starts_B, horizon).astype(np.int32),
+        "start": np.repeat(starts_B, len(steps_H)).astype(np.int32),
         "predictor": np.full(size, predictor.name),
-        "step": np.tile(np.arange(1, horizon + 1, dtype=np.int16), len(starts_B)),
+        "step": np.tile(np.asarray(steps_H, dtype=np.int16), len(starts_B)),
     }
 
 
 def _join(errors: Table, returns: Table) -> Table:
     """The errors' rows, with the returns filled in where there are any."""
     keys = ("trial", "start", "predictor", "step")
-    row_of = {key: row for row, key in enumerate(zip(*(errors[name].tolist() for name in keys), strict=True))}
-    rows = np.array([row_of[key] for key in zip(*(returns[name].tolist() for name in keys), strict=True)])
+    both = [np.unique(np.concatenate([errors[name], returns[name]]), return_inverse=True) for name in keys]
+    codes = np.ravel_multi_index([code for _, code in both], [len(values) for values, _ in both])
+    all_rows, wanted = codes[: len(errors["step"])], codes[len(errors["step"]) :]
+    order = np.argsort(all_rows)
+    rows = order[np.searchsorted(all_rows, wanted, sorter=order)]
+    assert (all_rows[rows] == wanted).all(), "policies are run at windows whose weights are compared"
     filled = {name: errors[name].copy() for name in RETURN_COLUMNS}
     for name, column in filled.items():
         column[rows] = returns[name]
     return {**errors, **filled}
-
-
-def _squared_norm(difference_BHP: np.ndarray) -> np.ndarray:
-    return np.einsum("bhp,bhp->bh", difference_BHP, difference_BHP, dtype=np.float64)
-
-
-def _cut(starts: np.ndarray, batch: int) -> Iterable[np.ndarray]:
-    return (starts[begin : begin + batch] for begin in range(0, len(starts), batch))
 
 
 def _concatenate(tables: Sequence[Table]) -> Table:

@@ -38,13 +38,34 @@ FAINT = "#d9d9d9"
 NAMES = {
     "tipl": "TIPL",
     "copy-last": "copy last snapshot",
+    "ridge": "ridge by phase",
     "linear": "linear extrapolation",
+    "damped": "damped velocity",
+    "window-linear": "line through the context",
+    "rank-1": "rank-1 extrapolation",
+    "rank-1-from-last": "rank-1 from the last snapshot",
+    "dmd": "dynamic modes",
+    "mean-trajectory": "mean training trajectory",
     "svd-floor": "SVD floor (true future)",
+    "window-floor": "window floor (true future)",
 }
-# Okabe and Ito's palette: told apart with any colour vision, and kept from picture to picture.
-COLOURS = {"tipl": "#0072B2", "copy-last": "#6b6b6b", "linear": "#D55E00", "svd-floor": "#009E73"}
+# Okabe and Ito's palette, and beyond it: told apart with any colour vision, and kept from picture to picture.
+COLOURS = {
+    "tipl": "#0072B2",
+    "copy-last": "#6b6b6b",
+    "ridge": "#E69F00",
+    "linear": "#D55E00",
+    "damped": "#CC79A7",
+    "window-linear": "#8c6d31",
+    "rank-1": "#5b3a8c",
+    "rank-1-from-last": "#a78bd0",
+    "dmd": "#56B4E9",
+    "mean-trajectory": "#a0a000",
+    "svd-floor": "#009E73",
+    "window-floor": "#009E73",
+}
 SCATTER_TITLES = {"tipl": "TIPL's predicted policies", "copy-last": "The last snapshot, copied"}
-SPARE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#8c6d31", "#5b3a8c", "#a0a000")
+SPARE_COLOURS = ("#7f3b08", "#2d004b", "#1b7837", "#b2182b")
 LINE_STYLES = ("-", "--", "-.", ":")
 SKILL_FLOOR = -0.6
 
@@ -76,6 +97,27 @@ def skill_by_step(summary: Sequence[Row]) -> Figure:
     _dress(axes, "Skill against copying the last snapshot, per forward step", "forward step h [snapshots]", "skill")
     _tick_steps(axes, (row["step"] for row in summary))
     _frame_skill(figure, [axes], skills)
+    return figure
+
+
+def skill_over_ridge(comparisons: Sequence[Row], rival: str = "ridge") -> Figure:
+    """TIPL's skill less a rival's on the same windows, overall and by phase, with the interval of the difference."""
+    rows = [row for row in comparisons if row["against"] == rival and row["group"] in ("all", "phase")]
+    figure, (axes,) = _figure(1, width=8.5, height=4.8)
+    phases = sorted({int(row["value"]) for row in rows if row["group"] == "phase"})
+    shades = (COLOURS["tipl"], *SPARE_COLOURS, *list(COLOURS.values())[2:])
+    for index, value in enumerate((-1, *phases)):
+        own = sorted((row for row in rows if int(row["value"]) == value), key=lambda row: row["step"])
+        step_H, gain_H, low_H, high_H = (
+            _column(own, key) for key in ("step", "skill_difference", "difference_low", "difference_high")
+        )
+        colour, label = shades[index % len(shades)], f"phase {value}" if value >= 0 else "all windows"
+        axes.fill_between(step_H, low_H, high_H, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(step_H, gain_H, color=colour, marker="o", ms=4.5, lw=2.5 if value < 0 else 1.5, label=label)
+    axes.axhline(0, color=COLOURS["copy-last"], linewidth=2, zorder=1, label=f"as good as {_name(rival)}")
+    _dress(axes, f"What TIPL adds to {_name(rival)}", "forward step h [snapshots]", "difference of skill")
+    _tick_steps(axes, (row["step"] for row in rows))
+    _legend_below(figure, axes)
     return figure
 
 
@@ -180,7 +222,7 @@ def training_curves(history: Sequence[Row]) -> Figure:
         axes.set_yscale("log")
         low, high = np.log10(axes.get_ylim())
         _tick_decades(axes, low, high)
-    _dress(axes, "The Transformer's loss as it trains", "optimisation steps", "loss (mean squared error of tokens)")
+    _dress(axes, "The Transformer's loss as it trains", "optimisation steps", "loss")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _legend_below(figure, axes)
     return figure
@@ -206,7 +248,8 @@ def _draw_errors(errors: Axes, summary: Sequence[Row]) -> str | None:
     Returns in words what falls out of the picture, if anything does.
     """
     returns = errors.twinx()
-    lines = _lines(summary)
+    run = {row["predictor"] for row in summary if math.isfinite(_value(row, "repw"))}
+    lines = _lines([row for row in summary if not run or row["predictor"] in run])
     lower_half = Rectangle((0, 0), 1, 0.5, transform=returns.transAxes)
     for line, rows in lines.items():
         colour, style = _colour(line[0], [name for name, _ in lines]), _style(line, lines)

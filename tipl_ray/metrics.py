@@ -5,7 +5,7 @@ One row is one forecast: a trial, the start of a window, a predictor and a forwa
 given are taken as one group; `by` cuts a table into groups.
 """
 
-import functools
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +15,28 @@ Table = dict[str, NDArray]
 
 GROUP = ("task", "predictor", "basis", "causal", "step")
 """Columns whose values one summary row stands for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Resampling:
+    """How confidence intervals are made: by resampling trials."""
+
+    confidence: float
+    """Level of the intervals."""
+    bootstrap: int
+    """Resamples behind each."""
+    seed: int
+
+    def interval(self, trials: NDArray, numerators: NDArray, denominators: NDArray) -> tuple[float, float]:
+        """See `bootstrap_interval`."""
+        return bootstrap_interval(
+            trials,
+            numerators,
+            denominators,
+            confidence=self.confidence,
+            resamples=self.bootstrap,
+            seed=self.seed,
+        )
 
 
 def by(table: Table, *columns: str) -> Iterator[tuple[tuple, Table]]:
@@ -90,29 +112,20 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def summarise(table: Table, *, confidence: float, bootstrap: int, seed: int, trained_on: str) -> list[dict]:
-    """One row per task, predictor, basis and step: every figure with its interval over trials.
-
-    For the same per phase or third: `{value: summarise(rows, ...) for (value,), rows in by(table, "phase")}`.
-    """
-    interval = functools.partial(bootstrap_interval, confidence=confidence, resamples=bootstrap, seed=seed)
+def summarise(table: Table, resampling: Resampling, trained_on: str) -> list[dict]:
+    """One row per task, predictor, basis and step: every figure with its interval over trials."""
     rows = []
-    for (task, predictor, basis, causal, step), group in by(table, *GROUP):
+    for values, group in by(table, *GROUP):
+        task, *line = values
         errors, trials = np.abs(_return_error(group)), group["trial"]
         run = ~np.isnan(errors)
-        low, high = interval(trials, group["squared_error"], group["displacement_squared"])
-        repw_low, repw_high = interval(trials[run], errors[run], np.ones(run.sum()))
+        repw_low, repw_high = resampling.interval(trials[run], errors[run], np.ones(run.sum()))
         rows.append(
             {
                 "task": task,
                 "trained_on": trained_on,
-                "predictor": predictor,
-                "basis": basis,
-                "causal": causal,
-                "step": step,
-                "skill": skill(group),
-                "skill_low": 1.0 - high,
-                "skill_high": 1.0 - low,
+                **dict(zip(GROUP[1:], line, strict=True)),
+                **_skill_with_interval(group, resampling),
                 "wpe": wpe(group),
                 "repw": repw(group),
                 "repw_low": repw_low,
@@ -124,6 +137,58 @@ def summarise(table: Table, *, confidence: float, bootstrap: int, seed: int, tra
             }
         )
     return rows
+
+
+def group_skills(table: Table, column: str, resampling: Resampling) -> list[dict]:
+    """Skill with its interval per phase or third, whichever `column` names, for every predictor, basis and step."""
+    rows = []
+    for values, group in by(table, *GROUP, column):
+        named = dict(zip((*GROUP, "value"), values, strict=True))
+        shares = {"windows": len(group["trial"]), "displacement_squared": float(group["displacement_squared"].sum())}
+        rows.append({"group": column, **named, **_skill_with_interval(group, resampling), **shares})
+    return rows
+
+
+def compare(table: Table, predictor: str, resampling: Resampling) -> list[dict]:
+    """One predictor's skill less each other's, per step, overall and by phase and third, on the same windows.
+
+    The interval is that of the difference itself: trials are resampled for both predictors at once.
+    """
+    rows = []
+    for group, columns in (("all", ()), ("phase", ("phase",)), ("third", ("third",))):
+        parts = [(values, part) for values, part in by(table, "task", "step", *columns)]
+        for (task, step, *value), part in parts:
+            own = _errors_by_window(part, predictor)
+            for other in sorted(set(part["predictor"].tolist()) - {predictor}):
+                theirs = _errors_by_window(part, other)
+                low, high = resampling.interval(own["trial"], theirs["error"] - own["error"], own["displacement"])
+                difference = _ratio((theirs["error"] - own["error"]).sum(), own["displacement"].sum())
+                rows.append(
+                    {
+                        "task": task,
+                        "group": group,
+                        "value": value[0] if value else -1,
+                        "predictor": predictor,
+                        "against": other,
+                        "step": step,
+                        "skill_difference": difference,
+                        "difference_low": low,
+                        "difference_high": high,
+                    }
+                )
+    return rows
+
+
+def _errors_by_window(table: Table, predictor: str) -> Table:
+    rows = np.flatnonzero(table["predictor"] == predictor)
+    rows = rows[np.lexsort((table["start"][rows], table["trial"][rows]))]
+    columns = {"trial": "trial", "error": "squared_error", "displacement": "displacement_squared"}
+    return {name: table[column][rows] for name, column in columns.items()}
+
+
+def _skill_with_interval(table: Table, resampling: Resampling) -> dict[str, float]:
+    low, high = resampling.interval(table["trial"], table["squared_error"], table["displacement_squared"])
+    return {"skill": skill(table), "skill_low": 1.0 - high, "skill_high": 1.0 - low}
 
 
 def _return_error(table: Table) -> NDArray:

@@ -1,19 +1,21 @@
-"""The causal Transformer (Section 3.3): the tokens of K snapshots in, the token of each one's next snapshot out.
+"""The causal Transformers (Section 3.3), the paper's and ours.
 
-Of the size and shape of Decision Transformer's for gym, with one token per snapshot and no Tanh on the prediction.
-Knows tokens and snapshot indices, and nothing of bases, trials or how it is trained. A model on disk is safetensors
-plus JSON, in a folder or under a URI; nothing is unpickled.
+`CausalTransformer` is the paper's: the tokens of K snapshots in, the token of each one's next snapshot out; of the size
+and shape of Decision Transformer's for gym, with one token per snapshot and no Tanh on the prediction.
+`WindowTransformer` is ours, on the basis `window`: inner products of K displacements in, coefficients that combine them
+into all H forward steps out, so that one set of weights serves policies of any size.
+Knows tokens and indices, and nothing of trials or how it is trained. A model on disk is safetensors plus JSON, in a
+folder or under a URI; nothing is unpickled.
 
-Shapes: B windows, K snapshots of context, H forward steps, D numbers per token, E embedding, A attention heads.
+Shapes: B windows, K tokens of context, H forward steps, D numbers per token, Q phases of a PPO iteration, E embedding,
+A attention heads.
 """
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pyarrow.fs
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
@@ -21,8 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tipl_ray import config
+from tipl_ray.files import file_exists, read_file, write_file
 
 WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "model.json"
+CLOCK_SIZE = 4
+SMALLEST_SQUARE = 1e-30
+"""Squared length below which a displacement has no direction."""
+MOST_LOG_LENGTH = 8.0
+"""Limit of a token's log length: a displacement may be 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -128,19 +136,9 @@ class CausalTransformer(nn.Module):
         return torch.cat(predicted, dim=1)
 
     def save(self, folder: str, about: dict[str, Any] | None = None) -> None:
-        """Write model.safetensors, then model.json, each in one go: where model.json stands, the model is whole.
-
-        `about` is any JSON that belongs to the model; `load_about` reads it back.
-        """
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        described = {
-            **(about or {}),
-            "model": config.as_table(self.size),
-            "token_size": self.token_size,
-            "max_snapshots": self.max_snapshots,
-        }
-        write_file(folder, WEIGHTS_FILE, safetensors.torch.save(weights))
-        write_file(folder, ABOUT_FILE, json.dumps(described, indent=1).encode())
+        """Write the model and any JSON that belongs to it, which `load_about` reads back."""
+        described = {"token_size": self.token_size, "max_snapshots": self.max_snapshots}
+        _save(self, folder, {**(about or {}), "model": config.as_table(self.size), **described})
 
     @classmethod
     def load(cls, folder: str) -> Self:
@@ -151,35 +149,103 @@ class CausalTransformer(nn.Module):
         return model.eval()
 
 
+class WindowTransformer(nn.Module):
+    """TIPL on the basis `window`: each displacement of the context is a token, answered with H coefficients.
+
+    A token holds nothing but the displacement's cosines with the context's others and its length against theirs, the
+    phase in which it was made and, if `size.clock` says so, how far the trial has come: neither the number of weights
+    nor their scale. It corrects the coefficients of a ridge regression, by phase, which it is given.
+    """
+
+    def __init__(self, size: config.Model, steps: tuple[int, ...], num_phases: int):
+        super().__init__()
+        self.size, self.steps, self.num_phases = size, tuple(steps), num_phases
+        self.embed_token = nn.Linear(size.context + 1, size.embedding)
+        self.embed_position = nn.Embedding(size.context, size.embedding)
+        self.embed_phase = nn.Embedding(num_phases, size.embedding)
+        self.embed_clock = nn.Linear(CLOCK_SIZE, size.embedding, bias=False)
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
+        self.final_norm = nn.LayerNorm(size.embedding)
+        self.predict = nn.Linear(size.embedding, len(steps))
+        self.register_buffer("ridge_QHK", torch.zeros(num_phases, len(steps), size.context))
+        self.ridge_QHK: Tensor
+        nn.init.normal_(self.embed_position.weight, std=0.02)
+        nn.init.zeros_(self.predict.bias)
+        # The first forecasts are the ridge's own, but for a whisper.
+        nn.init.normal_(self.predict.weight, std=0.002)
+
+    def forward(self, grams_BKK: Tensor, phases_B: Tensor, progress_B: Tensor, learning_rates_B: Tensor) -> Tensor:
+        """Coefficients of the K displacements in each forward step; (B, H, K). See `gram.Contexts` for what comes in.
+
+        Each displacement's coefficients depend on it and those before it alone, but for its cosines with later ones.
+        """
+        hidden_BKE = self.embed_token(self._tokens(grams_BKK)) + self.embed_position.weight
+        if self.size.phase:
+            # The last displacement led to the start's phase, the one before it to the phase before.
+            ages_K = torch.arange(self.size.context - 1, -1, -1, device=phases_B.device)
+            hidden_BKE = hidden_BKE + self.embed_phase((phases_B[:, None] - ages_K) % self.num_phases)
+        if self.size.clock != "none":
+            clock_B = progress_B if self.size.clock == "progress" else 1.0 - learning_rates_B
+            hidden_BKE = hidden_BKE + self.embed_clock(_clock_features(clock_B.float()))[:, None]
+        hidden_BKE = functional.dropout(hidden_BKE, self.size.dropout, self.training)
+        for block in self.blocks:
+            hidden_BKE = block(hidden_BKE)
+        correction_BHK = self.predict(self.final_norm(hidden_BKE)).transpose(1, 2)
+        return self.ridge_QHK[phases_B] + correction_BHK
+
+    def _tokens(self, grams_BKK: Tensor) -> Tensor:
+        """Cosines with every displacement of the context, and the logarithm of the length against their mean."""
+        lengths_BK = grams_BKK.diagonal(dim1=1, dim2=2).clamp_min(SMALLEST_SQUARE).sqrt()
+        cosines_BKK = grams_BKK / (lengths_BK[:, :, None] * lengths_BK[:, None])
+        logs_BK = lengths_BK.log()
+        relative_BK = (logs_BK - logs_BK.mean(dim=1, keepdim=True)).clamp(-MOST_LOG_LENGTH, MOST_LOG_LENGTH)
+        return torch.cat((cosines_BKK, relative_BK[:, :, None]), dim=2).float()
+
+    def save(self, folder: str, about: dict[str, Any] | None = None) -> None:
+        """Write the model and any JSON that belongs to it, which `load_about` reads back."""
+        described = {"steps": self.steps, "num_phases": self.num_phases}
+        _save(self, folder, {**(about or {}), "model": config.as_table(self.size), **described})
+
+    @classmethod
+    def load(cls, folder: str) -> Self:
+        """The model that `save` wrote, on the CPU and in evaluation mode. Raises FileNotFoundError if there is none."""
+        about = load_about(folder)
+        model = cls(config.Model(**about["model"]), tuple(about["steps"]), about["num_phases"])
+        model.load_state_dict(safetensors.torch.load(read_file(folder, WEIGHTS_FILE)))
+        return model.eval()
+
+
+def _save(model: nn.Module, folder: str, described: dict[str, Any]) -> None:
+    """Write model.safetensors, then model.json, each in one go: where model.json stands, the model is whole."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_file(folder, WEIGHTS_FILE, safetensors.torch.save(weights))
+    described["architecture"] = type(model).__name__
+    write_file(folder, ABOUT_FILE, json.dumps(described, indent=1).encode())
+
+
+MODELS: dict[str, type[CausalTransformer] | type[WindowTransformer]] = {
+    kind.__name__: kind for kind in (CausalTransformer, WindowTransformer)
+}
+
+
 def load_about(folder: str) -> dict[str, Any]:
     """What model.json says of the model in a folder. Raises FileNotFoundError if there is none."""
     return json.loads(read_file(folder, ABOUT_FILE))
 
 
+def load_model(folder: str) -> "CausalTransformer | WindowTransformer":
+    """The model in a folder, whichever it is. Raises FileNotFoundError if there is none."""
+    return MODELS[load_about(folder)["architecture"]].load(folder)
+
+
 def is_complete(folder: str) -> bool:
     """Whether `save` has finished in this folder."""
-    filesystem, path = _locate(folder)
-    return filesystem.get_file_info(f"{path}/{ABOUT_FILE}").type == pyarrow.fs.FileType.File
+    return file_exists(folder, ABOUT_FILE)
 
 
-def write_file(folder: str, name: str, content: bytes) -> None:
-    """Put a whole file into a folder or under a URI: it appears complete or not at all."""
-    filesystem, path = _locate(folder)
-    filesystem.create_dir(path, recursive=True)
-    with filesystem.open_output_stream(f"{path}/{name}.tmp") as stream:
-        stream.write(content)
-    filesystem.move(f"{path}/{name}.tmp", f"{path}/{name}")
-
-
-def read_file(folder: str, name: str) -> bytes:
-    """Content of a file in a folder or under a URI. Raises FileNotFoundError."""
-    filesystem, path = _locate(folder)
-    with filesystem.open_input_stream(f"{path}/{name}", compression=None) as stream:
-        return stream.read()
-
-
-def _locate(folder: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    return pyarrow.fs.FileSystem.from_uri(folder if "://" in folder else str(Path(folder).absolute()))
+def _clock_features(clock_B: Tensor) -> Tensor:
+    """A share of the trial, seen so that its beginning, where most happens, is told apart finely; (B, CLOCK_SIZE)."""
+    return torch.stack((clock_B, clock_B**2, torch.exp(-10 * clock_B), torch.exp(-50 * clock_B)), dim=1)
 
 
 def _initialise(module: nn.Module) -> None:

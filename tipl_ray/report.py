@@ -1,4 +1,5 @@
-"""One page that answers: does the Transformer add anything over copying, where, and what does that do to returns?
+"""One page that answers: does the Transformer add anything over copying, over a ridge, over rank-1; where; and what
+does that do to returns?
 
 Turns a summary (rows as `metrics.summarise` makes them) into plain sentences, a table and one self-contained HTML
 file. Negative findings are said as plainly as positive ones. Knows nothing of how the numbers were made.
@@ -18,6 +19,17 @@ Verdict = Literal["yes", "partly", "no", "unknown"]
 
 SHORT_STEPS = (1, 2, 5, 10)
 COLUMNS = ("predictor", "basis", "causal", "h", "skill", "WPE", "REPW", "noise floor", "beats last", "windows")
+RIVALS = {
+    "ridge": "a ridge regression that knows the phase",
+    "linear": "linear extrapolation",
+    "rank-1": "rank-1 extrapolation",
+    "rank-1-from-last": "rank-1 extrapolation from the last snapshot",
+    "dmd": "dynamic mode decomposition",
+}
+"""Predictors that TIPL is asked to beat, in the order of the questions."""
+FLOORS = ("svd-floor", "window-floor")
+GROUPS = {"phase": "phase", "third": "third of training"}
+THIRDS = ("first", "second", "last")
 NO_FORECASTS = "The table holds no forecast of the Transformer to compare."
 NO_POLICIES = "No policies were run, so nothing is known about returns."
 
@@ -32,6 +44,11 @@ CAPTIONS = {
         "Skill per forward step",
         "Skill is the share of copying's squared error that a predictor takes away: 1 is perfect, 0 is no better than "
         "copying the last snapshot, below 0 is worse. Bands are confidence intervals over held-out trials.",
+    ),
+    "skill_over_ridge": (
+        "What the Transformer adds to a ridge",
+        "TIPL's skill less the ridge's on the same windows, overall and by phase: above 0 the Transformer has learned "
+        "something that one linear regression per phase has not. Bands are intervals of the difference itself.",
     ),
     "skill_by_phase": (
         "Skill within a PPO iteration",
@@ -53,7 +70,9 @@ CAPTIONS = {
     ),
     "training_curves": (
         "Training the Transformer",
-        "Loss on the training trials and on held-out validation trials; where the two part, the model memorises.",
+        "Loss on the training trials and on held-out validation trials; where the two part, the model memorises. With "
+        "the paper's bases it is the squared error of tokens, with `window` the share of copying's squared error that "
+        "is left: 1 is copying.",
     ),
 }
 
@@ -78,11 +97,14 @@ def write_report(
     commands: Mapping[str, str],
     files: Mapping[str, str],
     confidence: float = 0.95,
+    comparisons: Sequence[Row] = (),
+    groups: Sequence[Row] = (),
 ) -> Path:
     """Write the report as one HTML file that needs nothing beside it, and return its path.
 
     `figures` maps names of CAPTIONS to PNG files and keeps its order; `facts` are the few figures of the page's head;
-    `configuration` may be nested; `commands` and `files` map what it is to the command or the path.
+    `configuration` may be nested; `commands` and `files` map what it is to the command or the path. `comparisons` and
+    `groups` are the rows of `metrics.compare` and `metrics.group_skills`.
     Raises ValueError for a picture that has no caption.
     """
     unknown = [name for name in figures if name not in CAPTIONS]
@@ -94,7 +116,7 @@ def write_report(
     page = template.render(
         title=title,
         facts=facts,
-        answers=answers(summary, confidence),
+        answers=answers(summary, confidence, comparisons, groups),
         pictures=[(*CAPTIONS[name], _embedded(file)) for name, file in figures.items()],
         columns=COLUMNS,
         tables={"short": _sorted(summary, SHORT_STEPS), "whole": _sorted(summary)},
@@ -120,14 +142,20 @@ def format_table(summary: Sequence[Row], all: bool = False) -> str:
     return "\n".join(lines)
 
 
-def answers(summary: Sequence[Row], confidence: float = 0.95) -> list[Answer]:
-    """What the summary says about TIPL, in sentences; only about the predictors that it holds."""
+def answers(
+    summary: Sequence[Row],
+    confidence: float = 0.95,
+    comparisons: Sequence[Row] = (),
+    groups: Sequence[Row] = (),
+) -> list[Answer]:
+    """What the tables say about TIPL, in sentences; only about the predictors that they hold."""
     return [
         beats_copying(summary, confidence),
-        *([beats_linear(summary)] if _of(summary, "linear") else []),
+        *(beats(summary, rival, comparisons) for rival in RIVALS if _of(summary, rival)),
+        *([where_it_lies(groups)] if groups else []),
         returns_like_the_true_policy(summary),
         returns_closer_than_a_copy(summary),
-        *([basis_suffices(summary)] if _of(summary, "svd-floor") else []),
+        *(basis_suffices(summary, floor) for floor in FLOORS if _of(summary, floor)),
     ]
 
 
@@ -158,28 +186,79 @@ def beats_copying(summary: Sequence[Row], confidence: float = 0.95) -> Answer:
     )
 
 
-def beats_linear(summary: Sequence[Row]) -> Answer:
-    """Whether TIPL's skill lies above linear extrapolation's, their intervals apart, and at which steps."""
-    linear = _of(summary, "linear")
-    rows = {step: row for step, row in _of(summary, "tipl").items() if step in linear}
-    better = [step for step, row in rows.items() if _number(row, "skill_low") > _number(linear[step], "skill_high")]
-    worse = [step for step, row in rows.items() if _number(row, "skill_high") < _number(linear[step], "skill_low")]
+def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -> Answer:
+    """Whether TIPL's skill lies above a rival's, and at which steps.
+
+    With `comparisons` the interval of the difference on the same windows decides; without, intervals must lie apart.
+    """
+    theirs, words = _of(summary, rival), RIVALS[rival]
+    rows = {step: row for step, row in _of(summary, "tipl").items() if step in theirs}
+    paired = {int(row["step"]): row for row in comparisons if row["against"] == rival and row["group"] == "all"}
+    low, high = {}, {}
+    for step, row in rows.items():
+        if step in paired:
+            low[step], high[step] = _number(paired[step], "difference_low"), _number(paired[step], "difference_high")
+        else:
+            low[step] = _number(row, "skill_low") - _number(theirs[step], "skill_high")
+            high[step] = _number(row, "skill_high") - _number(theirs[step], "skill_low")
     verdict, sentences = _judge(
         rows,
-        better,
-        worse,
+        [step for step in rows if low[step] > 0],
+        [step for step in rows if high[step] < 0],
         "skill_low",
-        yes="It beats linear extrapolation at {steps}.",
-        undecided="At {steps} it does not, as far as can be told: the intervals of their skills overlap.",
-        no="It is worse than linear extrapolation at {steps}.",
+        yes=f"It beats {words} at {{steps}}.",
+        undecided=(
+            "At {steps} it does not, as far as can be told: the interval of the difference includes 0."
+            if paired
+            else "At {steps} it does not, as far as can be told: the intervals of their skills overlap."
+        ),
+        no=f"It is worse than {words} at {{steps}}.",
     )
     sentences += _at_both_ends(
         rows,
         "Skill is",
-        lambda row: f"{_with_interval(row, 'skill')} against {_with_interval(linear[row['step']], 'skill')}",
+        lambda row: f"{_with_interval(row, 'skill')} against {_with_interval(theirs[row['step']], 'skill')}",
     )
+    if paired and rows:
+        sentences += _at_both_ends(
+            {step: paired[step] for step in rows if step in paired},
+            "On the same windows the difference is",
+            lambda row: _difference(row),
+        )
     return Answer(
-        question="Does it predict weights better than linear extrapolation?",
+        question=f"Does it predict weights better than {words}?",
+        verdict=verdict,
+        text=" ".join(sentences) or NO_FORECASTS,
+    )
+
+
+def where_it_lies(groups: Sequence[Row]) -> Answer:
+    """In which phases and thirds TIPL's skill one step ahead lies above 0, and where it does not."""
+    own = [row for row in groups if row["predictor"] == "tipl"]
+    first = min((row["step"] for row in own), default=1)
+    sentences, decided = [], []
+    for group, words in GROUPS.items():
+        rows = [row for row in own if row["group"] == group and row["step"] == first]
+        if not rows:
+            continue
+        told = [f"{_with_interval(row, 'skill')} in {_group_name(group, int(row['value']))}" for row in rows]
+        sentences.append(f"By {words}, skill at h = {first} is {_listed(told)}.")
+        none = [_group_name(group, int(row["value"])) for row in rows if not _number(row, "skill_low") > 0]
+        if none:
+            sentences.append(f"In {_listed(none)} it cannot be told from copying.")
+        decided += [_number(row, "skill_low") > 0 for row in rows]
+    phases = {
+        int(row["value"]): _number(row, "skill") for row in own if row["group"] == "phase" and row["step"] == first
+    }
+    inside = [value for phase, value in phases.items() if phase]
+    if 0 in phases and inside and phases[0] < min(inside):
+        sentences.append(
+            "It is lowest where an iteration has just closed and the next one's rollout is not in the weights yet: "
+            "most of what is foretold is the rest of an update on data that the weights have already met."
+        )
+    verdict: Verdict = "unknown" if not decided else "yes" if all(decided) else "partly" if any(decided) else "no"
+    return Answer(
+        question="Does it hold in every phase of a PPO iteration and at every stage of training?",
         verdict=verdict,
         text=" ".join(sentences) or NO_FORECASTS,
     )
@@ -246,9 +325,9 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
     )
 
 
-def basis_suffices(summary: Sequence[Row]) -> Answer:
+def basis_suffices(summary: Sequence[Row], floor: str = "svd-floor") -> Answer:
     """What the basis alone costs: the skill of the true future projected on it, which bounds every predictor."""
-    rows = _of(summary, "svd-floor")
+    rows = _of(summary, floor)
     fit = [step for step, row in rows.items() if _number(row, "skill") >= 0.9]
     unfit = [step for step, row in rows.items() if _number(row, "skill") <= 0]
     verdict, sentences = _judge(
@@ -304,6 +383,20 @@ def _of(summary: Sequence[Row], predictor: str) -> dict[int, Row]:
     """The predictor's rows by step; of several bases, the one that the summary names first."""
     own = [row for row in summary if row["predictor"] == predictor]
     return {int(row["step"]): row for row in _sorted(own) if row["basis"] == own[0]["basis"]}
+
+
+def _difference(row: Row) -> str:
+    names = ("skill_difference", "difference_low", "difference_high")
+    value, low, high = (f"{round(_number(row, name), 3) + 0.0:+.3f}" for name in names)
+    return f"{value} [{low}, {high}]"
+
+
+def _group_name(group: str, value: int) -> str:
+    return f"the {THIRDS[value]} third" if group == "third" else f"phase {value}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _run(rows: Mapping[int, Row]) -> dict[int, Row]:

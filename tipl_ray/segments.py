@@ -1,12 +1,14 @@
-"""Context windows (Section 3.3): trajectories become tokens, and tokens become the Transformer's batches.
+"""Context windows (Section 3.3): trajectories become tokens or Gram bands, and those the Transformers' batches.
 
 Knows the data set and the basis; knows nothing of the model beyond its context length, nor of how it is trained.
-A trial is read, reduced and let go before the next: only its tokens stay.
+A trial is read, reduced and let go before the next: only its tokens, or its band, stay.
 
-Shapes: N trials, T snapshots, P policy weights, D numbers per token, B windows, K snapshots of context.
+Shapes: N trials, T snapshots, P policy weights, D numbers per token, B windows, K tokens of context, W width of a band,
+M displacements of a window: context and future.
 """
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl_ray import config
+from tipl_ray.files import file_exists, read_file, write_file
+from tipl_ray.gram import GramBand, Question, band_index, make_band, squared_errors
 from tipl_ray.model import Normaliser
 from tipl_ray.temporal_svd import FittedBasis, fit_basis
 from tipl_ray.trajectory_store import TrajectoryStore
@@ -64,6 +68,7 @@ def load_tokens(store: TrajectoryStore, seeds: Sequence[int], basis: config.Basi
 def _reduce(store: TrajectoryStore, seed: int, basis: config.Basis) -> Tokens:
     weights_TP = store.trajectory(seed, columns=("weights",)).weights_TP
     try:
+        assert basis.kind != "window", "displacements have a band, not tokens"
         fitted = fit_basis(weights_TP, basis.kind, basis.rank, centred=basis.centred, deltas=basis.deltas)
     except ValueError as error:
         raise ValueError(f"trial {seed}: {error}") from error
@@ -88,6 +93,34 @@ def tokens_of(seed: int, weights_TP: NDArray[np.float32], fitted: FittedBasis) -
         outside_NT=outside_T[None],
         displacement_NT=displacement_T[None],
     )
+
+
+def load_band(storage: str, seed: int, question: Question) -> GramBand:
+    """The Gram band of a trial, wide enough for the question's windows.
+
+    Computed once per data set and width: the products are kept in <storage>/grams. Raises StoreError where the data set
+    is damaged.
+    """
+    store = TrajectoryStore(storage)
+    folder, name = f"{storage}/grams", f"{store.digest([seed])}-{question.width}.npy"
+    if file_exists(folder, name):
+        rates_T = store.trajectory(seed, columns=("learning_rate",)).learning_rates_T
+        return GramBand(
+            products_SW=np.load(io.BytesIO(read_file(folder, name)), allow_pickle=False),
+            learning_rates_T=rates_T / rates_T[0],
+            snapshots_per_iteration=question.snapshots_per_iteration,
+        )
+    trial = store.trajectory(seed, columns=("weights", "learning_rate"))
+    band = make_band(
+        trial.weights_TP,
+        question.width,
+        snapshots_per_iteration=question.snapshots_per_iteration,
+        learning_rates_T=trial.learning_rates_T,
+    )
+    content = io.BytesIO()
+    np.save(content, band.products_SW, allow_pickle=False)
+    write_file(folder, name, content.getvalue())
+    return band
 
 
 class Batch(NamedTuple):
@@ -146,13 +179,83 @@ class Segments:
         return trials_B, windows - trials_B * self.windows_per_trial
 
 
+class WindowBatch(NamedTuple):
+    """Windows of displacements as the model and its loss take them; see `gram.Contexts`."""
+
+    grams_BMM: Tensor
+    """Inner products of the displacements of context and future, as shares of the context's mean squared length."""
+    phases_B: Tensor
+    progress_B: Tensor
+    learning_rates_B: Tensor
+    scales_B: Tensor
+    """Mean squared length of the context's displacements."""
+
+
+class WindowSegments:
+    """Every window of some trials' Gram bands, gathered where the model is: no loader, no Python per window.
+
+    `moved_H` are the mean squared displacements at each forward step, `shares_N` each window's own as a share of them,
+    mean over steps: what a window counts in the skill over all of them.
+    """
+
+    def __init__(self, bands: Sequence[GramBand], question: Question, device: torch.device | str = "cpu"):
+        lengths = {band.num_snapshots for band in bands}
+        if len(lengths) > 1:
+            raise ValueError(f"trials differ in snapshots: {sorted(lengths)}")
+        self.question, self.num_snapshots = question, lengths.pop()
+        self.windows_per_trial = self.num_snapshots - question.width
+        if self.windows_per_trial < 1:
+            raise ValueError(
+                f"model.context={question.context} and forward step {question.future} leave no window in the "
+                f"{self.num_snapshots} snapshots of a trial"
+            )
+        self.num_windows = len(bands) * self.windows_per_trial
+        self._products_NSW = torch.from_numpy(np.stack([band.products_SW for band in bands])).to(device)
+        self._rates_NT = torch.from_numpy(np.stack([band.learning_rates_T for band in bands])).float().to(device)
+        displacements_NH = np.concatenate([_displacements(band, question) for band in bands])
+        mean_H = displacements_NH.mean(axis=0)
+        self.moved_H = np.where(mean_H > 0, mean_H, 1.0)
+        self.shares_N = (displacements_NH / self.moved_H).mean(axis=1)
+        row_MM, column_MM = band_index(question.width)
+        self._row_MM, self._column_MM = (torch.from_numpy(index).to(device) for index in (row_MM, column_MM))
+
+    def gather(self, windows_B: NDArray[np.int64]) -> WindowBatch:
+        """The windows of these numbers, below `num_windows`, trial by trial and in each by their first displacement."""
+        windows = torch.from_numpy(windows_B).to(self._row_MM.device, non_blocking=True)
+        trials_B = windows // self.windows_per_trial
+        firsts_B = windows - trials_B * self.windows_per_trial
+        grams_BMM = self._products_NSW[trials_B[:, None, None], firsts_B[:, None, None] + self._row_MM, self._column_MM]
+        context = self.question.context
+        scales_B = (
+            grams_BMM.diagonal(dim1=1, dim2=2)[:, :context].mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        )
+        starts_B = firsts_B + context
+        return WindowBatch(
+            grams_BMM=(grams_BMM / scales_B[:, None, None]).float(),
+            phases_B=starts_B % self.question.snapshots_per_iteration,
+            progress_B=starts_B.float() / (self.num_snapshots - 1),
+            learning_rates_B=self._rates_NT[trials_B, starts_B],
+            scales_B=scales_B,
+        )
+
+
+def _displacements(band: GramBand, question: Question) -> NDArray[np.float64]:
+    """||w_t - w_{t+h}||^2 of every window and forward step."""
+    starts_B = np.arange(question.context, band.num_snapshots - question.future)
+    nothing_BHK = np.zeros((len(starts_B), len(question.steps), 0))
+    return squared_errors(band.windows(starts_B, 0, question.future), nothing_BHK, question.steps)
+
+
 def draw_windows(
-    num_windows: int, step: int, batch_size: int, seed: int, rank: int = 0, num_workers: int = 1
+    chances: int | NDArray[np.float64], step: int, batch_size: int, seed: int, rank: int = 0, num_workers: int = 1
 ) -> NDArray[np.int64]:
     """One worker's share of the windows that a step trains on, drawn with replacement.
 
-    The step is the counter of a counter-based generator: no state to save, and the union over the workers is the same
+    `chances` are the number of windows, all of them as likely, or the window's probabilities, summed up to each. The
+    step is the counter of a counter-based generator: no state to save, and the union over the workers is the same
     global batch whatever their number, which must divide the batch size.
     """
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
-    return generator.integers(num_windows, size=batch_size)[rank::num_workers]
+    if isinstance(chances, int):
+        return generator.integers(chances, size=batch_size)[rank::num_workers]
+    return np.searchsorted(chances, generator.random(batch_size), side="right")[rank::num_workers]

@@ -1,20 +1,18 @@
-"""Training of the causal Transformer (Section 3.3): a loop that works alone, and the shell that gives it to Ray Train.
+"""Training of a causal Transformer (Section 3.3): a loop that works alone, and the shell that gives it to Ray Train.
 
-Knows tokens, the model and Ray; knows nothing of policies, returns or MLflow. Ray is initialised by the caller.
+Knows objectives and Ray; knows nothing of policies, returns or MLflow. Ray is initialised by the caller.
 
     <storage>/training/<run digest>/    Ray Train's own: the last two checkpoints
     <storage>/models/<run digest>/      the best model by validation loss: model.safetensors, history.json, model.json
 
 Every step is a pure function of the state before it and of (seed, step, worker): batches and dropout are drawn from
 counters, so that a resumed run goes on bit for bit (on the CPU, with as many threads).
-
-Shapes: B windows, K snapshots of context, D numbers per token.
 """
 
 import copy
-import dataclasses
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -29,16 +27,15 @@ import safetensors.torch
 import torch
 from ray.util.queue import Queue
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tipl_ray import config
-from tipl_ray.model import CausalTransformer, Normaliser, is_complete, load_about, read_file, write_file
-from tipl_ray.segments import Segments, Tokens, load_tokens
+from tipl_ray.files import read_file, write_file
+from tipl_ray.gram import GramBand, Question
+from tipl_ray.model import is_complete, load_about, load_model
+from tipl_ray.objectives import TrainingData, gather_trials, make_objective
+from tipl_ray.segments import Tokens, draw_windows, load_band, load_tokens
 from tipl_ray.trajectory_store import TrajectoryStore
 
-VALIDATION_WINDOWS = 4096
-"""Most windows that a validation takes, evenly spaced over the validation trials."""
-VALIDATION_BATCH = 256
 STATE_FILE, PROGRESS_FILE, HISTORY_FILE = "training.safetensors", "training.json", "history.json"
 POLL_SECONDS, ABORT_SECONDS = 0.5, 60.0
 
@@ -49,14 +46,6 @@ seconds_left."""
 
 class TrainingError(RuntimeError):
     """Training cannot go on: names the step and the way out."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TrainingData:
-    """Tokens of the trials that train and of those that choose; test trials have no place here."""
-
-    train: Tokens
-    validation: Tokens
 
 
 class Training:
@@ -74,14 +63,9 @@ class Training:
     ):
         self.experiment, self.config = experiment, experiment.train
         self.device, self.rank, self.num_workers = device, rank, num_workers
-        self.normaliser = Normaliser.fit(data.train.coordinates_NTD)
-        context = experiment.model.context
-        self.segments = Segments(data.train, self.normaliser, context, device)
-        self.validation = Segments(data.validation, self.normaliser, context, device)
         torch.manual_seed(self.config.seed)
-        self.model = CausalTransformer(experiment.model, self.segments.token_size, self.segments.num_snapshots).to(
-            device
-        )
+        self.objective = make_objective(experiment, data, device)
+        self.model = self.objective.model
         self.best = copy.deepcopy(self.model)
         self._distributed = distribute(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=self.config.weight_decay, fused=True)
@@ -98,7 +82,7 @@ class Training:
             per_iteration = self.config.steps_per_iteration
             loss = self._train_until(min((first // per_iteration + 1) * per_iteration, self.config.num_steps))
             steps_per_second = (self.step - first) / (time.perf_counter() - started)
-            validation_loss, validation_skill = self.validate()
+            validation_loss, validation_skill = self.objective.validate()
             if not np.isfinite([loss, validation_loss]).all():
                 raise TrainingError(
                     f"step {self.step}: loss={loss}, validation loss={validation_loss}: the model has diverged; lower "
@@ -119,27 +103,6 @@ class Training:
                 }
             )
             yield self.history[-1]
-
-    @torch.no_grad()
-    def validate(self) -> tuple[float, float]:
-        """Mean squared error of normalised tokens at all positions, and one-step skill in weights after whole contexts.
-
-        The first compares models on one basis and chooses the best; the second also compares bases and ranks. It is
-        NaN for trajectories that stand still.
-        """
-        self.model.eval()
-        num_windows = min(self.validation.num_windows, VALIDATION_WINDOWS)
-        windows = np.linspace(0, self.validation.num_windows - 1, num_windows).astype(np.int64)
-        loss, error, displacement = 0.0, 0.0, 0.0
-        for start in range(0, num_windows, VALIDATION_BATCH):
-            windows_B = windows[start : start + VALIDATION_BATCH]
-            batch = self.validation.gather(windows_B)
-            predicted_BKD = self.model(batch.tokens_BKD, batch.snapshots_BK)
-            loss += functional.mse_loss(predicted_BKD, batch.targets_BKD).item() * len(windows_B)
-            error_B, displacement_B = self.validation.one_step_errors(windows_B, predicted_BKD[:, -1])
-            error += error_B.sum().item()
-            displacement += displacement_B.sum().item()
-        return loss / num_windows, 1.0 - error / displacement if displacement else float("nan")
 
     def save(self, folder: str) -> None:
         """Checkpoint: everything that the next step depends on, and the best model so far in `model/`."""
@@ -164,7 +127,7 @@ class Training:
                 moments.setdefault(int(index), {})[moment] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.best.load_state_dict(CausalTransformer.load(f"{folder}/model").state_dict())
+        self.best.load_state_dict(load_model(f"{folder}/model").state_dict())
 
     def _train_until(self, step: int) -> float:
         self.model.train()
@@ -179,8 +142,15 @@ class Training:
         # Seeded anew at every step, dropout needs no state in the checkpoint, on whatever device it is drawn.
         entropy = np.random.SeedSequence((self.config.seed, self.step, self.rank))
         torch.manual_seed(int(entropy.generate_state(1)[0]))
-        batch = self.segments.batch(self.step, self.config.batch_size, self.config.seed, self.rank, self.num_workers)
-        loss = functional.mse_loss(self._distributed(batch.tokens_BKD, batch.snapshots_BK), batch.targets_BKD)
+        windows_B = draw_windows(
+            self.objective.chances,
+            self.step,
+            self.config.batch_size,
+            self.config.seed,
+            self.rank,
+            self.num_workers,
+        )
+        loss = self.objective.loss(self._distributed, windows_B)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient_norm)
@@ -191,13 +161,16 @@ class Training:
         return loss.detach()
 
     def _learning_rate(self, step: int) -> float:
-        return self.config.learning_rate * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+        warmed = self.config.learning_rate * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+        if self.config.schedule == "constant":
+            return warmed
+        return warmed * 0.5 * (1.0 + math.cos(math.pi * step / self.config.num_steps))
 
     def _about(self) -> dict[str, Any]:
         return {
             "experiment": config.as_table(self.experiment),
             "basis": config.as_table(self.experiment.basis),
-            "normaliser": self.normaliser.as_table(),
+            **self.objective.about(),
             "metrics": min(self.history, key=lambda row: row["validation_loss"], default=None),
         }
 
@@ -206,7 +179,9 @@ def run_digest(experiment: config.Experiment, data_digest: str) -> str:
     """What a trained model depends on, and nothing that only says where it is trained."""
     schedule = config.as_table(experiment.train)
     del schedule["num_workers"], schedule["use_gpu"]
-    return config.digest(data_digest, experiment.basis, experiment.split, experiment.model, schedule)
+    # On the basis `window` all forward steps are learned at once; elsewhere one, whatever is asked of it later.
+    steps = experiment.evaluate.steps if experiment.basis.kind == "window" else ()
+    return config.digest(data_digest, experiment.basis, experiment.split, experiment.model, schedule, steps)
 
 
 def model_folder(experiment: config.Experiment, data_digest: str) -> str:
@@ -257,7 +232,7 @@ def train(
         history = json.loads(read_file(checkpoint_folder, PROGRESS_FILE))["history"]
         write_file(folder, HISTORY_FILE, json.dumps(history, indent=1).encode())
         about = load_about(f"{checkpoint_folder}/model") | {"data_digest": data_digest}
-        CausalTransformer.load(f"{checkpoint_folder}/model").save(folder, about)
+        load_model(f"{checkpoint_folder}/model").save(folder, about)
     return folder
 
 
@@ -317,19 +292,21 @@ def _run(experiment: config.Experiment, name: str, on_row: Callable[[Metrics], N
 
 
 def _load(experiment: config.Experiment) -> TrainingData:
-    """Tokens of all trials but the test trials', reduced in parallel, one Ray task per trial."""
+    """All trials but the test trials, reduced in parallel, one Ray task per trial."""
     reduce = ray.remote(num_cpus=1)(_load_trial)
     seeds = experiment.train_seeds + experiment.validation_seeds
     try:
-        parts = ray.get([reduce.remote(experiment.storage_path, seed, experiment.basis) for seed in seeds])
+        parts = ray.get([reduce.remote(experiment, seed) for seed in seeds])
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     num_train = len(experiment.train_seeds)
-    return TrainingData(train=Tokens.stack(parts[:num_train]), validation=Tokens.stack(parts[num_train:]))
+    return TrainingData(train=gather_trials(parts[:num_train]), validation=gather_trials(parts[num_train:]))
 
 
-def _load_trial(storage: str, seed: int, basis: config.Basis) -> Tokens:
-    return load_tokens(TrajectoryStore(storage), (seed,), basis)
+def _load_trial(experiment: config.Experiment, seed: int) -> Tokens | GramBand:
+    if experiment.basis.kind == "window":
+        return load_band(experiment.storage_path, seed, Question.of(experiment))
+    return load_tokens(TrajectoryStore(experiment.storage_path), (seed,), experiment.basis)
 
 
 def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> ray.train.Checkpoint:
@@ -337,7 +314,9 @@ def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> 
     # A report waits until the controller has looked after the one before, by default every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     use_gpu = experiment.train.use_gpu
-    num_threads = 1 if use_gpu else _cpus_per_worker(experiment.train.num_workers)
+    # The model on the basis `window` gains little by a second thread, and loses all where that has to wait for its CPU.
+    one_thread = use_gpu or experiment.basis.kind == "window"
+    num_threads = 1 if one_thread else _cpus_per_worker(experiment.train.num_workers)
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={**settings, "num_threads": num_threads},

@@ -1,0 +1,143 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tipl_ray import config, evaluation, metrics
+from tipl_ray.forecasting import CopyLast, Predictor, Starts, Trial, Weights, save_fitted
+from tipl_ray.gram import Question
+from tipl_ray.model import WindowTransformer
+from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+
+HEADER = Header(task="Line-v0", layout=(("w", (122,), 0),), config={}, versions={"mujoco": "4.0", "gymnasium": "1.4"})
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def experiment(storage: Path) -> config.Experiment:
+    """Two trials to train, one to choose and one to report, of 41 snapshots each."""
+    return config.Experiment(
+        name="tiny",
+        storage=str(storage),
+        collect=config.Collect(num_trials=4, total_env_steps=8 * 2048),
+        split=config.Split(validation_trials=1, test_trials=1),
+        basis=config.Basis(kind="window"),
+        model=config.Model(context=6, embedding=16, layers=1),
+        evaluate=config.Evaluate(horizon=2, extra_horizons=(5,), windows_per_trial=2, episodes=2),
+    ).check()
+
+
+def write_trial(storage: Path, seed: int, scale: float = 1.0) -> None:
+    generator = np.random.default_rng(seed)
+    weights_TP = (scale * 0.05 * generator.standard_normal((41, 122)).cumsum(axis=0)).astype(np.float32)
+    writer = TrialWriter(TrajectoryStore(str(storage)), seed, HEADER)
+    for index, weights_P in enumerate(weights_TP):
+        writer.append(
+            Snapshot(
+                seed=seed,
+                snapshot=index,
+                iteration=index,
+                epoch=0,
+                env_step=index,
+                learning_rate=3e-4,
+                episodic_return=None,
+                weights=weights_P,
+                observation_mean=np.zeros(4),
+                observation_variance=np.ones(4),
+                observation_count=1.0,
+            )
+        )
+    writer.commit({})
+
+
+def write_model(storage: Path) -> str:
+    torch.manual_seed(0)
+    settings, folder = experiment(storage), f"{storage}/models/tiny"
+    question = Question.of(settings)
+    model = WindowTransformer(settings.model, question.steps, question.snapshots_per_iteration)
+    model.save(folder, {"basis": config.as_table(settings.basis)})
+    return folder
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    for seed in (1, 2, 3, 4):
+        write_trial(tmp_path, seed)
+    return tmp_path
+
+
+def test_nothing_of_a_test_trial_is_touched_while_fitting(storage: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A poisoned test trial changes no bit of what is fitted, and a missing one is not missed."""
+    fitted = evaluation.fit_predictors(experiment(storage), write_model(storage))
+    poisoned, missing = (tmp_path_factory.mktemp(name) for name in ("poisoned", "missing"))
+    for folder in (poisoned, missing):
+        for seed in (1, 2, 3):
+            write_trial(folder, seed)
+    write_trial(poisoned, 4, scale=1e30)
+    assert experiment(poisoned).test_seeds == (4,)
+    for folder in (poisoned, missing):
+        assert evaluation.fit_predictors(experiment(folder), write_model(folder)) == fitted
+
+
+def test_training_trials_do_change_what_is_fitted(storage: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Without this, the test before could pass for the wrong reason."""
+    other = tmp_path_factory.mktemp("other")
+    for seed in (1, 2, 3):
+        write_trial(other, seed, scale=1.0 + (seed == 1))
+    fitted, changed = (
+        evaluation.fit_predictors(experiment(folder), write_model(folder)) for folder in (storage, other)
+    )
+    assert changed != fitted
+
+
+def test_every_predictor_has_a_row_per_window_and_step_with_the_same_displacement(storage: Path):
+    settings, model = experiment(storage), write_model(storage)
+    table = evaluation.forecast_errors(settings, model, evaluation.fit_predictors(settings, model), 4)
+    rows = list(metrics.by(table, "start", "step"))
+    assert len(rows) == len(evaluation.window_starts(settings)) * 3
+    for _, group in rows:
+        assert len(set(group["predictor"].tolist())) == len(group["predictor"]) == 11
+        assert len(set(group["displacement_squared"].tolist())) == 1
+    assert set(table["step"].tolist()) == {1, 2, 5}
+    assert (table["phase"] == table["start"] % 5).all()
+    copied = metrics.summarise(
+        {name: column[table["predictor"] == "copy-last"] for name, column in table.items()},
+        metrics.Resampling(confidence=0.95, bootstrap=10, seed=0),
+        trained_on="Line-v0",
+    )
+    assert [row["skill"] for row in copied] == [0.0, 0.0, 0.0]
+
+
+class Truth(Predictor):
+    """Given the future, as no predictor is."""
+
+    name, causal = "ridge", False
+
+    def forecast(self, trial: Trial, starts_B: Starts) -> Weights:
+        """The true weights."""
+        return trial.weights_TP[np.asarray(starts_B)[:, None] + np.asarray(self.question.steps)]
+
+
+def test_a_predictor_that_is_given_the_truth_has_skill_1_and_the_true_policies_returns(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(evaluation, "make_predictors", lambda question, folder: [CopyLast(question), Truth(question)])
+    settings, starts_B = experiment(storage), evaluation.run_starts(experiment(storage))
+    errors = evaluation.forecast_errors(settings, "none", save_fitted([]), 4)
+    returns = evaluation.forecast_returns(settings, "none", save_fitted([]), 4, starts_B)
+    table = evaluation._join(errors, returns)
+    truth = {name: column[table["predictor"] == "ridge"] for name, column in table.items()}
+    assert metrics.skill(truth) == 1.0
+    run = ~np.isnan(truth["return_true"])
+    assert run.sum() == 2 * 3
+    np.testing.assert_array_equal(truth["return_predicted"][run], truth["return_true"][run])
+    # On other episodes, the truth's REPW is the noise floor.
+    again = {**truth, "return_predicted": truth["return_true_again"]}
+    assert metrics.repw(again) == metrics.noise_floor(truth) > 0
+    copied = {name: column[table["predictor"] == "copy-last"] for name, column in table.items()}
+    assert metrics.skill(copied) == 0.0
+    np.testing.assert_array_equal(copied["return_predicted"][run], copied["return_last"][run])

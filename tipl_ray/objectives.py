@@ -1,0 +1,183 @@
+"""What the Transformers are trained for (Section 3.3): a model, its loss on a batch of windows, and its validation.
+
+`NextToken` is the paper's: squared error of every position's next token. `WindowError` is for the basis `window`: exact
+squared error of the forecast weights at all forward steps at once, from Gram matrices alone.
+Knows windows and models; knows nothing of optimisers, workers or checkpoints.
+
+Shapes: B windows, K tokens of context, M displacements of a window, H forward steps, D numbers per token.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tipl_ray import config
+from tipl_ray.forecasting import Ridge, Trials
+from tipl_ray.gram import GramBand, Question, future_sums
+from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer
+from tipl_ray.segments import Segments, Tokens, WindowSegments
+
+VALIDATION_WINDOWS = 4096
+"""Most windows that a validation takes, evenly spaced over the validation trials."""
+VALIDATION_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TrainingData:
+    """The trials that train and those that choose, reduced; test trials have no place here."""
+
+    train: Tokens | Sequence[GramBand]
+    validation: Tokens | Sequence[GramBand]
+
+
+def gather_trials(parts: Sequence[Tokens | GramBand]) -> Tokens | Sequence[GramBand]:
+    """Trials that were reduced one by one, all of them on the same basis. Raises ValueError if they do not fit."""
+    tokens = [part for part in parts if isinstance(part, Tokens)]
+    return Tokens.stack(tokens) if tokens else [part for part in parts if isinstance(part, GramBand)]
+
+
+class Objective(abc.ABC):
+    """A model and what it is trained for."""
+
+    model: CausalTransformer | WindowTransformer
+    chances: int | NDArray[np.float64]
+    """How windows of the training trials are drawn: see `segments.draw_windows`."""
+
+    @abc.abstractmethod
+    def loss(self, network: nn.Module, windows_B: NDArray[np.int64]) -> Tensor:
+        """Mean over some of the training trials' windows; `network` is the model, or its shell over many workers."""
+
+    @abc.abstractmethod
+    def validate(self) -> tuple[float, float]:
+        """The validation trials' loss, which chooses the best model, and the one-step skill in weights.
+
+        The skill can be compared between bases. It is NaN for trajectories that stand still.
+        """
+
+    def about(self) -> dict[str, Any]:
+        """What must be known beside the model's weights to use it, as JSON."""
+        return {}
+
+
+class NextToken(Objective):
+    """The paper's: mean squared error of normalised tokens, at every position of a window."""
+
+    def __init__(self, size: config.Model, train: Tokens, validation: Tokens, device: torch.device | str):
+        self.normaliser = Normaliser.fit(train.coordinates_NTD)
+        self.segments = Segments(train, self.normaliser, size.context, device)
+        self.validation = Segments(validation, self.normaliser, size.context, device)
+        self.chances = self.segments.num_windows
+        self.model: CausalTransformer = CausalTransformer(
+            size, self.segments.token_size, self.segments.num_snapshots
+        ).to(device)
+
+    def loss(self, network: nn.Module, windows_B: NDArray[np.int64]) -> Tensor:
+        """See `Objective.loss`."""
+        batch = self.segments.gather(windows_B)
+        return functional.mse_loss(network(batch.tokens_BKD, batch.snapshots_BK), batch.targets_BKD)
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float]:
+        """See `Objective.validate`; the skill is that after whole contexts."""
+        self.model.eval()
+        loss, error, displacement, count = 0.0, 0.0, 0.0, 0
+        for windows_B in _validation_windows(self.validation.num_windows):
+            batch = self.validation.gather(windows_B)
+            predicted_BKD = self.model(batch.tokens_BKD, batch.snapshots_BK)
+            loss += functional.mse_loss(predicted_BKD, batch.targets_BKD).item() * len(windows_B)
+            error_B, displacement_B = self.validation.one_step_errors(windows_B, predicted_BKD[:, -1])
+            error += error_B.sum().item()
+            displacement += displacement_B.sum().item()
+            count += len(windows_B)
+        return loss / count, 1.0 - error / displacement if displacement else float("nan")
+
+    def about(self) -> dict[str, Any]:
+        """See `Objective.about`."""
+        return {"normaliser": self.normaliser.as_table()}
+
+
+class WindowError(Objective):
+    """For the basis `window`: squared error of the forecast weights over that of copying the last snapshot.
+
+    The loss is 1 - skill, mean over forward steps: windows count by how far they move, as in the figure that is
+    reported. As early windows move a hundred times as far as late ones, they are drawn more often instead of weighed
+    more, which tells the same to less noise. The ridge that the model corrects is fitted here.
+    """
+
+    def __init__(
+        self,
+        size: config.Model,
+        question: Question,
+        train: Sequence[GramBand],
+        validation: Sequence[GramBand],
+        device: torch.device | str,
+    ):
+        self.segments = WindowSegments(train, question, device)
+        self.validation = WindowSegments(validation, question, device)
+        # Half of each draw is by share: late windows are still seen, and no window's weight exceeds 2.
+        total = self.segments.shares_N.sum() or 1.0
+        chances_N = 0.5 * self.segments.shares_N / total + 0.5 / self.segments.num_windows
+        self.chances = chances_N.cumsum() / chances_N.sum()
+        importances_N = 1.0 / (chances_N * self.segments.num_windows)
+        self._importances_N = torch.from_numpy(importances_N).float().to(device)
+        model = WindowTransformer(size, question.steps, question.snapshots_per_iteration)
+        self._moved_H = torch.from_numpy(self.segments.moved_H).float().to(device)
+        ridge = Ridge(question)
+        ridge.fit(Trials(bands=train, weights=tuple), Trials(bands=validation, weights=tuple))
+        model.ridge_QHK.copy_(torch.from_numpy(ridge.table_QHK()))
+        self.model: WindowTransformer = model.to(device)
+        self._sums_HF = torch.from_numpy(future_sums(question.steps)).float().to(device)
+
+    def loss(self, network: nn.Module, windows_B: NDArray[np.int64]) -> Tensor:
+        """See `Objective.loss`."""
+        error_BH, _, scales_B = self._errors(network, self.segments, windows_B)
+        weights_B = scales_B.float() * self._importances_N[torch.from_numpy(windows_B).to(scales_B.device)]
+        return (error_BH * weights_B[:, None] / self._moved_H).mean()
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float]:
+        """See `Objective.validate`; the loss is 1 - skill, mean over forward steps."""
+        self.model.eval()
+        num_steps = len(self._sums_HF)
+        error_H, moved_H = (torch.zeros(num_steps, dtype=torch.float64, device=self._sums_HF.device) for _ in range(2))
+        for windows_B in _validation_windows(self.validation.num_windows):
+            error_BH, moved_BH, scales_B = self._errors(self.model, self.validation, windows_B)
+            error_H += (error_BH * scales_B[:, None]).sum(dim=0)
+            moved_H += (moved_BH * scales_B[:, None]).sum(dim=0)
+        ratio_H = error_H / moved_H
+        return ratio_H.mean().item(), 1.0 - ratio_H[0].item()
+
+    def _errors(
+        self, network: nn.Module, segments: WindowSegments, windows_B: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """||w_hat - w||^2 and ||w_t - w_{t+h}||^2, (B, H) each, in units of the scales (B,)."""
+        batch, context = segments.gather(windows_B), segments.question.context
+        known_BKK, future_BFF = batch.grams_BMM[:, :context, :context], batch.grams_BMM[:, context:, context:]
+        coefficients_BHK = network(known_BKK, batch.phases_B, batch.progress_B, batch.learning_rates_B)
+        towards_BHK = self._sums_HF @ batch.grams_BMM[:, context:, :context]
+        moved_BH = ((self._sums_HF @ future_BFF) * self._sums_HF).sum(dim=2)
+        # The square of a difference, multiplied out: coefficients meet nothing but inner products.
+        error_BH = ((coefficients_BHK @ known_BKK - 2.0 * towards_BHK) * coefficients_BHK).sum(dim=2) + moved_BH
+        return error_BH, moved_BH, batch.scales_B
+
+
+def make_objective(experiment: config.Experiment, data: TrainingData, device: torch.device | str = "cpu") -> Objective:
+    """What the experiment's basis asks for."""
+    if isinstance(data.train, Tokens) and isinstance(data.validation, Tokens):
+        return NextToken(experiment.model, data.train, data.validation, device)
+    assert not isinstance(data.train, Tokens), "training and validation trials have one basis"
+    assert not isinstance(data.validation, Tokens), "training and validation trials have one basis"
+    return WindowError(experiment.model, Question.of(experiment), data.train, data.validation, device)
+
+
+def _validation_windows(num_windows: int) -> Iterator[NDArray[np.int64]]:
+    windows = np.linspace(0, num_windows - 1, min(num_windows, VALIDATION_WINDOWS)).astype(np.int64)
+    for begin in range(0, len(windows), VALIDATION_BATCH):
+        yield windows[begin : begin + VALIDATION_BATCH]
