@@ -88,8 +88,8 @@ def run_train(context: Context) -> None:
     experiment = context.experiment
     data = data_digest(experiment)
     say(
-        f"train: {len(experiment.train_seeds)} trials to train, {len(experiment.validation_seeds)} to choose, basis "
-        f"{experiment.basis.kind} of rank {experiment.basis.rank}, context {experiment.model.context}, "
+        f"train: {len(experiment.train_seeds)} trials to train, {len(experiment.validation_seeds)} to choose, preset "
+        f"{experiment.preset}, basis {_basis(experiment)}, context {experiment.model.context}, "
         f"{experiment.train.num_steps:,} steps of {experiment.train.batch_size} windows"
     )
     begin = time.monotonic()
@@ -146,7 +146,10 @@ def run_evaluate(context: Context) -> None:
             write_file(evaluation.folder, page.name, page.read_bytes())
     for line in report.format_table(evaluation.summary).splitlines():
         say(line)
-    for answer in report.answers(evaluation.summary, settings.confidence):
+    found = report.answers(
+        evaluation.summary, settings.confidence, comparisons=evaluation.comparisons, groups=evaluation.groups
+    )
+    for answer in found:
         say(f"{answer.question} {answer.text}")
     say(f"evaluate: results and figures in {evaluation.folder}, {duration(time.monotonic() - begin)}")
     say(f"evaluate: report {evaluation.folder}/report.html")
@@ -280,6 +283,11 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
     )
 
 
+def _basis(experiment: Experiment) -> str:
+    basis = experiment.basis
+    return f"{basis.kind} of rank {basis.rank}" if basis.kind == "trial" else basis.kind
+
+
 def _left(seconds: float) -> str:
     return duration(seconds) if np.isfinite(seconds) else "?"
 
@@ -288,6 +296,7 @@ def _draw(context: Context, evaluation: Evaluation, history: list[dict], folder:
     drawn = {
         "figure_2": figures.figure_2(evaluation.results, evaluation.summary),
         "skill_by_step": figures.skill_by_step(evaluation.summary),
+        "skill_over_ridge": figures.skill_over_ridge(evaluation.comparisons),
         "skill_by_phase": figures.skill_by_phase(evaluation.results),
         "skill_by_third": figures.skill_by_third(evaluation.results),
         "reconstruction": figures.reconstruction(evaluation.reconstruction),
@@ -322,4 +331,6 @@ def _write_report(path: Path, context: Context, evaluation: Evaluation, model: s
             "summary": f"{evaluation.folder}/summary.csv",
         },
         confidence=experiment.evaluate.confidence,
+        comparisons=evaluation.comparisons,
+        groups=evaluation.groups,
     )
