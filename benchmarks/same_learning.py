@@ -5,9 +5,10 @@ a trial, area under the curve the mean over all of it; a Mann-Whitney test compa
 that are done are kept in benchmarks/results/same_learning.json; the same command goes on with the others, then writes
 docs/results/same_learning.csv and docs/pictures/same_learning.png. The plain trials take about an hour of one core.
 
-    python benchmarks/same_learning.py
+    python benchmarks/same_learning.py [--tasks InvertedPendulum-v4 HalfCheetah-v4]
 """
 
+import argparse
 import csv
 import json
 import sys
@@ -29,8 +30,9 @@ from tipl_ray.learner import choose_engine  # noqa: E402
 from tipl_ray.ppo import TrialGroup  # noqa: E402
 from tipl_ray.terminal import say  # noqa: E402
 
-STUDIES = (("InvertedPendulum-v4", 8, 100_000, 20), ("HalfCheetah-v4", 64, 300_000, 8))
+Study = tuple[str, int, int, int]
 """Task, width, env steps, seeds."""
+STUDIES: tuple[Study, ...] = (("InvertedPendulum-v4", 8, 100_000, 20), ("HalfCheetah-v4", 64, 300_000, 8))
 NUM_STEPS = 2048
 KEPT = ROOT / "benchmarks" / "results" / "same_learning.json"
 COLOURS = {"engine": "#0072B2", "plain": "#D55E00"}
@@ -70,10 +72,10 @@ def plain_curve(task: str, width: int, env_steps: int, seed: int) -> list[float]
     return filled(returns)
 
 
-def run_missing() -> dict[str, list[float]]:
+def run_missing(studies: list[Study]) -> dict[str, list[float]]:
     """Every curve by `task/implementation/seed`; those that are missing are run and kept one by one."""
     curves: dict[str, list[float]] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    for task, width, env_steps, num_seeds in STUDIES:
+    for task, width, env_steps, num_seeds in studies:
         seeds = list(range(1, num_seeds + 1))
         if f"{task}/engine/1" not in curves:
             for seed, curve in engine_curves(task, width, env_steps, seeds).items():
@@ -87,10 +89,10 @@ def run_missing() -> dict[str, list[float]]:
     return curves
 
 
-def compare(curves: dict[str, list[float]]) -> list[dict]:
+def compare(curves: dict[str, list[float]], studies: list[Study]) -> list[dict]:
     """One row per task and metric."""
     rows = []
-    for task, width, env_steps, num_seeds in STUDIES:
+    for task, width, env_steps, num_seeds in studies:
         outcome = {}
         for name in ("engine", "plain"):
             stacked = np.array([curves[f"{task}/{name}/{seed}"] for seed in range(1, num_seeds + 1)])
@@ -114,11 +116,11 @@ def compare(curves: dict[str, list[float]]) -> list[dict]:
     return rows
 
 
-def draw(curves: dict[str, list[float]]) -> Figure:
+def draw(curves: dict[str, list[float]], studies: list[Study]) -> Figure:
     """Mean curves with bootstrap bands over seeds."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(studies), 3.8), layout="constrained")
     random = np.random.default_rng(0)
-    for axes, (task, width, _, num_seeds) in zip(figure.subplots(1, len(STUDIES)), STUDIES, strict=True):
+    for axes, (task, width, _, num_seeds) in zip(np.ravel(figure.subplots(1, len(studies))), studies, strict=True):
         for name, colour in COLOURS.items():
             stacked = np.array([curves[f"{task}/{name}/{seed}"] for seed in range(1, num_seeds + 1)])
             picks = random.integers(num_seeds, size=(1000, num_seeds))
@@ -137,16 +139,21 @@ def draw(curves: dict[str, list[float]]) -> Figure:
 
 def main() -> None:
     """Run what is missing, then write table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [study[0] for study in STUDIES]
+    parser.add_argument("--tasks", nargs="+", choices=names, default=names, help="which of the studies")
+    tasks = parser.parse_args().tasks
+    studies = [study for study in STUDIES if study[0] in tasks]
     torch.set_num_threads(1)
-    curves = run_missing()
-    rows = compare(curves)
+    curves = run_missing(studies)
+    rows = compare(curves, studies)
     target = ROOT / "docs" / "results" / "same_learning.csv"
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    save(draw(curves), ROOT / "docs" / "pictures" / "same_learning.png")
+    save(draw(curves, studies), ROOT / "docs" / "pictures" / "same_learning.png")
     for row in rows:
         say(", ".join(f"{key} {value}" for key, value in row.items()))
 
