@@ -1,5 +1,6 @@
 """The learners against autograd, against each other, and against themselves under other compilers' choices."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -117,14 +118,16 @@ def test_compiled_bits_do_not_depend_on_the_vector_width() -> None:
 
 
 @needs_compiler
-def test_first_ratio_after_a_rollout_is_one() -> None:
-    """Then the surrogate's gradient is the plain policy gradient: no clipping noise from two forward passes."""
+def test_the_first_ratio_after_a_rollout_is_exactly_one() -> None:
+    """Were one ratio off by a bit, a clipping range of no width would take its sample out of the gradient."""
     parameters, rollouts = some_parameters(PENDULUM), some_rollouts(PENDULUM)
-    learner = CompiledLearner(PENDULUM, PPO)
-    learner.advantages(parameters, rollouts)
-    before = rollouts.log_probabilities_KS.copy()
-    learner.advantages(parameters, rollouts)
-    np.testing.assert_array_equal(before, rollouts.log_probabilities_KS)
+    CompiledLearner(PENDULUM, PPO).advantages(parameters, rollouts)
+    indices = np.random.default_rng(4).permutation(STEPS)[: PPO.minibatch_size]
+    wide, narrow = (CompiledLearner(PENDULUM, dataclasses.replace(PPO, clip_coefficient=clip)) for clip in (0.2, 1e-12))
+    expected = wide.gradient(parameters[0], rollouts, 0, indices)
+    np.testing.assert_array_equal(narrow.gradient(parameters[0], rollouts, 0, indices), expected)
+    rollouts.log_probabilities_KS[:] += np.float32(1e-6)
+    assert (narrow.gradient(parameters[0], rollouts, 0, indices) != expected).any()
 
 
 def test_an_engine_that_cannot_be_had_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

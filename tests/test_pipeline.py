@@ -158,6 +158,15 @@ def test_an_unknown_task_is_refused_before_anything_starts(tmp_path: Path) -> No
     assert not storage.exists()
 
 
+def test_a_submitted_job_without_storage_is_refused_before_its_data_can_be_lost() -> None:
+    job = [sys.executable, str(CHECKOUT / "jobs" / "collect.py"), *SMOKE]
+    environment = {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    result = subprocess.run(job, capture_output=True, text=True, timeout=200, env=environment)
+    assert result.returncode == 1
+    assert "give --storage" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_weights_read_as_lists_of_floats_by_pandas(finished: tuple[Path, str]) -> None:
     import pandas
 

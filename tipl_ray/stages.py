@@ -32,6 +32,9 @@ from tipl_ray.trajectory_store import StoreError, TrajectoryStore
 USER_ERRORS = (StoreError, TrackingError, TrainingError, ValueError)
 """What a user can mend: told in one line, without a traceback."""
 
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable that Ray gives to the entry point of a submitted job alone."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
@@ -165,6 +168,11 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
     """
     try:
         find_task(experiment.collect.task)
+        if experiment.storage is None and SUBMITTED in os.environ:
+            raise ValueError(
+                "storage is not set, and the checkout that a submitted job runs in is thrown away with the job: give "
+                "--storage, a folder that all nodes see"
+            )
         tracker = Tracker.open(
             experiment.tracking.uri, experiment.tracking.experiment or experiment.name, experiment.storage_path
         )

@@ -539,7 +539,7 @@ class TrialWriter:
         Raises StoreError where the store cannot tell two writers apart, the trial was begun with another
         configuration, its parts or last state are damaged, or a commit record lies beyond the run.
         """
-        self._store, self._files, self._seed, self._header = store, store._files, seed, header
+        self._files, self._seed, self._header = store._files, seed, header
         self._files.check_put_if_absent()
         run = store._present_run(seed)
         if run and run[0].config_hash != header.config_hash:
