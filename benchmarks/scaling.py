@@ -75,7 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     measured: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     for _ in range(arguments.rounds):
         for num_actors in measured:

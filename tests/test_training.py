@@ -29,7 +29,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init("local", num_cpus=2, include_dashboard=False)
     yield
     ray.shutdown()
 

@@ -207,7 +207,9 @@ def _connected_to_ray() -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         paths = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
         # What matters of the workers' output comes as exceptions; the rest is Ray Train missing the dashboard.
+        # By default Ray would join whatever cluster last ran on this machine, or wait for one that died.
         ray.init(
+            address="local",
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,
