@@ -173,7 +173,8 @@ def _expected_snapshots(header: Header) -> int | None:
     told = {**header.config, **header.config.get("ppo", {})}
     try:
         iterations = told["total_env_steps"] // told["num_steps"]
-        return 1 + iterations * (told["num_epochs"] // told["epochs_per_snapshot"])
+        predicted = told["jump"]["horizon"] if "jump" in told else 0
+        return 1 + iterations * (told["num_epochs"] // told["epochs_per_snapshot"] + predicted)
     except KeyError:
         return None
 

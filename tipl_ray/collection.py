@@ -16,6 +16,7 @@ import numpy as np
 import ray
 
 from tipl_ray.config import Experiment, as_table
+from tipl_ray.forecasting import predictor_digest
 from tipl_ray.learner import ENGINES, choose_engine
 from tipl_ray.ppo import TrialGroup, network_shape
 from tipl_ray.trajectory_store import Header, TrajectoryStore, TrialWriter
@@ -53,10 +54,14 @@ def trial_header(experiment: Experiment, engine: str) -> Header:
     """What the bits of this experiment's trials depend on. Raises ValueError for an unknown task."""
     collect = as_table(experiment.collect)
     told = ("policy_hidden", "critic_hidden", "epochs_per_snapshot", "iterations_per_commit", "total_env_steps")
+    config = {**{key: collect[key] for key in told}, "ppo": as_table(experiment.ppo), "engine": ENGINES[engine]}
+    if experiment.jump.predictor:
+        # What the predictor answers counts, not where it lies.
+        config["jump"] = as_table(experiment.jump) | {"predictor": predictor_digest(experiment.jump.predictor)}
     return Header(
         task=experiment.collect.task,
         layout=network_shape(experiment.collect).policy_layout,
-        config={**{key: collect[key] for key in told}, "ppo": as_table(experiment.ppo), "engine": ENGINES[engine]},
+        config=config,
         versions={name: version(name) for name in ("mujoco", "gymnasium", "torch", "numpy")},
     )
 

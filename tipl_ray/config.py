@@ -108,6 +108,31 @@ class Collect:
 
 @pydantic.with_config(extra="forbid")
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Jump:
+    """Update epochs replaced by inference: ppo.num_epochs are run, and a predictor jumps to where more would lead."""
+
+    predictor: str | None = None
+    """Folder or URI of a saved predictor or a trained model on the basis `window`; none: no jumps."""
+    horizon: int = 3
+    """Snapshots that end an iteration and are predicted; ppo.num_epochs are those before them."""
+    damping: float = 1.0
+    """Share of the forecast that is taken; above 1 goes further."""
+    networks: Literal["policy", "both"] = "policy"
+    """What jumps: the policy alone, or the critic too, by a forecast of its own."""
+    moments: Literal["kept", "reset"] = "kept"
+    """Adam's moments and step count after a jump."""
+    gate: bool = False
+    """Keep a jump only if the surrogate objective on the stored rollout does not fall."""
+    limit: float = 3.0
+    """Refuse a jump that goes further per snapshot than this many times the context's longest displacement."""
+
+    def check(self) -> None:
+        _at_least("jump", self, horizon=1)
+        _positive("jump", self, "damping", "limit")
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
     """Held-out trials, by trial and never by window: the last seeds report, those before choose, the rest train."""
 
@@ -269,6 +294,7 @@ class Experiment:
     our own on the basis `window`. The file's sections [causal.train], [paper.train] and so on hold for one of them."""
     collect: Collect = dataclasses.field(default_factory=Collect)
     ppo: Ppo = dataclasses.field(default_factory=Ppo)
+    jump: Jump = dataclasses.field(default_factory=Jump)
     split: Split = dataclasses.field(default_factory=Split)
     basis: Basis = dataclasses.field(default_factory=Basis)
     model: Model = dataclasses.field(default_factory=Model)
@@ -294,8 +320,14 @@ class Experiment:
         return self.num_iterations * self.ppo.num_steps
 
     @property
-    def snapshots_per_iteration(self) -> int:
+    def snapshots_run(self) -> int:
+        """Snapshots per iteration that update epochs lead to."""
         return self.ppo.num_epochs // self.collect.epochs_per_snapshot
+
+    @property
+    def snapshots_per_iteration(self) -> int:
+        """Snapshots per iteration, those that a jump predicts included."""
+        return self.snapshots_run + (self.jump.horizon if self.jump.predictor else 0)
 
     @property
     def num_snapshots(self) -> int:
@@ -318,7 +350,7 @@ class Experiment:
         """Refuse what cannot run. Raises ValueError naming the field, the value and the limit."""
         if not self.name or any(letter in self.name for letter in "/\\ "):
             raise ValueError(f"name={self.name!r} is not a folder's name")
-        for part in (self.collect, self.ppo, self.split, self.basis, self.model, self.train, self.evaluate):
+        for part in (self.collect, self.ppo, self.jump, self.split, self.basis, self.model, self.train, self.evaluate):
             part.check()
         if self.collect.total_env_steps < self.ppo.num_steps:
             raise ValueError(

@@ -11,9 +11,11 @@ N = K + F, H forward steps, Q phases of a PPO iteration, R rank of a decompositi
 
 import abc
 import dataclasses
+import hashlib
+import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors.numpy
@@ -21,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 
 from tipl_ray import config
+from tipl_ray.files import file_exists, read_file, write_file
 from tipl_ray.gram import Contexts, GramBand, Question, check_starts, future_sums, squared_errors
-from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer, load_about
+from tipl_ray.model import ABOUT_FILE, WEIGHTS_FILE, CausalTransformer, Normaliser, WindowTransformer, load_about
 from tipl_ray.temporal_svd import FittedBasis, fit_basis
 
 FORECAST_BYTES = 256 * 2**20
@@ -37,6 +40,9 @@ DMD_RANKS = (1, 2, 3, 5, 8)
 """Ranks that the dynamic mode decomposition chooses from."""
 SMALLEST_EIGENVALUE = 1e-10
 """Eigenvalues of a Gram matrix below this share of the largest are zero."""
+
+MODEL_FILES = (WEIGHTS_FILE, ABOUT_FILE)
+PREDICTOR_FILE, ABOUT_PREDICTOR_FILE = "predictor.safetensors", "predictor.json"
 
 Weights = NDArray[np.float32]
 Starts = NDArray[np.integer]
@@ -438,12 +444,17 @@ class WindowTipl(Combination):
 
     @torch.no_grad()
     def coefficients(self, contexts: Contexts) -> NDArray[np.float64]:
-        """The model's answer, in batches."""
+        """The model's answer, in batches; that of its ridge alone where a displacement of the context is 0.
+
+        So it is before a context is full, and after weights stood still: the model has seen no such thing.
+        """
         answers = []
         for begin in range(0, len(contexts.phases_B), 512):
             parts = (torch.from_numpy(np.asarray(part[begin : begin + 512])).to(self.device) for part in contexts)
             answers.append(self.model(*parts).double().cpu().numpy())
-        return np.concatenate(answers)
+        still_B = np.any(np.diagonal(contexts.grams_BKK, axis1=1, axis2=2) <= 0, axis=1, keepdims=True)
+        ridge_BHK = self.model.ridge_QHK.double().cpu().numpy()[contexts.phases_B]
+        return np.where(still_B[:, :, None], ridge_BHK, np.concatenate(answers))
 
 
 def load_tipl(folder: str, question: Question, device: torch.device | str = "cpu") -> Tipl | WindowTipl:
@@ -489,6 +500,45 @@ def load_fitted(predictors: Sequence[Predictor], content: bytes) -> None:
         for predictor in predictors:
             if predictor.name == name:
                 predictor.fitted[field] = array
+
+
+COMBINATIONS: dict[str, type[Combination]] = {
+    kind.name: kind for kind in (CopyLast, Linear, Damped, WindowLinear, Ridge, RankOne, RankOneFromLast, DynamicModes)
+}
+"""Predictors that one small file holds, by name."""
+
+
+def save_predictor(predictor: Combination, folder: str, about: dict[str, Any]) -> None:
+    """Write a fitted predictor of `COMBINATIONS` and what is known about it, for `load_predictor`."""
+    assert predictor.name in COMBINATIONS
+    write_file(folder, PREDICTOR_FILE, save_fitted([predictor]))
+    described = {"name": predictor.name, "question": dataclasses.asdict(predictor.question), **about}
+    write_file(folder, ABOUT_PREDICTOR_FILE, json.dumps(described, indent=1).encode())
+
+
+def load_predictor(folder: str) -> Combination:
+    """The predictor in a folder or under a URI: what `save_predictor` wrote, or a model trained on the basis `window`.
+
+    Raises ValueError where there is neither.
+    """
+    if file_exists(folder, ABOUT_PREDICTOR_FILE):
+        about = json.loads(read_file(folder, ABOUT_PREDICTOR_FILE))
+        question = Question(**{**about["question"], "steps": tuple(about["question"]["steps"])})
+        predictor = COMBINATIONS[about["name"]](question)
+        load_fitted([predictor], read_file(folder, PREDICTOR_FILE))
+        return predictor
+    if file_exists(folder, MODEL_FILES[1]) and load_about(folder)["basis"]["kind"] == "window":
+        model = WindowTransformer.load(folder)
+        question = Question(context=model.size.context, steps=model.steps, snapshots_per_iteration=model.num_phases)
+        return WindowTipl(question, model)
+    raise ValueError(f"jump.predictor={folder!r} holds neither a saved predictor nor a model of the basis `window`")
+
+
+def predictor_digest(folder: str) -> str:
+    """Digest of what a saved predictor's answers depend on, wherever it lies. Raises as `load_predictor` does."""
+    load_predictor(folder)
+    names = (ABOUT_PREDICTOR_FILE, PREDICTOR_FILE) if file_exists(folder, ABOUT_PREDICTOR_FILE) else MODEL_FILES
+    return hashlib.sha256(b"".join(read_file(folder, name) for name in names)).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -6,12 +6,15 @@ arithmetic crosses from one trial to another, so that its snapshots do not depen
 snapshots and states are kept is the caller's affair.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
 from tipl_ray.config import Collect, Experiment, Ppo
 from tipl_ray.environments import Environments, generator_state, restored_generator
+from tipl_ray.forecasting import load_predictor
+from tipl_ray.jumps import GroupJumps
 from tipl_ray.learner import Rollouts, make_learner
 from tipl_ray.policy import NetworkShape
 from tipl_ray.tasks import find_task
@@ -38,6 +41,7 @@ class TrialGroup:
         self.collect: Collect = experiment.collect
         self.ppo: Ppo = experiment.ppo
         self.num_iterations = experiment.num_iterations
+        self.snapshots_run = experiment.snapshots_run
         self.snapshots_per_iteration = experiment.snapshots_per_iteration
         self.seeds = list(seeds)
         self.shape = network_shape(self.collect)
@@ -48,6 +52,12 @@ class TrialGroup:
         self.parameters_KN = np.stack([self.shape.initial_parameters(generator) for generator in self.generators])
         self.first_moments_KN, self.second_moments_KN = np.zeros((2, count, size), dtype=np.float32)
         self.adam_steps_K, self.iterations_K = np.zeros((2, count), dtype=np.int64)
+        self.jumps: GroupJumps | None = None
+        if experiment.jump.predictor:
+            predictor, num_weights = load_predictor(experiment.jump.predictor), self.shape.num_policy_weights
+            self.jumps = GroupJumps(
+                experiment.jump, predictor, self.parameters_KN, num_weights, experiment.snapshots_run
+            )
         for k, state in enumerate(states or []):
             if state is not None:
                 self._set_state(k, state)
@@ -72,7 +82,8 @@ class TrialGroup:
             yield self._snapshot(int(k), 0, None)
 
     def run_iteration(self) -> Iterator[Snapshot]:
-        """One iteration of every trial that is not finished: rollout, then update epochs with their snapshots."""
+        """One iteration of every trial that is not finished: rollout, update epochs with their snapshots, and a jump
+        with its own where there are jumps."""
         going_on = np.flatnonzero(self.iterations_K < self.num_iterations)
         if len(going_on) < len(self):
             self._keep(going_on)
@@ -80,7 +91,7 @@ class TrialGroup:
         self.learner.advantages(self.parameters_KN, self._rollouts)
         learning_rates_K = np.array([self._learning_rate(k) for k in range(len(self))])
         self.iterations_K += 1
-        for index in range(1, self.snapshots_per_iteration + 1):
+        for index in range(1, self.snapshots_run + 1):
             self.learner.update(
                 self.parameters_KN,
                 self.first_moments_KN,
@@ -92,6 +103,43 @@ class TrialGroup:
             )
             for k in range(len(self)):
                 yield self._snapshot(k, index, returns[k] if index == 1 else None)
+            if self.jumps:
+                self.jumps.record(self.parameters_KN)
+        if self.jumps:
+            yield from self._jump(self.jumps, learning_rates_K / self.ppo.learning_rate)
+
+    def _jump(self, jumps: GroupJumps, learning_rates_K: np.ndarray) -> Iterator[Snapshot]:
+        """Go to where the epochs not run would have led, one snapshot after the other."""
+        # The snapshots so far, the predicted ones still to come: the trial's clock as the predictor's data has it.
+        done_K = self.iterations_K - jumps.settings.horizon / self.snapshots_per_iteration
+        moves_KHM = jumps.propose(done_K / self.num_iterations, learning_rates_K)
+        if jumps.settings.gate:
+            there_KN = self.parameters_KN.copy()
+            there_KN[:, : jumps.num_moved] += moves_KHM.sum(axis=1)
+            worse_K = self._surrogates(there_KN) < self._surrogates(self.parameters_KN)
+            jumps.drop(worse_K)
+            moves_KHM[worse_K] = 0.0
+        for step in range(jumps.settings.horizon):
+            self.parameters_KN[:, : jumps.num_moved] += moves_KHM[:, step]
+            for k in range(len(self)):
+                yield self._snapshot(k, self.snapshots_run + 1 + step, None)
+        jumps.carry_on(moves_KHM, self.parameters_KN)
+        if jumps.settings.moments == "reset":
+            for array in (self.first_moments_KN, self.second_moments_KN, self.adam_steps_K):
+                array[moves_KHM.any(axis=(1, 2))] = 0
+
+    def _surrogates(self, parameters_KN: np.ndarray) -> np.ndarray:
+        """PPO's clipped surrogate objective (K,) of some parameters on the stored rollouts, advantages normalised."""
+        stored = self._rollouts
+        scratch = [np.empty_like(stored.rewards_KS) for _ in range(4)]
+        names = ("log_probabilities_KS", "values_KS", "advantages_KS", "returns_KS")
+        again = dataclasses.replace(stored, **dict(zip(names, scratch, strict=True)))
+        self.learner.advantages(parameters_KN, again)
+        ratio_KS = np.exp(again.log_probabilities_KS - stored.log_probabilities_KS, dtype=np.float64)
+        advantages_KS = stored.advantages_KS - stored.advantages_KS.mean(axis=1, keepdims=True, dtype=np.float64)
+        clip = self.ppo.clip_coefficient
+        clipped_KS = np.clip(ratio_KS, 1 - clip, 1 + clip)
+        return np.minimum(ratio_KS * advantages_KS, clipped_KS * advantages_KS).mean(axis=1)
 
     def _collect_rollouts(self) -> list[float | None]:
         """Fill the rollouts; the mean return of each trial's episodes that ended meanwhile."""
@@ -147,13 +195,16 @@ class TrialGroup:
         """Everything that the next bit of a trial depends on, as arrays, between two iterations."""
         k = self.seeds.index(seed)
         arrays = {name: np.array(array[k]) for name, array in self._per_trial().items()}
-        return {**arrays, "generator": generator_state(self.generators[k]), **self.environments.state(k)}
+        jump = self.jumps.state(k) if self.jumps else {}
+        return {**arrays, "generator": generator_state(self.generators[k]), **self.environments.state(k), **jump}
 
     def _set_state(self, k: int, state: State) -> None:
         for name, array in self._per_trial().items():
             array[k] = state[name]
         self.generators[k] = restored_generator(state["generator"])
         self.environments.set_state(k, state)
+        if self.jumps:
+            self.jumps.set_state(k, state)
 
     def _keep(self, kept: np.ndarray) -> None:
         """Go on with the kept trials alone."""
@@ -162,6 +213,8 @@ class TrialGroup:
         self.generators = [self.generators[k] for k in kept]
         for name, array in self._per_trial().items():
             setattr(self, name, array[kept])
+        if self.jumps:
+            self.jumps.keep(kept)
         self._allocate()
 
     def _per_trial(self) -> dict[str, np.ndarray]:

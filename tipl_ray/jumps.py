@@ -1,0 +1,342 @@
+"""Jumps: a predictor's forecast in place of the update epochs that would have led there.
+
+`History` is one vector of weights on its way: its last displacements, their inner products, and how a predictor carries
+it on. `GroupJumps` keeps the histories of stacked trials for the PPO engine, `ModuleJumps` that of any torch module for
+anybody's own training loop. Knows predictors by what they answer; knows nothing of PPO, environments or files.
+
+Shapes: K displacements of context, P weights of one history, H snapshots of a jump, B trials, N parameters of a trial.
+"""
+
+import itertools
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tipl_ray import config
+from tipl_ray.gram import Contexts, Question
+
+COLUMNS_AT_ONCE = 8192
+"""Columns of the displacements that are turned to float64 at a time: they stay in the cache."""
+TAKEN, GATED, REFUSED = range(3)
+"""What became of a jump, as indices of the counts."""
+
+State = dict[str, np.ndarray]
+
+
+class Forecaster(Protocol):
+    """What a jump asks of a predictor: `forecasting.Combination` has it."""
+
+    question: Question
+
+    def coefficients(self, contexts: Contexts) -> NDArray[np.float64]:
+        """What each displacement of the context counts in each forward step; (B, H, K)."""
+
+
+class History:
+    """The last K displacements of a vector of weights, with their inner products; the oldest gives way.
+
+    A displacement not yet made is 0. Memory: (K + 1) P float32, and K x K float64.
+    """
+
+    def __init__(self, weights_P: NDArray[np.float32], context: int):
+        self.last_P = np.array(weights_P, dtype=np.float32)
+        # A ring: the oldest displacement lies at `oldest`, and nothing is moved when it gives way.
+        self.displacements_KP = np.zeros((context, len(self.last_P)), dtype=np.float32)
+        self.products_KK = np.zeros((context, context))
+        self.oldest, self.fresh = 0, 0
+
+    def record(self, weights_P: NDArray[np.float32]) -> None:
+        """Take the next snapshot, a copy of it."""
+        np.subtract(weights_P, self.last_P, out=self.displacements_KP[self.oldest])
+        self.last_P[:] = weights_P
+        self.oldest = (self.oldest + 1) % len(self.displacements_KP)
+        self.fresh = min(self.fresh + 1, len(self.displacements_KP))
+
+    def gram(self) -> NDArray[np.float64]:
+        """Inner products (K, K) of the displacements, the oldest first."""
+        self._multiply_fresh()
+        order_K = self._order()
+        return self.products_KK[np.ix_(order_K, order_K)]
+
+    def moves(self, coefficients_HK: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The displacements (H, P) that coefficients mean, of the displacements with the oldest first."""
+        if not coefficients_HK.any():
+            # Nothing times a displacement that is not finite is not nothing.
+            return np.zeros((len(coefficients_HK), len(self.last_P)), dtype=np.float32)
+        return self._in_ring(coefficients_HK).astype(np.float32) @ self.displacements_KP
+
+    def carry_on(
+        self, coefficients_HK: NDArray[np.float64], moves_HP: NDArray[np.float32], weights_P: NDArray[np.float32]
+    ) -> None:
+        """Take the moves of these coefficients as the next displacements, at whose end the weights are `weights_P`."""
+        self._multiply_fresh()
+        ring_HK, places_H = self._in_ring(coefficients_HK), self._order()[: len(coefficients_HK)]
+        # Products of combinations are combinations of products: the moves need not be multiplied.
+        towards_HK = ring_HK @ self.products_KK if ring_HK.any() else ring_HK
+        among_HH = towards_HK @ ring_HK.T
+        self.products_KK[places_H], self.products_KK[:, places_H] = towards_HK, towards_HK.T
+        self.products_KK[np.ix_(places_H, places_H)] = among_HH
+        self.displacements_KP[places_H] = moves_HP
+        self.last_P[:] = weights_P
+        self.oldest = (self.oldest + len(places_H)) % len(self.displacements_KP)
+
+    def state(self) -> State:
+        """Everything that the next jump depends on."""
+        marks = np.array([self.oldest, self.fresh], dtype=np.int64)
+        return {
+            "last": self.last_P.copy(),
+            "displacements": self.displacements_KP.copy(),
+            "products": self.products_KK.copy(),
+            "marks": marks,
+        }
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a state. Raises ValueError if it is of another context or of other weights."""
+        if state["displacements"].shape != self.displacements_KP.shape:
+            raise ValueError(
+                f"displacements of shape {state['displacements'].shape} do not fit a history of "
+                f"{self.displacements_KP.shape}"
+            )
+        self.last_P[:], self.displacements_KP[:] = state["last"], state["displacements"]
+        self.products_KK[:] = state["products"]
+        self.oldest, self.fresh = map(int, state["marks"])
+
+    def _order(self) -> NDArray[np.int64]:
+        """Places in the ring, the oldest displacement's first."""
+        return (self.oldest + np.arange(len(self.displacements_KP))) % len(self.displacements_KP)
+
+    def _in_ring(self, coefficients_HK: NDArray[np.float64]) -> NDArray[np.float64]:
+        ring_HK = np.empty_like(coefficients_HK)
+        ring_HK[:, self._order()] = coefficients_HK
+        return ring_HK
+
+    def _multiply_fresh(self) -> None:
+        """Inner products of the displacements that came since the last time with all of them, in one pass."""
+        if not self.fresh:
+            return
+        places_F, size = self._order()[-self.fresh :], self.displacements_KP.shape[1]
+        towards_FK = np.zeros((self.fresh, len(self.displacements_KP)))
+        for column in range(0, size, COLUMNS_AT_ONCE):
+            part_Kp = self.displacements_KP[:, column : column + COLUMNS_AT_ONCE].astype(np.float64)
+            towards_FK += part_Kp[places_F] @ part_Kp.T
+        self.products_KK[places_F], self.products_KK[:, places_F] = towards_FK, towards_FK.T
+        self.fresh = 0
+
+
+def check_schedule(question: Question, recorded: int, horizon: int) -> None:
+    """Raise ValueError where a predictor cannot stand for `horizon` snapshots after `recorded` ones of an iteration."""
+    if question.steps[:horizon] != tuple(range(1, horizon + 1)):
+        raise ValueError(f"jump.horizon={horizon} exceeds the predictor's forward steps {question.steps}")
+    if recorded + horizon != question.snapshots_per_iteration:
+        raise ValueError(
+            f"{recorded} snapshots of an iteration and jump.horizon={horizon} are not the "
+            f"{question.snapshots_per_iteration} snapshots per iteration that the predictor was fitted on"
+        )
+    if horizon > question.context:
+        raise ValueError(f"jump.horizon={horizon} exceeds the predictor's context of {question.context} displacements")
+
+
+def propose(
+    forecaster: Forecaster,
+    history: History,
+    settings: config.Jump,
+    *,
+    phase: int,
+    progress: float,
+    learning_rate: float,
+) -> tuple[NDArray[np.float64], str | None]:
+    """What each displacement counts in each move of a jump (H, K), all 0 where refused; and why it was refused.
+
+    Refused is what is not finite, and what goes further than any optimiser that moved as in the context would.
+    """
+    gram_KK = history.gram()
+    nothing_HK = np.zeros((settings.horizon, len(gram_KK)))
+    if not np.isfinite(gram_KK).all():
+        return nothing_HK, "the weights are not finite"
+    contexts = Contexts(
+        grams_BKK=gram_KK[None],
+        phases_B=np.array([phase]),
+        progress_B=np.array([progress]),
+        learning_rates_B=np.array([learning_rate]),
+    )
+    # One trial at a time: what a trial is told does not depend on those beside it.
+    ahead_HK = settings.damping * forecaster.coefficients(contexts)[0, : settings.horizon]
+    if not np.isfinite(ahead_HK).all():
+        return nothing_HK, "the forecast is not finite"
+    length = float(np.sqrt(max(ahead_HK[-1] @ gram_KK @ ahead_HK[-1], 0.0)))
+    longest = settings.limit * settings.horizon * float(np.sqrt(gram_KK.diagonal().max()))
+    if length > longest:
+        return nothing_HK, f"the forecast moves the weights by {length:.3g}, beyond jump.limit's {longest:.3g}"
+    return np.diff(ahead_HK, axis=0, prepend=0.0), None
+
+
+class GroupJumps:
+    """The jumps of B stacked trials, whose parameters are a policy's weights and then a critic's."""
+
+    def __init__(
+        self,
+        settings: config.Jump,
+        forecaster: Forecaster,
+        parameters_BN: NDArray[np.float32],
+        num_policy_weights: int,
+        snapshots_run: int,
+    ):
+        check_schedule(forecaster.question, snapshots_run, settings.horizon)
+        self.settings, self.forecaster, self.phase = settings, forecaster, snapshots_run
+        bounds = (0, num_policy_weights, parameters_BN.shape[1])[: 2 if settings.networks == "policy" else 3]
+        self._parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        self._histories = [
+            [History(parameters_N[part], forecaster.question.context) for part in self._parts]
+            for parameters_N in parameters_BN
+        ]
+        self.num_moved = bounds[-1]
+        """Parameters M that a jump moves, a trial's first ones."""
+        self.counts_B3 = np.zeros((len(parameters_BN), 3), dtype=np.int64)
+        """Jumps taken, dropped by the gate, and refused."""
+        self._coefficients: list[list[NDArray[np.float64]]] = []
+
+    def record(self, parameters_BN: NDArray[np.float32]) -> None:
+        """Take every trial's next snapshot."""
+        for histories, parameters_N in zip(self._histories, parameters_BN, strict=True):
+            for part, history in zip(self._parts, histories, strict=True):
+                history.record(parameters_N[part])
+
+    def propose(self, progress_B: NDArray[np.float64], learning_rates_B: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The moves (B, H, M) that stand for the epochs not run; 0 and a warning where a forecast is refused.
+
+        Progress is the share of the trial that has passed, a learning rate the share of its first.
+        """
+        moves_BHM = np.zeros((len(self._histories), self.settings.horizon, self.num_moved), dtype=np.float32)
+        self._coefficients = []
+        for b, histories in enumerate(self._histories):
+            answers = [
+                propose(
+                    self.forecaster,
+                    history,
+                    self.settings,
+                    phase=self.phase,
+                    progress=float(progress_B[b]),
+                    learning_rate=float(learning_rates_B[b]),
+                )
+                for history in histories
+            ]
+            reasons = [reason for _, reason in answers if reason]
+            if reasons:
+                self.counts_B3[b, REFUSED] += 1
+                warnings.warn(f"jump refused: {reasons[0]}; training goes on without it", RuntimeWarning, stacklevel=2)
+            self._coefficients.append([np.zeros_like(found) if reasons else found for found, _ in answers])
+            if not reasons:
+                self.counts_B3[b, TAKEN] += 1
+                for part, history, found in zip(self._parts, histories, self._coefficients[b], strict=True):
+                    moves_BHM[b, :, part] = history.moves(found)
+        return moves_BHM
+
+    def drop(self, dropped_B: NDArray[np.bool_]) -> None:
+        """Let some trials' proposals go: the gate found them wanting. Their moves are the caller's to forget."""
+        for b in map(int, np.flatnonzero(dropped_B)):
+            self.counts_B3[b] += np.array([-1, 1, 0])
+            self._coefficients[b] = [np.zeros_like(found) for found in self._coefficients[b]]
+
+    def carry_on(self, moves_BHM: NDArray[np.float32], parameters_BN: NDArray[np.float32]) -> None:
+        """Record the moves as made; the parameters are those after them."""
+        for b, histories in enumerate(self._histories):
+            for part, history, found in zip(self._parts, histories, self._coefficients[b], strict=True):
+                history.carry_on(found, moves_BHM[b, :, part], parameters_BN[b, part])
+
+    def keep(self, kept: NDArray[np.integer]) -> None:
+        """Go on with the kept trials alone, in their order."""
+        self._histories = [self._histories[b] for b in kept]
+        self.counts_B3 = self.counts_B3[kept]
+
+    def state(self, b: int) -> State:
+        """Everything that trial b's next jump depends on, and its counts."""
+        parts = [history.state() for history in self._histories[b]]
+        arrays = {f"jump.{index}.{name}": array for index, part in enumerate(parts) for name, array in part.items()}
+        return {**arrays, "jump.counts": self.counts_B3[b].copy()}
+
+    def set_state(self, b: int, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a state."""
+        for index, history in enumerate(self._histories[b]):
+            prefix = f"jump.{index}."
+            part = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+            history.set_state(part)
+        self.counts_B3[b] = state["jump.counts"]
+
+
+class ModuleJumps:
+    """Jumps for any torch module, in anybody's training loop: call `record` where the predictor's data had a snapshot,
+    and `jump` in place of the epochs left out.
+
+    Costs, for P parameters and a context of K: 4 (K + 1) P bytes on the CPU; per jump about one pass over them in
+    float64 and one in float32, and one call of the predictor, which does not depend on P. On a GPU the parameters are
+    copied to the CPU at each call and back after a jump.
+    """
+
+    def __init__(self, module: torch.nn.Module, predictor: Forecaster, settings: config.Jump | None = None):
+        """Raises ValueError where the predictor cannot look so far ahead."""
+        self.settings = settings or config.Jump()
+        question = predictor.question
+        check_schedule(question, question.snapshots_per_iteration - self.settings.horizon, self.settings.horizon)
+        self._parameters, self._predictor = list(module.parameters()), predictor
+        self._history = History(self._weights(), question.context)
+        self.recorded = 0
+        """Snapshots recorded since the last jump."""
+        self.taken, self.refused = 0, 0
+
+    def record(self) -> None:
+        """Take a snapshot of the module's weights."""
+        self._history.record(self._weights())
+        self.recorded += 1
+
+    def jump(self, progress: float, learning_rate: float | None = None) -> bool:
+        """Move the weights to where the epochs left out would have led; whether the jump was taken.
+
+        `progress` is the share of the training that has passed; `learning_rate` is the present one as a share of the
+        first, by default annealed linearly. A forecast that is not finite or absurdly far is refused with a
+        RuntimeWarning. Raises ValueError if another number of snapshots was recorded than the predictor expects.
+        """
+        check_schedule(self._predictor.question, self.recorded, self.settings.horizon)
+        coefficients_HK, refused = propose(
+            self._predictor,
+            self._history,
+            self.settings,
+            phase=self.recorded,
+            progress=progress,
+            learning_rate=1.0 - progress if learning_rate is None else learning_rate,
+        )
+        moves_HP = self._history.moves(coefficients_HK)
+        weights_P = self._weights()
+        if refused:
+            self.refused += 1
+            warnings.warn(f"jump refused: {refused}; training goes on without it", RuntimeWarning, stacklevel=2)
+        else:
+            self.taken += 1
+            weights_P = weights_P + moves_HP.sum(axis=0)
+            self._set_weights(weights_P)
+        self._history.carry_on(coefficients_HK, moves_HP, weights_P)
+        self.recorded = 0
+        return refused is None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and counts that the next jumps depend on, the whole history included; for `torch.save`."""
+        history = {name: torch.from_numpy(array) for name, array in self._history.state().items()}
+        return {"history": history, "recorded": self.recorded, "taken": self.taken, "refused": self.refused}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned. Raises ValueError if it is of another context or module."""
+        self._history.set_state({name: tensor.numpy() for name, tensor in state["history"].items()})
+        self.recorded, self.taken, self.refused = state["recorded"], state["taken"], state["refused"]
+
+    def _weights(self) -> NDArray[np.float32]:
+        parts = [parameter.detach().reshape(-1).float().cpu() for parameter in self._parameters]
+        return torch.cat(parts).numpy()
+
+    @torch.no_grad()
+    def _set_weights(self, weights_P: NDArray[np.float32]) -> None:
+        sizes = [parameter.numel() for parameter in self._parameters]
+        for parameter, part in zip(self._parameters, torch.from_numpy(weights_P).split(sizes), strict=True):
+            parameter.copy_(part.view_as(parameter))
