@@ -14,9 +14,10 @@ import pytest
 import ray
 
 from tipl_ray import collection
-from tipl_ray.collection import GroupCollector, GroupProgress, collect, pending_seeds
+from tipl_ray.collection import GroupCollector, collect, pending_seeds
 from tipl_ray.config import CHECKOUT, Experiment, load_experiment
 from tipl_ray.learner import choose_engine
+from tipl_ray.placement import GroupProgress
 from tipl_ray.trajectory_store import TrajectoryStore
 
 

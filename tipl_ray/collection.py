@@ -1,8 +1,8 @@
 """Collect: PPO trials on Ray actors, one group of trials each, streamed to the trajectory store.
 
-`GroupCollector` runs a group and commits its trials, and works without Ray; `collect` sends groups out as actors and
-calls each of them again and again for a slice of work. The store holds all that counts: an actor that dies is restarted
-by Ray, finds the last commits there and goes on, and so does a new driver.
+`GroupCollector` runs a group and commits its trials, and works without Ray; `collect` sends groups out to actors and
+calls each of them again and again for a slice of work. The store holds all that counts: where an actor dies, another
+finds the last commits there and goes on, and so does a new driver.
 """
 
 import dataclasses
@@ -14,40 +14,22 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.metrics import Counter, Gauge
 
 from tipl_ray.config import Experiment, as_table
 from tipl_ray.forecasting import predictor_digest
 from tipl_ray.learner import ENGINES, choose_engine
+from tipl_ray.placement import LOSSES, GroupProgress, Order, Placement, split_into_groups
 from tipl_ray.ppo import TrialGroup, network_shape
+from tipl_ray.terminal import log_event
 from tipl_ray.trajectory_store import Header, TrajectoryStore, TrialWriter
 
 SLICE_SECONDS = 2.0
 """Seconds of work per call of an actor: what passes between two progress messages."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GroupProgress:
-    """How far one group of trials is; all that an actor tells the driver."""
-
-    seeds: tuple[int, ...]
-    env_steps: int
-    """Environment steps run, over all trials of the group, those of earlier runs included."""
-    total_env_steps: int
-    env_steps_per_second: float
-    """Over the last slice of work."""
-    mean_return: float
-    """Mean over trials of the last mean episodic return; NaN before the first episode ended."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether every trial of the group has run and is committed."""
-        return self.env_steps >= self.total_env_steps
-
-    @property
-    def seconds_left(self) -> float:
-        """Estimated from the last slice."""
-        left = self.total_env_steps - self.env_steps
-        return left / self.env_steps_per_second if self.env_steps_per_second else math.inf if left else 0.0
+MESSAGES_PER_SECOND = 200
+"""Progress messages that the driver is sent at most, by longer calls where there are many actors."""
+LOOK_SECONDS = 1.0
+"""Seconds between two looks at the whole: nodes that are to go, seats to open and to close, what the caller is told."""
 
 
 def trial_header(experiment: Experiment, engine: str) -> Header:
@@ -69,60 +51,103 @@ def trial_header(experiment: Experiment, engine: str) -> Header:
 class GroupCollector:
     """One group of trials and their writers: goes on from the last commits, commits every few iterations."""
 
-    def __init__(self, experiment: Experiment, engine: str, seeds: Sequence[int]):
-        store, header = TrajectoryStore(experiment.storage_path), trial_header(experiment, engine)
+    def __init__(self, experiment: Experiment, engine: str, seeds: Sequence[int] = ()):
+        self._experiment, self._engine = experiment, engine
+        self._meters = _Meters(experiment.name)
+        self.start(seeds)
+
+    def start(self, seeds: Sequence[int]) -> GroupProgress:
+        """Take over a group of trials where they were last committed, dropping what ran here before."""
+        store, header = TrajectoryStore(self._experiment.storage_path), trial_header(self._experiment, self._engine)
         self._writers = {seed: TrialWriter(store, seed, header) for seed in seeds}
         states = [writer.state for writer in self._writers.values()]
-        self._group = TrialGroup(experiment, engine, list(seeds), states)
-        for snapshot in self._group.initial_snapshots():
-            self._writers[snapshot.seed].append(snapshot)
-        self._experiment = experiment
-        self._iterations = {seed: int(k) for seed, k in zip(seeds, self._group.iterations_K, strict=True)}
+        self._group = TrialGroup(self._experiment, self._engine, list(seeds), states) if seeds else None
+        self._iterations: dict[int, int] = {}
         self._returns: dict[int, float] = {}
+        if self._group:
+            for snapshot in self._group.initial_snapshots():
+                self._writers[snapshot.seed].append(snapshot)
+            self._iterations = {seed: int(k) for seed, k in zip(seeds, self._group.iterations_K, strict=True)}
+        return self.advance(0.0)
 
-    def advance(self, seconds: float) -> GroupProgress:
-        """Run whole iterations for at least some seconds, committing as they fall due."""
+    def advance(self, seconds: float, to_commit: bool = False) -> GroupProgress:
+        """Run whole iterations for at least some seconds and, if asked, on to the next commit."""
         begin, before = time.monotonic(), sum(self._iterations.values())
-        while not self._group.finished and time.monotonic() - begin < seconds:
+        num_steps = self._experiment.ppo.num_steps
+        while self._group and not self._group.finished:
+            if time.monotonic() - begin >= seconds and not (to_commit and self._uncommitted()):
+                break
             self._run_iteration()
-        num_steps, done = self._experiment.ppo.num_steps, sum(self._iterations.values())
-        returns = list(self._returns.values())
+        done, returns = sum(self._iterations.values()), list(self._returns.values())
+        rate = (done - before) * num_steps / max(time.monotonic() - begin, 1e-9)
+        self._meters.ran((done - before) * num_steps, rate)
         return GroupProgress(
             seeds=tuple(self._writers),
             env_steps=done * num_steps,
             total_env_steps=len(self._writers) * self._experiment.env_steps_per_trial,
-            env_steps_per_second=(done - before) * num_steps / max(time.monotonic() - begin, 1e-9),
+            uncommitted_env_steps=self._uncommitted() * num_steps,
+            env_steps_per_second=rate,
             mean_return=float(np.mean(returns)) if returns else math.nan,
         )
 
     def _run_iteration(self) -> None:
-        for snapshot in self._group.run_iteration():
+        group = self._group
+        assert group is not None, "a group was started"
+        for snapshot in group.run_iteration():
             self._writers[snapshot.seed].append(snapshot)
             self._iterations[snapshot.seed] = snapshot.iteration
             if snapshot.episodic_return is not None:
                 self._returns[snapshot.seed] = snapshot.episodic_return
-        for seed in self._group.seeds:
-            iteration = self._iterations[seed]
-            due = iteration % self._experiment.collect.iterations_per_commit == 0
-            if due or iteration == self._experiment.num_iterations:
-                self._writers[seed].commit(self._group.state(seed))
+        begin = time.monotonic()
+        due = [seed for seed in group.seeds if not self._since_commit(seed)]
+        num_bytes = sum(self._writers[seed].commit(group.state(seed)).part_bytes for seed in due)
+        if due:
+            self._meters.committed(len(due), num_bytes)
+            log_event(
+                "commit",
+                trials=name_trials(due),
+                iteration=self._iterations[due[0]],
+                bytes=num_bytes,
+                seconds=round(time.monotonic() - begin, 3),
+            )
+
+    def _since_commit(self, seed: int) -> int:
+        """Iterations of a trial that are not committed; where commits fall due is part of the data."""
+        iteration = self._iterations[seed]
+        at_end = iteration == self._experiment.num_iterations
+        return 0 if at_end else iteration % self._experiment.collect.iterations_per_commit
+
+    def _uncommitted(self) -> int:
+        return sum(map(self._since_commit, self._iterations))
+
+
+class _Meters:
+    """This process' share in Ray's metrics, which its dashboard and Prometheus read; nothing without Ray."""
+
+    def __init__(self, experiment: str) -> None:
+        self._tags = {"experiment": experiment}
+        if ray.is_initialized():
+            keys = tuple(self._tags)
+            self._env_steps = Counter("tipl_env_steps", "Environment steps run", keys)
+            self._commits = Counter("tipl_commits", "Commits of trials", keys)
+            self._bytes = Counter("tipl_committed_bytes", "Bytes of the committed Parquet parts", keys)
+            self._rate = Gauge("tipl_env_steps_per_second", "Of one actor, over its last slice of work", keys)
+
+    def ran(self, env_steps: int, rate: float) -> None:
+        if ray.is_initialized() and env_steps:
+            self._env_steps.inc(env_steps, self._tags)
+            self._rate.set(rate, self._tags)
+
+    def committed(self, commits: int, num_bytes: int) -> None:
+        if ray.is_initialized():
+            self._commits.inc(commits, self._tags)
+            self._bytes.inc(num_bytes, self._tags)
 
 
 def pending_seeds(experiment: Experiment, store: TrajectoryStore) -> list[int]:
     """Seeds of the trials that are not committed to their end, the least advanced first."""
     progress = [store.progress(seed, experiment.num_snapshots) for seed in experiment.collect.seeds]
     return [p.seed for p in sorted(progress, key=lambda p: p.num_snapshots) if not p.complete]
-
-
-def split_into_groups(seeds: Sequence[int], trials_per_actor: int, num_cpus: int) -> list[list[int]]:
-    """Groups of trials, one per actor; 0 trials per actor keeps every CPU busy with at least 2 trials stacked.
-
-    >>> split_into_groups(range(5), 0, 2), split_into_groups(range(5), 2, 8), split_into_groups(range(3), 0, 64)
-    ([[0, 1, 2], [3, 4]], [[0, 1], [2, 3], [4]], [[0, 1, 2]])
-    """
-    num_groups = math.ceil(len(seeds) / trials_per_actor) if trials_per_actor else min(num_cpus, len(seeds) // 2)
-    parts = np.array_split(np.asarray(seeds, dtype=int), max(num_groups, 1))
-    return [[int(seed) for seed in part] for part in parts if len(part)]
 
 
 def collect(
@@ -139,37 +164,130 @@ def collect(
         TrialWriter(store, store.seeds()[0], header)  # refuses, and says what differs
     seeds = pending_seeds(experiment, store)
     if seeds:
-        num_cpus = int(ray.cluster_resources().get("CPU", 1))
-        groups = split_into_groups(seeds, experiment.collect.trials_per_actor, num_cpus)
-        _run_groups(experiment, engine, groups, on_progress)
+        _run(experiment, engine, seeds, on_progress)
     if not store.finished():
         store.finish(experiment.collect.seeds, experiment.num_snapshots)
     return store
 
 
-def _run_groups(
-    experiment: Experiment, engine: str, groups: list[list[int]], on_progress: Callable[[list[GroupProgress]], None]
+def _run(
+    experiment: Experiment, engine: str, seeds: list[int], on_progress: Callable[[list[GroupProgress]], None]
 ) -> None:
-    collector: Any = ray.remote(GroupCollector).options(num_cpus=1, max_restarts=-1, max_task_retries=-1)
-    actors = [collector.remote(experiment, engine, seeds) for seeds in groups]
-    latest = [
-        GroupProgress(
-            seeds=tuple(seeds),
-            env_steps=0,
-            total_env_steps=len(seeds) * experiment.env_steps_per_trial,
-            env_steps_per_second=0.0,
-            mean_return=math.nan,
-        )
-        for seeds in groups
-    ]
-    running = {actor.advance.remote(0.0): index for index, actor in enumerate(actors)}
-    while running:
-        ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
-        for reference in ready:
-            index = running.pop(reference)
-            latest[index] = ray.get(reference)
-            if latest[index].finished:
-                ray.kill(actors[index])
+    """Run the trials on as many actors as the cluster has room for, while nodes and actors come and go."""
+    trials_per_actor = experiment.collect.trials_per_actor
+    # What is free, not what there is: the cluster may be at other work too.
+    num_cpus = max(1, int(ray.available_resources().get("CPU", 0)))
+    groups = split_into_groups(seeds, trials_per_actor, num_cpus)
+    trial = GroupProgress(seeds=(0,), env_steps=0, total_env_steps=experiment.env_steps_per_trial)
+    placement = Placement(
+        [dataclasses.replace(trial, seeds=tuple(g), total_env_steps=len(g) * trial.total_env_steps) for g in groups],
+        divisible=not trials_per_actor,
+    )
+    crew = _Crew(experiment, engine)
+    try:
+        while not placement.finished:
+            if crew.looked_seconds_ago() >= LOOK_SECONDS:
+                crew.look(placement)
+                on_progress(placement.groups())
+            for seat, order in placement.orders():
+                crew.send(placement, seat, order)
+            crew.listen(placement)
+        on_progress(placement.groups())
+    finally:
+        crew.dismiss()
+
+
+class _Crew:
+    """The actors on a placement's seats, each with at most one call under way."""
+
+    def __init__(self, experiment: Experiment, engine: str) -> None:
+        self._name = experiment.name
+        self._arguments = (experiment, engine)
+        # Not restarted by Ray: its group goes on wherever there is room, which need not be there.
+        self._collector: Any = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(GroupCollector)
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[ray.ObjectRef, int] = {}
+        self._looked = -math.inf
+
+    def looked_seconds_ago(self) -> float:
+        return time.monotonic() - self._looked
+
+    def look(self, placement: Placement) -> None:
+        """See which nodes are to go, and open and close seats as the placement wants them."""
+        self._looked = time.monotonic()
+        for seat in placement.drain(set(ray._private.state.state.get_draining_nodes())):
+            log_event("draining", actor=seat)
+        opened, closed = placement.balance()
+        for seat in opened:
+            # An actor that finds no room stays pending, and that is what an autoscaler goes by.
+            actor = self._collector.options(name=f"collect {self._name} {seat}").remote(*self._arguments)
+            self._actors[seat] = actor
+            self._calls[actor.__ray_call__.remote(_node)] = seat
+        for seat in closed:
+            self._end(seat)
+
+    def send(self, placement: Placement, seat: int, order: Order) -> None:
+        """Pass an order on to the actor of a seat."""
+        actor = self._actors[seat]
+        if order is Order.CLOSE:
+            self._end(seat)
+            return
+        if order is Order.START:
+            seeds = placement.group(seat).seeds
+            log_event("start", actor=seat, trials=name_trials(seeds))
+            call = actor.start.remote(seeds)
+        elif order is Order.TO_COMMIT:
+            call = actor.advance.remote(0.0, to_commit=True)
+        else:
+            call = actor.advance.remote(max(SLICE_SECONDS, placement.num_seats() / MESSAGES_PER_SECOND))
+        self._calls[call] = seat
+
+    def listen(self, placement: Placement) -> None:
+        """Wait for an actor's answer, for a while, and pass on all the answers that are there."""
+        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=LOOK_SECONDS)
+        if len(self._calls) > 1:
+            ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        for call in ready:
+            seat = self._calls.pop(call)
+            try:
+                answer = ray.get(call)
+            except ray.exceptions.RayActorError as error:
+                self._end(seat)
+                losses = placement.lost(seat)
+                log_event("lost", actor=seat, losses=losses, cause=str(error).splitlines()[0])
+                if losses >= LOSSES or error.actor_init_failed:
+                    raise
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
             else:
-                running[actors[index].advance.remote(SLICE_SECONDS)] = index
-        on_progress(latest)
+                if isinstance(answer, GroupProgress):
+                    placement.told(seat, answer)
+                    if answer.finished:
+                        log_event("finished", actor=seat, trials=name_trials(answer.seeds))
+                else:
+                    placement.arrived(seat, answer)
+                    log_event("actor", actor=seat, node=answer)
+
+    def dismiss(self) -> None:
+        for seat in list(self._actors):
+            self._end(seat)
+
+    def _end(self, seat: int) -> None:
+        ray.kill(self._actors.pop(seat))
+        self._calls = {call: other for call, other in self._calls.items() if other != seat}
+
+
+def _node(collector: GroupCollector) -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+def name_trials(seeds: Sequence[int]) -> str:
+    """Trials in a few letters.
+
+    >>> name_trials([3, 1, 2]), name_trials([7]), name_trials([1, 2, 5])
+    ('1-3', '7', '1,2,5')
+    """
+    first, last = min(seeds), max(seeds)
+    if len(seeds) == 1:
+        return str(first)
+    return f"{first}-{last}" if last - first + 1 == len(seeds) else ",".join(map(str, sorted(seeds)))

@@ -18,11 +18,12 @@ import numpy as np
 import ray
 
 from tipl_ray import figures, report
-from tipl_ray.collection import GroupProgress, collect, pending_seeds, trial_header
+from tipl_ray.collection import collect, name_trials, pending_seeds, trial_header
 from tipl_ray.config import CHECKOUT, Experiment, as_table, digest
 from tipl_ray.evaluation import Evaluation, evaluate
 from tipl_ray.files import file_exists, local_path, write_file
 from tipl_ray.learner import choose_engine
+from tipl_ray.placement import GroupProgress
 from tipl_ray.tasks import find_task
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, TrackingError, ui_command
@@ -31,6 +32,9 @@ from tipl_ray.trajectory_store import StoreError, TrajectoryStore
 
 USER_ERRORS = (StoreError, TrackingError, TrainingError, ValueError)
 """What a user can mend: told in one line, without a traceback."""
+
+ROWS = 20
+"""Groups of trials in the table of progress at most."""
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray gives to the entry point of a submitted job alone."""
@@ -271,20 +275,21 @@ def _log_data(context: Context, run: Run) -> None:
 
 
 def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: float) -> None:
+    shown = sorted(groups, key=lambda group: group.finished)[:ROWS]
     rows = [
         {
-            "trials": f"{group.seeds[0]}-{group.seeds[-1]}" if len(group.seeds) > 1 else str(group.seeds[0]),
+            "trials": name_trials(group.seeds),
             "env steps": f"{group.env_steps:,} of {group.total_env_steps:,}",
             "env steps/s": f"{group.env_steps_per_second:,.0f}",
             "mean return": f"{group.mean_return:.1f}",
             "left": "done" if group.finished else _left(group.seconds_left),
         }
-        for group in groups
+        for group in shown
     ]
     done, total = sum(group.env_steps for group in groups), sum(group.total_env_steps for group in groups)
-    running = [group for group in groups if not group.finished]
+    running = [group for group in groups if group.env_steps_per_second and not group.finished]
     rate = sum(group.env_steps_per_second for group in running)
-    left = _left((total - done) / rate if rate else np.inf if running else 0.0)
+    left = _left((total - done) / rate if rate else np.inf if done < total else 0.0)
     finished = sum(len(group.seeds) for group in groups if group.finished)
     view.show(
         rows,

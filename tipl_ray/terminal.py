@@ -3,6 +3,8 @@
 In a log file, where nothing can be redrawn, the progress is one line now and then. Knows nothing of what is reported.
 """
 
+import datetime
+import json
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -21,6 +23,18 @@ console = Console(highlight=False, soft_wrap=True)
 def say(message: str) -> None:
     """Print a line."""
     console.print(message, markup=False)
+
+
+def log_event(name: str, **fields: object) -> None:
+    """Log one event in one line, time=... event=name key=value ...; on a terminal nothing, the table shows it there."""
+    if not console.is_terminal:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        say(" ".join([f"time={now}", f"event={name}", *(f"{key}={_word(value)}" for key, value in fields.items())]))
+
+
+def _word(value: object) -> str:
+    text = str(value)
+    return json.dumps(text) if " " in text or '"' in text else text
 
 
 def duration(seconds: float) -> str:

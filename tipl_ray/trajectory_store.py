@@ -581,11 +581,11 @@ class TrialWriter:
         )
         self._buffer.append(copy)
 
-    def commit(self, state: dict[str, np.ndarray]) -> None:
+    def commit(self, state: dict[str, np.ndarray]) -> CommitRecord:
         """Publish the buffered snapshots and the state to resume from: part, then state, then the record that counts.
 
-        When it returns, they survive a power cut. Raises StoreError where nothing is buffered, another writer holds
-        the trial or the storage refuses a write; readers then still see the commit before.
+        When it returns that record, they survive a power cut. Raises StoreError where nothing is buffered, another
+        writer holds the trial or the storage refuses a write; readers then still see the commit before.
         """
         if not self._buffer:
             raise StoreError(f"trial {self._seed}: no snapshot was appended since the last commit")
@@ -605,6 +605,7 @@ class TrialWriter:
         self._state = {name: array.copy() for name, array in state.items()}
         if before:
             self._files.delete(_state_path(self._seed, before))
+        return record
 
     def _record(self, part: memoryview, state_file: bytes) -> CommitRecord:
         commit = self._last.commit + 1 if self._last else 1
