@@ -20,8 +20,9 @@ import safetensors.numpy
 import tyro
 
 from tipl_ray.config import as_table
+from tipl_ray.storage import StoreError
 from tipl_ray.terminal import console, format_rows, say
-from tipl_ray.trajectory_store import COLUMNS, Header, StoreError, TrajectoryStore, TrialProgress
+from tipl_ray.trajectory_store import COLUMNS, Header, TrajectoryStore, TrialProgress
 
 Storage = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
 Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="seeds of the trials to take; none takes all")]

@@ -40,7 +40,8 @@ from test_trajectory_store import (
 )
 
 from tipl_ray import config, trajectory_store
-from tipl_ray.trajectory_store import Header, StoreError, TrajectoryStore, TrialWriter
+from tipl_ray.storage import StoreError
+from tipl_ray.trajectory_store import Header, TrajectoryStore, TrialWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 PART, STATE = "trial=3/part-00000001-*", "trial=3/state-3-*"

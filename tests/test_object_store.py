@@ -1,28 +1,24 @@
 """The store on a real S3 endpoint over HTTP: what holds on a local folder holds there, or writing is refused."""
 
-import contextlib
 import http.client
 import http.server
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import botocore.session
 import numpy as np
 import pytest
+from conftest import BUCKET, make_client, new_root
 from test_trajectory_store import HEADER, collect, commit_snapshots, make_state
 
 from tipl_ray import trajectory_store
-from tipl_ray.trajectory_store import StoreError, TrajectoryStore, TrialWriter
+from tipl_ray.storage import StoreError
+from tipl_ray.trajectory_store import TrajectoryStore, TrialWriter
 
-BUCKET = "trajectories-of-tests"
 Put = Callable[[int, dict[str, str]], None]
 """What to do with the n-th put that carries data, and its headers; counted from 1."""
 
@@ -82,50 +78,11 @@ class _Forward(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """host:port of an S3 server on this machine, with one bucket, and its credentials in the environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"):
-            patch.delenv(name, raising=False)
-        for name, value in (
-            ("ACCESS_KEY_ID", "id"),
-            ("SECRET_ACCESS_KEY", "secret"),
-            ("EC2_METADATA_DISABLED", "true"),
-        ):
-            patch.setenv(f"AWS_{name}", value)
-        try:
-            deadline = time.monotonic() + 30
-            while True:
-                with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-                    break
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            make_client(f"http://127.0.0.1:{port}").create_bucket(Bucket=BUCKET)
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait()
-
-
 @pytest.fixture
 def proxy(server: str) -> Iterator[Proxy]:
     with Proxy(server) as proxy:
         yield proxy
         proxy.shutdown()
-
-
-def make_client(endpoint: str) -> Any:
-    return botocore.session.get_session().create_client("s3", endpoint_url=endpoint, region_name="us-east-1")
-
-
-def new_root(endpoint: str) -> str:
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}?endpoint_override={endpoint}"
 
 
 def keys(root: str) -> list[str]:

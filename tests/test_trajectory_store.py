@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tipl_ray import trajectory_store
-from tipl_ray.trajectory_store import Header, Snapshot, StoreError, TrajectoryStore, TrialWriter
+from tipl_ray.storage import StoreError
+from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
 
 P, O = 7, 3  # noqa: E741
 HEADER = Header(

@@ -21,7 +21,6 @@ import torch
 
 from tipl_ray import metrics
 from tipl_ray.config import Experiment, as_table, digest
-from tipl_ray.files import file_exists, read_file, write_file
 from tipl_ray.forecasting import Predictor, Trial, Trials, Weights, load_fitted, make_predictors, save_fitted
 from tipl_ray.gram import Question, squared_errors
 from tipl_ray.learner import choose_engine, make_learner
@@ -29,6 +28,7 @@ from tipl_ray.metrics import Table
 from tipl_ray.ppo import network_shape
 from tipl_ray.returns import policy_returns
 from tipl_ray.segments import load_band
+from tipl_ray.storage import file_exists, join, last_name, read_file, write_file
 from tipl_ray.temporal_svd import reconstruction_error
 from tipl_ray.trajectory_store import Trajectory, TrajectoryStore
 
@@ -194,10 +194,8 @@ def reconstruction_rows(experiment: Experiment, seed: int) -> list[dict]:
 def evaluation_folder(experiment: Experiment, model_folder: str) -> str:
     """Where the evaluation of a model lies: a name made of all that its figures depend on."""
     evaluate = as_table(experiment.evaluate)
-    name = digest(
-        model_folder.rsplit("/", 1)[-1], evaluate, experiment.test_seeds, choose_engine("auto", experiment.ppo)
-    )
-    return f"{experiment.storage_path}/evaluations/{name}"
+    name = digest(last_name(model_folder), evaluate, experiment.test_seeds, choose_engine("auto", experiment.ppo))
+    return join(experiment.storage_path, "evaluations", name)
 
 
 def evaluate(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tipl_ray import config
-from tipl_ray.files import file_exists, read_file, write_file
+from tipl_ray.storage import file_exists, read_file, write_file
 
 WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "model.json"
 CLOCK_SIZE = 4

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl_ray import config
-from tipl_ray.files import file_exists, read_file, write_file
 from tipl_ray.gram import GramBand, Question, band_index, make_band, squared_errors
 from tipl_ray.model import Normaliser
+from tipl_ray.storage import file_exists, join, read_file, write_file
 from tipl_ray.temporal_svd import FittedBasis, fit_basis
 from tipl_ray.trajectory_store import TrajectoryStore
 
@@ -102,7 +102,7 @@ def load_band(storage: str, seed: int, question: Question) -> GramBand:
     is damaged.
     """
     store = TrajectoryStore(storage)
-    folder, name = f"{storage}/grams", f"{store.digest([seed])}-{question.width}.npy"
+    folder, name = join(storage, "grams"), f"{store.digest([seed])}-{question.width}.npy"
     if file_exists(folder, name):
         rates_T = store.trajectory(seed, columns=("learning_rate",)).learning_rates_T
         return GramBand(

@@ -21,14 +21,14 @@ from tipl_ray import figures, report
 from tipl_ray.collection import collect, name_trials, pending_seeds, trial_header
 from tipl_ray.config import CHECKOUT, Experiment, as_table, digest
 from tipl_ray.evaluation import Evaluation, evaluate
-from tipl_ray.files import file_exists, local_path, write_file
 from tipl_ray.learner import choose_engine
 from tipl_ray.placement import GroupProgress
+from tipl_ray.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
 from tipl_ray.tasks import find_task
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, TrackingError, ui_command
 from tipl_ray.training import TrainingError, load_history, model_folder, run_digest, train
-from tipl_ray.trajectory_store import StoreError, TrajectoryStore
+from tipl_ray.trajectory_store import TrajectoryStore
 
 USER_ERRORS = (StoreError, TrackingError, TrainingError, ValueError)
 """What a user can mend: told in one line, without a traceback."""
@@ -76,7 +76,7 @@ def run_collect(context: Context) -> None:
     curves = learning_curves(experiment)
     final = float(np.mean([returns[-1] for _, _, returns in curves]))
     say(
-        f"collect: data set {store.digest(settings.seeds)} in {experiment.storage_path}/trajectories, "
+        f"collect: data set {store.digest(settings.seeds)} in {join(experiment.storage_path, 'trajectories')}, "
         f"mean episodic return at the end {final:.1f} over {len(curves)} trials, {duration(time.monotonic() - begin)}"
     )
     key = f"collect-{header.config_hash}-{digest(settings.seeds)}"
@@ -114,8 +114,10 @@ def run_train(context: Context) -> None:
         for metrics in history:
             log(metrics)
         run.log_figure(figures.training_curves(history), "training_curves")
-        if local_path(folder):
-            run.log_model_folder(folder)
+        with tempfile.TemporaryDirectory() as copy:
+            for name in Storage(folder).sizes():
+                Path(copy, name).write_bytes(read_file(folder, name))
+            run.log_model_folder(copy)
     say(f"train: model in {folder}, {duration(time.monotonic() - begin)}")
 
 
@@ -136,7 +138,7 @@ def run_evaluate(context: Context) -> None:
         evaluation = evaluate(
             experiment, model, lambda done, total: view.show([], f"evaluate: {done} of {total} tasks done")
         )
-    key = f"evaluate-{evaluation.folder.rsplit('/', 1)[-1]}"
+    key = f"evaluate-{last_name(evaluation.folder)}"
     with context.tracker.run("evaluate", key, parent=context.pipeline, tags=_tags(context)) as run:
         run.log_parameters({"evaluate": as_table(settings), "model": model})
         _log_data(context, run)
@@ -147,7 +149,7 @@ def run_evaluate(context: Context) -> None:
             pictures = _draw(context, evaluation, load_history(model), Path(folder))
             for name, picture in pictures.items():
                 run.log_figure(picture, name)
-                write_file(f"{evaluation.folder}/figures", picture.name, picture.read_bytes())
+                write_file(join(evaluation.folder, "figures"), picture.name, picture.read_bytes())
             page = _write_report(Path(folder) / "report.html", context, evaluation, model, pictures)
             run.log_file(page)
             write_file(evaluation.folder, page.name, page.read_bytes())
@@ -159,7 +161,7 @@ def run_evaluate(context: Context) -> None:
     for answer in found:
         say(f"{answer.question} {answer.text}")
     say(f"evaluate: results and figures in {evaluation.folder}, {duration(time.monotonic() - begin)}")
-    say(f"evaluate: report {evaluation.folder}/report.html")
+    say(f"evaluate: report {join(evaluation.folder, 'report.html')}")
 
 
 STAGES: dict[str, Callable[[Context], None]] = {"collect": run_collect, "train": run_train, "evaluate": run_evaluate}
@@ -269,7 +271,7 @@ def _log_data(context: Context, run: Run) -> None:
     run.log_dataset(
         f"{experiment.name} trajectories",
         data_digest(experiment),
-        f"{experiment.storage_path}/trajectories",
+        join(experiment.storage_path, "trajectories"),
         profile={"trials": experiment.collect.num_trials, "snapshots_per_trial": experiment.num_snapshots},
     )
 
@@ -340,10 +342,10 @@ def _write_report(path: Path, context: Context, evaluation: Evaluation, model: s
             "the whole pipeline": f"python jobs/pipeline.py --experiment jobs/experiments/{experiment.name}.toml"
         },
         files={
-            "data set": f"{experiment.storage_path}/trajectories",
+            "data set": join(experiment.storage_path, "trajectories"),
             "model": model,
-            "result table": f"{evaluation.folder}/results.parquet",
-            "summary": f"{evaluation.folder}/summary.csv",
+            "result table": join(evaluation.folder, "results.parquet"),
+            "summary": join(evaluation.folder, "summary.csv"),
         },
         confidence=experiment.evaluate.confidence,
         comparisons=evaluation.comparisons,

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tipl_ray import config
+from tipl_ray.storage import join, local_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,8 +50,8 @@ def resolve_uri(uri: str | None, storage_path: str) -> str:
     Raises TrackingError for what would not outlive the job: a file store, a relative sqlite path.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    folder = _local_folder(storage_path)
     if not uri:
+        folder = local_folder(storage_path)
         if folder is None:
             raise TrackingError(
                 f"tracking.uri is not set and storage={storage_path!r} is no local folder, so no sqlite file can lie "
@@ -276,7 +277,7 @@ def _experiment_id(client: MlflowClient, uri: str, name: str, storage_path: str)
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # A server keeps artifacts where it was told to; a bare database would put them into the working directory.
-        location = None if uri.startswith(("http://", "https://")) else _artifact_location(storage_path)
+        location = None if uri.startswith(("http://", "https://")) else _artifact_location(uri, storage_path)
         return client.create_experiment(name, artifact_location=location)
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
@@ -285,15 +286,13 @@ def _experiment_id(client: MlflowClient, uri: str, name: str, storage_path: str)
     return experiment.experiment_id
 
 
-def _artifact_location(storage_path: str) -> str:
-    folder = _local_folder(storage_path)
-    return f"{storage_path.rstrip('/')}/mlflow-artifacts" if folder is None else (folder / "mlflow-artifacts").as_uri()
-
-
-def _local_folder(storage_path: str) -> Path | None:
-    if storage_path.startswith("file://"):
-        return Path(urllib.parse.unquote(urllib.parse.urlsplit(storage_path).path))
-    return None if "://" in storage_path else Path(storage_path).absolute()
+def _artifact_location(uri: str, storage_path: str) -> str:
+    folder = local_folder(storage_path)
+    if folder is None and uri.startswith("sqlite:"):
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+    if folder is None:
+        return join(storage_path, "mlflow-artifacts").partition("?")[0]
+    return (folder / "mlflow-artifacts").as_uri()
 
 
 @contextlib.contextmanager

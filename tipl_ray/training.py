@@ -29,11 +29,11 @@ from ray.util.queue import Queue
 from torch import Tensor, nn
 
 from tipl_ray import config
-from tipl_ray.files import read_file, write_file
 from tipl_ray.gram import GramBand, Question
 from tipl_ray.model import is_complete, load_about, load_model
 from tipl_ray.objectives import TrainingData, gather_trials, make_objective
 from tipl_ray.segments import Tokens, draw_windows, load_band, load_tokens
+from tipl_ray.storage import Storage, join, read_file, write_file
 from tipl_ray.trajectory_store import TrajectoryStore
 
 STATE_FILE, PROGRESS_FILE, HISTORY_FILE = "training.safetensors", "training.json", "history.json"
@@ -112,7 +112,7 @@ class Training:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_file(folder, STATE_FILE, safetensors.torch.save(tensors))
         write_file(folder, PROGRESS_FILE, json.dumps({"step": self.step, "history": self.history}).encode())
-        self.best.save(f"{folder}/model", self._about())
+        self.best.save(join(folder, "model"), self._about())
 
     def restore(self, folder: str) -> None:
         """Go on from the checkpoint that `save` wrote."""
@@ -127,7 +127,7 @@ class Training:
                 moments.setdefault(int(index), {})[moment] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.best.load_state_dict(load_model(f"{folder}/model").state_dict())
+        self.best.load_state_dict(load_model(join(folder, "model")).state_dict())
 
     def _train_until(self, step: int) -> float:
         self.model.train()
@@ -186,7 +186,7 @@ def run_digest(experiment: config.Experiment, data_digest: str) -> str:
 
 def model_folder(experiment: config.Experiment, data_digest: str) -> str:
     """Where `train` leaves the model of this experiment and data."""
-    return f"{experiment.storage_path}/models/{run_digest(experiment, data_digest)}"
+    return join(experiment.storage_path, "models", run_digest(experiment, data_digest))
 
 
 def load_history(folder: str) -> list[Metrics]:
@@ -317,6 +317,8 @@ def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> 
     # The model on the basis `window` gains little by a second thread, and loses all where that has to wait for its CPU.
     one_thread = use_gpu or experiment.basis.kind == "window"
     num_threads = 1 if one_thread else _cpus_per_worker(experiment.train.num_workers)
+    # Ray would find the folder, and endpoints that the environment names, by itself; all endpoints only we know.
+    filesystem, path = Storage(join(experiment.storage_path, "training")).filesystem
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={**settings, "num_threads": num_threads},
@@ -327,7 +329,8 @@ def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> 
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train v1
             name=name,
-            storage_path=f"{experiment.storage_path}/training",
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),

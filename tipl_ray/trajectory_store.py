@@ -9,35 +9,25 @@ Knows how trials are laid out, published and verified under one storage root; kn
 A part counts once a commit record names it, and a commit record counts while records 1, 2, ... n have no gap and their
 snapshots follow each other from 0. Everything else is garbage, which readers do not see and `sweep` deletes.
 
-The root is a folder or s3://bucket/prefix; an endpoint other than AWS's is told by $AWS_ENDPOINT_URL_S3,
-$AWS_ENDPOINT_URL or, first of all, `?endpoint_override=http://host:port`. Writing to S3 takes the extra `s3`; URIs of
-other filesystems can only be read.
+How files are put under the root, a folder or a bucket's prefix, `storage` knows.
 
 Shapes: T snapshots, P policy weights, O observation entries.
 """
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import itertools
 import json
 import math
-import os
 import re
-import time
-import urllib.parse
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 import pydantic
 import safetensors
@@ -45,20 +35,16 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from tipl_ray import config
+from tipl_ray.storage import TEMPORARY, Storage, StoreError
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"tipl_ray"
 """Key of the header's JSON in the metadata of a part's Parquet schema."""
 ROW_GROUP_BYTES = 8 * 2**20
 """Raw weights per row group at most: what reading a single snapshot costs."""
-REQUESTS_AT_ONCE = 16
-"""Requests under way at once where each is a round trip."""
-CONFLICTS = 50
-"""Conditional puts of one name that may meet another under way before the store gives up."""
 
 _TRAJECTORIES, _COMMITS = "trajectories", "commits"
 _SUCCESS = "_SUCCESS"
-_TEMPORARY = ".tmp-"
 _TRIAL_FOLDER = re.compile(r"trial=(0|[1-9][0-9]*)")
 _PART_NAME = re.compile(r"part-([0-9]{8,})-[0-9a-f]{16}\.parquet")
 _COMMIT_NAME = re.compile(r"commit-([1-9][0-9]*)\.json")
@@ -67,10 +53,6 @@ _STATE_NAME = re.compile(r"state-([1-9][0-9]*)-[0-9a-f]{16}\.safetensors")
 _Count = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 _Bytes = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 _Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
-
-
-class StoreError(RuntimeError):
-    """The store refuses: names the file or field, what is wrong with it, and the way out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -242,7 +224,8 @@ class TrajectoryStore:
     def __init__(self, root: str) -> None:
         """Open without touching anything. Raises StoreError where no filesystem answers to the URI."""
         self.root = root
-        self._files = _Files(root)
+        # Not yet published files lie among the commits, where no Parquet reader looks.
+        self._files = Storage(root, temporaries=_COMMITS)
 
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the trials with at least one commit, ascending."""
@@ -269,7 +252,7 @@ class TrajectoryStore:
     def header(self, seeds: Sequence[int] | None = None) -> Header:
         """The header that all trials share, or some of them. Raises StoreError where there is none, or two differ."""
         seeds = self.seeds() if seeds is None else seeds
-        contents = self._files.each(self._files.read, [_commit_path(seed, 1) for seed in seeds])
+        contents = self._files.each(self._read, [_commit_path(seed, 1) for seed in seeds])
         headers = {seed: self._record(seed, 1, content).header for seed, content in zip(seeds, contents, strict=True)}
         if not headers:
             raise StoreError(f"{self._files.show(_COMMITS)}: no trial is committed there; collect first")
@@ -277,7 +260,7 @@ class TrajectoryStore:
         for seed, header in headers.items():
             if header.config_hash != headers[first].config_hash:
                 complaint = _disagreement(header, headers[first], f"trial {first}")
-                raise self._files.damaged(_commit_path(seed, 1), complaint)
+                raise self._damaged(_commit_path(seed, 1), complaint)
         return headers[first]
 
     def trajectory(
@@ -350,7 +333,7 @@ class TrajectoryStore:
         Raises StoreError for a commit record that cannot be read and, unless `lost`, for a trial whose commit records
         seem to be lost, as parts lie there that only they can have named.
         """
-        garbage = [f"{_COMMITS}/{name}" for name in self._files.sizes(_COMMITS) if name.startswith(_TEMPORARY)]
+        garbage = [f"{_COMMITS}/{name}" for name in self._files.sizes(_COMMITS) if name.startswith(TEMPORARY)]
         for seed in self.folders() if seeds is None else sorted(set(seeds)):
             run = self._run(seed)
             if not lost:
@@ -405,16 +388,16 @@ class TrajectoryStore:
             record = _RECORD.validate_json(content, strict=True)
         except pydantic.ValidationError as error:
             complaints = [f"{'.'.join(map(str, item['loc'])) or 'record'}: {item['msg']}" for item in error.errors()]
-            raise self._files.damaged(path, "is no commit record: " + "; ".join(complaints)) from error
+            raise self._damaged(path, "is no commit record: " + "; ".join(complaints)) from error
         if record.commit != number:
-            raise self._files.damaged(path, f"says commit={record.commit}")
+            raise self._damaged(path, f"says commit={record.commit}")
         return record
 
     def _run(self, seed: int) -> tuple[CommitRecord, ...]:
         """The trial's unbroken run of commit records."""
         names = self._files.entries(_folder(_COMMITS, seed))
         numbers = itertools.takewhile(lambda number: f"commit-{number}.json" in names, itertools.count(1))
-        contents = self._files.each(self._files.read, [_commit_path(seed, number) for number in numbers])
+        contents = self._files.each(self._read, [_commit_path(seed, number) for number in numbers])
         run: list[CommitRecord] = []
         for content in contents:
             record = self._record(seed, len(run) + 1, content)
@@ -422,10 +405,10 @@ class TrajectoryStore:
                 break
             if run and record.config_hash != run[0].config_hash:
                 complaint = _disagreement(record.header, run[0].header, "commit-1.json")
-                raise self._files.damaged(_commit_path(seed, record.commit), complaint)
+                raise self._damaged(_commit_path(seed, record.commit), complaint)
             if run and record.num_observations != run[0].num_observations:
                 complaint = f"num_observations={record.num_observations} is not commit 1's {run[0].num_observations}"
-                raise self._files.damaged(_commit_path(seed, record.commit), complaint)
+                raise self._damaged(_commit_path(seed, record.commit), complaint)
             run.append(record)
         return tuple(run)
 
@@ -443,19 +426,19 @@ class TrajectoryStore:
                     else "is missing"
                 )
                 complaint = f"{found} where commit {record.commit} says {record.part_bytes} bytes"
-                raise self._files.damaged(_part_path(seed, record), complaint)
+                raise self._damaged(_part_path(seed, record), complaint)
         return run
 
     def _footer(self, seed: int, record: CommitRecord) -> pq.FileMetaData:
         """The Parquet footer of a part, found to hold the columns, the header and the rows that its record says."""
         path = _part_path(seed, record)
-        with self._files.explained(path), self._files.open(path) as source:
+        with self._explained(path), self._files.open(path) as source:
             file = pq.ParquetFile(source)
             if not file.schema_arrow.equals(_schema(record.header, record.num_observations), check_metadata=True):
-                raise self._files.damaged(path, f"its columns or header are not those that commit {record.commit} says")
+                raise self._damaged(path, f"its columns or header are not those that commit {record.commit} says")
             num_rows = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
             if num_rows != record.rows:
-                raise self._files.damaged(path, f"has {num_rows} rows where commit {record.commit} says {record.rows}")
+                raise self._damaged(path, f"has {num_rows} rows where commit {record.commit} says {record.rows}")
             return file.metadata
 
     def _row_groups(
@@ -463,7 +446,7 @@ class TrajectoryStore:
     ) -> Iterator[tuple[int, pa.Table]]:
         """What a part holds of snapshots [start, stop): (index of the first, rows) of one row group at a time."""
         path, first = _part_path(seed, record), record.first_snapshot
-        with self._files.explained(path), self._files.open(path) as source:
+        with self._explained(path), self._files.open(path) as source:
             file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True)
             for group in range(footer.num_row_groups):
                 num_rows = footer.row_group(group).num_rows
@@ -471,32 +454,32 @@ class TrajectoryStore:
                 if low < high:
                     rows = file.read_row_group(group, columns=list(names))
                     if len(rows) != num_rows:
-                        raise self._files.damaged(path, f"row group {group} has {len(rows)} of its {num_rows} rows")
+                        raise self._damaged(path, f"row group {group} has {len(rows)} of its {num_rows} rows")
                     yield low, rows.slice(low - first, high - low)
                 first += num_rows
 
     def _verify_part(self, seed: int, record: CommitRecord) -> None:
         path = _part_path(seed, record)
-        if hashlib.sha256(self._files.read(path)).hexdigest() != record.part_sha256:
-            raise self._files.damaged(path, f"is altered: its SHA-256 is not the one in commit {record.commit}")
+        if hashlib.sha256(self._read(path)).hexdigest() != record.part_sha256:
+            raise self._damaged(path, f"is altered: its SHA-256 is not the one in commit {record.commit}")
         footer = self._footer(seed, record)
         for first, rows in self._row_groups(seed, record, footer, ("seed", *COLUMNS), record.first_snapshot, 2**31):
             if not np.array_equal(_to_numpy(rows.column("snapshot")), np.arange(first, first + len(rows))):
-                raise self._files.damaged(path, f"its snapshots do not count up from {first}")
+                raise self._damaged(path, f"its snapshots do not count up from {first}")
             if not (_to_numpy(rows.column("seed")) == seed).all():
-                raise self._files.damaged(path, f"holds another seed than {seed}")
+                raise self._damaged(path, f"holds another seed than {seed}")
             for name, column in zip(rows.column_names, rows.columns, strict=True):
                 values = column.combine_chunks()
                 numbers = values.flatten() if pa.types.is_fixed_size_list(values.type) else values
                 if pc.all(pc.is_finite(numbers)).as_py() is False:
-                    raise self._files.damaged(path, f"{name} holds NaN or infinity")
+                    raise self._damaged(path, f"{name} holds NaN or infinity")
 
     def _state(self, seed: int, record: CommitRecord) -> dict[str, np.ndarray]:
         path = _state_path(seed, record)
-        content = self._files.read(path)
+        content = self._read(path)
         if hashlib.sha256(content).hexdigest() != record.state_sha256:
-            raise self._files.damaged(path, f"is altered: its SHA-256 is not the one in commit {record.commit}")
-        with self._files.explained(path):
+            raise self._damaged(path, f"is altered: its SHA-256 is not the one in commit {record.commit}")
+        with self._explained(path):
             return safetensors.numpy.load(content)
 
     def _refuse_stray_records(self, seed: int, run: Sequence[CommitRecord]) -> None:
@@ -529,6 +512,27 @@ class TrajectoryStore:
                 path = self._files.show(f"{folder}/{name}")
                 raise StoreError(f"{path}: is not the store's, and readers of the folder may take it for data; move it")
 
+    def _read(self, path: str) -> bytes:
+        with self._explained(path):
+            return self._files.read(path)
+
+    @contextlib.contextmanager
+    def _explained(self, path: str) -> Iterator[None]:
+        """Turn whatever reading a missing or damaged file of a trial raises into one StoreError."""
+        try:
+            yield
+        except (OSError, pa.ArrowException, safetensors.SafetensorError, UnicodeDecodeError) as error:
+            raise self._damaged(path, f"cannot be read: {' '.join(str(error).split())}") from error
+
+    def _damaged(self, path: str, complaint: str, way_out: str = "Restore the file") -> StoreError:
+        """The error for a file of a trial that is not what it should be."""
+        trial = path.split("/")[1]
+        folders = " and ".join(self._files.show(f"{parent}/{trial}") for parent in (_TRAJECTORIES, _COMMITS))
+        return StoreError(
+            f"{self._files.show(path)}: {complaint}. {way_out}, or delete {folders} and collect again; other trials "
+            "stay as they are"
+        )
+
 
 class TrialWriter:
     """The one writer of a trial: goes on after the last commit, buffers snapshots, publishes them commit by commit."""
@@ -544,7 +548,7 @@ class TrialWriter:
         run = store._present_run(seed)
         if run and run[0].config_hash != header.config_hash:
             complaint = _disagreement(run[0].header, header, "this run")
-            raise self._files.damaged(_commit_path(seed, 1), complaint, way_out="Choose another storage")
+            raise store._damaged(_commit_path(seed, 1), complaint, way_out="Choose another storage")
         store._refuse_stray_records(seed, run)
         self._last = run[-1] if run else None
         self._state = store._state(seed, run[-1]) if run else None
@@ -750,352 +754,3 @@ def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_fixed_size_list(array.type):
         return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
     return array.to_numpy(zero_copy_only=False)
-
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
-
-class _Files:
-    """Whole files under one root, by names relative to it: read through pyarrow, written by the root's publisher."""
-
-    def __init__(self, root: str) -> None:
-        self._root = root.rstrip("/")
-        self._publisher: _Publisher
-        try:
-            if root.startswith("s3://"):
-                bucket = _Bucket(root)
-                self._filesystem, self._base, self._publisher = bucket.reader(), bucket.base, bucket
-                self._root = f"s3://{bucket.base}"
-            elif "://" in root:
-                self._filesystem, self._base = pa_fs.FileSystem.from_uri(root)
-                self._publisher = _NoPublisher(self._filesystem.type_name)
-            else:
-                self._filesystem, self._base = pa_fs.LocalFileSystem(), str(Path(root).absolute())
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise StoreError(
-                f"{root}: cannot be opened: {error}; give a folder or a URI such as s3://bucket/folder"
-            ) from error
-        if self._is_local:
-            self._publisher, self._root = _Folder(self._base), self._base
-
-    @property
-    def _is_local(self) -> bool:
-        return isinstance(self._filesystem, pa_fs.LocalFileSystem)
-
-    def show(self, path: str) -> str:
-        """Full name for an error message."""
-        return f"{self._root}/{path}"
-
-    def entries(self, folder: str) -> dict[str, int | None]:
-        """Name -> bytes of the files in a folder, None of the folders in it; empty where there is no folder."""
-        kinds = (pa_fs.FileType.File, pa_fs.FileType.Directory)
-        try:
-            selector = pa_fs.FileSelector(f"{self._base}/{folder}", allow_not_found=True)
-            return {
-                info.base_name: info.size for info in self._filesystem.get_file_info(selector) if info.type in kinds
-            }
-        except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{self.show(folder)}: cannot be listed: {error}; check the storage") from error
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Name -> bytes of the files in a folder; empty where there is no folder."""
-        return {name: size for name, size in self.entries(folder).items() if size is not None}
-
-    def folders(self, folder: str) -> list[str]:
-        """Names of the folders in a folder."""
-        return [name for name, size in self.entries(folder).items() if size is None]
-
-    def each(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-        """The function of each item in order; several at once where each is a round trip to another machine."""
-        if self._is_local:
-            yield from map(function, items)
-        else:
-            with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-                yield from pool.map(function, items)
-
-    def open(self, path: str) -> pa.NativeFile:
-        """The file, for reading. Raises OSError where it cannot be."""
-        if self._is_local:
-            _refuse_outside(Path(self._base), Path(self._base, path))
-        return self._filesystem.open_input_file(f"{self._base}/{path}")
-
-    def read(self, path: str) -> bytes:
-        """All of the file. Raises StoreError."""
-        with self.explained(path), self.open(path) as file:
-            return file.read()
-
-    @contextlib.contextmanager
-    def explained(self, path: str) -> Iterator[None]:
-        """Turn whatever reading a missing or damaged file of a trial raises into one StoreError."""
-        try:
-            yield
-        except (OSError, pa.ArrowException, safetensors.SafetensorError, UnicodeDecodeError) as error:
-            raise self.damaged(path, f"cannot be read: {' '.join(str(error).split())}") from error
-
-    def damaged(self, path: str, complaint: str, way_out: str = "Restore the file") -> StoreError:
-        """The error for a file of a trial that is not what it should be."""
-        trial = path.split("/")[1]
-        folders = " and ".join(self.show(f"{parent}/{trial}") for parent in (_TRAJECTORIES, _COMMITS))
-        return StoreError(
-            f"{self.show(path)}: {complaint}. {way_out}, or delete {folders} and collect again; other trials stay as "
-            "they are"
-        )
-
-    def write(self, path: str, data: bytes | memoryview) -> None:
-        """Publish a whole file under its name, over whatever bears it; durable when it returns."""
-        with self._refused(path):
-            self._publisher.write(path, data)
-
-    def put_if_absent(self, path: str, data: bytes) -> bool:
-        """Publish a whole file under its name unless the name is taken; False where it is."""
-        self.check_put_if_absent()
-        with self._refused(path):
-            return self._publisher.put_if_absent(path, data)
-
-    def check_put_if_absent(self) -> None:
-        """Raises StoreError where two writers of one name could both believe that they were first."""
-        if refusal := self._publisher.refusal():
-            raise StoreError(
-                f"{self._root}: trials cannot be written there: {refusal}; collect into a local folder, or into an S3 "
-                "bucket that takes conditional puts"
-            )
-
-    def delete(self, path: str) -> None:
-        """Delete a file, or find it gone."""
-        with self._refused(path), contextlib.suppress(FileNotFoundError):
-            self._publisher.delete(path)
-
-    @contextlib.contextmanager
-    def _refused(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            cause = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-            raise StoreError(
-                f"{self.show(path)}: cannot be written: {cause}. Make room or give access, then run again; what was "
-                "committed before stays readable"
-            ) from error
-
-
-class _Publisher(Protocol):
-    """Puts and deletes whole files by names relative to a root; raises OSError where the storage refuses."""
-
-    def refusal(self) -> str | None:
-        """Why trials cannot be written here; None where they can."""
-
-    def write(self, path: str, data: bytes | memoryview) -> None:
-        """Put a file over whatever bears its name."""
-
-    def put_if_absent(self, path: str, data: bytes) -> bool:
-        """Put a file unless its name is taken; False where it is."""
-        raise NotImplementedError
-
-    def delete(self, path: str) -> None:
-        """Delete a file. May raise FileNotFoundError."""
-
-
-class _NoPublisher:
-    """A filesystem without conditional put, as far as is known here: only for reading."""
-
-    def __init__(self, type_name: str) -> None:
-        self._refusal = (
-            f"no conditional put is known for a filesystem of type {type_name!r}, so a second writer would go unnoticed"
-        )
-
-    def refusal(self) -> str | None:
-        return self._refusal
-
-    def write(self, path: str, data: bytes | memoryview) -> None:
-        raise OSError(errno.EROFS, self._refusal)
-
-    def put_if_absent(self, path: str, data: bytes) -> bool:
-        raise OSError(errno.EROFS, self._refusal)
-
-    def delete(self, path: str) -> None:
-        raise OSError(errno.EROFS, self._refusal)
-
-
-class _Folder:
-    """A local folder: a file appears whole by rename, or by a hard link, which an existing name refuses."""
-
-    def __init__(self, base: str) -> None:
-        self._base = Path(base)
-
-    def refusal(self) -> str | None:
-        return None
-
-    def write(self, path: str, data: bytes | memoryview) -> None:
-        target = self._target(path)
-        with self._temporary(data) as temporary:
-            temporary.replace(target)
-        _sync_folder(target.parent)
-
-    def put_if_absent(self, path: str, data: bytes) -> bool:
-        target = self._target(path)
-        with self._temporary(data) as temporary:
-            try:
-                target.hardlink_to(temporary)
-            except FileExistsError:
-                return False
-        _sync_folder(target.parent)
-        return True
-
-    def delete(self, path: str) -> None:
-        target = self._base / path
-        _refuse_outside(self._base, target.parent)
-        target.unlink()
-
-    def _target(self, path: str) -> Path:
-        target = self._base / path
-        _refuse_outside(self._base, target.parent)
-        _make_folder(target.parent)
-        return target
-
-    @contextlib.contextmanager
-    def _temporary(self, data: bytes | memoryview) -> Iterator[Path]:
-        """A durable file among the commits, where no Parquet reader looks; gone afterwards unless renamed or killed."""
-        folder = self._base / _COMMITS
-        _make_folder(folder)
-        path = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
-        try:
-            with path.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
-
-class _Bucket:
-    """An S3 bucket and a prefix in it: a file appears whole by one put, and by a conditional one under a new name.
-
-    Credentials come from where AWS's own tools find them (environment, profile, web identity, machine), for reading
-    (pyarrow) as for writing (botocore); none are taken from the URI, which logs show.
-    """
-
-    def __init__(self, root: str) -> None:
-        location = urllib.parse.urlsplit(root)
-        if "@" in location.netloc:
-            raise StoreError(
-                f"s3://{location.netloc.rpartition('@')[2]}{location.path}: the URI carries credentials, which every "
-                "log would show; give them by the environment or a profile"
-            )
-        options = dict(
-            urllib.parse.parse_qsl(location.query, keep_blank_values=True, strict_parsing=bool(location.query))
-        )
-        if unknown := sorted(options.keys() - {"endpoint_override", "scheme", "region"}):
-            raise ValueError(f"{unknown[0]!r} is none of endpoint_override, scheme and region")
-        if not location.netloc:
-            raise ValueError("names no bucket")
-        self._bucket, self._prefix = location.netloc, location.path.strip("/")
-        self.base = f"{self._bucket}/{self._prefix}".rstrip("/")
-        environment = os.environ.get
-        endpoint = (
-            options.get("endpoint_override") or environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL")
-        )
-        if endpoint and "://" not in endpoint:
-            endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
-        self._endpoint = endpoint
-        told = options.get("region") or environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
-        self._region = told or ("us-east-1" if endpoint else pa_fs.resolve_s3_region(self._bucket))
-
-    def reader(self) -> pa_fs.S3FileSystem:
-        """The filesystem to read from."""
-        scheme, _, host = (self._endpoint or "https://").partition("://")
-        return pa_fs.S3FileSystem(region=self._region, scheme=scheme, endpoint_override=host.rstrip("/") or None)
-
-    def refusal(self) -> str | None:
-        return self._refusal
-
-    @functools.cached_property
-    def _refusal(self) -> str | None:
-        """Found by trying: the second conditional put of one name has to fail."""
-        path = f"{_COMMITS}/{_TEMPORARY}{uuid.uuid4().hex}"
-        try:
-            first, second = self.put_if_absent(path, b""), self.put_if_absent(path, b"")
-            self.delete(path)
-        except OSError as error:
-            return f"a conditional put is refused: {error}"
-        if first and not second:
-            return None
-        return (
-            "its conditional puts (If-None-Match: *) let one name be taken twice, so a second writer would go unnoticed"
-        )
-
-    def write(self, path: str, data: bytes | memoryview) -> None:
-        with self._as_os_error():
-            self._client.put_object(Bucket=self._bucket, Key=self._key(path), Body=bytes(data))
-
-    def put_if_absent(self, path: str, data: bytes) -> bool:
-        name = {"Bucket": self._bucket, "Key": self._key(path)}
-        mark = uuid.uuid4().hex
-        with self._as_os_error():
-            for _ in range(CONFLICTS):
-                try:
-                    self._client.put_object(**name, Body=data, IfNoneMatch="*", Metadata={"writer": mark})
-                    return True
-                except self._client.exceptions.ClientError as error:
-                    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-                    if status == 412:
-                        # The client repeats a put whose answer was lost: the name may be taken by this very call.
-                        return self._client.head_object(**name)["Metadata"].get("writer") == mark
-                    if status != 409:
-                        raise
-                time.sleep(0.1)  # another put or delete of the name was under way
-        raise OSError(f"{CONFLICTS} conditional puts of {name['Key']} met others under way")
-
-    def delete(self, path: str) -> None:
-        with self._as_os_error():
-            self._client.delete_object(Bucket=self._bucket, Key=self._key(path))
-
-    def _key(self, path: str) -> str:
-        return f"{self._prefix}/{path}".lstrip("/")
-
-    @functools.cached_property
-    def _client(self) -> Any:
-        import botocore.config
-        import botocore.session
-
-        settings = botocore.config.Config(
-            retries={"mode": "standard", "max_attempts": 5},
-            # Signed bodies are checked by every S3, the newer checksums by AWS's alone.
-            request_checksum_calculation="when_required",
-            s3={"payload_signing_enabled": True, "addressing_style": "path" if self._endpoint else "auto"},
-        )
-        return botocore.session.get_session().create_client(
-            "s3", region_name=self._region, endpoint_url=self._endpoint, config=settings
-        )
-
-    @contextlib.contextmanager
-    def _as_os_error(self) -> Iterator[None]:
-        try:
-            import botocore.exceptions
-        except ImportError as error:
-            raise OSError("botocore is not installed: pip install 'tipl_ray[s3]'") from error
-        try:
-            yield
-        except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
-            raise OSError(f"{self._endpoint or 'S3'}: {error}") from error
-
-
-def _refuse_outside(root: Path, path: Path) -> None:
-    """Raises OSError where links lead out of the storage: neither reads nor writes follow them."""
-    if not (target := path.resolve()).is_relative_to(root.resolve()):
-        raise OSError(f"{path} leads out of the storage, to {target}")
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

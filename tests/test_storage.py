@@ -1,0 +1,151 @@
+"""Whole files under one root: what holds in a folder holds in a bucket."""
+
+import doctest
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import new_root
+
+from tipl_ray import storage
+from tipl_ray.storage import Storage, StoreError, file_exists, join, read_file, write_file
+
+
+@pytest.fixture(params=["folder", "file URI", "bucket"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "bucket":
+        return new_root(f"http://{request.getfixturevalue('server')}")
+    return str(tmp_path / "a?b") if request.param == "folder" else tmp_path.as_uri()
+
+
+def test_examples_in_docstrings_hold() -> None:
+    assert doctest.testmod(storage).failed == 0
+
+
+def test_a_file_is_read_back_and_nothing_else_lies_there(root: str) -> None:
+    folder = join(root, "deep", "er")
+    assert not file_exists(folder, "a.bin")
+    assert Storage(folder).entries() == {}
+    write_file(folder, "a.bin", b"\x00one")
+    write_file(folder, "a.bin", memoryview(b"two").tobytes())
+    assert read_file(folder, "a.bin") == b"two"
+    assert file_exists(folder, "a.bin")
+    assert not file_exists(root, "deep")
+    assert Storage(folder).entries() == {"a.bin": 3}
+    assert (Storage(root).folders(), Storage(root).sizes("deep/er")) == (["deep"], {"a.bin": 3})
+    Storage(root).delete("deep/er/a.bin")
+    Storage(root).delete("deep/er/a.bin")
+    assert not file_exists(folder, "a.bin")
+
+
+def test_a_file_that_is_missing_is_an_error_that_names_it(root: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.bin"):
+        read_file(root, "nothing.bin")
+
+
+def test_of_many_writers_of_one_name_one_is_first_and_its_file_stays(root: str) -> None:
+    contents, won = [f"writer {number}".encode() for number in range(8)], []
+    start = threading.Barrier(len(contents))
+
+    def put(content: bytes) -> None:
+        mine = Storage(root)
+        mine.check_put_if_absent()
+        start.wait()
+        if mine.put_if_absent("folder/one", content):
+            won.append(content)
+
+    threads = [threading.Thread(target=put, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert read_file(join(root, "folder"), "one") == won[0]
+    assert Storage(root).sizes("folder") == {"one": 8}
+    assert Storage(root).sizes() == {}
+
+
+@pytest.mark.parametrize("put", ["write", "put_if_absent"])
+@pytest.mark.parametrize("call", ["fsync", "replace", "link"])
+def test_a_killed_process_leaves_a_whole_file_or_none(tmp_path: Path, put: str, call: str) -> None:
+    script = (
+        "import os, signal, sys; from tipl_ray.storage import Storage\n"
+        f"os.{call} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"Storage(sys.argv[1], temporaries='half').{put}('name', bytes(1_000_000))\n"
+    )
+    used = {"write": {"fsync", "replace"}, "put_if_absent": {"fsync", "link"}}[put]
+    status = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False).returncode
+    if call in used:
+        assert status == -signal.SIGKILL
+        assert not (tmp_path / "name").exists()
+        left = [path.name for path in (tmp_path / "half").iterdir()]
+        assert len(left) == (0 if call == "fsync" else 1)  # the folder's own is the first
+        assert all(name.startswith(storage.TEMPORARY) for name in left)
+    else:
+        assert status == 0
+        assert (tmp_path / "name").stat().st_size == 1_000_000
+
+
+def with_link(tmp_path: Path, patch: pytest.MonkeyPatch, link: Callable[..., None]) -> bool:
+    with patch.context() as patched:
+        patched.setattr(os, "link", link)
+        return Storage(str(tmp_path)).put_if_absent("name", b"mine")
+
+
+def test_a_link_whose_answer_the_network_lost_is_known_as_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.link
+
+    def link_twice(*arguments: Any, **keywords: Any) -> None:
+        real(*arguments, **keywords)
+        real(*arguments, **keywords)
+
+    assert with_link(tmp_path, monkeypatch, link_twice)
+    assert not with_link(tmp_path, monkeypatch, link_twice)
+
+
+def test_a_file_system_without_hard_links_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with pytest.raises(StoreError, match=r"name: cannot be written: .*makes no hard links.*second writer"):
+        with_link(tmp_path, monkeypatch, refuse)
+
+
+def test_links_out_of_the_storage_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_bytes(b"secret")
+    inside = Storage(str(tmp_path / "inside"))
+    inside.write("mine", b"mine")
+    (tmp_path / "inside" / "away").symlink_to(tmp_path / "outside")
+    with pytest.raises(OSError, match="leads out of the storage"):
+        inside.read("away/secret")
+    for attempt in (
+        lambda: inside.write("away/new", b""),
+        lambda: inside.put_if_absent("away/new", b""),
+        lambda: inside.delete("away/secret"),
+        lambda: inside.write("../new", b""),
+    ):
+        with pytest.raises(StoreError, match="leads out of the storage"):
+            attempt()
+    assert [path.name for path in (tmp_path / "outside").iterdir()] == ["secret"]
+
+
+def test_an_endpoint_that_is_not_there_is_one_error_that_names_the_file(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    nowhere = "s3://bucket/folder?endpoint_override=http://127.0.0.1:9"
+    with pytest.raises(StoreError, match=r"^s3://bucket/folder/a\.bin: cannot be written: http://127\.0\.0\.1:9: "):
+        write_file(nowhere, "a.bin", b"")
+    with pytest.raises(StoreError, match=r"^s3://bucket/folder/a\.bin: cannot be listed: .*check the storage"):
+        file_exists(nowhere, "a.bin")
