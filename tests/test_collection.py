@@ -1,6 +1,5 @@
 """Collection: groups and commits without Ray, and actors that are killed with it."""
 
-import contextlib
 import dataclasses
 import doctest
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from machine import own_processes
 
 from tipl_ray import collection
 from tipl_ray.collection import GroupCollector, collect, pending_seeds
@@ -28,23 +28,6 @@ def smoke(storage: Path, **collect_fields: int) -> Experiment:
         storage=str(storage),
         collect=dataclasses.replace(experiment.collect, **collect_fields),  # type: ignore[arg-type]
     ).check()
-
-
-def own_processes(title: str) -> list[int]:
-    """Descendants of this process whose command line begins with a title."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it may end while we look
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    own = {os.getpid()}
-    while new := {process for process, parent in parents.items() if parent in own} - own:
-        own |= new
-    found = []
-    for process in own:
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(title.encode()):
-                found.append(process)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BUCKET, make_client, new_root
+from machine import BUCKET, make_client, new_root
 from test_trajectory_store import HEADER, collect, commit_snapshots, make_state
 
 from tipl_ray import trajectory_store

@@ -14,18 +14,20 @@ import numpy as np
 import pyarrow.dataset
 import pyarrow.parquet
 import pytest
+from machine import new_root
 
 from tipl_ray.config import CHECKOUT
+from tipl_ray.storage import Storage, join, read_file
 from tipl_ray.trajectory_store import TrajectoryStore
 
 SMOKE = ["--experiment", str(CHECKOUT / "jobs" / "experiments" / "smoke.toml")]
 
 
-def command(job: str, storage: Path, *overrides: str) -> list[str]:
+def command(job: str, storage: Path | str, *overrides: str) -> list[str]:
     return [sys.executable, str(CHECKOUT / "jobs" / f"{job}.py"), *SMOKE, "--storage", str(storage), *overrides]
 
 
-def run(job: str, storage: Path, *overrides: str) -> str:
+def run(job: str, storage: Path | str, *overrides: str) -> str:
     result = subprocess.run(command(job, storage, *overrides), capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -127,6 +129,23 @@ def test_a_pipeline_killed_while_training_goes_on_to_the_same_model_and_results(
     for pattern in ("models/*/model.safetensors", "evaluations/*/summary.csv"):
         (expected,), (found,) = undisturbed.glob(pattern), killed.glob(pattern)
         assert found.read_bytes() == expected.read_bytes(), pattern
+
+
+def test_the_pipeline_leaves_in_a_bucket_what_it_leaves_in_a_folder(
+    finished: tuple[Path, str], server: str, tmp_path: Path
+) -> None:
+    storage, tracking = new_root(f"http://{server}"), ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    run("pipeline", storage, *tracking)
+    assert TrajectoryStore(storage).finished()
+    assert TrajectoryStore(storage).digest() == TrajectoryStore(str(finished[0])).digest()
+    for kind, name in (("models", "model.safetensors"), ("evaluations", "summary.csv"), ("evaluations", "report.html")):
+        (expected,), (folder,) = finished[0].glob(f"{kind}/*"), Storage(join(storage, kind)).folders()
+        assert folder == expected.name
+        found = read_file(join(storage, kind, folder), name)
+        assert found == (expected / name).read_bytes() or name == "report.html"
+    again = run("pipeline", storage, *tracking)
+    assert "found all 4 trials complete" in again
+    assert "found the trained model" in again
 
 
 def test_stages_run_alone_and_in_the_wrong_order_say_what_is_missing(tmp_path: Path) -> None:

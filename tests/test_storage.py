@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import new_root
+from machine import new_root
 
 from tipl_ray import storage
 from tipl_ray.storage import Storage, StoreError, file_exists, join, read_file, write_file
