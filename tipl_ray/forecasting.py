@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 
 from tipl_ray import config
-from tipl_ray.files import file_exists, read_file, write_file
 from tipl_ray.gram import Contexts, GramBand, Question, check_starts, future_sums, squared_errors
 from tipl_ray.model import ABOUT_FILE, WEIGHTS_FILE, CausalTransformer, Normaliser, WindowTransformer, load_about
+from tipl_ray.storage import file_exists, read_file, write_file
 from tipl_ray.temporal_svd import FittedBasis, fit_basis
 
 FORECAST_BYTES = 256 * 2**20
