@@ -10,11 +10,12 @@ FLOORS = [
     {"config", "storage", "terminal"},
     {"tasks", "policy", "trajectory_store", "placement", "temporal_svd", "gram", "model", "metrics", "tracking"},
     {"environments", "learner", "segments", "forecasting", "jumps"},
-    {"ppo", "returns", "objectives"},
+    {"ppo", "returns", "objectives", "contenders"},
     {"collection", "training", "evaluation", "figures", "report"},
     {"stages"},
+    {"acceleration"},
 ]
-RAY = {"collection", "training", "evaluation", "stages"}
+RAY = {"collection", "training", "evaluation", "stages", "acceleration"}
 MODULES = sorted(path.stem for path in (ROOT / "tipl_ray").glob("*.py") if path.stem != "__init__")
 
 

@@ -194,12 +194,15 @@ def test_a_collector_that_is_killed_between_commits_leaves_the_same_bytes(
         collect=dataclasses.replace(experiment.collect, num_trials=2, iterations_per_commit=3),
         storage=str(tmp_path / "killed"),
     )
-    killed = GroupCollector(experiment, "torch", [1, 2])
+    killed = GroupCollector(experiment, "torch")
+    killed.start([1, 2])
     for _ in range(4):
         killed._run_iteration()
-    GroupCollector(experiment, "torch", [1, 2]).advance(1000.0)
     whole = dataclasses.replace(experiment, storage=str(tmp_path / "whole"))
-    GroupCollector(whole, "torch", [1, 2]).advance(1000.0)
+    for one in (experiment, whole):
+        collector = GroupCollector(one, "torch")
+        collector.start([1, 2])
+        collector.advance(1000.0)
     digests = [TrajectoryStore(one.storage_path).digest([1, 2]) for one in (experiment, whole)]
     assert digests[0] == digests[1]
 

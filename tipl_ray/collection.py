@@ -90,6 +90,12 @@ class GroupCollector:
             mean_return=float(np.mean(returns)) if returns else math.nan,
         )
 
+    @property
+    def jump_counts(self) -> list[int]:
+        """Jumps taken, dropped by the gate, and refused, over the trials still running; empty without jumps."""
+        jumps = self._group.jumps if self._group else None
+        return jumps.counts_B3.sum(axis=0).tolist() if jumps else []
+
     def _run_iteration(self) -> None:
         group = self._group
         assert group is not None, "a group was started"

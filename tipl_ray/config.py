@@ -271,6 +271,51 @@ class Evaluate:
 
 @pydantic.with_config(extra="forbid")
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Accelerate:
+    """PPO with and without jumps, side by side on the unseen seeds that `collect` names."""
+
+    tasks: tuple[str, ...] = ("HalfCheetah-v4", "InvertedPendulum-v4", "Hopper-v4", "Walker2d-v4")
+    """Gymnasium ids; TASK@STEPS for other environment steps than collect.total_env_steps."""
+    contenders: tuple[str, ...] = (
+        "10",
+        "4",
+        "4+ridge",
+        "4+tipl",
+        "4+damped",
+        "4+linear",
+        "4+rank-1-from-last",
+        "4+dmd",
+    )
+    """EPOCHS or EPOCHS+PREDICTOR, with :OPTION,... of gate, reset, both, xDAMPING; the first is what others are held
+    against."""
+    predictors_from: str = "jobs/experiments/inverted_pendulum.toml"
+    """Experiment whose collected trials the predictors are fitted on, and whose trained model TIPL is."""
+    predictors_storage: str | None = None
+    """That experiment's storage; none is the one that it names."""
+    learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
+    """What each contender's learning rate is chosen from, by area under the curve, rising."""
+    search_first_seed: int = 10_001
+    """Seed of the first trial of the search; none of them is reported."""
+    search_trials: int = 5
+    """Trials per contender and learning rate in the search."""
+    units_at_once: int = 0
+    """Contenders that run at the same time, each on one CPU; 0 takes every CPU."""
+    keep_weights: bool = False
+    """Keep the trials' snapshots once their learning curves are written down."""
+    bootstrap: int = 10_000
+    """Bootstrap resamples over trials behind each confidence interval."""
+
+    def check(self) -> None:
+        _at_least("accelerate", self, search_trials=1, units_at_once=0, bootstrap=1)
+        for field in ("tasks", "contenders", "learning_rates"):
+            if not getattr(self, field):
+                raise ValueError(f"accelerate.{field} is empty")
+        if list(self.learning_rates) != sorted(set(self.learning_rates)) or self.learning_rates[0] <= 0:
+            raise ValueError(f"accelerate.learning_rates={self.learning_rates} do not rise from above 0")
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tracking:
     """Where MLflow keeps its records."""
 
@@ -300,6 +345,7 @@ class Experiment:
     model: Model = dataclasses.field(default_factory=Model)
     train: Train = dataclasses.field(default_factory=Train)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+    accelerate: Accelerate = dataclasses.field(default_factory=Accelerate)
     tracking: Tracking = dataclasses.field(default_factory=Tracking)
 
     @property
@@ -350,7 +396,18 @@ class Experiment:
         """Refuse what cannot run. Raises ValueError naming the field, the value and the limit."""
         if not self.name or any(letter in self.name for letter in "/\\ "):
             raise ValueError(f"name={self.name!r} is not a folder's name")
-        for part in (self.collect, self.ppo, self.jump, self.split, self.basis, self.model, self.train, self.evaluate):
+        parts = (
+            self.collect,
+            self.ppo,
+            self.jump,
+            self.split,
+            self.basis,
+            self.model,
+            self.train,
+            self.evaluate,
+            self.accelerate,
+        )
+        for part in parts:
             part.check()
         if self.collect.total_env_steps < self.ppo.num_steps:
             raise ValueError(

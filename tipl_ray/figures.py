@@ -27,6 +27,8 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
+from tipl_ray.metrics import interquartile_mean
+
 Table = Mapping[str, np.ndarray]
 Row = Mapping[str, Any]
 Curve = tuple[int, np.ndarray, np.ndarray]
@@ -161,6 +163,31 @@ def learning_curves(curves: Sequence[Curve]) -> Figure:
         Line2D([], [], color=COLOURS["tipl"], linewidth=0.9, alpha=0.6, label=f"one trial ({len(known)} shown)"),
         Line2D([], [], color=COLOURS["linear"], linewidth=2.2, label="mean and its 95% interval"),
     ]
+    _legend_below(figure, axes, entries)
+    return figure
+
+
+def contenders(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
+    """Learning curves of contenders, (env_steps_I, returns_SI) each: interquartile mean over trials, 95% bands.
+
+    The first contender, which the others are held against, is black; where a name ends in a predictor's, its colour.
+    """
+    figure, (axes,) = _figure(1, width=9.5, height=5.2)
+    spare, entries = iter(SPARE_COLOURS * 4), []
+    for index, (name, (steps_I, returns_SI)) in enumerate(curves.items()):
+        predictor = name.partition("+")[2].partition(":")[0]
+        plain = INK if index == 0 else COLOURS["copy-last"]
+        known = COLOURS.get(predictor, next(spare)) if ":" not in name else next(spare)
+        colour = known if predictor else plain
+        picked_RS = np.random.default_rng(0).integers(len(returns_SI), size=(1000, len(returns_SI)))
+        middle_RI = np.stack([interquartile_mean(returns_SI[picked_S].T) for picked_S in picked_RS])
+        low_I, high_I = np.quantile(middle_RI, [0.025, 0.975], axis=0)
+        axes.fill_between(steps_I, low_I, high_I, color=colour, alpha=0.12, linewidth=0)
+        axes.plot(steps_I, interquartile_mean(returns_SI.T), color=colour, linewidth=1.9)
+        label = f"{name.partition('+')[0]} epochs" + (f", jumps by {name.partition('+')[2]}" if predictor else "")
+        entries.append(Line2D([], [], color=colour, linewidth=2.2, label=label))
+    _dress(axes, title, "environment steps", "episodic return, interquartile mean")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _legend_below(figure, axes, entries)
     return figure
 

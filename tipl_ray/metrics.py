@@ -6,7 +6,7 @@ given are taken as one group; `by` cuts a table into groups.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -177,6 +177,29 @@ def compare(table: Table, predictor: str, resampling: Resampling) -> list[dict]:
                     }
                 )
     return rows
+
+
+def interquartile_mean(values: NDArray) -> NDArray[np.float64]:
+    """Mean of the middle half of runs along the last axis, as rliable has it (arXiv 2108.13264): a quarter of the
+    runs, rounded down, is left out at each end."""
+    cut = values.shape[-1] // 4
+    return np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
+
+
+def stratified_resamples(
+    strata: Sequence[NDArray],
+    *,
+    resamples: int,
+    seed: int,
+    statistic: Callable[[NDArray], NDArray] = interquartile_mean,
+) -> NDArray[np.float64]:
+    """A statistic over all runs of all tasks, under resampling of runs within each task; (resamples,).
+
+    One array of runs per task. Quantiles of what comes back are rliable's stratified bootstrap interval.
+    """
+    random = np.random.default_rng(seed)
+    picked = [runs[random.integers(len(runs), size=(resamples, len(runs)))] for runs in strata]
+    return statistic(np.concatenate(picked, axis=1))
 
 
 def _errors_by_window(table: Table, predictor: str) -> Table:

@@ -172,20 +172,36 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
 
     Exits with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
     """
-    try:
-        find_task(experiment.collect.task)
-        if experiment.storage is None and SUBMITTED in os.environ:
-            raise ValueError(
-                "storage is not set, and the checkout that a submitted job runs in is thrown away with the job: give "
-                "--storage, a folder that all nodes see"
-            )
-        tracker = Tracker.open(
-            experiment.tracking.uri, experiment.tracking.experiment or experiment.name, experiment.storage_path
-        )
-        with _connected_to_ray(), _pipeline(experiment, tracker) as context:
+    with exit_status():
+        check_job(experiment)
+        tracker = open_tracker(experiment)
+        with connected_to_ray(), _pipeline(experiment, tracker) as context:
             for name in names:
                 STAGES[name](context)
         say(f"MLflow: {ui_command(tracker.uri)}")
+
+
+def check_job(experiment: Experiment) -> None:
+    """Raise ValueError for a task that is not known and for a storage that would be lost with a submitted job."""
+    find_task(experiment.collect.task)
+    if experiment.storage is None and SUBMITTED in os.environ:
+        raise ValueError(
+            "storage is not set, and the checkout that a submitted job runs in is thrown away with the job: give "
+            "--storage, a folder that all nodes see"
+        )
+
+
+def open_tracker(experiment: Experiment) -> Tracker:
+    """The experiment's MLflow. Raises TrackingError where it cannot be used."""
+    settings = experiment.tracking
+    return Tracker.open(settings.uri, settings.experiment or experiment.name, experiment.storage_path)
+
+
+@contextlib.contextmanager
+def exit_status() -> Iterator[None]:
+    """A job's way out: status 1 and one line on standard error for what the user can mend, 130 when interrupted."""
+    try:
+        yield
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on from what is committed", file=sys.stderr)
         raise SystemExit(130) from None
@@ -203,7 +219,7 @@ def _pipeline(experiment: Experiment, tracker: Tracker) -> Iterator[Context]:
 
 
 @contextlib.contextmanager
-def _connected_to_ray() -> Iterator[None]:
+def connected_to_ray() -> Iterator[None]:
     """The cluster of $RAY_ADDRESS, as in a submitted job; else a local one that ends with the job."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "RAY_ADDRESS" in os.environ:
@@ -256,7 +272,8 @@ def learning_curves(experiment: Experiment) -> list[tuple[int, np.ndarray, np.nd
 def _essence(experiment: Experiment) -> dict:
     """What tells one experiment from another: not where it is kept, tracked or run."""
     table = as_table(experiment)
-    del table["storage"], table["tracking"], table["train"]["num_workers"], table["train"]["use_gpu"]
+    del table["storage"], table["tracking"], table["accelerate"]
+    del table["train"]["num_workers"], table["train"]["use_gpu"]
     del table["collect"]["trials_per_actor"]
     return table
 

@@ -1,0 +1,162 @@
+"""The whole of jobs/accelerate.py, shrunk: fitted predictors, a search, the table, and the same again after a kill."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.csv
+import pytest
+import ray
+import torch
+
+from tipl_ray import acceleration, config, contenders
+from tipl_ray.acceleration import find_predictors, run_acceleration, run_unit, source_experiment
+from tipl_ray.collection import GroupCollector
+from tipl_ray.config import Accelerate, Collect, Experiment, Ppo, Split
+from tipl_ray.contenders import Contender, Unit, filled
+from tipl_ray.gram import Question
+from tipl_ray.model import WindowTransformer
+from tipl_ray.storage import StoreError
+from tipl_ray.training import model_folder
+from tipl_ray.trajectory_store import TrajectoryStore
+
+SOURCE = """
+[ppo]
+num_steps = 128
+num_minibatches = 4
+
+[collect]
+num_trials = 3
+total_env_steps = 1_280
+
+[split]
+validation_trials = 1
+test_trials = 1
+
+[model]
+context = 6
+embedding = 16
+layers = 1
+heads = 2
+
+[evaluate]
+horizon = 3
+"""
+
+
+def collected(source: Experiment) -> TrajectoryStore:
+    collector = GroupCollector(source, "torch")
+    collector.start(source.collect.seeds)
+    collector.advance(1000.0)
+    store = TrajectoryStore(source.storage_path)
+    store.finish(source.collect.seeds, source.num_snapshots)
+    return store
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """Three contenders on one task, with a collected source whose model is a Transformer as it begins."""
+    folder = tmp_path_factory.mktemp("acceleration")
+    (folder / "source.toml").write_text(SOURCE)
+    made = Experiment(
+        name="accelerate",
+        storage=str(folder / "accelerate"),
+        ppo=Ppo(num_steps=128, num_minibatches=4),
+        collect=Collect(task="InvertedPendulum-v4", num_trials=3, first_seed=101, total_env_steps=768, engine="torch"),
+        split=Split(validation_trials=1, test_trials=1),
+        accelerate=Accelerate(
+            tasks=("InvertedPendulum-v4",),
+            contenders=("10", "4+ridge", "4+tipl:gate"),
+            predictors_from=str(folder / "source.toml"),
+            predictors_storage=str(folder / "source"),
+            learning_rates=(3e-4, 1e-3),
+            search_trials=2,
+            units_at_once=1,
+            bootstrap=50,
+        ),
+    )
+    source = source_experiment(made)
+    store = collected(source)
+    torch.manual_seed(0)
+    question = Question.of(source)
+    model = WindowTransformer(source.model, question.steps, question.snapshots_per_iteration)
+    model.save(model_folder(source, store.digest(source.collect.seeds)), {"basis": config.as_table(source.basis)})
+    return made
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"] = "disabled", "0"
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Path(experiment.storage_path)
+    monkeypatch.setattr(acceleration, "connected_to_ray", contextlib.nullcontext)
+    run_acceleration(experiment)
+    (folder,) = (storage / "accelerations").iterdir()
+    rows = pyarrow.csv.read_csv(folder / "table.csv").to_pylist()
+    assert [row["contender"] for row in rows] == ["10", "4+ridge", "4+tipl:gate"]
+    assert {row["env_steps"] for row in rows} == {768}
+    assert {row["seeds"] for row in rows} == {3}
+    assert [row["gradient_steps"] for row in rows] == [240, 96, 96]
+    assert rows[1]["jumps_taken"] == 18
+    assert rows[2]["jumps_taken"] + rows[2]["jumps_gated"] == 18
+    assert rows[1]["predictor_trained_on"] == "InvertedPendulum-v4"
+    assert all(row["seconds"] > 0 for row in rows)
+    units = [json.loads(path.read_text()) for path in storage.glob("units/*/unit.json")]
+    assert len(units) == 3 * 3
+    searched = [unit for unit in units if unit["experiment"]["collect"]["first_seed"] == 10_001]
+    assert len(searched) == 6
+    for row in rows:
+        chosen = {
+            unit["experiment"]["ppo"]["learning_rate"]: np.nanmean(filled(np.array(unit["returns"], float)))
+            for unit in searched
+            if unit["experiment"]["ppo"]["num_epochs"] == row["epochs"]
+            and (unit["experiment"]["jump"]["predictor"] or "").endswith("ridge") == (row["predictor"] == "ridge")
+            and unit["experiment"]["jump"]["gate"] == ("gate" in row["contender"])
+        }
+        assert row["learning_rate"] == max(chosen, key=lambda rate: chosen[rate])
+    assert list(storage.glob("units/*/trajectories")) == []
+    assert (folder / "report.md").read_text().count("gradient steps") == 3
+    assert list((folder / "figures").glob("*.png"))
+    before = {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")}
+    run_acceleration(experiment)
+    assert {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")} == before
+
+
+def test_a_unit_that_was_killed_goes_on_to_the_same_curves(experiment: Experiment, tmp_path: Path) -> None:
+    named = [Contender.parse("4+ridge")]
+    source = source_experiment(experiment)
+    contenders.fit_and_save(source, 3, ["ridge"], f"{tmp_path}/predictors/1")
+    folders = {"ridge": f"{tmp_path}/predictors/1/ridge"}
+    unit = Unit(task="InvertedPendulum-v4", env_steps=768, contender=named[0], learning_rate=1e-3, search=True)
+    tables = []
+    for name, killed_after in (("killed", 3), ("whole", 0)):
+        made = unit.experiment(dataclasses.replace(experiment, storage=str(tmp_path / name)), source, folders)
+        made = dataclasses.replace(made, collect=dataclasses.replace(made.collect, iterations_per_commit=2))
+        if killed_after:
+            killed = GroupCollector(made, "torch")
+            killed.start(made.collect.seeds)
+            for _ in range(killed_after):
+                killed._run_iteration()
+        run_unit(made, "torch")
+        tables.append(json.loads((Path(made.storage_path) / "unit.json").read_text()))
+    assert tables[0]["returns"] == tables[1]["returns"]
+    assert tables[0]["jump_counts"] == tables[1]["jump_counts"] == [12, 0, 0]
+
+
+def test_a_source_without_its_model_says_what_to_run(experiment: Experiment, tmp_path: Path) -> None:
+    other = dataclasses.replace(source_experiment(experiment), storage=str(tmp_path))
+    collected(other)
+    with pytest.raises(StoreError, match=r"no trained model of source is there; run jobs/train.py --preset causal"):
+        find_predictors(experiment, other, [Contender.parse("4+tipl")])

@@ -1,0 +1,152 @@
+"""Contenders and their scores: what a name means, and what hand-made curves must come to."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tipl_ray.config import Collect, Experiment, Ppo
+from tipl_ray.contenders import Contender, Finished, Unit, as_markdown, filled, over_tasks, score, sentences
+from tipl_ray.metrics import interquartile_mean, stratified_resamples
+
+SOURCE = Experiment(name="source")
+CHANCES: dict[str, Any] = {"resamples": 500, "confidence": 0.95}
+
+
+def finished(name: str, returns_SI: np.ndarray, task: str = "Hopper-v4") -> Finished:
+    contender = Contender.parse(name)
+    iterations = returns_SI.shape[1]
+    unit = Unit(task=task, env_steps=100 * iterations, contender=contender, learning_rate=1e-3, search=False)
+    return Finished(
+        unit=unit,
+        returns_SI=returns_SI,
+        env_steps_I=100 * np.arange(1, iterations + 1),
+        gradient_steps_I=contender.num_epochs * 32 * np.arange(1, iterations + 1),
+        cpu_seconds=10.0 * len(returns_SI),
+        jump_counts=[iterations, 0, 0] if contender.predictor else [],
+    )
+
+
+def rising(height: float, spread: float = 0.0) -> np.ndarray:
+    return np.linspace(0, height, 40) + spread * np.arange(-5, 5)[:, None]
+
+
+def test_a_contenders_name_says_its_epochs_its_predictor_and_its_jumps() -> None:
+    assert Contender.parse("10") == Contender(name="10", num_epochs=10)
+    options = Contender.parse("4+tipl:gate,both,reset,x0.5")
+    jump = options.jump(SOURCE, "there")
+    assert (jump.predictor, jump.horizon, jump.damping) == ("there", 3, 0.5)
+    assert (jump.gate, jump.networks, jump.moments) == (True, "both", "reset")
+
+
+@pytest.mark.parametrize("name", ["", "ten", "4+", "4+oracle", "4:gate", "4+ridge:often", "4+ridge:x", "-4"])
+def test_a_name_that_means_nothing_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"accelerate\.contenders: "):
+        Contender.parse(name)
+
+
+@pytest.mark.parametrize("name", ["10+ridge", "3+ridge", "12+ridge"])
+def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="to a predictor of snapshots that are 2 epochs apart"):
+        Contender.parse(name).jump(SOURCE, "there")
+
+
+def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> None:
+    experiment = Experiment(name="e", storage="/s", collect=Collect(first_seed=101, num_trials=10), ppo=Ppo())
+    plain, jumping = (
+        Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse(name), learning_rate=1e-3, search=search)
+        for name, search in (("4", True), ("4+ridge", False))
+    )
+    first, second = (
+        unit.experiment(experiment, SOURCE, {"ridge": "/s/predictors/1/ridge"}) for unit in (plain, jumping)
+    )
+    assert first.collect.seeds == (10_001, 10_002, 10_003, 10_004, 10_005)
+    assert second.collect.seeds == tuple(range(101, 111))
+    assert (first.ppo.num_epochs, first.ppo.learning_rate, first.collect.task) == (4, 1e-3, "Hopper-v4")
+    assert (first.snapshots_per_iteration, second.snapshots_per_iteration) == (2, 5)
+    assert first.storage_path != second.storage_path
+    elsewhere = jumping.experiment(
+        dataclasses.replace(experiment, storage="/t"), SOURCE, {"ridge": "/t/predictors/1/ridge"}
+    )
+    assert elsewhere.storage_path.removeprefix("/t") == second.storage_path.removeprefix("/s")
+
+
+def test_epochs_that_snapshots_do_not_divide_are_refused() -> None:
+    unit = Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse("5"), learning_rate=1e-3, search=False)
+    with pytest.raises(ValueError, match=r"does not divide the epochs of accelerate\.contenders '5'"):
+        unit.experiment(Experiment(name="e"), SOURCE, {})
+
+
+def test_the_interquartile_mean_leaves_out_a_quarter_rounded_down_at_each_end() -> None:
+    """rliable's: scipy.stats.trim_mean with 0.25."""
+    assert interquartile_mean(np.array([100.0, 1, 2, 3, 4, 5, 6, 7, 8, -50])) == np.mean([2, 3, 4, 5, 6, 7])
+    assert interquartile_mean(np.array([9.0, 1, 5])) == 5.0
+
+
+def test_resamples_stay_within_their_task() -> None:
+    statistics_R = stratified_resamples(
+        [np.zeros(4), np.ones(4)], resamples=50, seed=0, statistic=lambda runs: runs.sum(axis=1)
+    )
+    assert (statistics_R == 4.0).all()
+
+
+def test_gaps_in_a_curve_take_the_last_known_return_and_before_the_first_the_first() -> None:
+    nan = np.nan
+    np.testing.assert_array_equal(filled(np.array([[nan, 3.0, nan, 5.0, nan]])), [[3, 3, 3, 5, 5]])
+    with pytest.raises(ValueError, match="learning curve is empty"):
+        filled(np.array([[nan, nan]]))
+
+
+def test_the_table_says_areas_steps_and_what_is_told_apart() -> None:
+    table = score(
+        [finished("10", rising(100, 1)), finished("4", rising(60, 1)), finished("4+ridge", rising(200, 1))],
+        "InvertedPendulum-v4",
+        **CHANCES,
+    )
+    first, plain, jumping = table
+    assert first["auc"] == pytest.approx(49.5)  # trials 2 to 7 of ten, half a unit below the middle
+    assert first["auc_low"] < first["auc"] < first["auc_high"]
+    assert first["final_return"] == pytest.approx(np.linspace(0, 100, 40)[-4:].mean() - 0.5)
+    assert (first["gradient_steps"], plain["gradient_steps"]) == (12_800, 5_120)
+    assert jumping["auc_less_first_low"] > 0 > plain["auc_less_first_high"]
+    assert plain["env_steps_to_90"] is None
+    assert jumping["env_steps_to_90"] < first["env_steps_to_90"]
+    assert (jumping["predictor"], jumping["predictor_trained_on"]) == ("ridge", "InvertedPendulum-v4")
+    assert (plain["predictor"], plain["predictor_trained_on"]) == ("none", "none")
+    assert jumping["seconds_to_90"] == pytest.approx(10 * jumping["env_steps_to_90"] / 4000)
+    assert "not reached" in as_markdown(table)
+
+
+def test_sentences_say_where_it_does_not_help() -> None:
+    table = score(
+        [
+            finished("10", rising(100, 1)),
+            finished("4", rising(60, 1)),
+            finished("4+ridge", rising(101, 4)),
+            finished("4+tipl", rising(50, 1)),
+        ],
+        "InvertedPendulum-v4",
+        **CHANCES,
+    )
+    said = "\n".join(sentences(table, 0.95))
+    assert "4+ridge with 40% of the gradient steps of 10 has an area under the curve of 48 against 50, not told" in said
+    assert "TIPL is worse than the ridge, by 24" in said
+    assert "4+tipl does not help: without jumps 4 has 30, with them 24" in said
+    assert "4+ridge does not help" not in said
+
+
+def test_a_trial_that_falls_below_half_of_its_best_has_collapsed() -> None:
+    returns_SI = rising(100)
+    returns_SI[3, 20:] = 10.0
+    assert finished("10", returns_SI).num_collapsed == 1
+
+
+def test_tasks_count_alike_whatever_their_returns() -> None:
+    units = [
+        finished(name, height * rising(share), task)
+        for task, height in (("Hopper-v4", 10.0), ("Walker2d-v4", 1000.0))
+        for name, share in (("10", 1.0), ("4+ridge", 1.5))
+    ]
+    first, second = over_tasks(units, **CHANCES)
+    assert (first["share"], second["share"]) == (pytest.approx(1.0), pytest.approx(1.5))

@@ -1,0 +1,303 @@
+"""Accelerate: contenders with and without jumps, trained side by side on seeds that nothing was fitted on.
+
+Each contender's learning rate is chosen by a grid on seeds of its own, the same for all of them; the best one then runs
+on the seeds that are reported. A unit of work, one contender at one learning rate on one task, is one stack of trials
+in one Ray task, committed to a data set of its own: whatever is killed goes on from its last commits.
+
+    <storage>/predictors/<digest>/<name>/    what the jumps are made of, fitted on another experiment's trials
+    <storage>/units/<digest>/unit.json       a unit's learning curves; beside it its trials while it runs
+    <storage>/accelerations/<digest>/        table.csv, curves.csv, tasks.csv, report.md, figures/
+"""
+
+import dataclasses
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import ray
+
+from tipl_ray import contenders, figures
+from tipl_ray.collection import GroupCollector
+from tipl_ray.config import CHECKOUT, Experiment, as_table, digest, load_experiment
+from tipl_ray.contenders import TIPL, Contender, Finished, Unit, filled
+from tipl_ray.forecasting import load_predictor
+from tipl_ray.learner import choose_engine
+from tipl_ray.metrics import interquartile_mean
+from tipl_ray.stages import check_job, connected_to_ray, data_digest, exit_status, learning_curves, open_tracker
+from tipl_ray.storage import StoreError, file_exists, join, last_name, local_folder, read_file, write_file
+from tipl_ray.terminal import ProgressView, duration, say
+from tipl_ray.tracking import Run, Tracker, ui_command
+from tipl_ray.training import model_folder
+
+UNIT_FILE = "unit.json"
+Cell = tuple[str, int, Contender]
+"""Task, environment steps and contender: what one row of the table stands for."""
+SLICE_SECONDS = 5.0
+"""Seconds of work between two looks at whether a unit has run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What is to be run, and by which predictors."""
+
+    experiment: Experiment
+    source: Experiment
+    folders: dict[str, str]
+    """Folder of each predictor, by name."""
+    engine: str
+
+    def of(self, unit: Unit) -> Experiment:
+        """The experiment that a unit runs."""
+        return unit.experiment(self.experiment, self.source, self.folders)
+
+
+def run_acceleration(experiment: Experiment) -> None:
+    """Search, train and compare every contender on every task; the whole of a job.
+
+    Exits with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
+    """
+    with exit_status():
+        check_job(experiment)
+        named = [Contender.parse(name) for name in experiment.accelerate.contenders]
+        source = source_experiment(experiment)
+        tracker = open_tracker(experiment)
+        with connected_to_ray():
+            plan = Plan(
+                experiment=experiment,
+                source=source,
+                folders=find_predictors(experiment, source, named),
+                engine=choose_engine(experiment.collect.engine, experiment.ppo),
+            )
+            begin = time.monotonic()
+            key = digest(as_table(experiment.accelerate), experiment.collect, experiment.ppo, plan.folders)
+            with tracker.run("accelerate", f"accelerate-{key}", tags={"experiment": experiment.name}) as run:
+                run.log_parameters({"accelerate": as_table(experiment.accelerate), "ppo": as_table(experiment.ppo)})
+                finished = list(_finished(plan, named, tracker, run))
+                _report(plan, finished, join(experiment.storage_path, "accelerations", key), run)
+            say(f"accelerate: {duration(time.monotonic() - begin)}; MLflow: {ui_command(tracker.uri)}")
+
+
+def source_experiment(experiment: Experiment) -> Experiment:
+    """The experiment that predictors come from. Raises FileNotFoundError or ValueError where there is none such."""
+    settings = experiment.accelerate
+    path = Path(settings.predictors_from)
+    source = load_experiment(path if path.is_absolute() else CHECKOUT / path, preset="causal")
+    return dataclasses.replace(source, storage=settings.predictors_storage or source.storage).check()
+
+
+def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[Contender]) -> dict[str, str]:
+    """Folder of every predictor that a contender needs, fitted now where it was not before.
+
+    Raises StoreError where the source's trials or its trained model are missing.
+    """
+    wanted = {one.predictor: one.jump(source, None).horizon for one in named if one.predictor}
+    if not wanted:
+        return {}
+    data = data_digest(source)
+    folders: dict[str, str] = {}
+    for horizon in sorted(set(wanted.values())):
+        names = [name for name, own in wanted.items() if own == horizon and name != TIPL]
+        digested = digest(data, source.split, source.model.context, horizon)
+        folder = join(experiment.storage_path, "predictors", digested)
+        missing = [name for name in names if not file_exists(join(folder, name), "predictor.json")]
+        if missing:
+            say(f"accelerate: fitting {', '.join(missing)} on the trials of {source.name}")
+            ray.get(ray.remote(contenders.fit_and_save).remote(source, horizon, missing, folder))
+        folders |= {name: join(folder, name) for name in names}
+    if TIPL in wanted:
+        folders[TIPL] = model_folder(source, data)
+        if not file_exists(folders[TIPL], "model.json"):
+            raise StoreError(
+                f"{folders[TIPL]}: no trained model of {source.name} is there; run jobs/train.py --preset causal with "
+                "that experiment first"
+            )
+    for folder in folders.values():
+        load_predictor(folder)
+    return folders
+
+
+def run_unit(experiment: Experiment, engine: str) -> None:
+    """Run every trial of a unit, from its last commits, and write its learning curves; nothing if they are there."""
+    folder = experiment.storage_path
+    if file_exists(folder, UNIT_FILE):
+        return
+    # Of this thread alone: a Ray worker has others, which wait for messages.
+    collector, begin = GroupCollector(experiment, engine), time.thread_time()
+    progress = before = collector.start(experiment.collect.seeds)
+    counts = collector.jump_counts
+    while not progress.finished:
+        progress, counts = collector.advance(SLICE_SECONDS), collector.jump_counts
+    # What was run before a kill took its time elsewhere: the share run here stands for all of it.
+    share_here = (progress.env_steps - before.env_steps) / progress.total_env_steps
+    seconds = (time.thread_time() - begin) / share_here if share_here else None
+    curves = learning_curves(experiment)
+    table = {
+        "returns": [[None if np.isnan(value) else float(value) for value in returns_I] for _, _, returns_I in curves],
+        "env_steps": curves[0][1].tolist(),
+        "cpu_seconds": seconds,
+        "jump_counts": counts,
+        "experiment": as_table(experiment),
+    }
+    write_file(folder, UNIT_FILE, json.dumps(table).encode())
+
+
+def load_unit(plan: Plan, unit: Unit) -> Finished:
+    """A unit that has run."""
+    experiment = plan.of(unit)
+    table = json.loads(read_file(experiment.storage_path, UNIT_FILE))
+    env_steps_I = np.array(table["env_steps"])
+    per_iteration = experiment.ppo.num_epochs * experiment.ppo.num_minibatches
+    return Finished(
+        unit=unit,
+        returns_SI=filled(np.array(table["returns"], dtype=np.float64)),
+        env_steps_I=env_steps_I,
+        gradient_steps_I=per_iteration * np.arange(1, len(env_steps_I) + 1),
+        cpu_seconds=float("nan") if table["cpu_seconds"] is None else table["cpu_seconds"],
+        jump_counts=table["jump_counts"],
+    )
+
+
+def _finished(plan: Plan, named: Sequence[Contender], tracker: Tracker, parent: Run) -> Iterator[Finished]:
+    """Every contender on the reported seeds at its best learning rate; task by task, in the contenders' order."""
+    settings = plan.experiment.accelerate
+    cells = [(*_task(plan.experiment, name), contender) for name in settings.tasks for contender in named]
+    searches = {cell: [_unit(cell, rate, search=True) for rate in settings.learning_rates] for cell in cells}
+    finals: dict[Cell, Unit] = {}
+    waiting = [unit for units in searches.values() for unit in units]
+    total = len(waiting) + len(cells)
+    running: dict[ray.ObjectRef, Unit] = {}
+    ran: set[Unit] = set()
+    limit = settings.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def settle(unit: Unit) -> None:
+        """Log a unit that has run; the last one of a search decides what is reported."""
+        ran.add(unit)
+        _log_unit(plan, load_unit(plan, unit), tracker, parent)
+        cell = (unit.task, unit.env_steps, unit.contender)
+        if unit.search and ran.issuperset(searches[cell]):
+            rate = contenders.best_learning_rate([load_unit(plan, one) for one in searches[cell]])
+            finals[cell] = _unit(cell, rate, search=False)
+            waiting.insert(0, finals[cell])
+
+    send: Any = ray.remote(num_cpus=1, max_retries=3)(run_unit)
+    with ProgressView() as view:
+        while waiting or running:
+            while waiting and len(running) < limit:
+                unit = waiting.pop(0)
+                if file_exists(plan.of(unit).storage_path, UNIT_FILE):
+                    settle(unit)
+                else:
+                    running[send.remote(plan.of(unit), plan.engine)] = unit
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
+            for reference in ready:
+                ray.get(reference)
+                settle(running.pop(reference))
+            now = ", ".join(f"{unit.contender.name} at {unit.learning_rate:g}" for unit in running.values())
+            view.show([], f"accelerate: {len(ran)} of {total} units done; running {now or 'none'}")
+    for cell in cells:
+        yield load_unit(plan, finals[cell])
+
+
+def _unit(cell: Cell, learning_rate: float, *, search: bool) -> Unit:
+    task, env_steps, contender = cell
+    return Unit(task=task, env_steps=env_steps, contender=contender, learning_rate=learning_rate, search=search)
+
+
+def _task(experiment: Experiment, name: str) -> tuple[str, int]:
+    """Task and environment steps of `TASK` or `TASK@STEPS`."""
+    task, _, steps = name.partition("@")
+    return task, int(steps) if steps else experiment.collect.total_env_steps
+
+
+def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
+    """A child run per unit, and its snapshots' end."""
+    experiment, unit = plan.of(one.unit), one.unit
+    name = f"{unit.task} {unit.contender.name} {unit.learning_rate:g}{' search' if unit.search else ''}"
+    tags = {"task": unit.task, "contender": unit.contender.name, "search": str(unit.search)}
+    with tracker.run(name, f"unit-{last_name(experiment.storage_path)}", parent=parent, tags=tags) as run:
+        run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("collect", "ppo", "jump")})
+        middle_I = interquartile_mean(one.returns_SI.T)
+        run.log_history("return_iqm", one.env_steps_I.tolist(), middle_I.tolist())
+        run.log_metrics({"auc": float(one.areas_S.mean()), "final_return": float(one.finals_S.mean())})
+        run.log_metrics({"cpu_seconds": one.cpu_seconds, "collapsed": one.num_collapsed})
+    folder = local_folder(experiment.storage_path)
+    if folder and not plan.experiment.accelerate.keep_weights:
+        for name in ("trajectories", "commits"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _report(plan: Plan, finished: Sequence[Finished], folder: str, run: Run) -> None:
+    experiment = plan.experiment
+    chances: dict[str, Any] = {
+        "resamples": experiment.accelerate.bootstrap,
+        "confidence": experiment.evaluate.confidence,
+    }
+    rows = contenders.score(finished, plan.source.collect.task, **chances)
+    together = contenders.over_tasks(finished, **chances)
+    lines = contenders.sentences(rows, experiment.evaluate.confidence)
+    write_file(folder, "table.csv", _csv(rows))
+    write_file(folder, "tasks.csv", _csv(together))
+    write_file(folder, "curves.csv", _csv(_curve_rows(finished)))
+    page = [
+        "# Update epochs replaced by inference",
+        "",
+        *(f"- {line}" for line in lines),
+        "",
+        contenders.as_markdown(rows),
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        for task, env_steps in dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished):
+            own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
+            curves = {one.unit.contender.name: (one.env_steps_I, one.returns_SI) for one in own}
+            name = f"acceleration_{task.removesuffix('-v4')}_{env_steps}"
+            picture = figures.save(
+                figures.contenders(curves, f"{task}, {len(own[0].returns_SI)} trials"), Path(temporary) / f"{name}.png"
+            )
+            run.log_figure(picture, name)
+            write_file(join(folder, "figures"), picture.name, picture.read_bytes())
+            page += ["", f"![{task}](figures/{picture.name})"]
+        content = "\n".join([*page, ""]).encode()
+        write_file(folder, "report.md", content)
+        (Path(temporary) / "report.md").write_bytes(content)
+        run.log_file(Path(temporary) / "report.md")
+    for line in (*contenders.as_markdown(rows).splitlines(), *lines):
+        say(line)
+    for row in together:
+        say(
+            f"over {row['tasks']} tasks, {row['contender']}: {row['share']:.3f} of the first contender's area "
+            f"[{row['share_low']:.3f}, {row['share_high']:.3f}]"
+        )
+    say(f"accelerate: table, curves and report in {folder}")
+
+
+def _curve_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
+    """One row per task, contender and iteration: the interquartile mean over trials, and its quartiles."""
+    rows = []
+    for one in finished:
+        low_I, high_I = np.quantile(one.returns_SI, (0.25, 0.75), axis=0)
+        for index, middle in enumerate(interquartile_mean(one.returns_SI.T)):
+            rows.append(
+                {
+                    "task": one.unit.task,
+                    "contender": one.unit.contender.name,
+                    "env_step": int(one.env_steps_I[index]),
+                    "return_iqm": round(float(middle), 2),
+                    "return_quartile_1": round(float(low_I[index]), 2),
+                    "return_quartile_3": round(float(high_I[index]), 2),
+                }
+            )
+    return rows
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.csv.write_csv(pa.Table.from_pylist(list(rows)), sink)
+    return sink.getvalue()

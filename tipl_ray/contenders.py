@@ -1,0 +1,355 @@
+"""Contenders: PPO with fewer update epochs, with and without jumps, and how their learning curves are scored.
+
+Knows what a contender is, which experiment it runs and what its curves say; runs nothing. Scores are rliable's
+(arXiv 2108.13264): interquartile mean over trials, stratified bootstrap intervals.
+
+Shapes: S trials (seeds) of a unit, I PPO iterations.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl_ray.config import Experiment, Jump, Ppo, digest
+from tipl_ray.forecasting import COMBINATIONS, Trials, save_predictor
+from tipl_ray.gram import Question
+from tipl_ray.metrics import interquartile_mean, stratified_resamples
+from tipl_ray.segments import load_band
+from tipl_ray.storage import join
+from tipl_ray.trajectory_store import TrajectoryStore
+
+SHARES = (80, 90, 95)
+"""Percents of the first contender's final return that are waited for."""
+SMOOTHED = 5
+"""Iterations that the curve is averaged over before it counts as having reached a return."""
+FINAL_SHARE = 10
+"""The final return is the mean over the last iterations, one in so many."""
+TIPL = "tipl"
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """A way to run PPO's updates."""
+
+    name: str
+    num_epochs: int
+    predictor: str | None = None
+    damping: float = 1.0
+    networks: Literal["policy", "both"] = "policy"
+    moments: Literal["kept", "reset"] = "kept"
+    gate: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> "Contender":
+        """The contender of a name such as `10`, `4+ridge` or `4+tipl:gate,x0.5`. Raises ValueError for another."""
+        plan, _, options = name.partition(":")
+        epochs, plus, predictor = plan.partition("+")
+        known = [*COMBINATIONS, TIPL]
+        if not epochs.isdecimal() or (plus and predictor not in known) or (options and not predictor):
+            raise ValueError(
+                f"accelerate.contenders: {name!r} is not EPOCHS or EPOCHS+PREDICTOR[:OPTION,...] with a predictor of "
+                f"{known}"
+            )
+        made = cls(name=name, num_epochs=int(epochs), predictor=predictor or None)
+        for option in filter(None, options.split(",")):
+            if option == "gate":
+                made = dataclasses.replace(made, gate=True)
+            elif option == "reset":
+                made = dataclasses.replace(made, moments="reset")
+            elif option == "both":
+                made = dataclasses.replace(made, networks="both")
+            elif option.startswith("x") and option[1:].replace(".", "", 1).isdecimal():
+                made = dataclasses.replace(made, damping=float(option[1:]))
+            else:
+                raise ValueError(f"accelerate.contenders: {name!r}: {option!r} is not gate, reset, both or xDAMPING")
+        return made
+
+    def jump(self, source: Experiment, folder: str | None) -> Jump:
+        """Its jumps, by the predictor in a folder. Raises ValueError where no whole snapshots are left to predict."""
+        if self.predictor is None:
+            return Jump()
+        skipped, size = source.ppo.num_epochs - self.num_epochs, source.collect.epochs_per_snapshot
+        if skipped < size or skipped % size or self.num_epochs % size:
+            raise ValueError(
+                f"accelerate.contenders: {self.name!r} leaves {skipped} of {source.ppo.num_epochs} epochs to a "
+                f"predictor of snapshots that are {size} epochs apart"
+            )
+        return Jump(
+            predictor=folder,
+            horizon=skipped // size,
+            damping=self.damping,
+            networks=self.networks,
+            moments=self.moments,
+            gate=self.gate,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """A contender on all seeds of one kind, at one learning rate: what runs as one stack."""
+
+    task: str
+    env_steps: int
+    contender: Contender
+    learning_rate: float
+    search: bool
+    """Whether it runs the seeds that choose the learning rate, and not those that are reported."""
+
+    def experiment(self, experiment: Experiment, source: Experiment, folders: dict[str, str]) -> Experiment:
+        """What it runs, in a storage of its own below the experiment's."""
+        settings, contender = experiment.accelerate, self.contender
+        collect = dataclasses.replace(
+            experiment.collect, task=self.task, total_env_steps=self.env_steps, trials_per_actor=0
+        )
+        if self.search:
+            seeds = {"first_seed": settings.search_first_seed, "num_trials": settings.search_trials}
+            collect = dataclasses.replace(collect, **seeds)  # type: ignore[arg-type]  # mypy: of all fields' types
+        if contender.num_epochs % collect.epochs_per_snapshot:
+            raise ValueError(
+                f"collect.epochs_per_snapshot={collect.epochs_per_snapshot} does not divide the epochs of "
+                f"accelerate.contenders {contender.name!r}"
+            )
+        made = dataclasses.replace(
+            experiment,
+            collect=collect,
+            ppo=self._ppo(experiment.ppo),
+            jump=contender.jump(source, folders.get(contender.predictor or "")),
+        )
+        # A predictor's folder is named after what it was fitted on.
+        name = digest(made.collect, made.ppo, dataclasses.replace(made.jump, predictor=_last_two(made.jump.predictor)))
+        return dataclasses.replace(made, storage=join(experiment.storage_path, "units", name))
+
+    def _ppo(self, ppo: Ppo) -> Ppo:
+        return dataclasses.replace(ppo, num_epochs=self.contender.num_epochs, learning_rate=self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """What is kept of a unit that has run."""
+
+    unit: Unit
+    returns_SI: NDArray[np.float64]
+    """Mean return of the episodes that ended in each iteration; the last known where none did."""
+    env_steps_I: NDArray[np.int64]
+    gradient_steps_I: NDArray[np.int64]
+    """Adam steps up to the end of each iteration."""
+    cpu_seconds: float
+    """CPU time of all trials, predictor and writing of snapshots included."""
+    jump_counts: list[int]
+    """Jumps taken, dropped by the gate, and refused; empty without jumps."""
+
+    @property
+    def areas_S(self) -> NDArray[np.float64]:
+        """Area under each trial's curve of returns, per environment step."""
+        return self.returns_SI.mean(axis=1)
+
+    @property
+    def finals_S(self) -> NDArray[np.float64]:
+        """Mean return of each trial over its last iterations."""
+        return self.returns_SI[:, -self._tenth :].mean(axis=1)
+
+    @property
+    def num_collapsed(self) -> int:
+        """Trials whose final return is below half of the best that they held over as many iterations."""
+        window = np.ones(self._tenth) / self._tenth
+        best_S = np.array([np.convolve(returns_I, window, mode="valid").max() for returns_I in self.returns_SI])
+        return int((self.finals_S < 0.5 * best_S).sum())
+
+    def reached(self, target: float) -> int | None:
+        """Iteration at whose end the interquartile mean, averaged over the last few iterations, first is there."""
+        curve_I = interquartile_mean(self.returns_SI.T)
+        smooth_I = np.convolve(curve_I, np.ones(SMOOTHED) / SMOOTHED, mode="full")[: len(curve_I)]
+        there = np.flatnonzero(smooth_I[SMOOTHED - 1 :] >= target)
+        return int(there[0]) + SMOOTHED - 1 if len(there) else None
+
+    @property
+    def _tenth(self) -> int:
+        return max(1, self.returns_SI.shape[1] // FINAL_SHARE)
+
+
+def filled(returns_SI: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Curves without gaps: the last known return, and before the first the first."""
+    result_SI = returns_SI.copy()
+    for returns_I in result_SI:
+        known = np.flatnonzero(~np.isnan(returns_I))
+        if not len(known):
+            raise ValueError("no episode ended in a trial: its learning curve is empty")
+        latest_I = np.searchsorted(known, np.arange(len(returns_I)), side="right") - 1
+        returns_I[:] = returns_I[known[np.maximum(latest_I, 0)]]
+    return result_SI
+
+
+def fit_and_save(source: Experiment, horizon: int, names: Sequence[str], folder: str) -> None:
+    """Fit predictors on the training trials of another experiment, their settings on its validation trials.
+
+    Its test trials are not opened. One folder each, for `forecasting.load_predictor`.
+    """
+    question = Question(
+        context=source.model.context,
+        steps=tuple(range(1, horizon + 1)),
+        snapshots_per_iteration=source.snapshots_per_iteration,
+    )
+    training, validation = (
+        Trials(bands=[load_band(source.storage_path, seed, question) for seed in seeds], weights=lambda: [])
+        for seeds in (source.train_seeds, source.validation_seeds)
+    )
+    about = {"trained_on": source.collect.task, "data": TrajectoryStore(source.storage_path).digest(source.train_seeds)}
+    for name in names:
+        predictor = COMBINATIONS[name](question)
+        predictor.fit(training, validation)
+        save_predictor(predictor, join(folder, name), about)
+
+
+def best_learning_rate(searched: Sequence[Finished]) -> float:
+    """The one whose trials of the search have the largest mean area under the curve."""
+    return max(searched, key=lambda one: one.areas_S.mean()).unit.learning_rate
+
+
+def score(finished: Sequence[Finished], trained_on: str, *, resamples: int, confidence: float) -> list[Row]:
+    """The result table: one row per task and contender, in their order; the first contender of a task is its reference.
+
+    A difference's interval resamples both contenders' trials on their own.
+    """
+    rows = []
+    for task, env_steps in dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished):
+        own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
+        reference = own[0]
+        for one in own:
+            contender = one.unit.contender
+            apart = [_resample([other.areas_S], resamples, seed) for seed, other in enumerate((one, reference))]
+            counts = dict(zip(("taken", "gated", "refused"), one.jump_counts or [0, 0, 0], strict=True))
+            rows.append(
+                {
+                    "task": task,
+                    "contender": contender.name,
+                    "predictor": contender.predictor or "none",
+                    "predictor_trained_on": trained_on if contender.predictor else "none",
+                    "epochs": contender.num_epochs,
+                    "learning_rate": one.unit.learning_rate,
+                    "seeds": len(one.returns_SI),
+                    "env_steps": int(one.env_steps_I[-1]),
+                    **_with_interval("auc", one.areas_S, resamples, confidence),
+                    "auc_less_first": _middle(one.areas_S) - _middle(reference.areas_S),
+                    **_interval("auc_less_first", apart[0] - apart[1], confidence),
+                    **_with_interval("final_return", one.finals_S, resamples, confidence),
+                    "gradient_steps": int(one.gradient_steps_I[-1]),
+                    **_waited(one, _middle(reference.finals_S)),
+                    "seconds": one.cpu_seconds / len(one.returns_SI),
+                    "collapsed": one.num_collapsed,
+                    **{f"jumps_{name}": count for name, count in counts.items()},
+                }
+            )
+    return rows
+
+
+def over_tasks(finished: Sequence[Finished], *, resamples: int, confidence: float) -> list[Row]:
+    """Area under the curve as a share of each task's first contender's, over all tasks at once; one row a contender."""
+    tasks = dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished)
+    names = dict.fromkeys(one.unit.contender.name for one in finished)
+    rows = []
+    for name in names:
+        strata = []
+        for key in tasks:
+            own = [one for one in finished if (one.unit.task, one.unit.env_steps) == key]
+            strata += [one.areas_S / _middle(own[0].areas_S) for one in own if one.unit.contender.name == name]
+        if len(strata) == len(tasks):
+            together = _middle(np.concatenate(strata))
+            apart = _interval("share", _resample(strata, resamples, 0), confidence)
+            rows.append({"contender": name, "tasks": len(tasks), "share": together, **apart})
+    return rows
+
+
+def sentences(rows: Sequence[Row], confidence: float) -> list[str]:
+    """What the table says, contender by contender, where it does not help as plainly as where it does."""
+    lines = []
+    for task, env_steps in dict.fromkeys((row["task"], row["env_steps"]) for row in rows):
+        own = [row for row in rows if (row["task"], row["env_steps"]) == (task, env_steps)]
+        first = own[0]
+        for row in own[1:]:
+            share = row["gradient_steps"] / first["gradient_steps"]
+            apart = row["auc_less_first"]
+            clear = row["auc_less_first_low"] > 0 or row["auc_less_first_high"] < 0
+            verdict = ("more" if apart > 0 else "less") if clear else "not told apart"
+            lines.append(
+                f"{task}, {env_steps:,} env steps: {row['contender']} with {share:.0%} of the gradient steps of "
+                f"{first['contender']} has an area under the curve of {row['auc']:.0f} against {first['auc']:.0f}, "
+                f"{verdict} (difference {apart:+.0f}, {confidence:.0%} interval {row['auc_less_first_low']:+.0f} to "
+                f"{row['auc_less_first_high']:+.0f})."
+            )
+        plain = [row for row in own if row["predictor"] == "none" and row is not first]
+        ridge = [row for row in own if row["contender"].endswith("+ridge")]
+        tipl = [row for row in own if row["contender"].endswith("+tipl")]
+        if ridge and tipl:
+            apart = tipl[0]["auc"] - ridge[0]["auc"]
+            words = "at least as good as" if apart >= 0 else "worse than"
+            lines.append(f"{task}, {env_steps:,} env steps: TIPL is {words} the ridge, by {abs(apart):.0f}.")
+        for row in own:
+            if row["predictor"] != "none" and plain and row["auc"] <= plain[0]["auc"]:
+                lines.append(
+                    f"{task}, {env_steps:,} env steps: {row['contender']} does not help: without jumps "
+                    f"{plain[0]['contender']} has {plain[0]['auc']:.0f}, with them {row['auc']:.0f}."
+                )
+    return lines
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The result table for a page: what was chosen, areas and final returns with intervals, steps to 90%."""
+    lines = [
+        "| task | env steps | contender | learning rate | area under the curve | less the first | final return | "
+        "gradient steps | env steps to 90% | CPU s a trial | collapsed |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        reached = row["env_steps_to_90"]
+        lines.append(
+            f"| {row['task']} | {row['env_steps']:,} | {row['contender']} | {row['learning_rate']:g} "
+            f"| {_bracketed(row, 'auc')} | {_bracketed(row, 'auc_less_first', '+')} "
+            f"| {_bracketed(row, 'final_return')} "
+            f"| {row['gradient_steps']:,} | {f'{reached:,}' if reached else 'not reached'} | {row['seconds']:.1f} "
+            f"| {row['collapsed']} of {row['seeds']} |"
+        )
+    return "\n".join(lines)
+
+
+def _waited(one: Finished, final: float) -> Row:
+    """Environment steps, gradient steps and CPU seconds of a trial to shares of a final return; None if never."""
+    found: Row = {}
+    for share in SHARES:
+        at = one.reached(share / 100 * final)
+        seconds = one.cpu_seconds / len(one.returns_SI)
+        found |= {
+            f"env_steps_to_{share}": None if at is None else int(one.env_steps_I[at]),
+            f"gradient_steps_to_{share}": None if at is None else int(one.gradient_steps_I[at]),
+            f"seconds_to_{share}": None if at is None else seconds * (at + 1) / len(one.env_steps_I),
+        }
+    return found
+
+
+def _middle(values: NDArray[np.float64]) -> float:
+    return float(interquartile_mean(values))
+
+
+def _resample(strata: Sequence[NDArray[np.float64]], resamples: int, seed: int) -> NDArray[np.float64]:
+    return stratified_resamples(strata, resamples=resamples, seed=seed)
+
+
+def _with_interval(name: str, values_S: NDArray[np.float64], resamples: int, confidence: float) -> Row:
+    return {name: _middle(values_S), **_interval(name, _resample([values_S], resamples, 0), confidence)}
+
+
+def _interval(name: str, statistics_R: NDArray[np.float64], confidence: float) -> Row:
+    low, high = np.quantile(statistics_R, ((1 - confidence) / 2, (1 + confidence) / 2))
+    return {f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _bracketed(row: Row, name: str, sign: str = "") -> str:
+    return f"{row[name]:{sign}.0f} [{row[f'{name}_low']:{sign}.0f}, {row[f'{name}_high']:{sign}.0f}]"
+
+
+def _last_two(path: str | None) -> str | None:
+    return path and "/".join(path.partition("?")[0].rsplit("/", 2)[-2:])
