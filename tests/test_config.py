@@ -81,7 +81,10 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
         (["--basis.centred", "--basis.deltas"], "exclude each other"),
         (["--evaluate.extra-horizons", "5", "20"], "evaluate.extra_horizons=(5, 20) do not rise from beyond"),
         (["--preset", "mine"], "preset='mine' is not one of ['causal', 'paper']"),
-        (["--experiment", "nowhere.toml"], "nowhere.toml: no such file; in jobs/experiments there are: accelerate, demo"),
+        (
+            ["--experiment", "nowhere.toml"],
+            "nowhere.toml: no such file; in jobs/experiments there are: accelerate, demo",
+        ),
     ],
 )
 def test_an_impossible_combination_is_refused_with_its_limit(
