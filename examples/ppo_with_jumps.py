@@ -1,0 +1,118 @@
+"""PPO in one plain file, after CleanRL's `ppo_continuous_action.py`, with and without jumps: the lines marked J.
+
+    python examples/ppo_with_jumps.py --epochs 10
+    python examples/ppo_with_jumps.py --predictor storage/demo/models/*
+
+A predictor is a model that was trained with `--preset causal`, or what `forecasting.save_predictor` wrote. With one,
+each iteration runs four update epochs, records the policy after the second and the fourth, and jumps to where the tenth
+would have led.
+"""
+
+import argparse
+
+import gymnasium
+import numpy as np
+import torch
+from torch import nn
+
+from tipl_ray.forecasting import load_predictor  # J
+from tipl_ray.jumps import ModuleJumps  # J
+
+GAMMA, GAE_LAMBDA, CLIP, NUM_MINIBATCHES = 0.99, 0.95, 0.2, 32
+
+
+class Policy(nn.Module):
+    """A Gaussian policy: what jumps."""
+
+    def __init__(self, observation_size: int, action_size: int):
+        super().__init__()
+        self.mean = network(observation_size, action_size, 0.01)
+        self.log_std = nn.Parameter(torch.zeros(action_size))
+
+    def forward(self, observations: torch.Tensor) -> torch.distributions.Normal:
+        """Distribution of actions."""
+        return torch.distributions.Normal(self.mean(observations), self.log_std.exp())
+
+
+def network(inputs: int, outputs: int, head_gain: float) -> nn.Sequential:
+    """Two hidden layers of 64, orthogonal weights."""
+    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
+    for layer, gain in zip(layers[::2], (2**0.5, 2**0.5, head_gain), strict=True):
+        assert isinstance(layer, nn.Linear)
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+def main() -> None:
+    """Train one policy and print its mean return now and then."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="InvertedPendulum-v4")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--predictor", help="folder of a predictor; without one there are no jumps")
+    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=2048, help="environment steps per iteration")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=1)
+    settings = parser.parse_args()
+
+    torch.manual_seed(settings.seed)
+    environment: gymnasium.Env = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make(settings.task))
+    environment = gymnasium.wrappers.NormalizeObservation(gymnasium.wrappers.ClipAction(environment))
+    environment = gymnasium.wrappers.NormalizeReward(environment, gamma=GAMMA)
+    sizes = [int(np.prod(space.shape or ())) for space in (environment.observation_space, environment.action_space)]
+    policy, critic = Policy(*sizes), network(sizes[0], 1, 1.0)
+    parameters = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, eps=1e-5)
+    jumps = ModuleJumps(policy, load_predictor(settings.predictor)) if settings.predictor else None  # J
+
+    observation = environment.reset(seed=settings.seed)[0]
+    steps, returns = settings.steps, [float("nan")]
+    for iteration in range(settings.iterations):
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - iteration / settings.iterations)
+
+        observations, actions = torch.zeros(steps + 1, sizes[0]), torch.zeros(steps, sizes[1])
+        rewards, going_on = torch.zeros(steps), torch.zeros(steps)
+        for step in range(steps):
+            observations[step] = torch.as_tensor(observation, dtype=torch.float32).clamp(-10, 10)
+            with torch.no_grad():
+                actions[step] = policy(observations[step]).sample()
+            observation, reward, terminated, truncated, info = environment.step(actions[step].numpy())
+            rewards[step], going_on[step] = min(max(float(reward), -10.0), 10.0), float(not (terminated or truncated))
+            if terminated or truncated:
+                returns.append(float(info["episode"]["r"]))
+                observation = environment.reset()[0]
+        observations[steps] = torch.as_tensor(observation, dtype=torch.float32).clamp(-10, 10)
+
+        with torch.no_grad():
+            values = critic(observations)[:, 0]
+            log_probabilities = policy(observations[:-1]).log_prob(actions).sum(1)
+            advantages, advantage = torch.zeros(steps), torch.zeros(())
+            for step in reversed(range(steps)):
+                error = rewards[step] + GAMMA * going_on[step] * values[step + 1] - values[step]
+                advantage = error + GAMMA * GAE_LAMBDA * going_on[step] * advantage
+                advantages[step] = advantage
+            targets = advantages + values[:-1]
+
+        for epoch in range(settings.epochs):
+            for part in torch.randperm(steps).chunk(NUM_MINIBATCHES):
+                ratio = (policy(observations[part]).log_prob(actions[part]).sum(1) - log_probabilities[part]).exp()
+                scaled = (advantages[part] - advantages[part].mean()) / (advantages[part].std() + 1e-8)
+                surrogate = torch.min(scaled * ratio, scaled * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+                value_error = (critic(observations[part])[:, 0] - targets[part]).square().mean()
+                optimizer.zero_grad()
+                (0.25 * value_error - surrogate).backward()
+                nn.utils.clip_grad_norm_(parameters, 0.5)
+                optimizer.step()
+            if jumps and epoch % 2 == 1:  # J
+                jumps.record()  # J
+        if jumps:  # J
+            jumps.jump(progress=iteration / settings.iterations)  # J
+
+        if iteration % 10 == 9 or iteration == settings.iterations - 1:
+            taken = f", {jumps.taken} jumps taken, {jumps.refused} refused" if jumps else ""
+            print(f"{(iteration + 1) * steps:,} env steps: mean return {np.nanmean(returns[-20:]):.1f}{taken}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The README's words about one's own training loop, carried out as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tipl_ray import config
+from tipl_ray.model import WindowTransformer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """A folder with storage/demo as `make demo` leaves it, its model smaller."""
+    torch.manual_seed(0)
+    model = WindowTransformer(config.Model(embedding=16, layers=1, heads=2, dropout=0.0), tuple(range(1, 11)), 5)
+    model.ridge_QHK[:, :, -1] = torch.arange(1, 11) * 0.1
+    model.save(str(tmp_path / "storage" / "demo" / "models" / "0123"), {"basis": {"kind": "window"}})
+    return tmp_path
+
+
+def readme_section() -> str:
+    return (ROOT / "README.md").read_text().split("## In your own training loop", 1)[1].split("\n## ", 1)[0]
+
+
+def test_the_readmes_lines_jump_in_a_loop_of_ones_own(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", readme_section(), flags=re.S)
+    monkeypatch.chdir(demo)
+    torch.manual_seed(0)
+    policy = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    inputs = torch.linspace(-1, 1, 24).reshape(8, 3)
+
+    def update_epoch() -> None:
+        optimizer.zero_grad()
+        policy(inputs).square().sum().backward()
+        optimizer.step()
+
+    names = {"policy": policy, "update_epoch": update_epoch, "num_iterations": 3}
+    exec(code, names)
+    jumps = names["jumps"]
+    assert (jumps.taken, jumps.refused) == (3, 0)  # type: ignore[attr-defined]
+
+
+def test_the_readmes_command_trains_a_plain_ppo_with_jumps(demo: Path) -> None:
+    (command,) = (
+        line.strip() for line in readme_section().splitlines() if line.strip().startswith("python") and "--pred" in line
+    )
+    shorter = command.replace("python", sys.executable, 1).replace("examples/", f"{ROOT}/examples/")
+    ran = subprocess.run(
+        f"{shorter} --iterations 3 --steps 256",
+        shell=True,
+        cwd=demo,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "768 env steps: mean return" in ran.stdout
+    assert "3 jumps taken, 0 refused" in ran.stdout
