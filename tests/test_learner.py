@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +116,14 @@ def test_compiled_bits_do_not_depend_on_the_vector_width() -> None:
     native = CompiledLearner(CHEETAH, PPO).gradient(parameters[0], rollouts, 0, indices)
     narrow = CompiledLearner(CHEETAH, PPO, march="x86-64-v3").gradient(parameters[0], rollouts, 0, indices)
     np.testing.assert_array_equal(native, narrow)
+
+
+@needs_compiler
+def test_what_was_compiled_once_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        CompiledLearner(PENDULUM, PPO)
+    assert len(list(tmp_path.glob("tipl_ray/*.so"))) == 1
 
 
 @needs_compiler

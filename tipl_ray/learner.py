@@ -248,7 +248,10 @@ def _build(shape: NetworkShape, minibatch_size: int, precision: type, march: str
     ]
     command += [f"-D{name}={value}" for name, value in macros.items()]
     # What `native` means is the processor's affair: a cache on a shared home must tell machines apart.
-    target = subprocess.run(["g++", f"-march={march}", "-Q", "--help=target", "-v"], capture_output=True, check=False)
+    # Not --help=target, whose answer names temporary files: no two are alike.
+    target = subprocess.run(
+        ["g++", f"-march={march}", "-E", "-v", "-x", "c++", os.devnull], capture_output=True, check=False
+    )
     fingerprint = hashlib.sha256(
         source.read_bytes() + repr(command).encode() + target.stdout + target.stderr
     ).hexdigest()
