@@ -1,12 +1,13 @@
 # make demo    installs into .venv and runs the main job on real PPO data
 # make test    installs into .venv and runs the tests
 # make learn   the slow proof that PPO learns: HalfCheetah, 3 trials of 300,000 steps, with a report
+# make chaos   kills collections at every publication point and at random, compares what comes of them
 # make bench   what the README claims of speed, side by side
 
 PYTHON ?= python3
 STAMP := .venv/installed
 
-.PHONY: demo learn test test-slow lint bench clean
+.PHONY: demo learn test test-slow chaos lint bench clean
 
 demo: $(STAMP)
 	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/demo.toml
@@ -19,6 +20,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	.venv/bin/python -m pytest -q -m slow
+
+chaos: $(STAMP)
+	.venv/bin/python benchmarks/chaos.py
 
 lint: $(STAMP)
 	.venv/bin/ruff format --check .

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tipl_ray import config
+from tipl_ray import config, temporal_svd
 from tipl_ray.gram import Question, make_band
 from tipl_ray.model import Normaliser
 from tipl_ray.segments import Segments, Tokens, WindowSegments, draw_windows, load_band, load_tokens, tokens_of
@@ -184,3 +184,18 @@ def test_trials_too_short_or_of_different_length_have_no_windows():
         WindowSegments(bands[:2], QUESTION)
     with pytest.raises(ValueError, match=r"model\.context=4 and forward step 3 leave no window in the 7 snapshots"):
         WindowSegments(bands[2:], QUESTION)
+
+
+def test_a_trial_reduced_from_the_store_is_reduced_as_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(temporal_svd, "HELD_BYTES", 4 * 9 * 4)
+    monkeypatch.setattr(temporal_svd, "BLOCK_BYTES", 8 * 9 * 3)
+    for shape in ((9, 11), (15, 11)):
+        weights_TP = trajectory(3, *shape)
+        store = write_store(tmp_path / str(shape), {3: weights_TP})
+        for basis in (BASIS, config.Basis(rank=4, centred=True), config.Basis(rank=4, deltas=True)):
+            found = load_tokens(store, (3,), basis)
+            expected = tokens_of(3, weights_TP, fit_basis(weights_TP, "trial", 4, basis.centred, basis.deltas))
+            for field in ("coordinates_NTD", "singular_values_ND", "outside_NT", "displacement_NT"):
+                np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
+import polars
 import pyarrow as pa
 import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pq
@@ -123,6 +125,47 @@ def test_plain_parquet_readers_take_the_folder_as_it_lies(tmp_path: Path) -> Non
         assert np.array_equal(row.weights, make_snapshot(row.snapshot, row.seed).weights)
     metadata = pq.read_schema(files(tmp_path, "*.parquet")[0]).metadata
     assert json.loads(metadata[b"tipl_ray"])["layout"][1] == ["log_std", [1], 6]
+
+
+def test_duckdb_reads_the_folder_as_it_lies(tmp_path: Path) -> None:
+    collect(tmp_path, seed=3)
+    collect(tmp_path, seed=11).finish([3, 11], 8)
+    garbage = tmp_path / "commits" / ".tmp-0123"
+    garbage.write_bytes(b"half a part")
+    rows = (
+        duckdb.connect()
+        .execute(
+            f"select trial, seed, snapshot, weights, len(weights), typeof(weights), weights[1], observation_mean "
+            f"from read_parquet('{tmp_path}/trajectories/*/*.parquet', hive_partitioning=true) order by trial, snapshot"
+        )
+        .fetchall()
+    )
+    assert [row[:3] for row in rows] == [(seed, seed, index) for seed in (3, 11) for index in range(8)]
+    for _, seed, index, weights, length, kind, first, mean in rows:
+        expected = make_snapshot(index, seed)
+        assert (length, kind) == (P, "FLOAT[]")
+        assert weights[0] == first
+        assert np.array_equal(np.array(weights, np.float32), expected.weights)
+        assert np.array_equal(mean, expected.observation_mean)
+    ((mean_return,),) = (
+        duckdb.connect()
+        .execute(f"select avg(episodic_return) from read_parquet('{tmp_path}/trajectories/*/*.parquet') where seed = 3")
+        .fetchall()
+    )
+    returns = [make_snapshot(index).episodic_return for index in range(8)]
+    assert mean_return == pytest.approx(np.mean([value for value in returns if value is not None]))
+
+
+def test_polars_reads_the_folder_as_it_lies(tmp_path: Path) -> None:
+    collect(tmp_path, seed=3)
+    collect(tmp_path, seed=11).finish([3, 11], 8)
+    (tmp_path / "commits" / ".tmp-0123").write_bytes(b"half a part")
+    frame = polars.scan_parquet(tmp_path / "trajectories", hive_partitioning=True).sort("trial", "snapshot").collect()
+    assert frame.select("trial", "snapshot").rows() == [(seed, index) for seed in (3, 11) for index in range(8)]
+    assert frame.schema["weights"] == polars.Array(polars.Float32, P)
+    assert frame["episodic_return"].null_count() == 6
+    expected = [make_snapshot(index, seed).weights for seed in (3, 11) for index in range(8)]
+    np.testing.assert_array_equal(frame["weights"].to_numpy(), expected)
 
 
 def test_a_file_uri_names_the_same_store(tmp_path: Path) -> None:
@@ -518,6 +561,22 @@ def test_a_range_touches_only_its_row_groups(tmp_path: Path) -> None:
     for start, stop in ((9, 11), (15, 16), (0, 25)):
         with pytest.raises(StoreError, match=path.name):
             store.trajectory(3, start=start, stop=stop)
+
+
+def test_weights_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    store = collect(tmp_path)
+    expected, stored = store.trajectory(3).weights_TP, store.weights(3)
+    assert stored.shape == (8, P)
+    for part in (slice(None), slice(3), slice(2, 6), slice(5, 99), slice(4, 4)):
+        np.testing.assert_array_equal(stored[part], expected[part])
+    for columns in (slice(None), slice(2, 5), slice(6, 9)):
+        np.testing.assert_array_equal(stored[:, columns], expected[:, columns])
+    files(tmp_path, "part-00000004*")[0].unlink()
+    np.testing.assert_array_equal(stored[:4], expected[:4])
+    with pytest.raises(StoreError, match="part-00000004"):
+        stored[3:5]
+    with pytest.raises(StoreError, match=r"trial 5.*collect"):
+        store.weights(5)
 
 
 def test_success_is_written_only_when_every_trial_is_whole(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl_ray import config
+from tipl_ray.rows import Rows
 
 BLOCK_BYTES = 64 * 2**20
 """Most that is held in float64 of a trajectory at a time."""
@@ -112,10 +113,10 @@ class GramBand:
 
 
 def make_band(
-    weights_TP: Array, width: int, *, snapshots_per_iteration: int = 1, learning_rates_T: Array | None = None
+    weights_TP: Rows, width: int, *, snapshots_per_iteration: int = 1, learning_rates_T: Array | None = None
 ) -> GramBand:
-    """The band of a trajectory, read once; float64 throughout. Raises ValueError if a weight is not finite."""
-    rates_T = np.ones(len(weights_TP)) if learning_rates_T is None else np.asarray(learning_rates_T, np.float64)
+    """The band of a trajectory, asked for in parts; float64 throughout. Raises ValueError if a weight is not finite."""
+    rates_T = np.ones(weights_TP.shape[0]) if learning_rates_T is None else np.asarray(learning_rates_T, np.float64)
     return GramBand(
         products_SW=banded_products(weights_TP, width),
         learning_rates_T=rates_T / rates_T[0],
@@ -123,21 +124,21 @@ def make_band(
     )
 
 
-def banded_products(weights_TP: Array, width: int) -> NDArray[np.float64]:
-    """Inner products of displacements less than `width` apart, in blocks of columns; (S, W)."""
-    num_displacements = len(weights_TP) - 1
+def banded_products(weights_TP: Rows, width: int) -> NDArray[np.float64]:
+    """Inner products of displacements less than `width` apart, in blocks of rows and of columns; (S, W)."""
+    num_displacements, num_weights = weights_TP.shape[0] - 1, weights_TP.shape[1]
     products_SW = np.zeros((num_displacements, width))
-    columns = max(1, BLOCK_BYTES // (8 * len(weights_TP)))
-    for column in range(0, weights_TP.shape[1], columns):
-        displacements_Sp = np.diff(weights_TP[:, column : column + columns].astype(np.float64), axis=0)
-        for first in range(0, num_displacements, ROWS_AT_ONCE):
-            rows_Rp = displacements_Sp[first : first + ROWS_AT_ONCE]
-            near_RM = rows_Rp @ displacements_Sp[first : first + ROWS_AT_ONCE + width - 1].T
-            padded_RM = np.pad(near_RM, ((0, 0), (0, len(rows_Rp) + width - 1 - near_RM.shape[1])))
+    for first in range(0, num_displacements, ROWS_AT_ONCE):
+        some_TP = weights_TP[first : min(first + ROWS_AT_ONCE + width, num_displacements + 1)]
+        products_RW = products_SW[first : first + ROWS_AT_ONCE]
+        columns = max(1, BLOCK_BYTES // (8 * len(some_TP)))
+        for column in range(0, num_weights, columns):
+            near_Mp = np.diff(some_TP[:, column : column + columns].astype(np.float64), axis=0)
+            near_RM = near_Mp[: len(products_RW)] @ near_Mp.T
+            padded_RM = np.pad(near_RM, ((0, 0), (0, len(products_RW) + width - 1 - near_RM.shape[1])))
             # Row r of the band begins r columns to the right: the same memory, seen with rows one entry longer.
             strides = (sum(padded_RM.strides), padded_RM.strides[1])
-            diagonals_RW = np.lib.stride_tricks.as_strided(padded_RM, (len(rows_Rp), width), strides)
-            products_SW[first : first + len(rows_Rp)] += diagonals_RW
+            products_RW += np.lib.stride_tricks.as_strided(padded_RM, products_RW.shape, strides)
     if not np.isfinite(products_SW).all():
         raise ValueError("weights_TP has entries that are NaN or infinite: there are no inner products of them")
     return products_SW

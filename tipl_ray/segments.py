@@ -20,6 +20,7 @@ from torch import Tensor
 from tipl_ray import config
 from tipl_ray.gram import GramBand, Question, band_index, make_band, squared_errors
 from tipl_ray.model import Normaliser
+from tipl_ray.rows import Rows
 from tipl_ray.storage import file_exists, join, read_file, write_file
 from tipl_ray.temporal_svd import FittedBasis, fit_basis
 from tipl_ray.trajectory_store import TrajectoryStore
@@ -66,7 +67,7 @@ def load_tokens(store: TrajectoryStore, seeds: Sequence[int], basis: config.Basi
 
 
 def _reduce(store: TrajectoryStore, seed: int, basis: config.Basis) -> Tokens:
-    weights_TP = store.trajectory(seed, columns=("weights",)).weights_TP
+    weights_TP = store.weights(seed)
     try:
         assert basis.kind != "window", "displacements have a band, not tokens"
         fitted = fit_basis(weights_TP, basis.kind, basis.rank, centred=basis.centred, deltas=basis.deltas)
@@ -75,17 +76,17 @@ def _reduce(store: TrajectoryStore, seed: int, basis: config.Basis) -> Tokens:
     return tokens_of(seed, weights_TP, fitted)
 
 
-def tokens_of(seed: int, weights_TP: NDArray[np.float32], fitted: FittedBasis) -> Tokens:
+def tokens_of(seed: int, weights_TP: Rows, fitted: FittedBasis) -> Tokens:
     """Tokens of one trial whose basis is fitted."""
-    outside_T, displacement_T = np.zeros(len(weights_TP)), np.zeros(len(weights_TP))
-    for start in range(0, len(weights_TP), SNAPSHOTS_AT_ONCE):
-        part = slice(start, start + SNAPSHOTS_AT_ONCE)
+    num_snapshots = weights_TP.shape[0]
+    outside_T, displacement_T = np.zeros(num_snapshots), np.zeros(num_snapshots)
+    for start in range(0, num_snapshots, SNAPSHOTS_AT_ONCE):
+        part, before = slice(start, start + SNAPSHOTS_AT_ONCE), min(start, 1)
+        some_TP = weights_TP[start - before : part.stop].astype(np.float64)
+        displacement_T[start + 1 - before : part.stop] = np.square(np.diff(some_TP, axis=0)).sum(axis=1)
         if fitted.kind == "trial":
-            outside_TP = weights_TP[part].astype(np.float64) - fitted.decode(fitted.coordinates_TD[part])
+            outside_TP = some_TP[before:] - fitted.decode(fitted.coordinates_TD[part])
             outside_T[part] = np.square(outside_TP).sum(axis=1)
-        first = max(start, 1)
-        steps_TP = np.diff(weights_TP[first - 1 : part.stop].astype(np.float64), axis=0)
-        displacement_T[first : part.stop] = np.square(steps_TP).sum(axis=1)
     return Tokens(
         seeds=(seed,),
         coordinates_NTD=fitted.coordinates_TD[None],
@@ -103,19 +104,18 @@ def load_band(storage: str, seed: int, question: Question) -> GramBand:
     """
     store = TrajectoryStore(storage)
     folder, name = join(storage, "grams"), f"{store.digest([seed])}-{question.width}.npy"
+    rates_T = store.trajectory(seed, columns=("learning_rate",)).learning_rates_T
     if file_exists(folder, name):
-        rates_T = store.trajectory(seed, columns=("learning_rate",)).learning_rates_T
         return GramBand(
             products_SW=np.load(io.BytesIO(read_file(folder, name)), allow_pickle=False),
             learning_rates_T=rates_T / rates_T[0],
             snapshots_per_iteration=question.snapshots_per_iteration,
         )
-    trial = store.trajectory(seed, columns=("weights", "learning_rate"))
     band = make_band(
-        trial.weights_TP,
+        store.weights(seed),
         question.width,
         snapshots_per_iteration=question.snapshots_per_iteration,
-        learning_rates_T=trial.learning_rates_T,
+        learning_rates_T=rates_T,
     )
     content = io.BytesIO()
     np.save(content, band.products_SW, allow_pickle=False)

@@ -1,8 +1,9 @@
 """Temporal SVD (Section 3.2): the basis in which one trajectory's weights become tokens, and tokens become weights.
 
-Knows one trajectory, as an array, and nothing of where it came from, of other trials or of the model.
+Knows one trajectory, as an array or as anything else that gives ranges of its rows and columns as arrays, and nothing
+of where it came from, of other trials or of the model.
 
-Shapes: T snapshots, P policy weights, D SVD rank, B any number of snapshots.
+Shapes: T snapshots, P policy weights, D SVD rank, B any number of snapshots, N the smaller of T and P.
 """
 
 import dataclasses
@@ -13,8 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-BLOCK_BYTES = 128 * 2**20
+from tipl_ray.rows import Rows
+
+BLOCK_BYTES = 64 * 2**20
 """Most that is held in float64 of a trajectory at a time."""
+HELD_BYTES = 256 * 2**20
+"""Most that is asked for at a time of a trajectory that is read as it is asked for."""
 
 SMALLEST_SINGULAR_VALUE = 1e-7
 """Singular values below this share of the largest are zero: a float64 Gram matrix knows no more of them."""
@@ -58,16 +63,18 @@ class FittedBasis:
 
 
 def fit_basis(
-    weights_TP: Array, kind: Literal["trial", "raw"], rank: int, centred: bool = False, deltas: bool = False
+    weights_TP: Rows, kind: Literal["trial", "raw"], rank: int, centred: bool = False, deltas: bool = False
 ) -> FittedBasis:
     """Temporal SVD (Section 3.2) of one trajectory, or the identity for `raw`, which ignores the rank.
 
     With `centred` the trajectory's mean is subtracted first, with `deltas` its first snapshot. Works from the float64
-    Gram matrix of the shorter side, so its memory does not grow with the longer one.
+    Gram matrix of the shorter side and asks for the trajectory in parts, so that one which is read from a store takes a
+    bounded memory.
     Raises ValueError if the rank exceeds T or P, or a weight is not finite.
     """
     origin_P = _origin(weights_TP, centred, deltas)
     if kind == "raw":
+        weights_TP = weights_TP[:]
         if not np.isfinite(weights_TP).all():
             raise ValueError("weights_TP has entries that are NaN or infinite: there is no basis for them")
         return FittedBasis(
@@ -80,10 +87,16 @@ def fit_basis(
         )
     singular_values_D, short_ND, _ = _spectrum(weights_TP, origin_P, rank)
     inverse_D = np.divide(1.0, singular_values_D, out=np.zeros(rank), where=singular_values_D > 0)
-    long_MD = np.empty((max(weights_TP.shape), rank))
-    for part, block_NB in _blocks(weights_TP, origin_P):
-        long_MD[part] = block_NB.T @ short_ND * inverse_D
-    left_TD, right_PD = (short_ND, long_MD) if weights_TP.shape[0] <= weights_TP.shape[1] else (long_MD, short_ND)
+    num_snapshots, num_weights = weights_TP.shape
+    left_TD, right_PD = short_ND, short_ND
+    if num_snapshots <= num_weights:
+        right_PD = np.zeros((num_weights, rank))
+        for part, block_BP in _row_blocks(weights_TP, origin_P):
+            right_PD += block_BP.T @ (short_ND[part] * inverse_D)
+    else:
+        left_TD = np.empty((num_snapshots, rank))
+        for part, block_BP in _row_blocks(weights_TP, origin_P):
+            left_TD[part] = block_BP @ short_ND * inverse_D
     largest_D = right_PD[np.abs(right_PD).argmax(axis=0), np.arange(rank)]
     signs_D = np.where(largest_D < 0, -1.0, 1.0)
     return FittedBasis(
@@ -97,7 +110,7 @@ def fit_basis(
 
 
 def reconstruction_error(
-    weights_TP: Array, ranks: Sequence[int], centred: bool = False, deltas: bool = False
+    weights_TP: Rows, ranks: Sequence[int], centred: bool = False, deltas: bool = False
 ) -> dict[str, NDArray]:
     """What each SVD rank leaves out of one trajectory, from singular values and total energy alone.
 
@@ -110,11 +123,11 @@ def reconstruction_error(
     return {
         "rank": np.asarray(ranks, np.int64),
         "energy_outside": outside / energy if energy else outside,
-        "mean_squared_error": outside / weights_TP.size,
+        "mean_squared_error": outside / np.prod(weights_TP.shape),
     }
 
 
-def _spectrum(weights_TP: Array, origin_P: NDArray, rank: int) -> tuple[NDArray, NDArray, float]:
+def _spectrum(weights_TP: Rows, origin_P: NDArray, rank: int) -> tuple[NDArray, NDArray, float]:
     """Leading singular values (D,), singular vectors of the shorter side (N, D), and the squared sum of all weights."""
     num_short = min(weights_TP.shape)
     if not 1 <= rank <= num_short:
@@ -123,7 +136,7 @@ def _spectrum(weights_TP: Array, origin_P: NDArray, rank: int) -> tuple[NDArray,
             f"{weights_TP.shape[0]} snapshots of {weights_TP.shape[1]} weights"
         )
     gram_NN = np.zeros((num_short, num_short), order="F")
-    for _, block_NB in _blocks(weights_TP, origin_P):
+    for block_NB in _short_blocks(weights_TP, origin_P):
         # Fortran order, a transposed operand and overwrite_c: the sum grows in place, no second Gram matrix is made.
         gram_NN = linalg.blas.dsyrk(1.0, block_NB.T, beta=1.0, c=gram_NN, trans=1, lower=1, overwrite_c=1)
     energy = float(np.trace(gram_NN))
@@ -138,21 +151,36 @@ def _spectrum(weights_TP: Array, origin_P: NDArray, rank: int) -> tuple[NDArray,
     return singular_values_D, vectors_ND, energy
 
 
-def _origin(weights_TP: Array, centred: bool, deltas: bool) -> NDArray[np.float32]:
-    if centred:
-        return weights_TP.mean(axis=0, dtype=np.float64).astype(np.float32)
-    if deltas:
-        return weights_TP[0].astype(np.float32)
-    return np.zeros(weights_TP.shape[1], np.float32)
-
-
-def _blocks(weights_TP: Array, origin_P: NDArray) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Cut the longer side into blocks: its slice, and the float64 block with the shorter side first."""
+def _origin(weights_TP: Rows, centred: bool, deltas: bool) -> NDArray[np.float32]:
     num_snapshots, num_weights = weights_TP.shape
-    step = max(1, BLOCK_BYTES // (8 * min(weights_TP.shape)))
-    for start in range(0, max(weights_TP.shape), step):
-        part = slice(start, start + step)
-        if num_snapshots <= num_weights:
-            yield part, weights_TP[:, part].astype(np.float64) - origin_P[part]
-        else:
-            yield part, (weights_TP[part].astype(np.float64) - origin_P).T
+    zeros_P = np.zeros(num_weights, np.float32)
+    if centred:
+        sums = (block_BP.sum(axis=0) for _, block_BP in _row_blocks(weights_TP, zeros_P))
+        return (sum(sums, np.zeros(num_weights)) / num_snapshots).astype(np.float32)
+    return weights_TP[:1][0].astype(np.float32) if deltas else zeros_P
+
+
+def _row_blocks(weights_TP: Rows, origin_P: NDArray) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Snapshots in order, in float64: which, and their weights."""
+    num_snapshots, num_weights = weights_TP.shape
+    step = max(1, BLOCK_BYTES // (8 * num_weights))
+    for start in range(0, num_snapshots, step):
+        part = slice(start, min(start + step, num_snapshots))
+        yield part, weights_TP[part].astype(np.float64) - origin_P
+
+
+def _short_blocks(weights_TP: Rows, origin_P: NDArray) -> Iterator[NDArray[np.float64]]:
+    """Blocks of the longer side, in float64, with the whole shorter side first; (N, some of the longer side)."""
+    num_snapshots, num_weights = weights_TP.shape
+    if num_snapshots > num_weights:
+        yield from (block_BP.T for _, block_BP in _row_blocks(weights_TP, origin_P))
+        return
+    step = max(1, BLOCK_BYTES // (8 * num_snapshots))
+    # Of an array, columns are seen in place; from a store, whole snapshots are read for them: better for many at once.
+    held = step * max(1, HELD_BYTES // (4 * num_snapshots * step))
+    for first in range(0, num_weights, held):
+        held_Tp = weights_TP[:, first : first + held]
+        for start in range(0, held_Tp.shape[1], step):
+            block_Tp = held_Tp[:, start : start + step].astype(np.float64)
+            block_Tp -= origin_P[first + start : first + start + step]
+            yield block_Tp

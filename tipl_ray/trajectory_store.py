@@ -274,9 +274,7 @@ class TrajectoryStore:
         """
         run = self._present_run(seed)
         if not run:
-            raise StoreError(
-                f"{self._files.show(_folder(_COMMITS, seed))}: no commit of trial {seed}; collect it first"
-            )
+            raise self._uncommitted(seed)
         num_snapshots = run[-1].last_snapshot + 1
         stop = num_snapshots if stop is None else stop
         if not 0 <= start <= stop <= num_snapshots:
@@ -294,6 +292,13 @@ class TrajectoryStore:
                 for name in names:
                     arrays[name][first - start : first - start + len(rows)] = _to_numpy(rows.column(name))
         return Trajectory(seed=seed, **{field: arrays[name] for name, field in COLUMNS.items()})
+
+    def weights(self, seed: int) -> "StoredWeights":
+        """The weights of a trial, read when they are asked for, and no more of them than asked. Raises StoreError."""
+        run = self._present_run(seed)
+        if not run:
+            raise self._uncommitted(seed)
+        return StoredWeights(self, seed, run)
 
     def verify(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
         """Compare every digest, range, schema and number of a trial with its commit records; reads everything.
@@ -512,6 +517,9 @@ class TrajectoryStore:
                 path = self._files.show(f"{folder}/{name}")
                 raise StoreError(f"{path}: is not the store's, and readers of the folder may take it for data; move it")
 
+    def _uncommitted(self, seed: int) -> StoreError:
+        return StoreError(f"{self._files.show(_folder(_COMMITS, seed))}: no commit of trial {seed}; collect it first")
+
     def _read(self, path: str) -> bytes:
         with self._explained(path):
             return self._files.read(path)
@@ -532,6 +540,27 @@ class TrajectoryStore:
             f"{self._files.show(path)}: {complaint}. {way_out}, or delete {folders} and collect again; other trials "
             "stay as they are"
         )
+
+
+class StoredWeights:
+    """Weights of one trial, (T, P), that stay in the store: [start:stop] and [:, start:stop] read what they give."""
+
+    def __init__(self, store: TrajectoryStore, seed: int, run: Sequence[CommitRecord]) -> None:
+        self._store, self._seed, self._run = store, seed, run
+        self.shape = (run[-1].last_snapshot + 1, run[0].header.num_weights)
+
+    def __getitem__(self, part: slice | tuple[slice, slice]) -> NDArray[np.float32]:
+        """Some snapshots, all or some of their weights. Raises StoreError for what is seen to be damaged."""
+        rows, columns = part if isinstance(part, tuple) else (part, slice(None))
+        (start, stop, _), (left, right, _) = rows.indices(self.shape[0]), columns.indices(self.shape[1])
+        given = np.empty((max(0, stop - start), max(0, right - left)), np.float32)
+        for record in self._run:
+            if record.first_snapshot < stop and start <= record.last_snapshot:
+                footer = self._store._footer(self._seed, record)
+                for first, read in self._store._row_groups(self._seed, record, footer, ("weights",), start, stop):
+                    weights_BP = _to_numpy(read.column("weights"))
+                    given[first - start : first - start + len(read)] = weights_BP[:, left:right]
+        return given
 
 
 class TrialWriter:

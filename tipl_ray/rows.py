@@ -1,0 +1,18 @@
+"""A trajectory's weights, wherever they lie: an array, or what reads its parts from a store as they are asked for."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Rows(Protocol):
+    """Weights (T, P) of T snapshots."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(T, P)."""
+
+    def __getitem__(self, part: Any, /) -> NDArray[np.floating]:
+        """Snapshots [start:stop], or columns [:, start:stop] of all of them."""
+        raise NotImplementedError
