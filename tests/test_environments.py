@@ -1,21 +1,25 @@
 """Wrappers against gymnasium's own, step for step and bit for bit."""
 
+import shutil
+
 import numpy as np
 import pytest
 from plain_ppo import make_environment
 
-from tipl_ray.environments import Environments, generator_state, restored_generator
+from tipl_ray.environments import CompiledEnvironments, Environments, generator_state, restored_generator
 from tipl_ray.tasks import TASKS
 
 SOME_TASKS = [*sorted(TASKS), "Humanoid-v4", "Reacher-v4"]
+KINDS = [Environments] + ([CompiledEnvironments] if shutil.which("g++") else [])
 
 NUM_STEPS = 1000
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", SOME_TASKS)
-def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str) -> None:
+def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str, kind: type[Environments]) -> None:
     seeds = [11, 12]
-    environments = Environments(task, seeds, gamma=0.99)
+    environments = kind(task, seeds, gamma=0.99)
     originals = [make_environment(task) for _ in seeds]
     for k, seed in enumerate(seeds):
         np.testing.assert_array_equal(environments.observations_KO[k], originals[k].reset(seed=seed)[0])
@@ -42,14 +46,15 @@ def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str) -> No
         assert environments.reward_statistics.variance[k] == original.get_wrapper_attr("return_rms").var
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", SOME_TASKS)
-def test_environments_go_on_from_a_saved_state_bit_for_bit(task: str) -> None:
+def test_environments_go_on_from_a_saved_state_bit_for_bit(task: str, kind: type[Environments]) -> None:
     random = np.random.default_rng(2)
-    environments = Environments(task, [1, 2, 3], gamma=0.99)
+    environments = kind(task, [1, 2, 3], gamma=0.99)
     actions = random.normal(0, 1, (400, 3, environments.simulations.action_size)).astype(np.float32)
     for step in range(200):
         environments.step(actions[step])
-    resumed = Environments(task, [7, 8], gamma=0.99)
+    resumed = kind(task, [7, 8], gamma=0.99)
     resumed.set_state(0, environments.state(2))
     resumed.set_state(1, environments.state(0))
     environments.keep(np.array([2, 0]))

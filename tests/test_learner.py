@@ -98,7 +98,7 @@ def test_compiled_and_torch_learners_agree(shape: NetworkShape) -> None:
         actions = np.zeros((3, shape.action_size), dtype=np.float32)
         noise = np.random.default_rng(3).standard_normal(actions.shape).astype(np.float32)
         owners = np.array([1, 0, 1], dtype=np.int32)
-        learner.act(parameters, owners, np.ascontiguousarray(rollouts.observations_KSO[0, :3]), noise, actions)
+        learner.actor(parameters, owners, np.ascontiguousarray(rollouts.observations_KSO[0, :3]), noise, actions)()
         learner.advantages(parameters, rollouts)
         first, second = np.zeros((2, *parameters.shape), dtype=np.float32)
         steps, rates = np.zeros(2, dtype=np.int64), np.array([3e-4, 1e-4])

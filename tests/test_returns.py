@@ -52,7 +52,7 @@ def act_in_torch(shape: NetworkShape, weights: np.ndarray) -> Callable:
 def act_by_the_learner(learner: Learner, weights: np.ndarray, action_size: int) -> Callable:
     def act(observation: np.ndarray) -> np.ndarray:
         actions = np.zeros((1, action_size), dtype=np.float32)
-        learner.act(weights[None], np.zeros(1, dtype=np.int32), observation[None], None, actions)
+        learner.actor(weights[None], np.zeros(1, dtype=np.int32), observation[None], None, actions)()
         return actions[0]
 
     return act

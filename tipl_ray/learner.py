@@ -8,19 +8,16 @@ is autograd over stacked networks. Neither knows of environments, random numbers
 
 import ctypes
 import dataclasses
-import hashlib
+import functools
 import math
-import os
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
+from tipl_ray.compiler import shared_library
 from tipl_ray.config import Ppo
 from tipl_ray.policy import NetworkShape
 
@@ -56,17 +53,17 @@ class Rollouts:
 class Learner(Protocol):
     """The networks of K stacked trials; `parameters_KN` is one row per trial."""
 
-    def act(
+    def actor(
         self,
         parameters_KN: np.ndarray,
         owners_B: np.ndarray,
         observations_BO: np.ndarray,
         noise_BA: np.ndarray | None,
         actions_BA: np.ndarray,
-    ) -> None:
-        """Write mean + std * noise (no noise: the mean) of row b's observation under policy owners_B[b].
+    ) -> Callable[[], None]:
+        """A call that writes mean + std * noise (no noise: the mean) of row b's observation under policy owners_B[b].
 
-        Rows of parameters may end after the policy's P weights.
+        It reads and writes these very arrays each time. Rows of parameters may end after the policy's P weights.
         """
 
     def advantages(self, parameters_KN: np.ndarray, rollouts: Rollouts) -> None:
@@ -113,7 +110,7 @@ class CompiledLearner:
 
     def __init__(self, shape: NetworkShape, ppo: Ppo, precision: type = np.float32, march: str = "native"):
         self.shape, self.precision = shape, precision
-        self._library = ctypes.CDLL(str(_build(shape, ppo.minibatch_size, precision, march)))
+        self._library = _library(shape, ppo.minibatch_size, precision, march)
         real = ctypes.c_float if precision is np.float32 else ctypes.c_double
 
         class Hyperparameters(ctypes.Structure):
@@ -141,23 +138,26 @@ class CompiledLearner:
         self._library.num_parameters.restype = count
         assert self._library.num_parameters() == shape.num_parameters
 
-    def act(
+    def actor(
         self,
         parameters_KN: np.ndarray,
         owners_B: np.ndarray,
         observations_BO: np.ndarray,
         noise_BA: np.ndarray | None,
         actions_BA: np.ndarray,
-    ) -> None:
+    ) -> Callable[[], None]:
         """See Learner."""
-        self._library.act(
+        arrays = (parameters_KN, owners_B, observations_BO, actions_BA, *([] if noise_BA is None else [noise_BA]))
+        assert all(array.flags.c_contiguous for array in arrays)
+        return functools.partial(
+            self._library.act,
             len(owners_B),
-            parameters_KN.ctypes.data,
+            parameters_KN.ctypes.data_as(ctypes.c_void_p),  # such a pointer keeps its array alive
             parameters_KN.shape[1],
-            owners_B.ctypes.data,
-            observations_BO.ctypes.data,
-            None if noise_BA is None else noise_BA.ctypes.data,
-            actions_BA.ctypes.data,
+            owners_B.ctypes.data_as(ctypes.c_void_p),
+            observations_BO.ctypes.data_as(ctypes.c_void_p),
+            None if noise_BA is None else noise_BA.ctypes.data_as(ctypes.c_void_p),
+            actions_BA.ctypes.data_as(ctypes.c_void_p),
         )
 
     def advantages(self, parameters_KN: np.ndarray, rollouts: Rollouts) -> None:
@@ -223,9 +223,7 @@ class CompiledLearner:
         return self._pointers(*(array.ctypes.data for array in arrays))
 
 
-def _build(shape: NetworkShape, minibatch_size: int, precision: type, march: str) -> Path:
-    """Compile learner.cpp for these shapes unless the cache has it; the path of the shared library."""
-    source = Path(__file__).with_name("learner.cpp")
+def _library(shape: NetworkShape, minibatch_size: int, precision: type, march: str) -> ctypes.CDLL:
     macros = {
         "OBSERVATION": shape.observation_size,
         "ACTION": shape.action_size,
@@ -236,38 +234,8 @@ def _build(shape: NetworkShape, minibatch_size: int, precision: type, march: str
         "BATCH": minibatch_size,
         "REAL": "float" if precision is np.float32 else "double",
     }
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O3",
-        f"-march={march}",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-shared",
-        "-fPIC",
-    ]
-    command += [f"-D{name}={value}" for name, value in macros.items()]
-    # What `native` means is the processor's affair: a cache on a shared home must tell machines apart.
-    # Not --help=target, whose answer names temporary files: no two are alike.
-    target = subprocess.run(
-        ["g++", f"-march={march}", "-E", "-v", "-x", "c++", os.devnull], capture_output=True, check=False
-    )
-    fingerprint = hashlib.sha256(
-        source.read_bytes() + repr(command).encode() + target.stdout + target.stderr
-    ).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tipl_ray"
-    library = cache / f"learner-{fingerprint[:24]}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / library.name
-            result = subprocess.run(
-                [*command, str(source), "-o", str(built)], capture_output=True, text=True, check=False
-            )
-            if result.returncode:
-                raise RuntimeError(f"g++ could not compile {source.name}: {result.stderr.strip()}")
-            built.replace(library)
-    return library
+    options = [f"-D{name}={value}" for name, value in macros.items()]
+    return ctypes.CDLL(str(shared_library("learner.cpp", *options, march=march)))
 
 
 class TorchLearner:
@@ -276,7 +244,18 @@ class TorchLearner:
     def __init__(self, shape: NetworkShape, ppo: Ppo):
         self.shape, self.ppo = shape, ppo
 
-    def act(
+    def actor(
+        self,
+        parameters_KN: np.ndarray,
+        owners_B: np.ndarray,
+        observations_BO: np.ndarray,
+        noise_BA: np.ndarray | None,
+        actions_BA: np.ndarray,
+    ) -> Callable[[], None]:
+        """See Learner."""
+        return functools.partial(self._act, parameters_KN, owners_B, observations_BO, noise_BA, actions_BA)
+
+    def _act(
         self,
         parameters_KN: np.ndarray,
         owners_B: np.ndarray,
@@ -284,7 +263,6 @@ class TorchLearner:
         noise_BA: np.ndarray | None,
         actions_BA: np.ndarray,
     ) -> None:
-        """See Learner. Rows of one policy run as one product."""
         with torch.no_grad():
             in_order = np.array_equal(owners_B, np.arange(len(parameters_KN)))
             rows = torch.from_numpy(parameters_KN if in_order else parameters_KN[owners_B])

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tipl_ray.config import Collect, Experiment, Ppo
-from tipl_ray.environments import Environments, generator_state, restored_generator
+from tipl_ray.environments import CompiledEnvironments, Environments, generator_state, restored_generator
 from tipl_ray.forecasting import load_predictor
 from tipl_ray.jumps import GroupJumps
 from tipl_ray.learner import Rollouts, make_learner
@@ -47,7 +47,8 @@ class TrialGroup:
         self.shape = network_shape(self.collect)
         self.learner = make_learner(engine, self.shape, self.ppo)
         count, size = len(seeds), self.shape.num_parameters
-        self.environments = Environments(self.collect.task, self.seeds, self.ppo.gamma)
+        wrapped = CompiledEnvironments if engine == "compiled" else Environments
+        self.environments = wrapped(self.collect.task, self.seeds, self.ppo.gamma)
         self.generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 1]))) for seed in seeds]
         self.parameters_KN = np.stack([self.shape.initial_parameters(generator) for generator in self.generators])
         self.first_moments_KN, self.second_moments_KN = np.zeros((2, count, size), dtype=np.float32)
@@ -65,8 +66,11 @@ class TrialGroup:
 
     def _allocate(self) -> None:
         self._rollouts = Rollouts.empty(len(self), self.ppo.num_steps, self.shape)
-        self._owners_K = np.arange(len(self), dtype=np.int32)
-        self._actions_KA = np.zeros((len(self), self.shape.action_size), dtype=np.float32)
+        self._noise_KA, self._actions_KA = np.zeros((2, len(self), self.shape.action_size), dtype=np.float32)
+        owners_K = np.arange(len(self), dtype=np.int32)
+        self._act = self.learner.actor(
+            self.parameters_KN, owners_K, self.environments.observations_KO, self._noise_KA, self._actions_KA
+        )
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -148,9 +152,8 @@ class TrialGroup:
         environments.finished.clear()
         for step in range(self.ppo.num_steps):
             rollouts.observations_KSO[:, step] = environments.observations_KO
-            self.learner.act(
-                self.parameters_KN, self._owners_K, environments.observations_KO, noise_SKA[step], self._actions_KA
-            )
+            self._noise_KA[:] = noise_SKA[step]
+            self._act()
             rollouts.actions_KSA[:, step] = self._actions_KA
             environments.step(self._actions_KA)
             rollouts.rewards_KS[:, step] = environments.rewards_K

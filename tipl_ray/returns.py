@@ -5,11 +5,13 @@ same E random streams. A simulation whose episode ended takes the next one in th
 leaves the stack. What a policy returns does not depend on what runs beside it.
 """
 
+import dataclasses
+
 import numpy as np
 
 from tipl_ray.environments import CLIP, EPSILON
 from tipl_ray.learner import Learner
-from tipl_ray.tasks import find_task
+from tipl_ray.tasks import Simulations, find_task
 
 SIMULATIONS = 64
 """Simulations in lock step: enough to make the interpreter's share small, few enough to stay in cache."""
@@ -31,45 +33,92 @@ def policy_returns(
     returns_NE = np.zeros((len(weights_NP), len(episode_seeds)))
     queue = [(policy, episode) for policy in range(len(weights_NP)) for episode in range(len(episode_seeds))]
     queue.reverse()
-    count = min(SIMULATIONS, len(queue))
-    simulations = find_task(task)(count)
-    owners_B, episodes_B, steps_B = (
-        np.zeros(count, dtype=np.int32),
-        np.zeros(count, dtype=int),
-        np.zeros(count, dtype=int),
-    )
-    generators = [np.random.default_rng()] * count
-    actions_BA = np.zeros((count, simulations.action_size), dtype=np.float32)
+    simulations = find_task(task)(min(SIMULATIONS, len(queue)))
+    stack = _Stack.of(simulations)
 
     def begin(b: int) -> None:
-        owners_B[b], episodes_B[b] = queue.pop()
-        steps_B[b] = 0
-        generators[b] = np.random.Generator(np.random.PCG64(np.random.SeedSequence(episode_seeds[episodes_B[b]])))
-        simulations.reset(b, generators[b])
+        policy, episode = stack.owners_B[b], stack.episodes_B[b] = queue.pop()
+        stack.steps_B[b], stack.returns_B[b] = 0, 0.0
+        stack.means_BO[b], stack.scales_BO[b] = observation_means_NO[policy], scales_NO[policy]
+        stack.generators_B[b] = np.random.Generator(np.random.PCG64(np.random.SeedSequence(episode_seeds[episode])))
+        simulations.reset(b, stack.generators_B[b])
 
-    for b in range(count):
+    for b in range(len(stack.owners_B)):
         begin(b)
-    while count:
-        observations = (simulations.observations_KO - observation_means_NO[owners_B]) / scales_NO[owners_B]
-        observations_BO = np.clip(observations.astype(np.float32), -CLIP, CLIP)
-        noise_BA = None
-        if sampled_actions:
-            noise_BA = np.stack([g.standard_normal(actions_BA.shape[1], dtype=np.float32) for g in generators])
-        learner.act(weights_NP, owners_B, observations_BO, noise_BA, actions_BA)
-        simulations.step(np.clip(actions_BA, simulations.action_low, simulations.action_high))
-        np.add.at(returns_NE, (owners_B, episodes_B), simulations.rewards_K)
-        steps_B += 1
-        ended_B = simulations.terminated_K | (steps_B >= simulations.max_episode_steps)
-        if not ended_B.any():
-            continue
-        for b in np.flatnonzero(ended_B)[: len(queue)]:
-            begin(b)
-            ended_B[b] = False
-        if ended_B.any():
-            kept = np.flatnonzero(~ended_B)
-            count = len(kept)
-            if count:
-                simulations = simulations.keep(kept)
-            owners_B, episodes_B, steps_B = owners_B[kept], episodes_B[kept], steps_B[kept]
-            generators, actions_BA = [generators[b] for b in kept], np.ascontiguousarray(actions_BA[kept])
+    while len(stack.owners_B):
+        noise_BA = stack.noise_BA if sampled_actions else None
+        act = learner.actor(weights_NP, stack.owners_B, stack.observations_BO, noise_BA, stack.actions_BA)
+        ended_B = np.zeros(len(stack.owners_B), dtype=bool)
+        while not ended_B.any():  # the same simulations until one leaves the stack
+            stack.observe(simulations)
+            if sampled_actions:
+                stack.draw_noise()
+            act()
+            simulations.step(np.clip(stack.actions_BA, simulations.action_low, simulations.action_high))
+            stack.returns_B += simulations.rewards_K
+            stack.steps_B += 1
+            np.greater_equal(stack.steps_B, simulations.max_episode_steps, out=ended_B)
+            ended_B |= simulations.terminated_K
+            for b in map(int, np.flatnonzero(ended_B)):
+                returns_NE[stack.owners_B[b], stack.episodes_B[b]] = stack.returns_B[b]
+                if queue:
+                    begin(b)
+                    ended_B[b] = False
+        kept = np.flatnonzero(~ended_B)
+        stack = stack.keep(kept)
+        if len(kept):
+            simulations = simulations.keep(kept)
     return returns_NE
+
+
+@dataclasses.dataclass(slots=True)
+class _Stack:
+    """The episodes that run, a row each."""
+
+    owners_B: np.ndarray
+    episodes_B: np.ndarray
+    steps_B: np.ndarray
+    returns_B: np.ndarray
+    means_BO: np.ndarray
+    scales_BO: np.ndarray
+    generators_B: np.ndarray
+    normalised_BO: np.ndarray
+    observations_BO: np.ndarray
+    noise_BA: np.ndarray
+    actions_BA: np.ndarray
+
+    @classmethod
+    def of(cls, simulations: Simulations) -> "_Stack":
+        """As many rows as there are simulations."""
+        count, size = simulations.observations_KO.shape
+        actions = (count, simulations.action_size)
+        return cls(
+            owners_B=np.zeros(count, dtype=np.int32),
+            episodes_B=np.zeros(count, dtype=int),
+            steps_B=np.zeros(count, dtype=int),
+            returns_B=np.zeros(count),
+            means_BO=np.zeros((count, size)),
+            scales_BO=np.zeros((count, size)),
+            generators_B=np.empty(count, dtype=object),
+            normalised_BO=np.zeros((count, size)),
+            observations_BO=np.zeros((count, size), dtype=np.float32),
+            noise_BA=np.zeros(actions, dtype=np.float32),
+            actions_BA=np.zeros(actions, dtype=np.float32),
+        )
+
+    def keep(self, kept: np.ndarray) -> "_Stack":
+        """The kept rows alone, in their order."""
+        return _Stack(*(getattr(self, field.name)[kept] for field in dataclasses.fields(self)))
+
+    def observe(self, simulations: Simulations) -> None:
+        """What each row's policy sees of its simulation."""
+        np.subtract(simulations.observations_KO, self.means_BO, out=self.normalised_BO)
+        np.divide(self.normalised_BO, self.scales_BO, out=self.normalised_BO)
+        self.observations_BO[:] = self.normalised_BO
+        np.maximum(self.observations_BO, -CLIP, out=self.observations_BO)
+        np.minimum(self.observations_BO, CLIP, out=self.observations_BO)
+
+    def draw_noise(self) -> None:
+        """Noise of the next actions, each row's from its own generator."""
+        for noise_A, generator in zip(self.noise_BA, self.generators_B, strict=True):
+            generator.standard_normal(out=noise_A, dtype=np.float32)
