@@ -100,7 +100,9 @@ def physics(task: str, trials: int) -> Callable[[], float]:
     simulations = find_task(task)(trials)
     assert isinstance(simulations, BatchSimulations)
     model = copy.copy(simulations.model)
-    model.opt.disableflags &= ~mujoco.mjtDisableBit.mjDSBL_CONTACT.value  # the floor is gymnasium's model as it is
+    disabled = mujoco.mjtDisableBit
+    # The floor is gymnasium's model as it is, the profiler's clock included.
+    model.opt.disableflags &= ~(disabled.mjDSBL_CONTACT.value | disabled.mjDSBL_ISLAND.value)
     simulations.batch = mujoco.batch.Batch(model, trials, nthread=1, persistent=True)
     simulations.qpos, simulations.qvel, simulations.ctrl = map(simulations.batch.bind, ("qpos", "qvel", "ctrl"))
     generator = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"config", "rows", "storage", "terminal"},
+    {"compiler", "config", "rows", "storage", "terminal"},
     {"tasks", "policy", "trajectory_store", "placement", "temporal_svd", "gram", "model", "metrics", "tracking"},
     {"environments", "learner", "segments", "forecasting", "jumps"},
     {"ppo", "returns", "objectives", "contenders"},

@@ -85,7 +85,7 @@ def test_one_iteration_equals_a_plain_trial_fed_the_same_noise(engine: str, task
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("group_size", [1, 3, 7, 25])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 7, 25])
 def test_snapshots_do_not_depend_on_the_group(engine: str, group_size: int) -> None:
     alone = snapshots_of(TrialGroup(SMALL, engine, [4, 9]))
     crowd = snapshots_of(TrialGroup(SMALL, engine, [9, *range(20, 19 + group_size)]))
