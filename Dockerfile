@@ -1,27 +1,30 @@
-# The image that cluster nodes run: the project and the tested set of its dependencies, as an ordinary user.
+# The image of every cluster node and of the MLflow server: the project and the tested set of its dependencies.
 #
-#   docker build -t tipl_ray .
-#   docker build -t tipl_ray:gpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+#   docker build -t registry.example.com/tipl_ray:ray-2.60.0 .
+#   docker build -t registry.example.com/tipl_ray:ray-2.60.0-gpu \
+#       --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 FROM python:3.11-slim-bookworm
 
-# g++ compiles the learner for a machine's own processor at first use.
+# g++ compiles the learner for a machine's own processor at first use; curl and rsync serve `ray up`. Which patch level
+# of them is left to Debian: its security fixes are wanted.
+# hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get install -y --no-install-recommends curl g++ rsync \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 --shell /bin/bash tipl
 
-RUN useradd --create-home --uid 1000 tipl
 WORKDIR /home/tipl/tipl_ray
-RUN python -m venv /home/tipl/venv && chown -R tipl:tipl /home/tipl
-USER tipl
-ENV PATH=/home/tipl/venv/bin:$PATH PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
 
+# Into the system's Python, whose commands every shell finds: `ray up` and KubeRay start login shells, which reset PATH.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY --chown=tipl:tipl constraints.txt ./
+COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep '^torch==' constraints.txt)"
+COPY tipl_ray tipl_ray
+RUN pip install --no-cache-dir -c constraints.txt ".[cluster]"
+COPY jobs jobs
+COPY cluster cluster
 
-COPY --chown=tipl:tipl pyproject.toml README.md LICENSE ./
-COPY --chown=tipl:tipl tipl_ray tipl_ray
-COPY --chown=tipl:tipl jobs jobs
-RUN pip install --no-cache-dir -c constraints.txt -e .
-
-RUN python -c "import ray.train.torch, ray.tune, mlflow, mujoco.batch, tipl_ray.stages"
+USER 1000
+ENV PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true
+RUN python -c "import ray.train.torch, ray.tune, mlflow, mujoco.batch, boto3, psycopg2, tipl_ray.stages" \
+    && python jobs/collect.py --help >/dev/null

@@ -152,7 +152,7 @@ class _Meters:
 
 def pending_seeds(experiment: Experiment, store: TrajectoryStore) -> list[int]:
     """Seeds of the trials that are not committed to their end, the least advanced first."""
-    progress = [store.progress(seed, experiment.num_snapshots) for seed in experiment.collect.seeds]
+    progress = store.progress_of(experiment.collect.seeds, experiment.num_snapshots)
     return [p.seed for p in sorted(progress, key=lambda p: p.num_snapshots) if not p.complete]
 
 
@@ -225,10 +225,8 @@ class _Crew:
             log_event("draining", actor=seat)
         opened, closed = placement.balance()
         for seat in opened:
-            # An actor that finds no room stays pending, and that is what an autoscaler goes by.
-            actor = self._collector.options(name=f"collect {self._name} {seat}").remote(*self._arguments)
-            self._actors[seat] = actor
-            self._calls[actor.__ray_call__.remote(_node)] = seat
+            self._actors[seat], call = self._open(seat)
+            self._calls[call] = seat
         for seat in closed:
             self._end(seat)
 
@@ -277,6 +275,11 @@ class _Crew:
     def dismiss(self) -> None:
         for seat in list(self._actors):
             self._end(seat)
+
+    def _open(self, seat: int) -> tuple[Any, ray.ObjectRef]:
+        """An actor, and the call that it answers as soon as it runs; until then an autoscaler sees it wanted."""
+        actor = self._collector.options(name=f"collect {self._name} {seat}").remote(*self._arguments)
+        return actor, actor.__ray_call__.remote(_node)
 
     def _end(self, seat: int) -> None:
         ray.kill(self._actors.pop(seat))

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -224,6 +225,8 @@ def connected_to_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "RAY_ADDRESS" in os.environ:
         ray.init()
+        # `ray job stop` sends SIGTERM, which ends the job as Ctrl-C does: actors gone, MLflow told.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     else:
         # A local cluster is this process' own. A token, which Ray would write into the home, belongs to real ones.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -245,6 +245,10 @@ class TrajectoryStore:
             complete=committed == num_snapshots,
         )
 
+    def progress_of(self, seeds: Sequence[int], num_snapshots: int | None = None) -> list[TrialProgress]:
+        """`progress` of several trials, of many at once where asking is a round trip."""
+        return list(self._files.each(functools.partial(self.progress, num_snapshots=num_snapshots), seeds))
+
     def folders(self) -> tuple[int, ...]:
         """Seeds of the trials that have a folder, committed or not, ascending."""
         return tuple(sorted({*self._trial_seeds(_COMMITS), *self._trial_seeds(_TRAJECTORIES)}))
@@ -339,13 +343,9 @@ class TrajectoryStore:
         seem to be lost, as parts lie there that only they can have named.
         """
         garbage = [f"{_COMMITS}/{name}" for name in self._files.sizes(_COMMITS) if name.startswith(TEMPORARY)]
-        for seed in self.folders() if seeds is None else sorted(set(seeds)):
-            run = self._run(seed)
-            if not lost:
-                self._refuse_lost(seed, run)
-            kept = {_commit_path(seed, record.commit) for record in run}
-            kept |= {_part_path(seed, record) for record in run} | {_state_path(seed, record) for record in run[-1:]}
-            garbage += sorted(set(self._own_files(seed)) - kept)
+        chosen = self.folders() if seeds is None else sorted(set(seeds))
+        for found in self._files.each(functools.partial(self._garbage_of, lost=lost), chosen):
+            garbage += found
         return tuple(garbage)
 
     def sweep(self, seeds: Sequence[int] | None = None, lost: bool = False) -> tuple[str, ...]:
@@ -361,7 +361,8 @@ class TrajectoryStore:
     def digest(self, seeds: Sequence[int] | None = None) -> str:
         """Identity of the data set: digest of the seeds and their parts' SHA-256, in whatever order it was written."""
         seeds = self.seeds() if seeds is None else sorted(set(seeds))
-        return config.digest([[seed, [record.part_sha256 for record in self._run(seed)]] for seed in seeds])
+        runs = zip(seeds, self._files.each(self._run, seeds), strict=True)
+        return config.digest([[seed, [record.part_sha256 for record in run]] for seed, run in runs])
 
     def finish(self, seeds: Sequence[int], num_snapshots: int) -> None:
         """Mark the data set as whole: verify every trial, sweep, write `_SUCCESS`. Raises as `verify` does."""
@@ -373,6 +374,14 @@ class TrajectoryStore:
     def finished(self) -> bool:
         """Whether `finish` has marked the data set as whole and nothing was committed since."""
         return _SUCCESS in self._files.entries(_COMMITS)
+
+    def _garbage_of(self, seed: int, lost: bool) -> list[str]:
+        run = self._run(seed)
+        if not lost:
+            self._refuse_lost(seed, run)
+        kept = {_commit_path(seed, record.commit) for record in run}
+        kept |= {_part_path(seed, record) for record in run} | {_state_path(seed, record) for record in run[-1:]}
+        return sorted(set(self._own_files(seed)) - kept)
 
     def _trial_seeds(self, parent: str) -> list[int]:
         matches = map(_TRIAL_FOLDER.fullmatch, self._files.folders(parent))
