@@ -1,7 +1,7 @@
 """How fast one actor's engine is on one core, beside a plain trial and stable-baselines3, and above which floors.
 
 Every subject runs one PPO iteration per round and the rounds alternate, so that a noisy machine is noisy for all; the
-table shows medians. Floors: MuJoCo's steps alone, and the update's matrix products at the best rate that torch's own
+table shows medians of CPU time, which on a machine of one's own is wall time. Floors: MuJoCo's steps alone, and the update's matrix products at the best rate that torch's own
 product of a minibatch reaches here. Run it by `make bench`, which installs stable-baselines3 beside the project.
 
     python benchmarks/engine.py [--rounds 5]
@@ -46,10 +46,10 @@ def engine(task: str, width: int, trials: int) -> Callable[[], float]:
     group = TrialGroup(experiment, choose_engine("auto", experiment.ppo), list(range(1, trials + 1)))
 
     def run() -> float:
-        begin = time.perf_counter()
+        begin = time.process_time()
         for _ in group.run_iteration():
             pass
-        return (time.perf_counter() - begin) / (trials * NUM_STEPS)
+        return (time.process_time() - begin) / (trials * NUM_STEPS)
 
     return run
 
@@ -59,9 +59,9 @@ def plain(task: str, width: int) -> Callable[[], float]:
     trial = PlainTrial(task, (width, width), seed=1, num_iterations=400)
 
     def run() -> float:
-        begin = time.perf_counter()
+        begin = time.process_time()
         trial.run_iteration()
-        return (time.perf_counter() - begin) / NUM_STEPS
+        return (time.process_time() - begin) / NUM_STEPS
 
     return run
 
@@ -88,9 +88,9 @@ def stable_baselines(task: str, width: int) -> Callable[[], float] | None:
     )
 
     def run() -> float:
-        begin = time.perf_counter()
+        begin = time.process_time()
         model.learn(NUM_STEPS, reset_num_timesteps=False)
-        return (time.perf_counter() - begin) / NUM_STEPS
+        return (time.process_time() - begin) / NUM_STEPS
 
     return run
 
@@ -115,9 +115,9 @@ def physics(task: str, trials: int) -> Callable[[], float]:
         total = 0.0
         for step in range(NUM_STEPS):
             simulations.ctrl[:] = actions[step]
-            begin = time.perf_counter()
+            begin = time.process_time()
             simulations.batch.step(nstep=simulations.frame_skip)
-            total += time.perf_counter() - begin
+            total += time.process_time() - begin
             simulations.observe(simulations.observations_KO)
             simulations.before_physics()
             simulations.judge(actions[step])
@@ -141,10 +141,10 @@ def matrix_products(task: str, width: int) -> Callable[[], float]:
         rates = []
         for left, right in operands:
             out = torch.empty(64, right.shape[1])
-            begin = time.perf_counter()
+            begin = time.process_time()
             for _ in range(300):
                 torch.mm(left, right, out=out)
-            rates.append(300 * 2 * left.numel() * right.shape[1] / (time.perf_counter() - begin))
+            rates.append(300 * 2 * left.numel() * right.shape[1] / (time.process_time() - begin))
         return flops / max(rates)
 
     return run

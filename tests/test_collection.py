@@ -14,7 +14,7 @@ import ray
 from machine import own_processes
 
 from tipl_ray import collection
-from tipl_ray.collection import GroupCollector, collect, pending_seeds
+from tipl_ray.collection import GroupCollector, collect, pending_seeds, seat_resources
 from tipl_ray.config import CHECKOUT, Experiment, load_experiment
 from tipl_ray.learner import choose_engine
 from tipl_ray.placement import GroupProgress
@@ -108,3 +108,12 @@ def test_killed_actors_are_restarted_and_the_data_is_the_same(cluster: None, tmp
     assert store.digest() == expected
     assert pending_seeds(disturbed, store) == []
     assert max(progress.env_steps for progress in seen) == 2 * 30_720
+
+
+def test_trials_on_gpus_are_refused_where_there_is_none(cluster: None, tmp_path: Path) -> None:
+    experiment = smoke(tmp_path, physics_threads=2)
+    experiment = dataclasses.replace(experiment, collect=dataclasses.replace(experiment.collect, engine="cuda"))
+    assert seat_resources(experiment, "cuda") == {"CPU": 2, "GPU": 1}
+    assert seat_resources(experiment, "torch") == {"CPU": 2}
+    with pytest.raises(ValueError, match="collect.engine='cuda' needs a GPU per actor, and no node"):
+        collect(experiment)

@@ -7,7 +7,7 @@ import pytest
 from plain_ppo import make_environment
 
 from tipl_ray.environments import CompiledEnvironments, Environments, generator_state, restored_generator
-from tipl_ray.tasks import TASKS
+from tipl_ray.tasks import TASKS, BatchSimulations
 
 SOME_TASKS = [*sorted(TASKS), "Humanoid-v4", "Reacher-v4"]
 KINDS = [Environments] + ([CompiledEnvironments] if shutil.which("g++") else [])
@@ -65,6 +65,19 @@ def test_environments_go_on_from_a_saved_state_bit_for_bit(task: str, kind: type
         np.testing.assert_array_equal(environments.rewards_K, resumed.rewards_K)
     for name, array in environments.state(0).items():
         np.testing.assert_array_equal(array, resumed.state(0)[name], err_msg=name)
+
+
+def test_the_number_of_physics_threads_changes_no_bit() -> None:
+    seeds, random = list(range(9)), np.random.default_rng(3)
+    alone, threaded = (Environments("HalfCheetah-v4", seeds, 0.99, physics_threads=threads) for threads in (1, 3))
+    threaded.keep(np.arange(9))
+    assert isinstance(threaded.simulations, BatchSimulations)
+    assert threaded.simulations.batch.nthread == 3
+    for _ in range(100):
+        actions = random.normal(0, 1, (9, 6)).astype(np.float32)
+        for environments in (alone, threaded):
+            environments.step(actions)
+        np.testing.assert_array_equal(alone.observations_KO, threaded.observations_KO)
 
 
 def test_a_generator_survives_as_six_words() -> None:

@@ -48,6 +48,11 @@ def trial_header(experiment: Experiment, engine: str) -> Header:
     )
 
 
+def seat_resources(experiment: Experiment, engine: str) -> dict[str, int]:
+    """What one actor takes of Ray's resources."""
+    return {"CPU": experiment.collect.physics_threads} | ({"GPU": 1} if engine == "cuda" else {})
+
+
 class GroupCollector:
     """One group of trials and their writers: goes on from the last commits, commits every few iterations."""
 
@@ -170,6 +175,8 @@ def collect(
         TrialWriter(store, store.seeds()[0], header)  # refuses, and says what differs
     seeds = pending_seeds(experiment, store)
     if seeds:
+        if engine == "cuda" and not ray.cluster_resources().get("GPU"):
+            raise ValueError("collect.engine='cuda' needs a GPU per actor, and no node of the cluster has one")
         _run(experiment, engine, seeds, on_progress)
     if not store.finished():
         store.finish(experiment.collect.seeds, experiment.num_snapshots)
@@ -182,8 +189,9 @@ def _run(
     """Run the trials on as many actors as the cluster has room for, while nodes and actors come and go."""
     trials_per_actor = experiment.collect.trials_per_actor
     # What is free, not what there is: the cluster may be at other work too.
-    num_cpus = max(1, int(ray.available_resources().get("CPU", 0)))
-    groups = split_into_groups(seeds, trials_per_actor, num_cpus)
+    free, needs = ray.available_resources(), seat_resources(experiment, engine)
+    num_seats = min(int(free.get(name, 0) // amount) for name, amount in needs.items())
+    groups = split_into_groups(seeds, trials_per_actor, max(1, num_seats))
     trial = GroupProgress(seeds=(0,), env_steps=0, total_env_steps=experiment.env_steps_per_trial)
     placement = Placement(
         [dataclasses.replace(trial, seeds=tuple(g), total_env_steps=len(g) * trial.total_env_steps) for g in groups],
@@ -210,7 +218,10 @@ class _Crew:
         self._name = experiment.name
         self._arguments = (experiment, engine)
         # Not restarted by Ray: its group goes on wherever there is room, which need not be there.
-        self._collector: Any = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(GroupCollector)
+        needs = seat_resources(experiment, engine)
+        self._collector: Any = ray.remote(
+            num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), scheduling_strategy="SPREAD"
+        )(GroupCollector)
         self._actors: dict[int, Any] = {}
         self._calls: dict[ray.ObjectRef, int] = {}
         self._looked = -math.inf

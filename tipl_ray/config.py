@@ -84,8 +84,12 @@ class Collect:
     """PPO iterations between two commits of a trial: what a kill can cost at most."""
     trials_per_actor: int = 0
     """Trials that one Ray actor runs in lock step; 0 spreads them over the cluster's CPUs."""
-    engine: Literal["auto", "compiled", "torch"] = "auto"
-    """What runs the networks: `compiled` (C++, needs g++), `torch`, or `auto`: compiled where g++ is found."""
+    engine: Literal["auto", "compiled", "torch", "cuda"] = "auto"
+    """What runs the networks: `compiled` (C++, needs g++), `torch`, `cuda` (torch on one GPU per actor), or `auto`:
+    compiled where g++ is found, else torch."""
+    physics_threads: int = 1
+    """Threads that step an actor's simulations, each with a CPU of its own; changes no bit. More than 1 is for `cuda`,
+    where an actor has many trials and few others beside it."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -100,6 +104,7 @@ class Collect:
             epochs_per_snapshot=1,
             iterations_per_commit=1,
             trials_per_actor=0,
+            physics_threads=1,
         )
         for field in ("policy_hidden", "critic_hidden"):
             if len(getattr(self, field)) != 2 or min(getattr(self, field)) < 1:

@@ -51,10 +51,10 @@ class RunningStatistics:
 class Environments:
     """K environments of one task under CleanRL's wrappers, stepped together; each has its own random stream."""
 
-    def __init__(self, task: str, seeds: list[int] | tuple[int, ...], gamma: float):
+    def __init__(self, task: str, seeds: list[int] | tuple[int, ...], gamma: float, physics_threads: int = 1):
         count = len(seeds)
         self.task, self.gamma = task, gamma
-        self.simulations = find_task(task)(count)
+        self.simulations = find_task(task)(count, physics_threads)
         self.generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))) for seed in seeds]
         self._allocate()
         for k in range(count):

@@ -341,7 +341,7 @@ int64_t num_policy_weights() { return CRITIC; }
 void act(int64_t rows, const REAL *parameters, int64_t stride, const int32_t *owners, const float *observations,
          const float *noise, float *actions) {
   for (int64_t j = 0; j < rows; ++j) {
-    const REAL *weights = parameters + owners[j] * stride;
+    const REAL *weights = parameters + (owners ? owners[j] : j) * stride;
     alignas(64) REAL x[O], mean[padded(A)];
     for (int f = 0; f < O; ++f) x[f] = observations[j * O + f];
     Actor::single(weights, x, mean);

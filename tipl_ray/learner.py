@@ -3,7 +3,7 @@
 K trials, S steps of a rollout, O observation values, A action values, N parameters of a trial. Both learners compute
 the same thing from the same numpy arrays and change them in place; their bits differ, so a data set is made by one of
 them. `CompiledLearner` builds learner.cpp with g++ for the shapes at hand, once, into the user's cache; `TorchLearner`
-is autograd over stacked networks. Neither knows of environments, random numbers or snapshots.
+is autograd over stacked networks, on the CPU or on a GPU. Neither knows of environments, random numbers or snapshots.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from tipl_ray.compiler import shared_library
 from tipl_ray.config import Ppo
 from tipl_ray.policy import NetworkShape
 
-ENGINES = {"compiled": "compiled-1", "torch": "torch-1"}
+ENGINES = {"compiled": "compiled-1", "torch": "torch-1", "cuda": "cuda-1"}
 """Name and version of each learner; a change of its bits counts the version up, for it is part of the data's hash."""
 LANES = 16
 """The compiled learner's vector width, whose multiples its minibatches must be."""
@@ -56,14 +56,16 @@ class Learner(Protocol):
     def actor(
         self,
         parameters_KN: np.ndarray,
-        owners_B: np.ndarray,
+        owners_B: np.ndarray | None,
         observations_BO: np.ndarray,
         noise_BA: np.ndarray | None,
         actions_BA: np.ndarray,
     ) -> Callable[[], None]:
-        """A call that writes mean + std * noise (no noise: the mean) of row b's observation under policy owners_B[b].
+        """A call that writes mean + std * noise (no noise: the mean) of row b's observation under policy owners_B[b],
+        or without owners policy b.
 
-        It reads and writes these very arrays each time. Rows of parameters may end after the policy's P weights.
+        It takes the parameters as they are now, and reads and writes the other arrays each time. Rows of parameters may
+        end after the policy's P weights.
         """
 
     def advantages(self, parameters_KN: np.ndarray, rollouts: Rollouts) -> None:
@@ -82,7 +84,7 @@ class Learner(Protocol):
         """E update epochs of every trial, in place; epoch e of trial k draws its minibatches by permutation (k, e)."""
 
 
-def choose_engine(engine: str, ppo: Ppo) -> Literal["compiled", "torch"]:
+def choose_engine(engine: str, ppo: Ppo) -> Literal["compiled", "torch", "cuda"]:
     """The learner that a configuration means. Raises ValueError where `compiled` cannot be had."""
     reason = None
     if shutil.which("g++") is None:
@@ -91,14 +93,18 @@ def choose_engine(engine: str, ppo: Ppo) -> Literal["compiled", "torch"]:
         reason = f"the minibatch size {ppo.minibatch_size} is not a multiple of {LANES}"
     if engine == "compiled" and reason:
         raise ValueError(f"collect.engine='compiled' cannot be had: {reason}; 'torch' runs without")
+    if engine == "cuda":
+        return "cuda"
     if engine == "torch" or reason:
         return "torch"
     return "compiled"
 
 
 def make_learner(engine: str, shape: NetworkShape, ppo: Ppo) -> Learner:
-    """The learner named `compiled` or `torch`, for these shapes."""
-    return CompiledLearner(shape, ppo) if engine == "compiled" else TorchLearner(shape, ppo)
+    """The learner named `compiled`, `torch` or `cuda`, for these shapes."""
+    if engine == "compiled":
+        return CompiledLearner(shape, ppo)
+    return TorchLearner(shape, ppo, "cuda" if engine == "cuda" else "cpu")
 
 
 class CompiledLearner:
@@ -141,24 +147,18 @@ class CompiledLearner:
     def actor(
         self,
         parameters_KN: np.ndarray,
-        owners_B: np.ndarray,
+        owners_B: np.ndarray | None,
         observations_BO: np.ndarray,
         noise_BA: np.ndarray | None,
         actions_BA: np.ndarray,
     ) -> Callable[[], None]:
         """See Learner."""
-        arrays = (parameters_KN, owners_B, observations_BO, actions_BA, *([] if noise_BA is None else [noise_BA]))
-        assert all(array.flags.c_contiguous for array in arrays)
-        return functools.partial(
-            self._library.act,
-            len(owners_B),
-            parameters_KN.ctypes.data_as(ctypes.c_void_p),  # such a pointer keeps its array alive
-            parameters_KN.shape[1],
-            owners_B.ctypes.data_as(ctypes.c_void_p),
-            observations_BO.ctypes.data_as(ctypes.c_void_p),
-            None if noise_BA is None else noise_BA.ctypes.data_as(ctypes.c_void_p),
-            actions_BA.ctypes.data_as(ctypes.c_void_p),
-        )
+        arrays = (owners_B, observations_BO, noise_BA, actions_BA)
+        assert all(array is None or array.flags.c_contiguous for array in (parameters_KN, *arrays))
+        # Such a pointer keeps its array alive.
+        pointers = [None if array is None else array.ctypes.data_as(ctypes.c_void_p) for array in arrays]
+        parameters = parameters_KN.ctypes.data_as(ctypes.c_void_p)
+        return functools.partial(self._library.act, len(actions_BA), parameters, parameters_KN.shape[1], *pointers)
 
     def advantages(self, parameters_KN: np.ndarray, rollouts: Rollouts) -> None:
         """See Learner."""
@@ -239,50 +239,66 @@ def _library(shape: NetworkShape, minibatch_size: int, precision: type, march: s
 
 
 class TorchLearner:
-    """Autograd over stacked networks; one batched matrix product per layer for all trials."""
+    """Autograd over stacked networks; one batched matrix product per layer for all trials.
 
-    def __init__(self, shape: NetworkShape, ppo: Ppo):
-        self.shape, self.ppo = shape, ppo
+    On a GPU the action and the minibatch's step are CUDA graphs over tensors that stay in their place; the same code
+    runs on the CPU, eagerly, over the numpy arrays' own memory. Raises ValueError for a GPU that torch does not see.
+    """
+
+    def __init__(self, shape: NetworkShape, ppo: Ppo, device: str = "cpu"):
+        self.shape, self.ppo, self.device = shape, ppo, torch.device(device)
+        self._places: dict[tuple, torch.Tensor] = {}
+        self._graphs: dict[tuple, Callable[[], None]] = {}
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("collect.engine='cuda' needs a GPU where the trials run, and torch sees none")
 
     def actor(
         self,
         parameters_KN: np.ndarray,
-        owners_B: np.ndarray,
+        owners_B: np.ndarray | None,
         observations_BO: np.ndarray,
         noise_BA: np.ndarray | None,
         actions_BA: np.ndarray,
     ) -> Callable[[], None]:
         """See Learner."""
-        return functools.partial(self._act, parameters_KN, owners_B, observations_BO, noise_BA, actions_BA)
+        given = {"parameters": parameters_KN, "owners": owners_B, "observations": observations_BO, "noise": noise_BA}
+        host = {name: torch.from_numpy(array) for name, array in given.items() if array is not None}
+        device = {name: self._place(f"actor's {name}", tensor) for name, tensor in host.items()}
+        actions = torch.from_numpy(actions_BA)
+        acted = self._place("actions", actions)
+        act = self._recorded(self._act, acted, *(device.get(name) for name in given))
+        _fill(device.values(), host.values())
+        del device["parameters"], host["parameters"]
+
+        def call() -> None:
+            _fill(device.values(), host.values())
+            act()
+            _fill([actions], [acted])
+
+        return call
 
     def _act(
         self,
-        parameters_KN: np.ndarray,
-        owners_B: np.ndarray,
-        observations_BO: np.ndarray,
-        noise_BA: np.ndarray | None,
-        actions_BA: np.ndarray,
+        actions: torch.Tensor,
+        parameters: torch.Tensor,
+        owners: torch.Tensor | None,
+        observations: torch.Tensor,
+        noise: torch.Tensor | None,
     ) -> None:
         with torch.no_grad():
-            in_order = np.array_equal(owners_B, np.arange(len(parameters_KN)))
-            rows = torch.from_numpy(parameters_KN if in_order else parameters_KN[owners_B])
-            observations = torch.from_numpy(observations_BO).unsqueeze(1)
-            mean = _stacked(self._mean, rows, observations).squeeze(1)
-            if noise_BA is not None:
-                mean = mean + self._named(rows)["log_std"].exp() * torch.from_numpy(noise_BA)
-        actions_BA[:] = mean.numpy()
+            rows = parameters if owners is None else parameters[owners]
+            mean = _stacked(self._mean, rows, observations.unsqueeze(1)).squeeze(1)
+            actions.copy_(mean if noise is None else mean + self._named(rows)["log_std"].exp() * noise)
 
     def advantages(self, parameters_KN: np.ndarray, rollouts: Rollouts) -> None:
         """See Learner."""
-        parameters = torch.from_numpy(parameters_KN)
-        observations = torch.from_numpy(rollouts.observations_KSO)
+        arrays = (parameters_KN, rollouts.observations_KSO, rollouts.actions_KSA)
+        parameters, observations, actions = (torch.from_numpy(array).to(self.device) for array in arrays)
         with torch.no_grad():
-            values = _stacked(self._values, parameters, observations).numpy()
-            probabilities = _stacked(
-                self._log_probabilities, parameters, observations[:, :-1], torch.from_numpy(rollouts.actions_KSA)
-            )
+            values = _stacked(self._values, parameters, observations).cpu().numpy()
+            probabilities = _stacked(self._log_probabilities, parameters, observations[:, :-1], actions)
         rollouts.values_KS[:] = values[:, :-1]
-        rollouts.log_probabilities_KS[:] = probabilities.numpy()
+        rollouts.log_probabilities_KS[:] = probabilities.cpu().numpy()
         gamma, decay = np.float32(self.ppo.gamma), np.float32(self.ppo.gamma) * np.float32(self.ppo.gae_lambda)
         advantages_K = np.zeros(len(parameters_KN), dtype=np.float32)
         for step in reversed(range(rollouts.rewards_KS.shape[1])):
@@ -331,7 +347,6 @@ class TorchLearner:
     ) -> None:
         """See Learner."""
         trials, size = len(parameters_KN), self.ppo.minibatch_size
-        parameters, first, second = map(torch.from_numpy, (parameters_KN, first_moments_KN, second_moments_KN))
         samples = (
             rollouts.observations_KSO,
             rollouts.actions_KSA,
@@ -340,18 +355,69 @@ class TorchLearner:
             rollouts.advantages_KS,
             rollouts.returns_KS,
         )
-        rows_K1 = np.arange(trials)[:, None]
-        for indices_KB in np.split(permutations_KES.reshape(trials, -1), permutations_KES[0].size // size, axis=1):
-            minibatch = [torch.from_numpy(array[rows_K1, indices_KB]) for array in samples]
-            gradient = _stacked(self.gradient, parameters, *minibatch)
-            norm = gradient.norm(dim=1, keepdim=True)
-            gradient = gradient * (self.ppo.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
-            adam_steps_K += 1
-            correction = torch.from_numpy(1 / np.sqrt(1 - 0.999**adam_steps_K)).float().unsqueeze(1)
-            step = torch.from_numpy(learning_rates_K / (1 - 0.9**adam_steps_K)).float().unsqueeze(1)
-            first.lerp_(gradient, 0.1)
-            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            parameters -= step * first / (second.sqrt() * correction + self.ppo.adam_epsilon)
+        host = [torch.from_numpy(array) for array in (parameters_KN, first_moments_KN, second_moments_KN, *samples)]
+        device = [self._place(f"update {index}", tensor) for index, tensor in enumerate(host)]
+        num_minibatches = permutations_KES[0].size // size
+        permutations_KMB = torch.from_numpy(permutations_KES).reshape(trials, num_minibatches, size)
+        steps_KM = adam_steps_K[:, None] + np.arange(1, num_minibatches + 1)
+        rates_KM = torch.from_numpy(learning_rates_K[:, None] / (1 - 0.9**steps_KM)).float()
+        corrections_KM = torch.from_numpy(1 / np.sqrt(1 - 0.999**steps_KM)).float()
+        every = [tensor.to(self.device) for tensor in (permutations_KMB, rates_KM, corrections_KM)]
+        current = [self._place(f"minibatch {index}", tensor[:, 0].clone()) for index, tensor in enumerate(every)]
+        step = self._recorded(self._step, *device, *current)
+        _fill(device, host)
+        for minibatch in range(num_minibatches):
+            for tensor, values in zip(current, every, strict=True):
+                tensor.copy_(values[:, minibatch])
+            step()
+        _fill(host[:3], device[:3])
+        adam_steps_K += num_minibatches
+
+    def _step(
+        self,
+        parameters: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        *samples_and_current: torch.Tensor,
+    ) -> None:
+        """One minibatch of every trial: clipped gradient and Adam, in place."""
+        *samples, indices_KB, rates_K, corrections_K = samples_and_current
+        rows_K1 = torch.arange(len(parameters), device=self.device).unsqueeze(1)
+        minibatch = [values[rows_K1, indices_KB] for values in samples]
+        gradient = _stacked(self.gradient, parameters, *minibatch)
+        norm = gradient.norm(dim=1, keepdim=True)
+        gradient = gradient * (self.ppo.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
+        first.lerp_(gradient, 0.1)
+        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        denominator = second.sqrt() * corrections_K.unsqueeze(1) + self.ppo.adam_epsilon
+        parameters -= rates_K.unsqueeze(1) * first / denominator
+
+    def _place(self, name: str, host: torch.Tensor) -> torch.Tensor:
+        """Where a tensor lies on the device, the same place for a name and shape: on the CPU the tensor itself."""
+        if self.device.type == "cpu":
+            return host
+        key = (name, host.shape)
+        if key not in self._places:
+            self._places[key] = torch.zeros_like(host, device=self.device)
+        return self._places[key]
+
+    def _recorded(self, function: Callable[..., None], *tensors: torch.Tensor | None) -> Callable[[], None]:
+        """A call of the function on these very tensors; on a GPU recorded once, which spoils what is in them."""
+        if self.device.type == "cpu":
+            return functools.partial(function, *tensors)
+        key = tuple(tensor if tensor is None else tensor.data_ptr() for tensor in tensors)
+        if key not in self._graphs:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # a few runs before the capture, as torch asks for
+                for _ in range(3):
+                    function(*tensors)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                function(*tensors)
+            self._graphs[key] = graph.replay
+        return self._graphs[key]
 
     def _named(self, parameters: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
@@ -386,3 +452,9 @@ def _stacked(function: Callable[..., torch.Tensor], parameters: torch.Tensor, *o
     if len(parameters) > 1:
         return function(parameters, *others)
     return function(parameters.repeat(2, 1), *(torch.cat([other, other]) for other in others))[:1]
+
+
+def _fill(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        if target.data_ptr() != source.data_ptr():
+            target.copy_(source)

@@ -48,7 +48,7 @@ class TrialGroup:
         self.learner = make_learner(engine, self.shape, self.ppo)
         count, size = len(seeds), self.shape.num_parameters
         wrapped = CompiledEnvironments if engine == "compiled" else Environments
-        self.environments = wrapped(self.collect.task, self.seeds, self.ppo.gamma)
+        self.environments = wrapped(self.collect.task, self.seeds, self.ppo.gamma, self.collect.physics_threads)
         self.generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 1]))) for seed in seeds]
         self.parameters_KN = np.stack([self.shape.initial_parameters(generator) for generator in self.generators])
         self.first_moments_KN, self.second_moments_KN = np.zeros((2, count, size), dtype=np.float32)
@@ -67,10 +67,6 @@ class TrialGroup:
     def _allocate(self) -> None:
         self._rollouts = Rollouts.empty(len(self), self.ppo.num_steps, self.shape)
         self._noise_KA, self._actions_KA = np.zeros((2, len(self), self.shape.action_size), dtype=np.float32)
-        owners_K = np.arange(len(self), dtype=np.int32)
-        self._act = self.learner.actor(
-            self.parameters_KN, owners_K, self.environments.observations_KO, self._noise_KA, self._actions_KA
-        )
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -150,10 +146,13 @@ class TrialGroup:
         rollouts, environments = self._rollouts, self.environments
         noise_SKA = np.stack([self._noise(generator) for generator in self.generators], axis=1)
         environments.finished.clear()
+        act = self.learner.actor(
+            self.parameters_KN, None, environments.observations_KO, self._noise_KA, self._actions_KA
+        )
         for step in range(self.ppo.num_steps):
             rollouts.observations_KSO[:, step] = environments.observations_KO
             self._noise_KA[:] = noise_SKA[step]
-            self._act()
+            act()
             rollouts.actions_KSA[:, step] = self._actions_KA
             environments.step(self._actions_KA)
             rollouts.rewards_KS[:, step] = environments.rewards_K

@@ -2,8 +2,9 @@
 
 K simulations, O observation values, A action values, S values of a simulation's state. Each fast task's class is bit
 for bit gymnasium's of the same id with its default arguments: observation, reward, termination and reset noise, over
-arrays of simulations, with physics in `mujoco.batch.Batch`, one thread. Other MuJoCo tasks run through gymnasium's own
-class, one environment per simulation. Wrappers, episode limits and random streams are the callers' affair.
+arrays of simulations, with physics in `mujoco.batch.Batch`, whose number of threads changes no bit. Other MuJoCo tasks
+run through gymnasium's own class, one environment per simulation. Wrappers, episode limits and random streams are the
+callers' affair.
 """
 
 import abc
@@ -31,7 +32,8 @@ class Simulations(abc.ABC):
     action_low: np.ndarray
     action_high: np.ndarray
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, num_threads: int = 1):
+        self.num_threads = num_threads
         self.observations_KO = np.zeros((count, self.observation_size))
         self.rewards_K = np.zeros(count)
         self.terminated_K = np.zeros(count, dtype=bool)
@@ -110,10 +112,10 @@ class BatchSimulations(Simulations):
     num_userdata: ClassVar[int] = 0
     """Values beside physics that the next step depends on; MuJoCo carries them in its state without touching them."""
 
-    def __init__(self, count: int):
-        super().__init__(count)
+    def __init__(self, count: int, num_threads: int = 1):
+        super().__init__(count, num_threads)
         self.model = _model(self.model_file, self.num_userdata)
-        self.batch = mujoco.batch.Batch(self.model, count, nthread=1, persistent=True)
+        self.batch = mujoco.batch.Batch(self.model, count, nthread=num_threads, persistent=True)
         self.qpos, self.qvel, self.ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self.action_size = self.model.nu
         self.action_low, self.action_high = np.ascontiguousarray(self.model.actuator_ctrlrange.T.astype(np.float32))
@@ -155,7 +157,7 @@ class BatchSimulations(Simulations):
 
     def keep(self, kept: np.ndarray) -> "BatchSimulations":
         """A new set of simulations that goes on with the kept ones, in their order."""
-        fewer = type(self)(len(kept))
+        fewer = type(self)(len(kept), self.num_threads)
         fewer.state_KS = self.state_KS[kept]
         fewer.observations_KO[:] = self.observations_KO[kept]
         return fewer
@@ -225,8 +227,8 @@ class InvertedDoublePendulum(BatchSimulations):
     reset_noise = 0.1
     normal_velocities = True
 
-    def __init__(self, count: int):
-        super().__init__(count)
+    def __init__(self, count: int, num_threads: int = 1):
+        super().__init__(count, num_threads)
         self.tip_K3 = self.batch.bind("site_xpos")[:, 0]
         self.constraint_forces_KV = self.batch.bind("qfrc_constraint")[:, : self.observation_size - 8]
 
@@ -262,8 +264,8 @@ class Runner(BatchSimulations):
     control_cost: ClassVar[float]
     """Price of the squared action."""
 
-    def __init__(self, count: int):
-        super().__init__(count)
+    def __init__(self, count: int, num_threads: int = 1):
+        super().__init__(count, num_threads)
         self.x_K, self.x_before_K = self.qpos[:, 0], np.zeros(count)
         self.seen_qpos = self.qpos[:, self.num_unseen :]
 
@@ -379,8 +381,8 @@ class Ant(Runner):
     # Gymnasium takes the torso's derived position, which is a substep behind and cannot be had from the state again.
     num_userdata = 1
 
-    def __init__(self, count: int):
-        super().__init__(count)
+    def __init__(self, count: int, num_threads: int = 1):
+        super().__init__(count, num_threads)
         self.x_K, self.derived_x_K = self.batch.bind("userdata")[:, 0], self.batch.bind("xpos")[:, 1, 0]
 
     def after_physics(self) -> None:
@@ -409,8 +411,8 @@ class AntV5(Ant):
     observation_size = 27 + 13 * 6
     pays_on_termination = False
 
-    def __init__(self, count: int):
-        super().__init__(count)
+    def __init__(self, count: int, num_threads: int = 1):
+        super().__init__(count, num_threads)
         self.num_contacts_K = self.batch.bind("ncon")
         self.contact_forces_KF = np.zeros((count, self.model.nbody * 6))
         self._data = mujoco.MjData(self.model)
@@ -459,8 +461,8 @@ class GymnasiumSimulations(Simulations):
     fast = False
     task: ClassVar[str]
 
-    def __init__(self, count: int):
-        super().__init__(count)
+    def __init__(self, count: int, num_threads: int = 1):
+        super().__init__(count, num_threads)
         self._environments = [_make(self.task) for _ in range(count)]
 
     def step(self, actions_KA: np.ndarray) -> None:
