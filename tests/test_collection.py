@@ -115,5 +115,5 @@ def test_trials_on_gpus_are_refused_where_there_is_none(cluster: None, tmp_path:
     experiment = dataclasses.replace(experiment, collect=dataclasses.replace(experiment.collect, engine="cuda"))
     assert seat_resources(experiment, "cuda") == {"CPU": 2, "GPU": 1}
     assert seat_resources(experiment, "torch") == {"CPU": 2}
-    with pytest.raises(ValueError, match="collect.engine='cuda' needs a GPU per actor, and no node"):
+    with pytest.raises(ValueError, match=r"collect\.engine='cuda' needs a GPU per actor, and no node"):
         collect(experiment)
