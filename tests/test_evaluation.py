@@ -54,13 +54,13 @@ def write_trial(storage: Path, seed: int, scale: float = 1.0) -> None:
     writer.commit({})
 
 
-def write_model(storage: Path) -> str:
+def write_models(storage: Path) -> list[str]:
     torch.manual_seed(0)
     settings, folder = experiment(storage), f"{storage}/models/tiny"
     question = Question.of(settings)
     model = WindowTransformer(settings.model, question.steps, question.snapshots_per_iteration)
     model.save(folder, {"basis": config.as_table(settings.basis)})
-    return folder
+    return [folder]
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def storage(tmp_path: Path) -> Path:
 
 def test_nothing_of_a_test_trial_is_touched_while_fitting(storage: Path, tmp_path_factory: pytest.TempPathFactory):
     """A poisoned test trial changes no bit of what is fitted, and a missing one is not missed."""
-    fitted = evaluation.fit_predictors(experiment(storage), write_model(storage))
+    fitted = evaluation.fit_predictors(experiment(storage), write_models(storage))
     poisoned, missing = (tmp_path_factory.mktemp(name) for name in ("poisoned", "missing"))
     for folder in (poisoned, missing):
         for seed in (1, 2, 3):
@@ -80,7 +80,7 @@ def test_nothing_of_a_test_trial_is_touched_while_fitting(storage: Path, tmp_pat
     write_trial(poisoned, 4, scale=1e30)
     assert experiment(poisoned).test_seeds == (4,)
     for folder in (poisoned, missing):
-        assert evaluation.fit_predictors(experiment(folder), write_model(folder)) == fitted
+        assert evaluation.fit_predictors(experiment(folder), write_models(folder)) == fitted
 
 
 def test_training_trials_do_change_what_is_fitted(storage: Path, tmp_path_factory: pytest.TempPathFactory):
@@ -89,18 +89,18 @@ def test_training_trials_do_change_what_is_fitted(storage: Path, tmp_path_factor
     for seed in (1, 2, 3):
         write_trial(other, seed, scale=1.0 + (seed == 1))
     fitted, changed = (
-        evaluation.fit_predictors(experiment(folder), write_model(folder)) for folder in (storage, other)
+        evaluation.fit_predictors(experiment(folder), write_models(folder)) for folder in (storage, other)
     )
     assert changed != fitted
 
 
 def test_every_predictor_has_a_row_per_window_and_step_with_the_same_displacement(storage: Path):
-    settings, model = experiment(storage), write_model(storage)
+    settings, model = experiment(storage), write_models(storage)
     table = evaluation.forecast_errors(settings, model, evaluation.fit_predictors(settings, model), 4)
     rows = list(metrics.by(table, "start", "step"))
     assert len(rows) == len(evaluation.window_starts(settings)) * 3
     for _, group in rows:
-        assert len(set(group["predictor"].tolist())) == len(group["predictor"]) == 11
+        assert len(set(group["predictor"].tolist())) == len(group["predictor"]) == 12
         assert len(set(group["displacement_squared"].tolist())) == 1
     assert set(table["step"].tolist()) == {1, 2, 5}
     assert (table["phase"] == table["start"] % 5).all()
@@ -110,6 +110,27 @@ def test_every_predictor_has_a_row_per_window_and_step_with_the_same_displacemen
         trained_on="Line-v0",
     )
     assert [row["skill"] for row in copied] == [0.0, 0.0, 0.0]
+
+
+def test_models_of_several_seeds_have_rows_of_their_own_and_one_summary(storage: Path):
+    settings, models = experiment(storage), write_models(storage) * 2
+    fitted = evaluation.fit_predictors(settings, models)
+    errors = evaluation.forecast_errors(settings, models, fitted, 4)
+    returns = evaluation.forecast_returns(settings, models, fitted, 4, evaluation.run_starts(settings))
+    table = evaluation._join(errors, returns)
+    own = {name: column[table["predictor"] == "tipl"] for name, column in table.items()}
+    assert set(own["predictor_seed"].tolist()) == {0, 1}
+    first, second = (own["squared_error"][own["predictor_seed"] == seed] for seed in (0, 1))
+    np.testing.assert_array_equal(first, second)
+    rows = metrics.summarise(table, metrics.Resampling(confidence=0.95, bootstrap=10, seed=0), trained_on="Line-v0")
+    assert {(row["predictor"], row["seeds"]) for row in rows} >= {("tipl", 2), ("ridge", 1)}
+    assert len({row["windows"] for row in rows}) == 1
+
+
+def test_distances_between_policies_are_those_of_their_weights():
+    policies_BHP = np.random.default_rng(0).standard_normal((4, 2, 7)).astype(np.float32)
+    apart = np.linalg.norm(policies_BHP[:, None] - policies_BHP[None], axis=3).sum(axis=1) / 3
+    np.testing.assert_allclose(evaluation._distances(policies_BHP), apart, rtol=1e-5)
 
 
 class Truth(Predictor):
@@ -125,10 +146,12 @@ class Truth(Predictor):
 def test_a_predictor_that_is_given_the_truth_has_skill_1_and_the_true_policies_returns(
     storage: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(evaluation, "make_predictors", lambda question, folder: [CopyLast(question), Truth(question)])
+    monkeypatch.setattr(
+        evaluation, "make_predictors", lambda question, folders, elsewhere: [CopyLast(question), Truth(question)]
+    )
     settings, starts_B = experiment(storage), evaluation.run_starts(experiment(storage))
-    errors = evaluation.forecast_errors(settings, "none", save_fitted([]), 4)
-    returns = evaluation.forecast_returns(settings, "none", save_fitted([]), 4, starts_B)
+    errors = evaluation.forecast_errors(settings, ["none"], save_fitted([]), 4)
+    returns = evaluation.forecast_returns(settings, ["none"], save_fitted([]), 4, starts_B)
     table = evaluation._join(errors, returns)
     truth = {name: column[table["predictor"] == "ridge"] for name, column in table.items()}
     assert metrics.skill(truth) == 1.0

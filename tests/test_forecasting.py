@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from tipl_ray import config, forecasting
 from tipl_ray.forecasting import (
@@ -18,6 +19,8 @@ from tipl_ray.forecasting import (
     RankOne,
     RankOneFromLast,
     Ridge,
+    RidgeElsewhere,
+    RidgeOnContext,
     SvdFloor,
     Tipl,
     Trial,
@@ -32,8 +35,8 @@ from tipl_ray.forecasting import (
     phase_moments,
     save_fitted,
 )
-from tipl_ray.gram import Question, make_band
-from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer
+from tipl_ray.gram import Contexts, Question, future_sums, make_band
+from tipl_ray.model import CONTEXT_PENALTIES, CausalTransformer, Normaliser, WindowTransformer
 from tipl_ray.temporal_svd import fit_basis
 
 STEPS = (1, 2, 3, 5)
@@ -84,6 +87,7 @@ def predictors() -> list[Predictor]:
         Damped,
         WindowLinear,
         Ridge,
+        RidgeOnContext,
         RankOne,
         RankOneFromLast,
         DynamicModes,
@@ -235,6 +239,52 @@ def test_moments_judge_as_the_predictor_itself_is_judged():
     assert phase_moments(bands, QUESTION).mean_skill(ridge.table_QHK()) == pytest.approx(expected)
 
 
+def test_ridge_on_the_context_needs_no_other_trial_where_iterations_resemble_each_other():
+    """Displacements that are related within an iteration alone, and in every one alike: its coefficients are best."""
+    question = Question(context=12, steps=(1, 3), snapshots_per_iteration=5)
+    factor_QQ: NDArray[np.float64] = np.random.default_rng(0).standard_normal((5, 5))
+    gram_NN = np.kron(np.eye(4), factor_QQ @ factor_QQ.T).astype(np.float64)
+    for phase in range(5):
+        # Displacement 0 of the first iteration leads to phase 1.
+        first = (phase - 12) % 5
+        window_NN = gram_NN[first : first + 15, first : first + 15]
+        towards_HK = future_sums(question.steps) @ window_NN[12:, :12]
+        best_HK = np.linalg.solve(window_NN[:12, :12], towards_HK.T).T
+        own = RidgeOnContext(question)
+        own.fitted = {"penalty": np.array(1e-9)}
+        one_1 = np.array([1.0])
+        contexts = Contexts(window_NN[None, :12, :12], np.array([phase]), one_1, one_1)
+        np.testing.assert_allclose(own.coefficients(contexts)[0], best_HK, atol=1e-4)
+
+
+def test_ridge_on_the_context_takes_the_penalty_that_validation_trials_prefer():
+    own = RidgeOnContext(QUESTION)
+    own.fit(trials(1), trials(5, 6, 7))
+    skills = {}
+    for penalty in CONTEXT_PENALTIES:
+        other = RidgeOnContext(QUESTION)
+        other.fitted = {"penalty": np.array(penalty)}
+        starts_B = np.arange(6, 35)
+        error_H = sum(other.band_errors(band, starts_B).sum(axis=0) for band in trials(5, 6, 7).bands)
+        moved_H = sum(CopyLast(QUESTION).band_errors(band, starts_B).sum(axis=0) for band in trials(5, 6, 7).bands)
+        skills[penalty] = np.mean(1 - error_H / moved_H)
+    assert float(own.fitted["penalty"]) == max(skills, key=lambda penalty: skills[penalty])
+
+
+def test_a_model_from_elsewhere_brings_its_ridge_along(tmp_path: Path):
+    save_tipl(tmp_path, config.Basis(kind="window"))
+    here, there = (make_predictors(QUESTION, [str(tmp_path)], elsewhere) for elsewhere in (False, True))
+    assert {one.name for one in there} - {one.name for one in here} == {"ridge-elsewhere"}
+    (carried,) = (one for one in there if isinstance(one, RidgeElsewhere))
+    np.testing.assert_array_equal(carried.table_QHK(), carried.model.ridge_QHK.double().numpy())
+
+
+def test_models_of_several_seeds_are_all_asked(tmp_path: Path):
+    save_tipl(tmp_path, config.Basis(kind="window"))
+    made = make_predictors(QUESTION, [str(tmp_path)] * 3)
+    assert [one.seed for one in made if one.name == "tipl"] == [0, 1, 2]
+
+
 def test_mean_trajectory_predicts_what_all_trials_have_in_common():
     drift_TP = np.square(np.arange(40))[:, None].astype(np.float32) * np.ones((1, 31), np.float32)
     weights = [drift_TP + trajectory(seed)[:1] for seed in (1, 2)]
@@ -257,7 +307,7 @@ def test_no_combination_of_the_context_is_nearer_to_the_truth_than_the_window_fl
     weights_TP = trajectory()
     floor = WindowFloor(QUESTION).squared_errors(trial(weights_TP), STARTS)
     combinations = [one for one in predictors() if isinstance(one, Combination)]
-    assert len(combinations) == 9
+    assert len(combinations) == 10
     for predictor in combinations:
         assert (predictor.squared_errors(trial(weights_TP), STARTS) >= floor - 1e-9).all()
 
@@ -343,7 +393,7 @@ def test_saved_tipl_forecasts_the_same_when_loaded(tmp_path: Path, basis: config
 
 def test_everything_that_was_fitted_forecasts_the_same_when_loaded(tmp_path: Path):
     save_tipl(tmp_path, config.Basis(kind="window"))
-    fitted, loaded = (make_predictors(QUESTION, str(tmp_path)) for _ in range(2))
+    fitted, loaded = (make_predictors(QUESTION, [str(tmp_path)]) for _ in range(2))
     for predictor in fitted:
         predictor.fit(trials(1, 2, 3), trials(4))
     load_fitted(loaded, save_fitted(fitted))
@@ -356,9 +406,9 @@ def test_everything_that_was_fitted_forecasts_the_same_when_loaded(tmp_path: Pat
 def test_the_floor_is_that_of_tipls_basis(tmp_path: Path):
     for basis, floor in ((config.Basis(rank=4), "svd-floor"), (config.Basis(kind="window"), "window-floor")):
         save_tipl(tmp_path / basis.kind, basis)
-        names = [predictor.name for predictor in make_predictors(QUESTION, str(tmp_path / basis.kind))]
+        names = [predictor.name for predictor in make_predictors(QUESTION, [str(tmp_path / basis.kind)])]
         assert names[-2:] == ["tipl", floor]
-        assert len(set(names)) == len(names) == 11
+        assert len(set(names)) == len(names) == 12
 
 
 def test_trajectory_longer_than_those_of_training_is_still_forecast():

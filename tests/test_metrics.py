@@ -26,12 +26,15 @@ def table_of(num_trials: int = 4, windows_per_trial: int = 30, num_steps: int = 
         "phase": (start.ravel() % 5).astype(np.int8),
         "third": (start.ravel() * 3 // (windows_per_trial + 19)).astype(np.int8),
         "predictor": np.full(num_rows, "tipl", object),
+        "predictor_seed": np.zeros(num_rows, np.int16),
         "basis": np.full(num_rows, "trial", object),
         "causal": np.zeros(num_rows, bool),
         "step": step.ravel().astype(np.int16),
         "num_weights": np.full(num_rows, 122, np.int32),
         "squared_error": 0.25 * displacement,
         "displacement_squared": displacement,
+        "distance_true": np.where(run, 2.0, np.nan),
+        "distance_predicted": np.where(run, 1.0, np.nan),
         **returns,
     }
 
@@ -128,7 +131,11 @@ def test_summary_has_one_row_per_predictor_basis_and_step_in_order():
     ]
     assert {(row["windows"], row["trials"]) for row in rows} == {(120, 4)}
     columns = "task trained_on predictor basis causal step skill skill_low skill_high wpe repw repw_low repw_high"
-    assert " ".join(rows[0]) == f"{columns} repw_noise_floor beats_last windows trials"
+    more = (
+        "repw_noise_floor beats_last returns_spread returns_spread_true distance distance_true seeds skill_over_seeds "
+        "windows trials"
+    )
+    assert " ".join(rows[0]) == f"{columns} {more}"
 
 
 def test_groups_by_phase_share_out_every_row():
@@ -197,3 +204,29 @@ def test_skill_by_group_says_what_share_of_all_movement_a_group_has():
 
 def test_empty_table_has_an_empty_summary():
     assert summary({name: values[:0] for name, values in table_of().items()}) == []
+
+
+def test_a_predictor_of_several_seeds_is_judged_by_their_mean():
+    good, bad = table_of(), table_of()
+    bad |= {
+        "predictor_seed": np.ones_like(bad["predictor_seed"]),
+        "squared_error": 0.75 * bad["displacement_squared"],
+    }
+    both = {name: np.concatenate([good[name], bad[name]]) for name in good}
+    for row, alone in zip(summary(both), summary(good), strict=True):
+        assert row["skill"] == pytest.approx(0.5)
+        assert (row["seeds"], row["windows"], row["trials"]) == (2, alone["windows"], alone["trials"])
+        assert row["skill_over_seeds"] == pytest.approx(np.std([0.25, 0.75], ddof=1))
+        assert np.isnan(alone["skill_over_seeds"])
+    copied = {**table_of(), "predictor": np.full(len(good["step"]), "copy-last", object)}
+    copied |= {"squared_error": copied["displacement_squared"]}
+    rows = metrics.compare({name: np.concatenate([both[name], copied[name]]) for name in good}, "tipl", RESAMPLING)
+    assert [row["skill_difference"] for row in rows if row["group"] == "all"] == pytest.approx([0.5] * 3)
+
+
+def test_policies_that_are_all_the_same_have_no_spread():
+    collapsed = table_of()
+    collapsed |= {"return_predicted": np.where(np.isnan(collapsed["return_true"]), np.nan, 400.0)}
+    for row in summary(collapsed):
+        assert row["returns_spread"] == 0.0 < row["returns_spread_true"]
+        assert (row["distance"], row["distance_true"]) == (1.0, 2.0)

@@ -133,6 +133,7 @@ def test_window_model_does_not_know_the_scale_of_weights():
 
 def test_window_model_corrects_the_ridge_of_its_phase():
     model = window_model()
+    model.weigh.weight.data.zero_()
     before = model(*contexts())
     model.ridge_QHK[4] = 1.0
     torch.testing.assert_close(model(*contexts()) - before, model.ridge_QHK[contexts()[1]])

@@ -104,5 +104,27 @@ def test_the_basis_decides_what_is_trained(kind, objective):
         name="a", model=SIZE, basis=config.Basis(kind=kind, rank=4), evaluate=config.Evaluate(horizon=4)
     )
     parts = [tokens(3), tokens(4)] if kind == "trial" else bands(3, 4)
-    made = make_objective(experiment, TrainingData(train=gather_trials(parts), validation=gather_trials(parts[:1])))
+    data = TrainingData(train=gather_trials([parts]), validation=gather_trials([parts[:1]]))
+    made = make_objective(experiment, data)
     assert isinstance(made, objective)
+
+
+def test_of_several_data_sets_each_counts_as_much_as_any_other():
+    (small,) = bands(3)
+    large = [make_band(1000 * trajectory(seed), QUESTION.width, snapshots_per_iteration=5) for seed in (4, 5)]
+    gathered, alone = gather_trials([[small], large]), gather_trials([large])
+    assert not isinstance(gathered, Tokens)
+    assert not isinstance(alone, Tokens)
+    moved = [band.products_SW[:, 0].sum() for band in gathered]
+    assert (moved[0], moved[1] + moved[2]) == (pytest.approx(1.0), pytest.approx(1.0))
+    np.testing.assert_array_equal(alone[0].products_SW, large[0].products_SW)
+
+
+def test_windows_put_beside_others_are_trained_on_and_leave_validation_alone():
+    torch.manual_seed(0)
+    plain = WindowError(SIZE, QUESTION, bands(3, 4), bands(5), "cpu")
+    torch.manual_seed(0)
+    joined = WindowError(SIZE, QUESTION, bands(3, 4), bands(5), "cpu", joined=0.5)
+    windows_B = draw_windows(plain.chances, 0, 32, seed=0)
+    assert joined.loss(joined.model, windows_B).item() != plain.loss(plain.model, windows_B).item()
+    assert joined.validate() == plain.validate()

@@ -7,7 +7,17 @@ import torch
 from tipl_ray import config, temporal_svd
 from tipl_ray.gram import Question, make_band
 from tipl_ray.model import Normaliser
-from tipl_ray.segments import Segments, Tokens, WindowSegments, draw_windows, load_band, load_tokens, tokens_of
+from tipl_ray.segments import (
+    Segments,
+    Tokens,
+    WindowSegments,
+    draw_windows,
+    load_band,
+    load_tokens,
+    periodic_grams,
+    side_by_side,
+    tokens_of,
+)
 from tipl_ray.temporal_svd import fit_basis
 from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
 
@@ -149,7 +159,12 @@ def test_windows_of_displacements_are_parts_of_the_gram_matrix_in_units_of_the_c
         gram_MM = displacements_MP @ displacements_MP.T
         scale = np.trace(gram_MM[:4, :4]) / 4
         assert batch.scales_B[window].item() == pytest.approx(scale)
-        np.testing.assert_allclose(batch.grams_BMM[window], gram_MM / scale, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(batch.grams_BKK[window], gram_MM[:4, :4] / scale, rtol=1e-5, atol=1e-6)
+        for index, step in enumerate(QUESTION.steps):
+            towards_K = gram_MM[:4, 4 : 4 + step].sum(axis=1)
+            np.testing.assert_allclose(batch.towards_BHK[window, index], towards_K / scale, rtol=1e-5, atol=1e-5)
+            moved = gram_MM[4 : 4 + step, 4 : 4 + step].sum()
+            assert batch.moved_BH[window, index].item() == pytest.approx(moved / scale, rel=1e-5)
         assert batch.phases_B[window].item() == (first + 4) % 5
         assert batch.progress_B[window].item() == pytest.approx((first + 4) / 14)
 
@@ -160,8 +175,45 @@ def test_what_a_model_is_told_of_a_window_is_the_same_in_training_and_in_a_forec
     np.testing.assert_array_equal(batch.phases_B, contexts.phases_B)
     np.testing.assert_allclose(batch.progress_B, contexts.progress_B, rtol=1e-6)
     np.testing.assert_allclose(batch.learning_rates_B, contexts.learning_rates_B, rtol=1e-6)
-    grams_BKK = batch.grams_BMM[:, :4, :4].double() * batch.scales_B[:, None, None]
+    grams_BKK = batch.grams_BKK.double() * batch.scales_B[:, None, None]
     np.testing.assert_allclose(grams_BKK, contexts.grams_BKK, rtol=1e-5, atol=1e-4)
+
+
+def whole_grams(batch) -> torch.Tensor:
+    """Gram matrices of a context's displacements and of the true displacement at each forward step; (B, K + H, .)."""
+    size, context = batch.grams_BKK.shape[:2]
+    rows = []
+    for step in range(len(QUESTION.steps)):
+        whole = torch.zeros(size, context + 1, context + 1)
+        whole[:, :context, :context] = batch.grams_BKK
+        whole[:, context, :context] = whole[:, :context, context] = batch.towards_BHK[:, step]
+        whole[:, context, context] = batch.moved_BH[:, step]
+        rows.append(whole)
+    return torch.cat(rows)
+
+
+def test_windows_side_by_side_are_those_of_a_policy_that_could_be():
+    """Inner products of real vectors: no Gram matrix of context and future has a negative eigenvalue."""
+    torch.manual_seed(0)
+    segments = window_segments(8)
+    batch = segments.gather(np.arange(segments.num_windows))
+    joined = side_by_side(batch, QUESTION.steps, 5, share=1.0)
+    for own, other in ((batch, batch), (joined, batch)):
+        eigenvalues = torch.linalg.eigvalsh(whole_grams(own).double())
+        assert eigenvalues.min() > -1e-4 * eigenvalues.max()
+        assert torch.equal(own.phases_B, other.phases_B)
+    assert not torch.isclose(joined.grams_BKK, batch.grams_BKK).all(dim=(1, 2)).any()
+    alone = side_by_side(batch, QUESTION.steps, 5, share=0.0)
+    for found, expected in zip(alone, batch, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_made_up_policies_repeat_themselves_with_the_iterations():
+    torch.manual_seed(0)
+    grams_BNN = periodic_grams(torch.tensor([0, 3, 4]), 10, 10, 5)
+    torch.testing.assert_close(grams_BNN[:, 5:, 5:], grams_BNN[:, :-5, :-5])
+    torch.testing.assert_close(grams_BNN.diagonal(dim1=1, dim2=2)[:, :10].mean(dim=1), torch.ones(3))
+    assert torch.linalg.eigvalsh(grams_BNN.double()).min() > -1e-6
 
 
 def test_a_band_is_computed_once_and_then_found(tmp_path: Path):
@@ -178,12 +230,18 @@ def test_a_band_is_computed_once_and_then_found(tmp_path: Path):
     assert len(list((tmp_path / "grams").iterdir())) == 2, "a wider band is another band"
 
 
-def test_trials_too_short_or_of_different_length_have_no_windows():
-    bands = [make_band(trajectory(0, length), 7) for length in (15, 12, 7)]
-    with pytest.raises(ValueError, match=r"trials differ in snapshots: \[12, 15\]"):
-        WindowSegments(bands[:2], QUESTION)
+def test_windows_of_trials_of_different_length_lie_one_after_the_other():
+    bands = [make_band(trajectory(seed, length), 7) for seed, length in ((0, 15), (1, 12))]
+    both, second = WindowSegments(bands, QUESTION), WindowSegments(bands[1:], QUESTION)
+    assert (both.num_windows, second.num_windows) == (8 + 5, 5)
+    for found, expected in zip(both.gather(np.arange(8, 13)), second.gather(np.arange(5)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_trial_too_short_has_no_windows():
+    bands = [make_band(trajectory(0, length), 7) for length in (15, 7)]
     with pytest.raises(ValueError, match=r"model\.context=4 and forward step 3 leave no window in the 7 snapshots"):
-        WindowSegments(bands[2:], QUESTION)
+        WindowSegments(bands[1:], QUESTION)
 
 
 def test_a_trial_reduced_from_the_store_is_reduced_as_from_memory(

@@ -13,12 +13,13 @@ from tipl_ray import config, training
 from tipl_ray.forecasting import Trial, load_tipl
 from tipl_ray.gram import GramBand, Question, make_band
 from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer, load_about, load_model
-from tipl_ray.objectives import TrainingData
+from tipl_ray.objectives import TrainingData, gather_trials
 from tipl_ray.segments import Tokens, draw_windows, tokens_of
 from tipl_ray.temporal_svd import fit_basis
-from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+from tipl_ray.trajectory_store import Header, Snapshot, StoreError, TrajectoryStore, TrialWriter
 
-HEADER = Header(task="Line-v0", layout=(("w", (13,), 0),), config={}, versions={"mujoco": "4.0", "gymnasium": "1.4"})
+PPO = {"ppo": {"num_epochs": 10}, "epochs_per_snapshot": 2}
+HEADER = Header(task="Line-v0", layout=(("w", (13,), 0),), config=PPO, versions={"mujoco": "4.0", "gymnasium": "1.4"})
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +207,43 @@ def test_the_models_folder_is_that_of_what_it_depends_on():
     )
 
 
+def test_what_the_paper_does_not_have_is_no_part_of_its_models_name():
+    base = training.run_digest(experiment(), "data")
+    assert training.run_digest(experiment(joined_windows=0.5), "data") == base
+    ours = experiment(kind="window")
+    assert training.run_digest(ours, "data") != training.run_digest(
+        experiment(kind="window", joined_windows=0.5), "data"
+    )
+    runs = experiment(kind="window", num_seeds=3).training_runs
+    assert [run.train.seed for run in runs] == [0, 1, 2]
+    assert training.run_digest(runs[0], "data") == training.run_digest(ours, "data")
+
+
+def elsewhere(storage: Path, *others: Path) -> config.Experiment:
+    own = experiment(storage, "window")
+    return dataclasses.replace(own, train=dataclasses.replace(own.train, data=tuple(map(str, others)))).check()
+
+
+def test_other_data_sets_to_train_on_are_split_as_the_own_one_is(tmp_path: Path):
+    other = write_store(tmp_path / "other", (1, 2, 3, 4, 5))
+    with pytest.raises(StoreError, match=r"other: train\.data names it, and no complete data set is there"):
+        training.data_sets(elsewhere(tmp_path, tmp_path / "other"))
+    other.finish((1, 2, 3, 4, 5), 41)
+    (found,) = training.data_sets(elsewhere(tmp_path, tmp_path / "other"))
+    assert found.split.cut(found.seeds) == ((1, 2, 3), (4,), (5,))
+    assert (found.task, found.digest) == ("Line-v0", other.digest())
+    assert training.training_digest(elsewhere(tmp_path, tmp_path / "other")) == other.digest()
+    few = write_store(tmp_path / "few", (1, 2))
+    few.finish((1, 2), 41)
+    with pytest.raises(ValueError, match="leave none of its 2 trials to train on"):
+        training.data_sets(elsewhere(tmp_path, tmp_path / "few"))
+
+
+def test_training_elsewhere_is_refused_where_tokens_fit_one_task_alone():
+    with pytest.raises(ValueError, match=r"train\.data=\('storage/hopper',\) needs basis\.kind=window"):
+        dataclasses.replace(experiment(), train=config.Train(data=("storage/hopper",))).check()
+
+
 def assert_close_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-3, atol=1e-5, msg=name)
@@ -257,6 +295,18 @@ def test_ray_train_trains_on_gram_bands_without_the_test_trial(cluster: None, tm
     alone = training.Training(settings, data("window"))
     list(alone.iterations())
     assert isinstance(load_model(folder), WindowTransformer)
+    assert_close_weights(load_model(folder), alone.best)
+
+
+def test_a_model_is_trained_on_several_other_data_sets_and_never_on_its_own(cluster: None, tmp_path: Path):
+    for name, seeds in (("one", (3, 4, 5, 6)), ("two", (7, 8, 9, 10))):
+        write_store(tmp_path / name, seeds).finish(seeds, 41)
+    settings = elsewhere(tmp_path / "own", tmp_path / "one", tmp_path / "two")
+    folder = training.train(settings, training.training_digest(settings), say=lambda line: None)
+    assert load_about(folder)["trained_on"] == "Line-v0"
+    halves = [gather_trials([bands(3, 4), bands(7, 8)]), gather_trials([bands(5), bands(9)])]
+    alone = training.Training(settings, TrainingData(train=halves[0], validation=halves[1]))
+    list(alone.iterations())
     assert_close_weights(load_model(folder), alone.best)
 
 

@@ -146,6 +146,11 @@ class Split:
     test_trials: int = 5
     """Trials that report: every figure of the evaluation."""
 
+    def cut(self, seeds: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Seeds to train, to choose and to report."""
+        first, second = len(seeds) - self.validation_trials - self.test_trials, len(seeds) - self.test_trials
+        return seeds[: max(first, 0)], seeds[max(first, 0) : second], seeds[second:]
+
     def check(self) -> None:
         _at_least("split", self, validation_trials=1, test_trials=1)
 
@@ -219,8 +224,16 @@ class Train:
     """The learning rate after the warm-up: constant, or falling to 0 at the last step on half a cosine."""
     max_gradient_norm: float = 0.25
     """Limit of the gradient's norm."""
+    joined_windows: float = 0.0
+    """Basis `window`: share of a batch's windows that are put beside others, so that each stands for a policy that is
+    made of several."""
     seed: int = 0
     """Seed of initialisation, batches and dropout."""
+    num_seeds: int = 1
+    """Models that are trained, on seeds that count up from `seed`; the evaluation judges them all."""
+    data: tuple[str, ...] = ()
+    """Basis `window`: storages of the data sets to train on in place of this experiment's own; the split holds in
+    each."""
     num_workers: int = 1
     """Ray Train workers."""
     use_gpu: bool = False
@@ -228,9 +241,18 @@ class Train:
 
     def check(self) -> None:
         _at_least(
-            "train", self, num_steps=1, steps_per_iteration=1, batch_size=1, warmup_steps=0, num_workers=1, seed=0
+            "train",
+            self,
+            num_steps=1,
+            steps_per_iteration=1,
+            batch_size=1,
+            warmup_steps=0,
+            num_workers=1,
+            seed=0,
+            num_seeds=1,
         )
         _positive("train", self, "learning_rate", "max_gradient_norm")
+        _between("train", self, 0.0, 1.0, "joined_windows")
         if self.batch_size % self.num_workers:
             raise ValueError(f"train.num_workers={self.num_workers} does not divide train.batch_size={self.batch_size}")
 
@@ -358,7 +380,7 @@ class Experiment:
         """Absolute folder, or the URI as given: Ray changes the working directory of its workers."""
         if self.storage is None:
             return str(CHECKOUT / "storage" / self.name)
-        return self.storage if "://" in self.storage else str(Path(self.storage).expanduser().absolute())
+        return absolute_storage(self.storage)
 
     @property
     def num_iterations(self) -> int:
@@ -387,15 +409,23 @@ class Experiment:
 
     @property
     def train_seeds(self) -> tuple[int, ...]:
-        return self.collect.seeds[: self.collect.num_trials - self.split.validation_trials - self.split.test_trials]
+        return self.split.cut(self.collect.seeds)[0]
 
     @property
     def validation_seeds(self) -> tuple[int, ...]:
-        return self.collect.seeds[len(self.train_seeds) : self.collect.num_trials - self.split.test_trials]
+        return self.split.cut(self.collect.seeds)[1]
 
     @property
     def test_seeds(self) -> tuple[int, ...]:
-        return self.collect.seeds[self.collect.num_trials - self.split.test_trials :]
+        return self.split.cut(self.collect.seeds)[2]
+
+    @property
+    def training_runs(self) -> "tuple[Experiment, ...]":
+        """This experiment once for each of its `train.num_seeds` seeds."""
+        seeds = range(self.train.seed, self.train.seed + self.train.num_seeds)
+        return tuple(
+            dataclasses.replace(self, train=dataclasses.replace(self.train, seed=seed, num_seeds=1)) for seed in seeds
+        )
 
     def check(self) -> Self:
         """Refuse what cannot run. Raises ValueError naming the field, the value and the limit."""
@@ -432,6 +462,10 @@ class Experiment:
             )
         if self.basis.kind == "trial" and self.basis.rank > self.num_snapshots:
             raise ValueError(f"basis.rank={self.basis.rank} exceeds the {self.num_snapshots} snapshots of a trial")
+        if self.train.data and self.basis.kind != "window":
+            raise ValueError(
+                f"train.data={self.train.data} needs basis.kind=window: tokens of {self.basis.kind!r} fit one task"
+            )
         furthest = max(self.evaluate.horizon, *self.evaluate.extra_horizons, 0)
         needed = self.model.context + furthest
         if needed >= self.num_snapshots:
@@ -448,7 +482,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "basis": {"kind": "window"},
         "model": {"embedding": 64, "layers": 2, "heads": 4, "dropout": 0.0},
         "train": {
-            "num_steps": 6_000,
+            "num_steps": 3_000,
             "steps_per_iteration": 500,
             "batch_size": 128,
             "learning_rate": 2e-3,
@@ -456,10 +490,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "warmup_steps": 200,
             "schedule": "cosine",
             "max_gradient_norm": 1.0,
+            "joined_windows": 0.3,
         },
     },
 }
 """Fields that a preset sets; the paper's are the dataclasses' own defaults."""
+
+
+def absolute_storage(storage: str) -> str:
+    """A folder as an absolute path, a URI as given."""
+    return storage if "://" in storage else str(Path(storage).expanduser().absolute())
 
 
 def load_experiment(path: str | Path, preset: str | None = None) -> Experiment:

@@ -25,6 +25,7 @@ from tipl_ray.forecasting import Predictor, Trial, Trials, Weights, load_fitted,
 from tipl_ray.gram import Question, squared_errors
 from tipl_ray.learner import choose_engine, make_learner
 from tipl_ray.metrics import Table
+from tipl_ray.model import load_about
 from tipl_ray.ppo import network_shape
 from tipl_ray.returns import policy_returns
 from tipl_ray.segments import load_band
@@ -35,6 +36,7 @@ from tipl_ray.trajectory_store import Trajectory, TrajectoryStore
 RECONSTRUCTION_RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 """SVD ranks whose reconstruction error is reported."""
 FITTED_FILE = "predictors.safetensors"
+DISTANCE_COLUMNS = ("distance_true", "distance_predicted")
 RETURN_COLUMNS = ("return_true", "return_true_again", "return_predicted", "return_last")
 
 
@@ -69,14 +71,14 @@ def run_starts(experiment: Experiment) -> np.ndarray:
     return starts[np.linspace(0, len(starts) - 1, count).round().astype(int)]
 
 
-def fit_predictors(experiment: Experiment, model_folder: str) -> bytes:
+def fit_predictors(experiment: Experiment, model_folders: Sequence[str]) -> bytes:
     """Fit every predictor on the training trials, its settings on the validation trials; for `load_fitted` to read.
 
     Test trials are not opened.
     """
     torch.set_num_threads(1)
     question = Question.of(experiment)
-    predictors = make_predictors(question, model_folder)
+    predictors = make_predictors(question, model_folders, bool(experiment.train.data))
     training, validation = (
         Trials(
             bands=[load_band(experiment.storage_path, seed, question) for seed in seeds],
@@ -89,8 +91,9 @@ def fit_predictors(experiment: Experiment, model_folder: str) -> bytes:
     return save_fitted(predictors)
 
 
-def forecast_errors(experiment: Experiment, model_folder: str, fitted: bytes, seed: int) -> Table:
-    """Squared errors of every predictor at every window of a trial; the return columns are NaN."""
+def forecast_errors(experiment: Experiment, model_folders: Sequence[str], fitted: bytes, seed: int) -> Table:
+    """Squared errors of every predictor at every window of a trial, and how far apart the policies of the windows lie
+    that are run; the return columns are NaN."""
     torch.set_num_threads(1)
     question, starts_B = Question.of(experiment), window_starts(experiment)
     (weights_TP,) = _read_weights(experiment, [seed])
@@ -98,24 +101,34 @@ def forecast_errors(experiment: Experiment, model_folder: str, fitted: bytes, se
     windows_BNN = trial.band.windows(starts_B, question.context, question.future)
     still_BHK = np.zeros((len(starts_B), len(question.steps), question.context))
     displacements_BH = squared_errors(windows_BNN, still_BHK, question.steps)
-    return _concatenate(
-        [
-            _rows(
-                experiment,
-                one,
-                seed,
-                starts_B,
-                weights_TP.shape[1],
-                one.squared_errors(trial, starts_B),
-                displacements_BH,
-            )
-            for one in _fitted_predictors(question, model_folder, fitted)
-        ]
-    )
+    run_B = run_starts(experiment)
+    apart_BH = _distances(weights_TP[run_B[:, None] + np.asarray(question.steps)])
+    tables = []
+    for one in _fitted_predictors(experiment, model_folders, fitted):
+        measured = {"squared_error": one.squared_errors(trial, starts_B), "displacement_squared": displacements_BH}
+        for name in DISTANCE_COLUMNS:
+            measured[name] = np.full(displacements_BH.shape, np.nan)
+        if one.name in experiment.evaluate.run_policies_of:
+            rows = np.searchsorted(starts_B, run_B)
+            measured["distance_true"][rows] = apart_BH
+            measured["distance_predicted"][rows] = _distances(one.forecast(trial, run_B))
+        tables.append(_rows(experiment, one, seed, starts_B, weights_TP.shape[1], measured))
+    return _concatenate(tables)
+
+
+def _distances(policies_BHP: Weights) -> np.ndarray:
+    """Mean distance of each of B policies to the others at the same forward step; (B, H)."""
+    means = []
+    for policies_BP in policies_BHP.transpose(1, 0, 2).astype(np.float64):
+        gram_BB = policies_BP @ policies_BP.T
+        squares_B = gram_BB.diagonal()
+        apart_BB = np.sqrt(np.maximum(squares_B[:, None] + squares_B - 2.0 * gram_BB, 0.0))
+        means.append(apart_BB.sum(axis=1) / max(1, len(gram_BB) - 1))
+    return np.stack(means, axis=1)
 
 
 def forecast_returns(
-    experiment: Experiment, model_folder: str, fitted: bytes, seed: int, starts_B: np.ndarray
+    experiment: Experiment, model_folders: Sequence[str], fitted: bytes, seed: int, starts_B: np.ndarray
 ) -> Table:
     """Returns of true and predicted policies at some windows of a trial, one row per start, predictor and step."""
     torch.set_num_threads(1)
@@ -130,7 +143,7 @@ def forecast_returns(
         run(weights_TP[future_BH.ravel()], future_BH.ravel(), s).reshape(future_BH.shape) for s in (0, 1)
     )
     tables = []
-    for predictor in _fitted_predictors(question, model_folder, fitted):
+    for predictor in _fitted_predictors(experiment, model_folders, fitted):
         if predictor.name not in experiment.evaluate.run_policies_of:
             continue
         predicted_BH = last_return_BH
@@ -144,8 +157,8 @@ def forecast_returns(
     return _concatenate(tables)
 
 
-def _fitted_predictors(question: Question, model_folder: str, fitted: bytes) -> list[Predictor]:
-    predictors = make_predictors(question, model_folder)
+def _fitted_predictors(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -> list[Predictor]:
+    predictors = make_predictors(Question.of(experiment), model_folders, bool(experiment.train.data))
     load_fitted(predictors, fitted)
     return predictors
 
@@ -191,25 +204,28 @@ def reconstruction_rows(experiment: Experiment, seed: int) -> list[dict]:
     ]
 
 
-def evaluation_folder(experiment: Experiment, model_folder: str) -> str:
-    """Where the evaluation of a model lies: a name made of all that its figures depend on."""
-    evaluate = as_table(experiment.evaluate)
-    name = digest(last_name(model_folder), evaluate, experiment.test_seeds, choose_engine("auto", experiment.ppo))
+def evaluation_folder(experiment: Experiment, model_folders: Sequence[str]) -> str:
+    """Where the evaluation of models lies: a name made of all that its figures depend on."""
+    models, evaluate = [last_name(folder) for folder in model_folders], as_table(experiment.evaluate)
+    name = digest(models, evaluate, experiment.test_seeds, choose_engine("auto", experiment.ppo))
     return join(experiment.storage_path, "evaluations", name)
 
 
 def evaluate(
-    experiment: Experiment, model_folder: str, on_progress: Callable[[int, int], None] = lambda done, total: None
+    experiment: Experiment,
+    model_folders: Sequence[str],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Judge a trained model on the test trials, on a connected Ray cluster; at once if that was done before.
+    """Judge trained models, one per seed, on the test trials, on a connected Ray cluster; at once if that was done
+    before.
 
     `on_progress` is told the tasks that are done and their total.
     """
-    folder = evaluation_folder(experiment, model_folder)
+    folder = evaluation_folder(experiment, model_folders)
     if not file_exists(folder, "reconstruction.json"):
-        fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folder))
+        fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folders))
         write_file(folder, FITTED_FILE, fitted)
-        errors, returns, reconstruction = _gather(_send(experiment, model_folder, fitted), on_progress)
+        errors, returns, reconstruction = _gather(_send(experiment, model_folders, fitted), on_progress)
         results = _join(_concatenate(errors), _concatenate(returns))
         _write_parquet(folder, "results.parquet", results)
         write_file(folder, "reconstruction.json", json.dumps([row for rows in reconstruction for row in rows]).encode())
@@ -219,7 +235,9 @@ def evaluate(
     evaluation = Evaluation(
         folder=folder,
         results=results,
-        summary=metrics.summarise(results, resampling, trained_on=experiment.collect.task),
+        summary=metrics.summarise(
+            results, resampling, trained_on=load_about(model_folders[0]).get("trained_on", experiment.collect.task)
+        ),
         groups=[row for column in ("phase", "third") for row in metrics.group_skills(results, column, resampling)],
         comparisons=metrics.compare(results, "tipl", resampling),
         reconstruction=json.loads(read_file(folder, "reconstruction.json")),
@@ -231,7 +249,7 @@ def evaluate(
     return evaluation
 
 
-def _send(experiment: Experiment, model_folder: str, fitted: bytes) -> dict[ray.ObjectRef, int]:
+def _send(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -> dict[ray.ObjectRef, int]:
     """Every task, and the kind of what it brings: 0 errors, 1 returns, 2 reconstruction."""
     sent: dict[ray.ObjectRef, int] = {}
     # Fitting a basis takes seconds at full scale, so a trial's windows are cut no finer than keeps the CPUs busy.
@@ -240,8 +258,8 @@ def _send(experiment: Experiment, model_folder: str, fitted: bytes) -> dict[ray.
     kept = ray.put(fitted)
     for seed in experiment.test_seeds:
         for starts_B in np.array_split(run_starts(experiment), chunks):
-            sent[ray.remote(forecast_returns).remote(experiment, model_folder, kept, seed, starts_B)] = 1
-        sent[ray.remote(forecast_errors).remote(experiment, model_folder, kept, seed)] = 0
+            sent[ray.remote(forecast_returns).remote(experiment, model_folders, kept, seed, starts_B)] = 1
+        sent[ray.remote(forecast_errors).remote(experiment, model_folders, kept, seed)] = 0
         sent[ray.remote(reconstruction_rows).remote(experiment, seed)] = 2
     return sent
 
@@ -257,13 +275,7 @@ def _gather(sent: dict[ray.ObjectRef, int], on_progress: Callable[[int, int], No
 
 
 def _rows(
-    experiment: Experiment,
-    predictor: Predictor,
-    seed: int,
-    starts_B: np.ndarray,
-    num_weights: int,
-    errors_BH: np.ndarray,
-    displacements_BH: np.ndarray,
+    experiment: Experiment, predictor: Predictor, seed: int, starts_B: np.ndarray, num_weights: int, measured: Table
 ) -> Table:
     keys = _keys(predictor, seed, starts_B, experiment.evaluate.steps)
     size, starts = len(keys["start"]), keys["start"]
@@ -276,8 +288,7 @@ def _rows(
         "basis": np.full(size, predictor.basis),
         "causal": np.full(size, predictor.causal),
         "num_weights": np.full(size, num_weights, dtype=np.int32),
-        "squared_error": errors_BH.ravel(),
-        "displacement_squared": displacements_BH.ravel(),
+        **{name: column_BH.ravel() for name, column_BH in measured.items()},
         **dict.fromkeys(RETURN_COLUMNS, nothing),
     }
 
@@ -288,13 +299,14 @@ def _keys(predictor: Predictor, seed: int, starts_B: np.ndarray, steps_H: Sequen
         "trial": np.full(size, seed, dtype=np.int64),
         "start": np.repeat(starts_B, len(steps_H)).astype(np.int32),
         "predictor": np.full(size, predictor.name),
+        "predictor_seed": np.full(size, predictor.seed, dtype=np.int16),
         "step": np.tile(np.asarray(steps_H, dtype=np.int16), len(starts_B)),
     }
 
 
 def _join(errors: Table, returns: Table) -> Table:
     """The errors' rows, with the returns filled in where there are any."""
-    keys = ("trial", "start", "predictor", "step")
+    keys = ("trial", "start", "predictor", "predictor_seed", "step")
     both = [np.unique(np.concatenate([errors[name], returns[name]]), return_inverse=True) for name in keys]
     codes = np.ravel_multi_index([code for _, code in both], [len(values) for values, _ in both])
     all_rows, wanted = codes[: len(errors["step"])], codes[len(errors["step"]) :]

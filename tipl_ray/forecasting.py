@@ -15,7 +15,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 
 from tipl_ray import config
 from tipl_ray.gram import Contexts, GramBand, Question, check_starts, future_sums, squared_errors
-from tipl_ray.model import ABOUT_FILE, WEIGHTS_FILE, CausalTransformer, Normaliser, WindowTransformer, load_about
+from tipl_ray.model import (
+    ABOUT_FILE,
+    CONTEXT_PENALTIES,
+    WEIGHTS_FILE,
+    CausalTransformer,
+    ContextRidge,
+    Normaliser,
+    WindowTransformer,
+    load_about,
+)
 from tipl_ray.storage import file_exists, read_file, write_file
 from tipl_ray.temporal_svd import FittedBasis, fit_basis
 
@@ -46,6 +55,7 @@ PREDICTOR_FILE, ABOUT_PREDICTOR_FILE = "predictor.safetensors", "predictor.json"
 
 Weights = NDArray[np.float32]
 Starts = NDArray[np.integer]
+Setting = TypeVar("Setting", int, float)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -71,6 +81,8 @@ class Predictor(abc.ABC):
     """Name in the result table."""
     basis: str = "none"
     """`none`, or the kind of the basis that it predicts in."""
+    seed: int = 0
+    """Which of several trained on other seeds it is."""
     causal: bool = True
     """Whether a forecast depends on nothing of its trial that comes after its start."""
 
@@ -123,6 +135,24 @@ class Combination(Predictor):
         grams_BNN = band.windows(starts_B, self.question.context, self.question.future)
         coefficients_BHK = self.coefficients(band.contexts(starts_B, self.question.context))
         return squared_errors(grams_BNN, coefficients_BHK, self.question.steps)
+
+    def best_setting(
+        self,
+        settings: Sequence[Setting],
+        bands: Sequence[GramBand],
+        answer: Callable[[NDArray[np.float64], Setting], NDArray[np.float64]],
+    ) -> Setting:
+        """The setting whose answers, coefficients to Gram matrices of contexts, have the highest skill on some trials,
+        mean over forward steps."""
+        steps, context = self.question.steps, self.question.context
+        error_SH, moved_H = np.zeros((len(settings), len(steps))), np.zeros(len(steps))
+        for band, starts_B in _every_window(bands, self.question):
+            grams_BNN = band.windows(starts_B, context, self.question.future)
+            for error_H, setting in zip(error_SH, settings, strict=True):
+                coefficients_BHK = answer(grams_BNN[:, :context, :context], setting)
+                error_H += squared_errors(grams_BNN, coefficients_BHK, steps).sum(axis=0)
+            moved_H += squared_errors(grams_BNN, np.zeros((len(starts_B), len(steps), context)), steps).sum(axis=0)
+        return settings[int(np.argmax([_mean_skill(error_H, moved_H) for error_H in error_SH]))]
 
 
 class PhaseTable(Combination):
@@ -204,6 +234,41 @@ class Ridge(PhaseTable):
         self.fitted = {"coefficients_QHK": tables[best], "penalty": np.array(best)}
 
 
+class RidgeElsewhere(PhaseTable):
+    """The ridge regression that a model carries: fitted on what the model was trained on, which is not this task."""
+
+    name = "ridge-elsewhere"
+
+    def __init__(self, question: Question, model: WindowTransformer):
+        super().__init__(question)
+        self.model = model
+
+    def table_QHK(self) -> NDArray[np.float64]:
+        """As the model keeps it."""
+        return self.model.ridge_QHK.double().cpu().numpy()
+
+
+class RidgeOnContext(Combination):
+    """Ridge regression that is fitted on nothing but the context at hand: see `model.ContextRidge`."""
+
+    name = "context-ridge"
+
+    def __init__(self, question: Question):
+        super().__init__(question)
+        self._ridge = ContextRidge(question.context, question.steps, question.snapshots_per_iteration)
+
+    def fit(self, training: Trials, validation: Trials) -> None:
+        """The penalty is the one with the highest skill on the validation trials."""
+        self.fitted = {"penalty": np.array(self.best_setting(CONTEXT_PENALTIES, validation.bands, self._solve))}
+
+    def coefficients(self, contexts: Contexts) -> NDArray[np.float64]:
+        """The regression's own."""
+        return self._solve(contexts.grams_BKK, float(self.fitted["penalty"]))
+
+    def _solve(self, grams_BKK: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
+        return self._ridge(torch.from_numpy(grams_BKK), (penalty,))[:, :, 0].numpy()
+
+
 class RankOne(Combination):
     """Rank-1 extrapolation (RELEX, arXiv 2605.21468) on the context: SVD of the deltas from its first snapshot, the
     leading direction, a line through the snapshots' coordinates on it, continued.
@@ -251,7 +316,7 @@ class DynamicModes(Combination):
     def fit(self, training: Trials, validation: Trials) -> None:
         """Choose the rank, the same for every window, with the highest skill on the validation trials."""
         ranks = [rank for rank in DMD_RANKS if rank < self.question.context]
-        self.fitted = {"rank": np.array(max(ranks, key=lambda rank: self._skill(rank, validation.bands)))}
+        self.fitted = {"rank": np.array(self.best_setting(ranks, validation.bands, self._modes))}
 
     def coefficients(self, contexts: Contexts) -> NDArray[np.float64]:
         """See `_modes`; the displacement that the map has not been applied to counts 0."""
@@ -276,16 +341,6 @@ class DynamicModes(Combination):
         sums_BRF = np.concatenate(moved_BRF, axis=2).cumsum(axis=2)[:, :, np.asarray(self.question.steps) - 1]
         coefficients_BHK = (directions_BKR @ sums_BRF).transpose(0, 2, 1)
         return np.pad(coefficients_BHK, ((0, 0), (0, 0), (0, 1)))
-
-    def _skill(self, rank: int, bands: Sequence[GramBand]) -> float:
-        error_H, moved_H = np.zeros(len(self.question.steps)), np.zeros(len(self.question.steps))
-        for band, starts_B in _every_window(bands, self.question):
-            grams_BNN = band.windows(starts_B, self.question.context, self.question.future)
-            known_BKK = grams_BNN[:, : self.question.context, : self.question.context]
-            modes_BHK = self._modes(known_BKK, rank)
-            error_H += squared_errors(grams_BNN, modes_BHK, self.question.steps).sum(axis=0)
-            moved_H += squared_errors(grams_BNN, 0.0 * modes_BHK, self.question.steps).sum(axis=0)
-        return _mean_skill(error_H, moved_H)
 
 
 class MeanTrajectory(Predictor):
@@ -467,22 +522,30 @@ def load_tipl(folder: str, question: Question, device: torch.device | str = "cpu
     return Tipl(question, CausalTransformer.load(folder), trial_basis, normaliser, device)
 
 
-def make_predictors(question: Question, model_folder: str) -> list[Predictor]:
-    """Every predictor that is compared, TIPL as it was trained among them, and the floor of its basis; not fitted."""
-    tipl = load_tipl(model_folder, question)
+def make_predictors(question: Question, model_folders: Sequence[str], elsewhere: bool = False) -> list[Predictor]:
+    """Every predictor that is compared, TIPL as it was trained among them, and the floor of its basis; not fitted.
+
+    Several models are those of several seeds. `elsewhere` says that they were trained on other data sets.
+    """
+    tipls = [load_tipl(folder, question) for folder in model_folders]
+    for seed, tipl in enumerate(tipls):
+        tipl.seed = seed
     simple = (
         CopyLast,
         Linear,
         Damped,
         WindowLinear,
         Ridge,
+        RidgeOnContext,
         RankOne,
         RankOneFromLast,
         DynamicModes,
         MeanTrajectory,
     )
-    floor = SvdFloor(question, tipl.trial_basis) if isinstance(tipl, Tipl) else WindowFloor(question)
-    return [*(kind(question) for kind in simple), tipl, floor]
+    first = tipls[0]
+    floor = SvdFloor(question, first.trial_basis) if isinstance(first, Tipl) else WindowFloor(question)
+    carried = [RidgeElsewhere(question, first.model)] if elsewhere and isinstance(first, WindowTipl) else []
+    return [*(kind(question) for kind in simple), *carried, *tipls, floor]
 
 
 def save_fitted(predictors: Sequence[Predictor]) -> bytes:

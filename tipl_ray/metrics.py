@@ -113,12 +113,16 @@ def bootstrap_interval(
 
 
 def summarise(table: Table, resampling: Resampling, trained_on: str) -> list[dict]:
-    """One row per task, predictor, basis and step: every figure with its interval over trials."""
+    """One row per task, predictor, basis and step: every figure with its interval over trials.
+
+    A predictor of several seeds is judged by the mean over them, and `skill_over_seeds` is their standard deviation.
+    """
     rows = []
     for values, group in by(table, *GROUP):
         task, *line = values
         errors, trials = np.abs(_return_error(group)), group["trial"]
         run = ~np.isnan(errors)
+        seeds = [skill(part) for _, part in by(group, "predictor_seed")]
         repw_low, repw_high = resampling.interval(trials[run], errors[run], np.ones(run.sum()))
         rows.append(
             {
@@ -132,7 +136,13 @@ def summarise(table: Table, resampling: Resampling, trained_on: str) -> list[dic
                 "repw_high": repw_high,
                 "repw_noise_floor": noise_floor(group),
                 "beats_last": beats_last(group),
-                "windows": len(trials),
+                "returns_spread": _spread(group, "return_predicted"),
+                "returns_spread_true": _spread(group, "return_true"),
+                "distance": _mean(group["distance_predicted"]),
+                "distance_true": _mean(group["distance_true"]),
+                "seeds": len(seeds),
+                "skill_over_seeds": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else np.nan,
+                "windows": len(trials) // len(seeds),
                 "trials": len(np.unique(trials)),
             }
         )
@@ -203,15 +213,23 @@ def stratified_resamples(
 
 
 def _errors_by_window(table: Table, predictor: str) -> Table:
+    """Mean over the predictor's seeds, window by window."""
     rows = np.flatnonzero(table["predictor"] == predictor)
-    rows = rows[np.lexsort((table["start"][rows], table["trial"][rows]))]
+    rows = rows[np.lexsort((table["predictor_seed"][rows], table["start"][rows], table["trial"][rows]))]
+    num_seeds = len(np.unique(table["predictor_seed"][rows]))
     columns = {"trial": "trial", "error": "squared_error", "displacement": "displacement_squared"}
-    return {name: table[column][rows] for name, column in columns.items()}
+    return {name: table[column][rows].reshape(-1, num_seeds).mean(axis=1) for name, column in columns.items()}
 
 
 def _skill_with_interval(table: Table, resampling: Resampling) -> dict[str, float]:
     low, high = resampling.interval(table["trial"], table["squared_error"], table["displacement_squared"])
     return {"skill": skill(table), "skill_low": 1.0 - high, "skill_high": 1.0 - low}
+
+
+def _spread(table: Table, column: str) -> float:
+    """Standard deviation over the windows run; were it far less than the true policies', modes would have collapsed."""
+    known = table[column][~np.isnan(table[column])]
+    return float(np.std(known)) if len(known) else np.nan
 
 
 def _return_error(table: Table) -> NDArray:

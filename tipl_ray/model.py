@@ -7,12 +7,13 @@ into all H forward steps out, so that one set of weights serves policies of any 
 Knows tokens and indices, and nothing of trials or how it is trained. A model on disk is safetensors plus JSON, in a
 folder or under a URI; nothing is unpickled.
 
-Shapes: B windows, K tokens of context, H forward steps, D numbers per token, Q phases of a PPO iteration, E embedding,
-A attention heads.
+Shapes: B windows, K tokens of context, H forward steps, F of them one by one, D numbers per token, Q phases of a PPO
+iteration, E embedding, A attention heads, R ridge regressions.
 """
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -29,6 +30,8 @@ WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "model.json"
 CLOCK_SIZE = 4
 SMALLEST_SQUARE = 1e-30
 """Squared length below which a displacement has no direction."""
+CONTEXT_PENALTIES = (0.1, 0.3, 1.0, 3.0)
+"""Penalties of the ridge regressions on the context itself that a model weighs, in units of its mean squared length."""
 MOST_LOG_LENGTH = 8.0
 """Limit of a token's log length: a displacement may be 0."""
 
@@ -149,12 +152,75 @@ class CausalTransformer(nn.Module):
         return model.eval()
 
 
+def lengths_and_cosines(grams_BKK: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths of displacements, and cosines between them; (B, K) and (B, K, K)."""
+    lengths_BK = grams_BKK.diagonal(dim1=1, dim2=2).clamp_min(SMALLEST_SQUARE).sqrt()
+    return lengths_BK, grams_BKK / (lengths_BK[:, :, None] * lengths_BK[:, None])
+
+
+class ContextRidge(nn.Module):
+    """Ridge regression that is fitted on nothing but the context at hand, by the period of PPO's iterations.
+
+    The cosine of a future displacement with one of the context is taken to be what it was one, two, ... iterations
+    before, mean over those in the context, and its length likewise. Cosines of which the context has none are 0.
+    """
+
+    def __init__(self, context: int, steps: tuple[int, ...], num_phases: int):
+        super().__init__()
+        # The context knows no cosine between displacements further apart than it is long.
+        future = min(max(steps), context)
+        before_FK, before_FKKK = _same_phase(context, future, num_phases)
+        for name, tensor in (
+            ("_before_KF", before_FK.T),
+            ("_before_NM", before_FKKK.flatten(2).flatten(0, 1).T.contiguous()),
+            ("_last_H", torch.tensor(steps).clamp(max=future) - 1),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
+        self._before_KF: Tensor
+        self._before_NM: Tensor
+        self._last_H: Tensor
+
+    def forward(self, grams_BKK: Tensor, penalties_R: Sequence[float]) -> Tensor:
+        """Coefficients of the K displacements in each forward step for each of R penalties; (B, H, R, K).
+
+        Penalties are in units of the displacements' mean squared length.
+        """
+        lengths_BK, cosines_BKK = lengths_and_cosines(grams_BKK)
+        context = grams_BKK.shape[1]
+        ahead_BF = lengths_BK @ self._before_KF.to(lengths_BK.dtype)
+        means_BFK = (cosines_BKK.flatten(1) @ self._before_NM.to(lengths_BK.dtype)).unflatten(1, (-1, context))
+        towards_BHK = (means_BFK * ahead_BF[:, :, None] * lengths_BK[:, None]).cumsum(dim=1)[:, self._last_H]
+        identity_KK = torch.eye(context, dtype=grams_BKK.dtype, device=grams_BKK.device)
+        penalties = torch.as_tensor(penalties_R, dtype=grams_BKK.dtype, device=grams_BKK.device)
+        penalties_BR = penalties * lengths_BK.square().mean(dim=1, keepdim=True)
+        matrix_BRKK = grams_BKK[:, None] + penalties_BR[:, :, None, None] * identity_KK
+        return torch.linalg.solve(matrix_BRKK, towards_BHK.transpose(1, 2)[:, None]).permute(0, 3, 1, 2)
+
+
+def _same_phase(context: int, future: int, num_phases: int) -> tuple[Tensor, Tensor]:
+    """Means over whole iterations back: of a future displacement (F, K), of its pair with a known one (F, K, K, K).
+
+    Displacements are numbered from the context's first on, so those of the future begin at K.
+    """
+    singles_FK, pairs_FKKK = torch.zeros(future, context), torch.zeros(future, context, context, context)
+    for ahead in range(future):
+        own = [index for index in range(context) if (context + ahead - index) % num_phases == 0]
+        singles_FK[ahead, own] = 1.0 / max(1, len(own))
+        for known in range(context):
+            shifts = range(num_phases, known + 1, num_phases)
+            found = [(context + ahead - shift, known - shift) for shift in shifts if ahead < shift]
+            for later, earlier in found:
+                pairs_FKKK[ahead, known, later, earlier] = 1.0 / len(found)
+    return singles_FK, pairs_FKKK
+
+
 class WindowTransformer(nn.Module):
     """TIPL on the basis `window`: each displacement of the context is a token, answered with H coefficients.
 
     A token holds nothing but the displacement's cosines with the context's others and its length against theirs, the
     phase in which it was made and, if `size.clock` says so, how far the trial has come: neither the number of weights
-    nor their scale. It corrects the coefficients of a ridge regression, by phase, which it is given.
+    nor their scale. The model weighs two kinds of ridge regression against each other, one that other trials were
+    fitted on, by phase, which it is given, and `ContextRidge`, and corrects their coefficients.
     """
 
     def __init__(self, size: config.Model, steps: tuple[int, ...], num_phases: int):
@@ -167,19 +233,25 @@ class WindowTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
         self.final_norm = nn.LayerNorm(size.embedding)
         self.predict = nn.Linear(size.embedding, len(steps))
+        self.weigh = nn.Linear(size.embedding, len(steps) * (1 + len(CONTEXT_PENALTIES)))
+        self.context_ridge = ContextRidge(size.context, self.steps, num_phases)
         self.register_buffer("ridge_QHK", torch.zeros(num_phases, len(steps), size.context))
         self.ridge_QHK: Tensor
         nn.init.normal_(self.embed_position.weight, std=0.02)
         nn.init.zeros_(self.predict.bias)
-        # The first forecasts are the ridge's own, but for a whisper.
+        # The first forecasts are the fitted ridge's own, but for a whisper.
         nn.init.normal_(self.predict.weight, std=0.002)
+        nn.init.normal_(self.weigh.weight, std=0.002)
+        with torch.no_grad():
+            self.weigh.bias.copy_(torch.eye(1 + len(CONTEXT_PENALTIES))[0].repeat(len(steps)))
 
     def forward(self, grams_BKK: Tensor, phases_B: Tensor, progress_B: Tensor, learning_rates_B: Tensor) -> Tensor:
-        """Coefficients of the K displacements in each forward step; (B, H, K). See `gram.Contexts` for what comes in.
-
-        Each displacement's coefficients depend on it and those before it alone, but for its cosines with later ones.
-        """
-        hidden_BKE = self.embed_token(self._tokens(grams_BKK)) + self.embed_position.weight
+        """Coefficients of the K displacements in each forward step; (B, H, K). What comes in: see `gram.Contexts`."""
+        lengths_BK, cosines_BKK = lengths_and_cosines(grams_BKK)
+        logs_BK = lengths_BK.log()
+        relative_BK = (logs_BK - logs_BK.mean(dim=1, keepdim=True)).clamp(-MOST_LOG_LENGTH, MOST_LOG_LENGTH)
+        tokens_BKD = torch.cat((cosines_BKK, relative_BK[:, :, None]), dim=2).float()
+        hidden_BKE = self.embed_token(tokens_BKD) + self.embed_position.weight
         if self.size.phase:
             # The last displacement led to the start's phase, the one before it to the phase before.
             ages_K = torch.arange(self.size.context - 1, -1, -1, device=phases_B.device)
@@ -190,16 +262,12 @@ class WindowTransformer(nn.Module):
         hidden_BKE = functional.dropout(hidden_BKE, self.size.dropout, self.training)
         for block in self.blocks:
             hidden_BKE = block(hidden_BKE)
-        correction_BHK = self.predict(self.final_norm(hidden_BKE)).transpose(1, 2)
-        return self.ridge_QHK[phases_B] + correction_BHK
-
-    def _tokens(self, grams_BKK: Tensor) -> Tensor:
-        """Cosines with every displacement of the context, and the logarithm of the length against their mean."""
-        lengths_BK = grams_BKK.diagonal(dim1=1, dim2=2).clamp_min(SMALLEST_SQUARE).sqrt()
-        cosines_BKK = grams_BKK / (lengths_BK[:, :, None] * lengths_BK[:, None])
-        logs_BK = lengths_BK.log()
-        relative_BK = (logs_BK - logs_BK.mean(dim=1, keepdim=True)).clamp(-MOST_LOG_LENGTH, MOST_LOG_LENGTH)
-        return torch.cat((cosines_BKK, relative_BK[:, :, None]), dim=2).float()
+        hidden_BKE = self.final_norm(hidden_BKE)
+        fitted_BH1K, own_BHRK = self.ridge_QHK[phases_B][:, :, None], self.context_ridge(grams_BKK, CONTEXT_PENALTIES)
+        # The last token alone has seen them all.
+        shares_BH1R = self.weigh(hidden_BKE[:, -1]).unflatten(-1, (len(self.steps), 1, -1))
+        weighed_BHK = (shares_BH1R @ torch.cat((fitted_BH1K, own_BHRK.float()), dim=2)).squeeze(2)
+        return weighed_BHK + self.predict(hidden_BKE).transpose(1, 2)
 
     def save(self, folder: str, about: dict[str, Any] | None = None) -> None:
         """Write the model and any JSON that belongs to it, which `load_about` reads back."""

@@ -4,7 +4,7 @@
 squared error of the forecast weights at all forward steps at once, from Gram matrices alone.
 Knows windows and models; knows nothing of optimisers, workers or checkpoints.
 
-Shapes: B windows, K tokens of context, M displacements of a window, H forward steps, D numbers per token.
+Shapes: B windows, K tokens of context, H forward steps, D numbers per token.
 """
 
 import abc
@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from tipl_ray import config
 from tipl_ray.forecasting import Ridge, Trials
-from tipl_ray.gram import GramBand, Question, future_sums
+from tipl_ray.gram import GramBand, Question
 from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer
-from tipl_ray.segments import Segments, Tokens, WindowSegments
+from tipl_ray.segments import Segments, Tokens, WindowBatch, WindowSegments, side_by_side
 
 VALIDATION_WINDOWS = 4096
 """Most windows that a validation takes, evenly spaced over the validation trials."""
@@ -37,10 +37,21 @@ class TrainingData:
     validation: Tokens | Sequence[GramBand]
 
 
-def gather_trials(parts: Sequence[Tokens | GramBand]) -> Tokens | Sequence[GramBand]:
-    """Trials that were reduced one by one, all of them on the same basis. Raises ValueError if they do not fit."""
-    tokens = [part for part in parts if isinstance(part, Tokens)]
-    return Tokens.stack(tokens) if tokens else [part for part in parts if isinstance(part, GramBand)]
+def gather_trials(sets: Sequence[Sequence[Tokens | GramBand]]) -> Tokens | Sequence[GramBand]:
+    """Trials of one or more data sets that were reduced one by one, all of them on the same basis.
+
+    Of several data sets each counts as much as any other in the skill over all of them, whatever its number of trials
+    and weights. Raises ValueError if trials do not fit each other.
+    """
+    tokens = [trial for trials in sets for trial in trials if isinstance(trial, Tokens)]
+    if tokens:
+        return Tokens.stack(tokens)
+    bands = []
+    for trials in sets:
+        own = [trial for trial in trials if isinstance(trial, GramBand)]
+        moved = sum(band.products_SW[:, 0].sum() for band in own) if len(sets) > 1 else 1.0
+        bands += [dataclasses.replace(band, products_SW=band.products_SW / (moved or 1.0)) for band in own]
+    return bands
 
 
 class Objective(abc.ABC):
@@ -118,7 +129,9 @@ class WindowError(Objective):
         train: Sequence[GramBand],
         validation: Sequence[GramBand],
         device: torch.device | str,
+        joined: float = 0.0,
     ):
+        self._joined = joined
         self.segments = WindowSegments(train, question, device)
         self.validation = WindowSegments(validation, question, device)
         # Half of each draw is by share: late windows are still seen, and no window's weight exceeds 2.
@@ -133,11 +146,14 @@ class WindowError(Objective):
         ridge.fit(Trials(bands=train, weights=tuple), Trials(bands=validation, weights=tuple))
         model.ridge_QHK.copy_(torch.from_numpy(ridge.table_QHK()))
         self.model: WindowTransformer = model.to(device)
-        self._sums_HF = torch.from_numpy(future_sums(question.steps)).float().to(device)
 
     def loss(self, network: nn.Module, windows_B: NDArray[np.int64]) -> Tensor:
         """See `Objective.loss`."""
-        error_BH, _, scales_B = self._errors(network, self.segments, windows_B)
+        batch = self.segments.gather(windows_B)
+        if self._joined:
+            question = self.segments.question
+            batch = side_by_side(batch, question.steps, question.snapshots_per_iteration, self._joined)
+        error_BH, scales_B = _error(network, batch), batch.scales_B
         weights_B = scales_B.float() * self._importances_N[torch.from_numpy(windows_B).to(scales_B.device)]
         return (error_BH * weights_B[:, None] / self._moved_H).mean()
 
@@ -145,27 +161,21 @@ class WindowError(Objective):
     def validate(self) -> tuple[float, float]:
         """See `Objective.validate`; the loss is 1 - skill, mean over forward steps."""
         self.model.eval()
-        num_steps = len(self._sums_HF)
-        error_H, moved_H = (torch.zeros(num_steps, dtype=torch.float64, device=self._sums_HF.device) for _ in range(2))
+        error_H, moved_H = (torch.zeros_like(self._moved_H, dtype=torch.float64) for _ in range(2))
         for windows_B in _validation_windows(self.validation.num_windows):
-            error_BH, moved_BH, scales_B = self._errors(self.model, self.validation, windows_B)
-            error_H += (error_BH * scales_B[:, None]).sum(dim=0)
-            moved_H += (moved_BH * scales_B[:, None]).sum(dim=0)
+            batch = self.validation.gather(windows_B)
+            error_H += (_error(self.model, batch) * batch.scales_B[:, None]).sum(dim=0)
+            moved_H += (batch.moved_BH * batch.scales_B[:, None]).sum(dim=0)
         ratio_H = error_H / moved_H
         return ratio_H.mean().item(), 1.0 - ratio_H[0].item()
 
-    def _errors(
-        self, network: nn.Module, segments: WindowSegments, windows_B: NDArray[np.int64]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """||w_hat - w||^2 and ||w_t - w_{t+h}||^2, (B, H) each, in units of the scales (B,)."""
-        batch, context = segments.gather(windows_B), segments.question.context
-        known_BKK, future_BFF = batch.grams_BMM[:, :context, :context], batch.grams_BMM[:, context:, context:]
-        coefficients_BHK = network(known_BKK, batch.phases_B, batch.progress_B, batch.learning_rates_B)
-        towards_BHK = self._sums_HF @ batch.grams_BMM[:, context:, :context]
-        moved_BH = ((self._sums_HF @ future_BFF) * self._sums_HF).sum(dim=2)
-        # The square of a difference, multiplied out: coefficients meet nothing but inner products.
-        error_BH = ((coefficients_BHK @ known_BKK - 2.0 * towards_BHK) * coefficients_BHK).sum(dim=2) + moved_BH
-        return error_BH, moved_BH, batch.scales_B
+
+def _error(network: nn.Module, batch: WindowBatch) -> Tensor:
+    """||w_hat - w||^2 of the network's forecasts, in units of the batch's scales; (B, H)."""
+    coefficients_BHK = network(batch.grams_BKK, batch.phases_B, batch.progress_B, batch.learning_rates_B)
+    # The square of a difference, multiplied out: coefficients meet nothing but inner products.
+    quadratic_BHK = (coefficients_BHK @ batch.grams_BKK - 2.0 * batch.towards_BHK) * coefficients_BHK
+    return quadratic_BHK.sum(dim=2) + batch.moved_BH
 
 
 def make_objective(experiment: config.Experiment, data: TrainingData, device: torch.device | str = "cpu") -> Objective:
@@ -174,7 +184,8 @@ def make_objective(experiment: config.Experiment, data: TrainingData, device: to
         return NextToken(experiment.model, data.train, data.validation, device)
     assert not isinstance(data.train, Tokens), "training and validation trials have one basis"
     assert not isinstance(data.validation, Tokens), "training and validation trials have one basis"
-    return WindowError(experiment.model, Question.of(experiment), data.train, data.validation, device)
+    question, joined = Question.of(experiment), experiment.train.joined_windows
+    return WindowError(experiment.model, question, data.train, data.validation, device, joined)
 
 
 def _validation_windows(num_windows: int) -> Iterator[NDArray[np.int64]]:

@@ -4,7 +4,7 @@ Knows the data set and the basis; knows nothing of the model beyond its context 
 A trial is read, reduced and let go before the next: only its tokens, or its band, stay.
 
 Shapes: N trials, T snapshots, P policy weights, D numbers per token, B windows, K tokens of context, W width of a band,
-M displacements of a window: context and future.
+S displacements of a trial, or of all of them, H forward steps. In `WindowSegments`, N windows in all.
 """
 
 import dataclasses
@@ -123,6 +123,10 @@ def load_band(storage: str, seed: int, question: Question) -> GramBand:
     return band
 
 
+MOST_CONTRAST = 8.0
+"""How unequal the parts of a policy that is made of several can be: the deviation of the logarithms of their scales."""
+
+
 class Batch(NamedTuple):
     """Windows as the model takes them, normalised."""
 
@@ -180,10 +184,14 @@ class Segments:
 
 
 class WindowBatch(NamedTuple):
-    """Windows of displacements as the model and its loss take them; see `gram.Contexts`."""
+    """Windows of displacements as the model and its loss take them, in units of the scales; see `gram.Contexts`."""
 
-    grams_BMM: Tensor
-    """Inner products of the displacements of context and future, as shares of the context's mean squared length."""
+    grams_BKK: Tensor
+    """Inner products of the context's displacements."""
+    towards_BHK: Tensor
+    """Inner products of the true displacement at each forward step with the context's."""
+    moved_BH: Tensor
+    """Squared length of the true displacement at each forward step."""
     phases_B: Tensor
     progress_B: Tensor
     learning_rates_B: Tensor
@@ -195,53 +203,115 @@ class WindowSegments:
     """Every window of some trials' Gram bands, gathered where the model is: no loader, no Python per window.
 
     `moved_H` are the mean squared displacements at each forward step, `shares_N` each window's own as a share of them,
-    mean over steps: what a window counts in the skill over all of them.
+    mean over steps: what a window counts in the skill over all of them. Trials may differ in length.
     """
 
     def __init__(self, bands: Sequence[GramBand], question: Question, device: torch.device | str = "cpu"):
-        lengths = {band.num_snapshots for band in bands}
-        if len(lengths) > 1:
-            raise ValueError(f"trials differ in snapshots: {sorted(lengths)}")
-        self.question, self.num_snapshots = question, lengths.pop()
-        self.windows_per_trial = self.num_snapshots - question.width
-        if self.windows_per_trial < 1:
-            raise ValueError(
-                f"model.context={question.context} and forward step {question.future} leave no window in the "
-                f"{self.num_snapshots} snapshots of a trial"
-            )
-        self.num_windows = len(bands) * self.windows_per_trial
-        self._products_NSW = torch.from_numpy(np.stack([band.products_SW for band in bands])).to(device)
-        self._rates_NT = torch.from_numpy(np.stack([band.learning_rates_T for band in bands])).float().to(device)
-        displacements_NH = np.concatenate([_displacements(band, question) for band in bands])
-        mean_H = displacements_NH.mean(axis=0)
+        self.question = question
+        for band in bands:
+            if band.num_snapshots <= question.width:
+                raise ValueError(
+                    f"model.context={question.context} and forward step {question.future} leave no window in the "
+                    f"{band.num_snapshots} snapshots of a trial"
+                )
+        context, steps_H = question.context, np.asarray(question.steps)
+        starts = [np.arange(context, band.num_snapshots - question.future) for band in bands]
+        contexts = [band.contexts(starts_B, context) for band, starts_B in zip(bands, starts, strict=True)]
+        begins = np.cumsum([0, *(len(band.products_SW) for band in bands)])
+        moved_NH = np.concatenate([_displacements(*pair, question) for pair in zip(bands, starts, strict=True)])
+        mean_H = moved_NH.mean(axis=0)
+        self.num_windows = len(moved_NH)
         self.moved_H = np.where(mean_H > 0, mean_H, 1.0)
-        self.shares_N = (displacements_NH / self.moved_H).mean(axis=1)
-        row_MM, column_MM = band_index(question.width)
-        self._row_MM, self._column_MM = (torch.from_numpy(index).to(device) for index in (row_MM, column_MM))
+        self.shares_N = (moved_NH / self.moved_H).mean(axis=1)
+
+        def on_device(array: NDArray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        products_SW = np.concatenate([band.products_SW for band in bands])
+        self._products_SW, self._sums_SW = on_device(products_SW), on_device(products_SW.cumsum(axis=1))
+        self._firsts_N = on_device(np.concatenate([b + s - context for b, s in zip(begins[:-1], starts, strict=True)]))
+        self._moved_NH = on_device(moved_NH)
+        self._phases_N = on_device(np.concatenate([told.phases_B for told in contexts]))
+        self._progress_N = on_device(np.concatenate([told.progress_B for told in contexts])).float()
+        self._rates_N = on_device(np.concatenate([told.learning_rates_B for told in contexts])).float()
+        self._row_KK, self._column_KK = (on_device(index) for index in band_index(context))
+        # The displacement k of the context has those of the future in the columns from K - k on.
+        self._before_K = on_device(np.arange(context)[::-1].copy())
+        self._until_HK = self._before_K + on_device(steps_H)[:, None]
 
     def gather(self, windows_B: NDArray[np.int64]) -> WindowBatch:
         """The windows of these numbers, below `num_windows`, trial by trial and in each by their first displacement."""
-        windows = torch.from_numpy(windows_B).to(self._row_MM.device, non_blocking=True)
-        trials_B = windows // self.windows_per_trial
-        firsts_B = windows - trials_B * self.windows_per_trial
-        grams_BMM = self._products_NSW[trials_B[:, None, None], firsts_B[:, None, None] + self._row_MM, self._column_MM]
-        context = self.question.context
-        scales_B = (
-            grams_BMM.diagonal(dim1=1, dim2=2)[:, :context].mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        )
-        starts_B = firsts_B + context
+        windows = torch.from_numpy(windows_B).to(self._firsts_N.device, non_blocking=True)
+        firsts_B = self._firsts_N[windows]
+        grams_BKK = self._products_SW[firsts_B[:, None, None] + self._row_KK, self._column_KK]
+        rows_B1K = firsts_B[:, None, None] + torch.arange(self.question.context, device=firsts_B.device)
+        towards_BHK = self._sums_SW[rows_B1K, self._until_HK] - self._sums_SW[rows_B1K, self._before_K]
+        scales_B = grams_BKK.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         return WindowBatch(
-            grams_BMM=(grams_BMM / scales_B[:, None, None]).float(),
-            phases_B=starts_B % self.question.snapshots_per_iteration,
-            progress_B=starts_B.float() / (self.num_snapshots - 1),
-            learning_rates_B=self._rates_NT[trials_B, starts_B],
+            grams_BKK=(grams_BKK / scales_B[:, None, None]).float(),
+            towards_BHK=(towards_BHK / scales_B[:, None, None]).float(),
+            moved_BH=(self._moved_NH[windows] / scales_B[:, None]).float(),
+            phases_B=self._phases_N[windows],
+            progress_B=self._progress_N[windows],
+            learning_rates_B=self._rates_N[windows],
             scales_B=scales_B,
         )
 
 
-def _displacements(band: GramBand, question: Question) -> NDArray[np.float64]:
-    """||w_t - w_{t+h}||^2 of every window and forward step."""
-    starts_B = np.arange(question.context, band.num_snapshots - question.future)
+def side_by_side(batch: WindowBatch, steps_H: Sequence[int], num_phases: int, share: float) -> WindowBatch:
+    """Put some of a batch's windows beside others, and beside made-up ones, so that they stand for other policies.
+
+    The weights of several policies, each at a scale of its own, are the weights of a larger one, whose displacements'
+    inner products are the sum of theirs. Partners are of the same phase. The made-up ones repeat themselves with PPO's
+    iterations and otherwise differ in how alike displacements are within one, and from one to the next.
+    """
+    (size, context), device = batch.grams_BKK.shape[:2], batch.phases_B.device
+    contrast_B1 = MOST_CONTRAST * torch.rand(size, 1, device=device)
+    apart_BB = batch.phases_B[:, None] != batch.phases_B
+    parts_BB = (contrast_B1 * torch.randn(size, size, device=device)).masked_fill(apart_BB, -torch.inf).softmax(dim=1)
+    joined_B1 = torch.rand(size, 1, device=device) < share
+    parts_BB = torch.where(joined_B1, parts_BB, torch.eye(size, device=device))
+    made_up_BNN = periodic_grams(batch.phases_B, context, max(steps_H), num_phases)
+    scales_B1 = torch.where(joined_B1, torch.exp(2.0 * torch.randn(size, 1, device=device)), 0.0)
+    sums_HF = (torch.arange(max(steps_H), device=device) < torch.as_tensor(steps_H, device=device)[:, None]).float()
+    ahead_BHN = sums_HF @ made_up_BNN[:, context:]
+    made_up = {
+        "grams_BKK": made_up_BNN[:, :context, :context],
+        "towards_BHK": ahead_BHN[:, :, :context],
+        "moved_BH": (ahead_BHN[:, :, context:] * sums_HF).sum(dim=2),
+    }
+    joined = {}
+    for name, other in made_up.items():
+        own = getattr(batch, name)
+        joined[name] = (parts_BB @ own.flatten(1) + scales_B1 * other.flatten(1)).view_as(own)
+    # Whoever it stands for, a window counts as much as it did.
+    return batch._replace(**joined, scales_B=batch.scales_B / (1.0 + scales_B1[:, 0]))
+
+
+def periodic_grams(phases_B: Tensor, context: int, future: int, num_phases: int) -> Tensor:
+    """Gram matrices of displacements whose inner products repeat with PPO's iterations, of mean squared length 1;
+    (B, N, N).
+
+    As of policies with very many weights: the inner products are what they are expected to be.
+    """
+    size, device = len(phases_B), phases_B.device
+    alike_B11, memory_B11, carried_B11 = torch.rand(3, size, 1, 1, device=device)
+    lengths_BQ = torch.exp(0.3 * torch.randn(size, num_phases, device=device))
+    # Displacement n of the window leads to snapshot n + 1 - K after the start.
+    places_BN = phases_B[:, None] + torch.arange(1 - context, 1 + future, device=device) - 1
+    iterations_BN, phases_BN = places_BN.div(num_phases, rounding_mode="floor"), places_BN % num_phases
+    apart_BNN = (phases_BN[:, :, None] - phases_BN[:, None]).abs()
+    between_BNN = (iterations_BN[:, :, None] - iterations_BN[:, None]).abs()
+    same_BNN = torch.eye(context + future, device=device)
+    cosines_BNN = alike_B11 * memory_B11**apart_BNN * (0.5 * carried_B11) ** between_BNN
+    cosines_BNN = torch.where(same_BNN > 0, 1.0, cosines_BNN)
+    lengths_BN = lengths_BQ.gather(1, phases_BN)
+    lengths_BN = lengths_BN / lengths_BQ.square().mean(dim=1, keepdim=True).sqrt()
+    return cosines_BNN * lengths_BN[:, :, None] * lengths_BN[:, None]
+
+
+def _displacements(band: GramBand, starts_B: NDArray[np.int64], question: Question) -> NDArray[np.float64]:
+    """||w_t - w_{t+h}||^2 of some windows at every forward step; (B, H)."""
     nothing_BHK = np.zeros((len(starts_B), len(question.steps), 0))
     return squared_errors(band.windows(starts_B, 0, question.future), nothing_BHK, question.steps)
 

@@ -28,7 +28,15 @@ from tipl_ray.storage import Storage, StoreError, file_exists, join, last_name, 
 from tipl_ray.tasks import find_task
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, TrackingError, ui_command
-from tipl_ray.training import TrainingError, load_history, model_folder, run_digest, train
+from tipl_ray.training import (
+    TrainingError,
+    data_sets,
+    load_history,
+    model_folder,
+    run_digest,
+    train,
+    training_digest,
+)
 from tipl_ray.trajectory_store import TrajectoryStore
 
 USER_ERRORS = (StoreError, TrackingError, TrainingError, ValueError)
@@ -92,19 +100,30 @@ def run_collect(context: Context) -> None:
 
 
 def run_train(context: Context) -> None:
-    """Train the Transformer on the collected trials and log every iteration and the model."""
+    """Train the Transformer, once for each seed, and log every iteration and the model."""
     experiment = context.experiment
-    data = data_digest(experiment)
+    sets = data_sets(experiment)
+    if not experiment.train.data:
+        data_digest(experiment)  # refuses what is not complete
+    cut = [one.split.cut(one.seeds) for one in sets]
     say(
-        f"train: {len(experiment.train_seeds)} trials to train, {len(experiment.validation_seeds)} to choose, preset "
-        f"{experiment.preset}, basis {_basis(experiment)}, context {experiment.model.context}, "
-        f"{experiment.train.num_steps:,} steps of {experiment.train.batch_size} windows"
+        f"train: {sum(len(seeds) for seeds, _, _ in cut)} trials to train, {sum(len(seeds) for _, seeds, _ in cut)} to "
+        f"choose, of {', '.join(one.task for one in sets)}, preset {experiment.preset}, basis {_basis(experiment)}, "
+        f"context {experiment.model.context}, {experiment.train.num_steps:,} steps of {experiment.train.batch_size} "
+        "windows"
     )
+    for run_of_seed in experiment.training_runs:
+        _train_one(context, run_of_seed)
+
+
+def _train_one(context: Context, experiment: Experiment) -> None:
     begin = time.monotonic()
+    data = training_digest(experiment)
     key = f"train-{run_digest(experiment, data)}"
     with context.tracker.run("train", key, parent=context.pipeline, tags=_tags(context)) as run:
         run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("basis", "split", "model", "train")})
-        _log_data(context, run)
+        for one in data_sets(experiment):
+            run.log_dataset(f"{one.task} trajectories", one.digest, f"{one.storage}/trajectories", profile={})
 
         def log(metrics: dict[str, float]) -> None:
             told = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
@@ -123,12 +142,14 @@ def run_train(context: Context) -> None:
 
 
 def run_evaluate(context: Context) -> None:
-    """Judge the trained model on the test trials: result table, figures, report."""
+    """Judge the trained models on the test trials: result table, figures, report."""
     experiment = context.experiment
-    data = data_digest(experiment)
-    model = model_folder(experiment, data)
-    if not file_exists(model, "model.json"):
-        raise StoreError(f"{model}: no trained model of this experiment is there; run jobs/train.py first")
+    data_digest(experiment)  # refuses what is not complete
+    trained_on = training_digest(experiment)
+    models = [model_folder(one, trained_on) for one in experiment.training_runs]
+    for model in models:
+        if not file_exists(model, "model.json"):
+            raise StoreError(f"{model}: no trained model of this experiment is there; run jobs/train.py first")
     settings = experiment.evaluate
     say(
         f"evaluate: {len(experiment.test_seeds)} test trials, h = 1..{settings.horizon}, policies run at "
@@ -137,21 +158,21 @@ def run_evaluate(context: Context) -> None:
     begin = time.monotonic()
     with ProgressView() as view:
         evaluation = evaluate(
-            experiment, model, lambda done, total: view.show([], f"evaluate: {done} of {total} tasks done")
+            experiment, models, lambda done, total: view.show([], f"evaluate: {done} of {total} tasks done")
         )
     key = f"evaluate-{last_name(evaluation.folder)}"
     with context.tracker.run("evaluate", key, parent=context.pipeline, tags=_tags(context)) as run:
-        run.log_parameters({"evaluate": as_table(settings), "model": model})
+        run.log_parameters({"evaluate": as_table(settings), "model": ", ".join(models)})
         _log_data(context, run)
         for row in evaluation.summary:
             values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
             run.log_metrics(values, step=row["step"])
         with tempfile.TemporaryDirectory() as folder:
-            pictures = _draw(context, evaluation, load_history(model), Path(folder))
+            pictures = _draw(context, evaluation, load_history(models[0]), Path(folder))
             for name, picture in pictures.items():
                 run.log_figure(picture, name)
                 write_file(join(evaluation.folder, "figures"), picture.name, picture.read_bytes())
-            page = _write_report(Path(folder) / "report.html", context, evaluation, model, pictures)
+            page = _write_report(Path(folder) / "report.html", context, evaluation, models, pictures)
             run.log_file(page)
             write_file(evaluation.folder, page.name, page.read_bytes())
     for line in report.format_table(evaluation.summary).splitlines():
@@ -343,7 +364,9 @@ def _draw(context: Context, evaluation: Evaluation, history: list[dict], folder:
     return {name: figures.save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
 
 
-def _write_report(path: Path, context: Context, evaluation: Evaluation, model: str, pictures: dict[str, Path]) -> Path:
+def _write_report(
+    path: Path, context: Context, evaluation: Evaluation, models: list[str], pictures: dict[str, Path]
+) -> Path:
     experiment = context.experiment
     return report.write_report(
         path,
@@ -363,7 +386,7 @@ def _write_report(path: Path, context: Context, evaluation: Evaluation, model: s
         },
         files={
             "data set": join(experiment.storage_path, "trajectories"),
-            "model": model,
+            "models": ", ".join(models),
             "result table": join(evaluation.folder, "results.parquet"),
             "summary": join(evaluation.folder, "summary.csv"),
         },

@@ -10,6 +10,7 @@ counters, so that a resumed run goes on bit for bit (on the CPU, with as many th
 """
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -33,7 +34,7 @@ from tipl_ray.gram import GramBand, Question
 from tipl_ray.model import is_complete, load_about, load_model
 from tipl_ray.objectives import TrainingData, gather_trials, make_objective
 from tipl_ray.segments import Tokens, draw_windows, load_band, load_tokens
-from tipl_ray.storage import Storage, join, read_file, write_file
+from tipl_ray.storage import Storage, StoreError, join, read_file, write_file
 from tipl_ray.trajectory_store import TrajectoryStore
 
 STATE_FILE, PROGRESS_FILE, HISTORY_FILE = "training.safetensors", "training.json", "history.json"
@@ -175,10 +176,67 @@ class Training:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataSet:
+    """One data set that a model is trained on."""
+
+    storage: str
+    seeds: tuple[int, ...]
+    split: config.Split
+
+    @property
+    def digest(self) -> str:
+        """See `TrajectoryStore.digest`."""
+        return TrajectoryStore(self.storage).digest(self.seeds)
+
+    @property
+    def task(self) -> str:
+        """Gymnasium id of its task."""
+        return TrajectoryStore(self.storage).header(self.seeds[:1]).task
+
+
+def data_sets(experiment: config.Experiment) -> tuple[DataSet, ...]:
+    """What the experiment's model is trained on: its own data set, or those that `train.data` names.
+
+    Raises StoreError for one of these that is not complete, ValueError for one that does not fit the experiment.
+    """
+    if not experiment.train.data:
+        return (DataSet(storage=experiment.storage_path, seeds=experiment.collect.seeds, split=experiment.split),)
+    found = []
+    for storage in map(config.absolute_storage, experiment.train.data):
+        store = TrajectoryStore(storage)
+        if not store.finished():
+            raise StoreError(f"{storage}: train.data names it, and no complete data set is there; collect it first")
+        made = store.header().config
+        phases = made["ppo"]["num_epochs"] // made["epochs_per_snapshot"]
+        if phases != experiment.snapshots_per_iteration:
+            raise ValueError(
+                f"{storage}: {phases} snapshots per PPO iteration do not fit the experiment's "
+                f"{experiment.snapshots_per_iteration}"
+            )
+        found.append(DataSet(storage=storage, seeds=store.seeds(), split=experiment.split))
+        if not experiment.split.cut(store.seeds())[0]:
+            raise ValueError(
+                f"{storage}: split.validation_trials={experiment.split.validation_trials} and split.test_trials="
+                f"{experiment.split.test_trials} leave none of its {len(store.seeds())} trials to train on"
+            )
+    return tuple(found)
+
+
+def training_digest(experiment: config.Experiment) -> str:
+    """Digest of the data that the experiment's model is trained on. Raises as `data_sets` does."""
+    digests = [one.digest for one in data_sets(experiment)]
+    return digests[0] if len(digests) == 1 else config.digest(*digests)
+
+
 def run_digest(experiment: config.Experiment, data_digest: str) -> str:
     """What a trained model depends on, and nothing that only says where it is trained."""
     schedule = config.as_table(experiment.train)
-    del schedule["num_workers"], schedule["use_gpu"]
+    # The data sets, wherever they lie, are known by their digest.
+    for field in ("num_workers", "use_gpu", "num_seeds", "data"):
+        del schedule[field]
+    if experiment.basis.kind != "window":
+        del schedule["joined_windows"]
     # On the basis `window` all forward steps are learned at once; elsewhere one, whatever is asked of it later.
     steps = experiment.evaluate.steps if experiment.basis.kind == "window" else ()
     return config.digest(data_digest, experiment.basis, experiment.split, experiment.model, schedule, steps)
@@ -232,6 +290,7 @@ def train(
         history = json.loads(read_file(checkpoint_folder, PROGRESS_FILE))["history"]
         write_file(folder, HISTORY_FILE, json.dumps(history, indent=1).encode())
         about = load_about(f"{checkpoint_folder}/model") | {"data_digest": data_digest}
+        about["trained_on"] = "+".join(dict.fromkeys(one.task for one in data_sets(experiment)))
         load_model(f"{checkpoint_folder}/model").save(folder, about)
     return folder
 
@@ -294,19 +353,20 @@ def _run(experiment: config.Experiment, name: str, on_row: Callable[[Metrics], N
 def _load(experiment: config.Experiment) -> TrainingData:
     """All trials but the test trials, reduced in parallel, one Ray task per trial."""
     reduce = ray.remote(num_cpus=1)(_load_trial)
-    seeds = experiment.train_seeds + experiment.validation_seeds
+    sets = data_sets(experiment)
+    halves = [[[(one.storage, seed) for seed in one.split.cut(one.seeds)[half]] for one in sets] for half in (0, 1)]
+    sent = [[[reduce.remote(experiment, *trial) for trial in trials] for trials in half] for half in halves]
     try:
-        parts = ray.get([reduce.remote(experiment, seed) for seed in seeds])
+        train, validation = ([ray.get(trials) for trials in half] for half in sent)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    num_train = len(experiment.train_seeds)
-    return TrainingData(train=gather_trials(parts[:num_train]), validation=gather_trials(parts[num_train:]))
+    return TrainingData(train=gather_trials(train), validation=gather_trials(validation))
 
 
-def _load_trial(experiment: config.Experiment, seed: int) -> Tokens | GramBand:
+def _load_trial(experiment: config.Experiment, storage: str, seed: int) -> Tokens | GramBand:
     if experiment.basis.kind == "window":
-        return load_band(experiment.storage_path, seed, Question.of(experiment))
-    return load_tokens(TrajectoryStore(experiment.storage_path), (seed,), experiment.basis)
+        return load_band(storage, seed, Question.of(experiment))
+    return load_tokens(TrajectoryStore(storage), (seed,), experiment.basis)
 
 
 def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> ray.train.Checkpoint:
