@@ -44,6 +44,10 @@ def summary(run=True, names=tuple(SKILLS)):
             "repw_low": 8.0 * step if run else None,
             "repw_high": 12.0 * step if run else None,
             "repw_noise_floor": 5.0 if run and name == "tipl" else None,
+            "returns_spread": 90.0 if run else None,
+            "returns_spread_true": 100.0 if run else None,
+            "distance": 1.5 if run else None,
+            "distance_true": 2.0 if run else None,
         }
         for name in names
         for step in STEPS
@@ -270,3 +274,11 @@ def test_training_without_validation_has_one_line():
     figure = figures.training_curves([{"step": step, "loss": 1.0} for step in range(3)])
     assert isinstance(figure, Figure)
     assert legend(figure) == ["training trials"]
+
+
+def test_spread_shows_returns_beside_the_true_ones_and_distances_as_their_share():
+    returns, distances = figures.spread(summary()).axes
+    assert {tuple(line.get_ydata()) for line in drawn(returns)} == {(90.0,) * 4, (100.0,) * 4}
+    assert all(tuple(line.get_ydata()) == (0.75,) * 4 for line in drawn(distances))
+    with pytest.raises(ValueError, match="no policy was run"):
+        figures.spread(summary(run=False))

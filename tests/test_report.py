@@ -28,6 +28,10 @@ def row(predictor, step, skill, repw=10.0, *, spread=0.05, basis="trial", causal
         "repw_high": repw + 2,
         "repw_noise_floor": 5.0,
         "beats_last": 0.53,
+        "returns_spread": 90.0,
+        "returns_spread_true": 100.0,
+        "distance": 1.96,
+        "distance_true": 2.0,
         "windows": 1200,
         "trials": 5,
     }
@@ -242,3 +246,13 @@ def test_a_picture_without_a_caption_is_refused(tmp_path):
             commands={},
             files={},
         )
+
+
+def test_policies_as_far_apart_as_the_true_ones_have_kept_their_modes():
+    kept = report.modes_are_kept(rows("tipl", 0.4, 0.3))
+    assert kept.verdict == "yes"
+    assert "98% of the true policies', and the spread of their returns 90.0 against 100" in kept.text
+    collapsed = report.modes_are_kept([{**item, "distance": 0.1} for item in rows("tipl", 0.4, 0.3)])
+    assert collapsed.verdict == "no"
+    assert "At h = 1 and 2 they lie closer together than the true ones" in collapsed.text
+    assert report.modes_are_kept([]).verdict == "unknown"

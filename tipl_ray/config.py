@@ -269,7 +269,8 @@ class Evaluate:
     windows_per_trial: int = 20
     """Windows per test trial whose policies are run for REPW, evenly spaced; WPE takes every window."""
     run_policies_of: tuple[str, ...] = ("copy-last", "linear", "ridge", "tipl", "svd-floor", "window-floor")
-    """Predictors whose policies are run, by their names in the result table; WPE takes all predictors."""
+    """Predictors whose policies are run, by their names in the result table; WPE takes all predictors, and of
+    none no policy is run."""
     episodes: int = 10
     """Evaluation episodes E per policy; the noise floor takes as many again on other seeds."""
     sampled_actions: bool = False

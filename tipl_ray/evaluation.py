@@ -226,7 +226,9 @@ def evaluate(
         fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folders))
         write_file(folder, FITTED_FILE, fitted)
         errors, returns, reconstruction = _gather(_send(experiment, model_folders, fitted), on_progress)
-        results = _join(_concatenate(errors), _concatenate(returns))
+        results = _concatenate(errors)
+        if returns:
+            results = _join(results, _concatenate(returns))
         _write_parquet(folder, "results.parquet", results)
         write_file(folder, "reconstruction.json", json.dumps([row for rows in reconstruction for row in rows]).encode())
     results = _read_parquet(folder, "results.parquet")
@@ -257,7 +259,7 @@ def _send(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -
     chunks = min(len(run_starts(experiment)), -(-2 * num_cpus // len(experiment.test_seeds)))
     kept = ray.put(fitted)
     for seed in experiment.test_seeds:
-        for starts_B in np.array_split(run_starts(experiment), chunks):
+        for starts_B in np.array_split(run_starts(experiment), chunks) if experiment.evaluate.run_policies_of else ():
             sent[ray.remote(forecast_returns).remote(experiment, model_folders, kept, seed, starts_B)] = 1
         sent[ray.remote(forecast_errors).remote(experiment, model_folders, kept, seed)] = 0
         sent[ray.remote(reconstruction_rows).remote(experiment, seed)] = 2

@@ -41,6 +41,8 @@ NAMES = {
     "tipl": "TIPL",
     "copy-last": "copy last snapshot",
     "ridge": "ridge by phase",
+    "context-ridge": "ridge on the context alone",
+    "ridge-elsewhere": "ridge of the tasks trained on",
     "linear": "linear extrapolation",
     "damped": "damped velocity",
     "window-linear": "line through the context",
@@ -56,6 +58,8 @@ COLOURS = {
     "tipl": "#0072B2",
     "copy-last": "#6b6b6b",
     "ridge": "#E69F00",
+    "context-ridge": "#8B2252",
+    "ridge-elsewhere": "#B07A00",
     "linear": "#D55E00",
     "damped": "#CC79A7",
     "window-linear": "#8c6d31",
@@ -120,6 +124,33 @@ def skill_over_ridge(comparisons: Sequence[Row], rival: str = "ridge") -> Figure
     _dress(axes, f"What TIPL adds to {_name(rival)}", "forward step h [snapshots]", "difference of skill")
     _tick_steps(axes, (row["step"] for row in rows))
     _legend_below(figure, axes)
+    return figure
+
+
+def spread(summary: Sequence[Row]) -> Figure:
+    """How much predicted policies differ among each other: in returns, beside the true ones', and in weights.
+
+    Raises ValueError where no policy was run.
+    """
+    figure, (returns, distances) = _figure(2, width=10, height=4.6)
+    lines = _lines([row for row in summary if math.isfinite(_value(row, "returns_spread"))])
+    if not lines:
+        raise ValueError("no policy was run: there is no spread of returns to draw")
+    for line, rows in lines.items():
+        colour, style = _colour(line[0], [name for name, _ in lines]), _style(line, lines)
+        step_H, spread_H, true_H = (_column(rows, key) for key in ("step", "returns_spread", "returns_spread_true"))
+        returns.plot(step_H, spread_H, style, color=colour, marker="o", ms=4.5, lw=1.8, label=_label(rows, lines))
+        share_H = _column(rows, "distance") / _column(rows, "distance_true")
+        distances.plot(step_H, share_H, style, color=colour, marker="o", ms=4.5, lw=1.8)
+    returns.plot(step_H, true_H, "--", color=INK, lw=1.5, label="true policies")
+    distances.axhline(1, color=INK, linestyle="--", linewidth=1.5)
+    returns.set_ylim(bottom=0)
+    distances.set_ylim(0, max(1.1, distances.get_ylim()[1]))
+    _dress(returns, "Spread of the policies' returns", "forward step h [snapshots]", "standard deviation")
+    _dress(distances, "Distance between policies", "forward step h [snapshots]", "share of the true ones'")
+    for axes in (returns, distances):
+        _tick_steps(axes, (row["step"] for row in summary))
+    _legend_below(figure, returns)
     return figure
 
 

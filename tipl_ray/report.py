@@ -21,6 +21,8 @@ SHORT_STEPS = (1, 2, 5, 10)
 COLUMNS = ("predictor", "basis", "causal", "h", "skill", "WPE", "REPW", "noise floor", "beats last", "windows")
 RIVALS = {
     "ridge": "a ridge regression that knows the phase",
+    "ridge-elsewhere": "the ridge regression of the tasks that it was trained on",
+    "context-ridge": "a ridge regression on the context alone",
     "linear": "linear extrapolation",
     "rank-1": "rank-1 extrapolation",
     "rank-1-from-last": "rank-1 extrapolation from the last snapshot",
@@ -28,6 +30,8 @@ RIVALS = {
 }
 """Predictors that TIPL is asked to beat, in the order of the questions."""
 FLOORS = ("svd-floor", "window-floor")
+MOST_ALIKE = 0.9
+"""Share of the true policies' distance to each other below which predicted ones are said to be too much alike."""
 GROUPS = {"phase": "phase", "third": "third of training"}
 THIRDS = ("first", "second", "last")
 NO_FORECASTS = "The table holds no forecast of the Transformer to compare."
@@ -58,6 +62,12 @@ CAPTIONS = {
     "skill_by_third": (
         "Skill by stage of training",
         "The same skill, with each held-out trial cut into thirds: early, middle and late learning.",
+    ),
+    "spread": (
+        "Are predicted policies as different as true ones?",
+        "A model whose modes have collapsed answers the same everywhere: its policies return alike, and lie closer to "
+        "each other than the true ones do. Left: standard deviation of returns over the windows run. Right: mean "
+        "distance between the policies of one trial's windows, as a share of the true ones'.",
     ),
     "learning_curves": (
         "The trials that were learned from",
@@ -155,6 +165,7 @@ def answers(
         *([where_it_lies(groups)] if groups else []),
         returns_like_the_true_policy(summary),
         returns_closer_than_a_copy(summary),
+        *([modes_are_kept(summary)] if _run(_of(summary, "tipl")) else []),
         *(basis_suffices(summary, floor) for floor in FLOORS if _of(summary, floor)),
     ]
 
@@ -320,6 +331,40 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
         )
     return Answer(
         question="Do they return closer to the true policy than a copy of the last snapshot does?",
+        verdict=verdict,
+        text=" ".join(sentences) or NO_POLICIES,
+    )
+
+
+def modes_are_kept(summary: Sequence[Row]) -> Answer:
+    """Whether predicted policies differ among each other as much as the true ones, in returns and in weights."""
+    rows = _run(_of(summary, "tipl"))
+    shares = {
+        step: [
+            _number(row, name) / (_number(row, f"{name}_true") or math.nan) for name in ("returns_spread", "distance")
+        ]
+        for step, row in rows.items()
+    }
+    verdict, sentences = _judge(
+        rows,
+        [step for step, (_, apart) in shares.items() if apart >= MOST_ALIKE],
+        [step for step, (_, apart) in shares.items() if apart < MOST_ALIKE],
+        "distance",
+        yes="At {steps} the policies predicted from one trial's windows lie about as far apart as the true ones.",
+        undecided="",
+        no="At {steps} they lie closer together than the true ones, as where modes collapse.",
+    )
+    sentences += _at_both_ends(
+        rows,
+        "Their distance is",
+        lambda row: (
+            f"{shares[row['step']][1]:.0%} of the true policies', and the spread of their returns "
+            f"{_format('repw', _number(row, 'returns_spread'))} against "
+            f"{_format('repw', _number(row, 'returns_spread_true'))}"
+        ),
+    )
+    return Answer(
+        question="Do predicted policies differ as much as true ones, or do its modes collapse?",
         verdict=verdict,
         text=" ".join(sentences) or NO_POLICIES,
     )

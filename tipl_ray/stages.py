@@ -357,6 +357,7 @@ def _draw(context: Context, evaluation: Evaluation, history: list[dict], folder:
         "skill_over_ridge": figures.skill_over_ridge(evaluation.comparisons),
         "skill_by_phase": figures.skill_by_phase(evaluation.results),
         "skill_by_third": figures.skill_by_third(evaluation.results),
+        **({"spread": figures.spread(evaluation.summary)} if context.experiment.evaluate.run_policies_of else {}),
         "reconstruction": figures.reconstruction(evaluation.reconstruction),
         "training_curves": figures.training_curves(history),
         "learning_curves": figures.learning_curves(learning_curves(context.experiment)),
