@@ -483,9 +483,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "basis": {"kind": "window"},
         "model": {"embedding": 64, "layers": 2, "heads": 4, "dropout": 0.0},
         "train": {
-            "num_steps": 3_000,
-            "steps_per_iteration": 500,
-            "batch_size": 128,
+            "num_steps": 2_500,
+            "steps_per_iteration": 250,
+            "batch_size": 64,
             "learning_rate": 2e-3,
             "weight_decay": 0.05,
             "warmup_steps": 200,
