@@ -15,8 +15,9 @@ from tipl_ray.gram import GramBand, Question, make_band
 from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer, load_about, load_model
 from tipl_ray.objectives import TrainingData, gather_trials
 from tipl_ray.segments import Tokens, draw_windows, tokens_of
+from tipl_ray.storage import StoreError
 from tipl_ray.temporal_svd import fit_basis
-from tipl_ray.trajectory_store import Header, Snapshot, StoreError, TrajectoryStore, TrialWriter
+from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
 
 PPO = {"ppo": {"num_epochs": 10}, "epochs_per_snapshot": 2}
 HEADER = Header(task="Line-v0", layout=(("w", (13,), 0),), config=PPO, versions={"mujoco": "4.0", "gymnasium": "1.4"})
