@@ -81,7 +81,7 @@ class Training:
         while self.step < self.config.num_steps:
             started, first = time.perf_counter(), self.step
             per_iteration = self.config.steps_per_iteration
-            loss = self._train_until(min((first // per_iteration + 1) * per_iteration, self.config.num_steps))
+            loss = self.train_until(min((first // per_iteration + 1) * per_iteration, self.config.num_steps))
             steps_per_second = (self.step - first) / (time.perf_counter() - started)
             validation_loss, validation_skill = self.objective.validate()
             if not np.isfinite([loss, validation_loss]).all():
@@ -130,7 +130,8 @@ class Training:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.best.load_state_dict(load_model(join(folder, "model")).state_dict())
 
-    def _train_until(self, step: int) -> float:
+    def train_until(self, step: int) -> float:
+        """Train on up to a step; the mean loss over the steps taken, of all workers."""
         self.model.train()
         first, loss_sum = self.step, torch.zeros((), dtype=torch.float64, device=self.device)
         while self.step < step:
