@@ -1,4 +1,4 @@
-"""Training steps per second of the paper's Transformer, beside a Hugging Face GPT-2 of the same shape in the usual loop.
+"""Training steps per second of the paper's Transformer, beside Hugging Face's GPT-2 of the same shape, usual loop.
 
 Run it by `make bench`, or alone (transformers must be installed):
 
@@ -92,6 +92,7 @@ class Gpt2(nn.Module):
         self.predict = nn.Linear(size.embedding, RANK)
 
     def forward(self, tokens_BKD: Tensor, snapshots_BK: Tensor) -> Tensor:
+        """The token of each position's next snapshot; (B, K, D)."""
         embedded_BKE = self.embedding_norm(self.embed_token(tokens_BKD) + self.embed_snapshot(snapshots_BK))
         return self.predict(self.blocks(inputs_embeds=embedded_BKE).last_hidden_state)
 
