@@ -314,7 +314,7 @@ def test_a_model_is_trained_on_several_other_data_sets_and_never_on_its_own(clus
 def test_data_that_cannot_be_reduced_is_refused_with_the_trial(cluster: None, tmp_path: Path):
     settings = dataclasses.replace(experiment(tmp_path), basis=config.Basis(rank=14))
     digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
-    with pytest.raises(ValueError, match=r"trial 3: basis\.rank=14 is not between 1 and 13"):
+    with pytest.raises(ValueError, match=r"trial [34]: basis\.rank=14 is not between 1 and 13"):
         training.train(settings, digest)
 
 
