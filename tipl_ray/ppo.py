@@ -129,7 +129,7 @@ class TrialGroup:
                 array[moves_KHM.any(axis=(1, 2))] = 0
 
     def _surrogates(self, parameters_KN: np.ndarray) -> np.ndarray:
-        """PPO's clipped surrogate objective (K,) of some parameters on the stored rollouts, advantages normalised."""
+        """PPO's clipped surrogate objective (K,) of some parameters on the stored rollouts, advantages centred."""
         stored = self._rollouts
         scratch = [np.empty_like(stored.rewards_KS) for _ in range(4)]
         names = ("log_probabilities_KS", "values_KS", "advantages_KS", "returns_KS")
