@@ -18,6 +18,7 @@ from tipl_ray.collection import GroupCollector, collect, pending_seeds, seat_res
 from tipl_ray.config import CHECKOUT, Experiment, load_experiment
 from tipl_ray.learner import choose_engine
 from tipl_ray.placement import GroupProgress
+from tipl_ray.storage import StoreError
 from tipl_ray.trajectory_store import TrajectoryStore
 
 
@@ -67,6 +68,20 @@ def test_a_group_goes_on_from_commits_at_different_iterations(tmp_path: Path) ->
     assert TrajectoryStore(dropped.storage_path).progress(1).num_snapshots == 1 + 6 * 5
     assert GroupCollector(dropped, engine, [1, 2]).advance(seconds=600).finished
     stores = [TrajectoryStore(experiment.storage_path) for experiment in (undisturbed, dropped)]
+    assert stores[0].digest([1, 2]) == stores[1].digest([1, 2])
+
+
+def test_of_two_collectors_on_one_storage_one_is_refused_and_the_other_makes_the_data_set(tmp_path: Path) -> None:
+    alone, shared = smoke(tmp_path / "alone"), smoke(tmp_path / "shared")
+    GroupCollector(alone, "torch", [1, 2]).advance(seconds=600)
+    first, second = (GroupCollector(shared, "torch", [1, 2]) for _ in range(2))
+    while TrajectoryStore(shared.storage_path).seeds() != (1, 2):
+        first.advance(0.001)
+    with pytest.raises(StoreError, match=r"trial=1/commit-1\.json: another writer holds trial 1 .*end one of the two"):
+        second.advance(seconds=600)
+    assert first.advance(seconds=600).finished
+    stores = [TrajectoryStore(experiment.storage_path) for experiment in (alone, shared)]
+    stores[1].verify_all([1, 2], shared.num_snapshots)
     assert stores[0].digest([1, 2]) == stores[1].digest([1, 2])
 
 

@@ -233,6 +233,23 @@ def test_an_uncommitted_part_is_invisible_and_swept(tmp_path: Path) -> None:
     assert store.verify(3, 8).num_snapshots == 8
 
 
+@pytest.mark.parametrize("check", ["_refuse_stray_records", "_state"])
+def test_a_trial_is_verified_while_it_is_written(tmp_path: Path, check: str) -> None:
+    store = collect(tmp_path)
+    writer, real = TrialWriter(store, 3, HEADER), getattr(store, check)
+
+    def commit_meanwhile(*arguments: Any) -> Any:
+        if writer.next_snapshot < 12:
+            commit_snapshots(writer, writer.next_snapshot + 2)
+        return real(*arguments)
+
+    setattr(store, check, commit_meanwhile)
+    assert store.verify(3).num_snapshots == 12
+    files(tmp_path, "state-5-*")[0].unlink()
+    with pytest.raises(StoreError, match="state-5"):
+        store.verify(3)
+
+
 def test_a_broken_run_of_commits_shows_only_what_comes_before_the_break(tmp_path: Path) -> None:
     store = collect(tmp_path)
     (tmp_path / "commits/trial=3/commit-2.json").unlink()

@@ -184,3 +184,4 @@ def _short_blocks(weights_TP: Rows, origin_P: NDArray) -> Iterator[NDArray[np.fl
             block_Tp = held_Tp[:, start : start + step].astype(np.float64)
             block_Tp -= origin_P[first + start : first + start + step]
             yield block_Tp
+        del held_Tp, block_Tp  # before the next are read

@@ -235,15 +235,7 @@ class TrajectoryStore:
 
     def progress(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
         """How much of a trial is committed, of `num_snapshots` expected. Raises StoreError as `trajectory` does."""
-        run = self._present_run(seed)
-        committed = run[-1].last_snapshot + 1 if run else 0
-        return TrialProgress(
-            seed=seed,
-            num_snapshots=committed,
-            num_commits=len(run),
-            num_bytes=sum(record.part_bytes for record in run),
-            complete=committed == num_snapshots,
-        )
+        return _progress(seed, self._present_run(seed), num_snapshots)
 
     def progress_of(self, seeds: Sequence[int], num_snapshots: int | None = None) -> list[TrialProgress]:
         """`progress` of several trials, of many at once where asking is a round trip."""
@@ -307,17 +299,11 @@ class TrajectoryStore:
     def verify(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
         """Compare every digest, range, schema and number of a trial with its commit records; reads everything.
 
+        A trial that is being written may be verified; what is committed meanwhile is too.
         Raises StoreError naming the first file that is not what its record says, or that should not lie there, or,
         where `num_snapshots` is given, the trial that does not have as many.
         """
-        run = self._present_run(seed)
-        self._refuse_stray_records(seed, run)
-        for record in run:
-            self._verify_part(seed, record)
-        if run:
-            self._state(seed, run[-1])
-        self._refuse_foreign(_folder(_TRAJECTORIES, seed), _PART_NAME)
-        progress = self.progress(seed, num_snapshots)
+        progress = _progress(seed, self._verified_run(seed), num_snapshots)
         if num_snapshots is not None and not progress.complete:
             raise StoreError(
                 f"{self._files.show(_folder(_COMMITS, seed))}: trial {seed} has {progress.num_snapshots} of "
@@ -442,6 +428,24 @@ class TrajectoryStore:
                 complaint = f"{found} where commit {record.commit} says {record.part_bytes} bytes"
                 raise self._damaged(_part_path(seed, record), complaint)
         return run
+
+    def _verified_run(self, seed: int) -> tuple[CommitRecord, ...]:
+        verified = 0
+        while True:
+            run = self._present_run(seed)
+            try:
+                for record in run[verified:]:
+                    self._verify_part(seed, record)
+                verified = len(run)
+                self._refuse_stray_records(seed, run)
+                if run:
+                    self._state(seed, run[-1])
+                self._refuse_foreign(_folder(_TRAJECTORIES, seed), _PART_NAME)
+                return run
+            except StoreError:
+                # A writer that goes on adds a record and takes the state before it away.
+                if len(self._run(seed)) == len(run):
+                    raise
 
     def _footer(self, seed: int, record: CommitRecord) -> pq.FileMetaData:
         """The Parquet footer of a part, found to hold the columns, the header and the rows that its record says."""
@@ -687,6 +691,17 @@ class TrialWriter:
         return StoreError(
             f"trial {self._seed}, snapshot {snapshot.snapshot}: {field}={complaint}; what was committed before stays"
         )
+
+
+def _progress(seed: int, run: Sequence[CommitRecord], num_snapshots: int | None) -> TrialProgress:
+    committed = run[-1].last_snapshot + 1 if run else 0
+    return TrialProgress(
+        seed=seed,
+        num_snapshots=committed,
+        num_commits=len(run),
+        num_bytes=sum(record.part_bytes for record in run),
+        complete=committed == num_snapshots,
+    )
 
 
 def _folder(parent: str, seed: int) -> str:
