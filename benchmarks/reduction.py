@@ -26,7 +26,9 @@ import numpy as np  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from machine import peak_bytes  # noqa: E402
 
 from tipl_ray.temporal_svd import fit_basis  # noqa: E402
 from tipl_ray.terminal import format_rows  # noqa: E402
@@ -52,12 +54,6 @@ def reduce_and_tell(storage: str, seed: int) -> None:
     tokens = load_tokens(TrajectoryStore(storage), (seed,), Basis(kind="trial", rank=RANK))
     told = {"seconds": time.process_time() - begin, "before": before, "peak": peak_bytes()}
     print(json.dumps({**told, "snapshots": tokens.coordinates_NTD.shape[1]}))
-
-
-def peak_bytes() -> int:
-    """Most that this process had resident so far."""
-    # Not getrusage, whose peak is inherited from the process that started this one.
-    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def main() -> None:

@@ -1,13 +1,14 @@
-"""What the data set costs: bytes on disk, write and read rates of one core, a commit's time, a writer's memory.
+"""What the data set costs: bytes on disk, write and read rates of one core, a commit's time, peak memory.
 
 Weights are a random walk of small steps, as an optimiser takes them. Beside the store stand a plain Parquet file as
 pyarrow writes it when it is told nothing, and a floor: the raw bytes in a file, synced, and read back from memory. The
 subjects alternate, so that a noisy machine is noisy for all; the table shows medians.
 
-    python benchmarks/store.py [--rounds 5] [--folder FOLDER]
+    python benchmarks/store.py [--rounds 5] [--folder FOLDER] [--parts store actor]
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -24,7 +25,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from machine import peak_bytes  # noqa: E402
 
 from tipl_ray.config import Collect  # noqa: E402
 from tipl_ray.terminal import format_rows  # noqa: E402
@@ -120,9 +123,7 @@ def write_and_tell_memory(task: str, num_weights: int, num_observations: int, nu
             writer.append(snapshot)
             if index % PER_COMMIT == 0:
                 writer.commit(resume_state(num_weights))
-    # Not getrusage, whose peak is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
+    print(peak_bytes())
 
 
 def seconds_of(function: Callable[..., object], *arguments: object) -> float:
@@ -201,6 +202,40 @@ def memory(task: str, num_weights: int, num_observations: int) -> Iterator[dict]
         }
 
 
+def actor_memory(num_commits: tuple[int, ...]) -> Iterator[dict]:
+    """Rows on an actor's memory: two trials of HalfCheetah's wide policies, after so many commits of each."""
+    command = [sys.executable, __file__, "--collect", json.dumps(num_commits)]
+    peaks = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    for number, peak in zip(num_commits, peaks, strict=True):
+        yield {
+            "task": "HalfCheetah-v4 256-256",
+            "subject": f"an actor of 2 trials after {number} commits of each ({number * PER_COMMIT:,} snapshots)",
+            "metric": "peak memory of an actor",
+            "value": round(peak / 1e6, 1),
+            "unit": "MB",
+            "ratio_to_plain": None,
+            "ratio_to_floor": round(peak / peaks[0], 3),
+        }
+
+
+def collect_and_tell_memory(num_commits: tuple[int, ...]) -> None:
+    """What `actor_memory` runs."""
+    from tipl_ray.collection import GroupCollector
+    from tipl_ray.config import load_experiment
+    from tipl_ray.learner import choose_engine
+
+    experiment, peaks = load_experiment(ROOT / "jobs" / "experiments" / "half_cheetah.toml"), []
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = dataclasses.replace(experiment, storage=folder)
+        collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), [1, 2])
+        for number in num_commits:
+            while TrajectoryStore(folder).progress(2).num_commits < number:
+                collector.advance(0.0, to_commit=True)
+                collector.advance(0.001)
+            peaks.append(peak_bytes())
+    print(json.dumps(peaks))
+
+
 def main() -> None:
     """Measure, print the table, write benchmarks/results/store.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,19 +243,30 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "benchmarks", help="where to write, on the disk to measure"
     )
+    parser.add_argument("--parts", nargs="+", default=["store", "actor"], help="what to measure: `store`, `actor`")
     parser.add_argument("--write", help=argparse.SUPPRESS)
+    parser.add_argument("--collect", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
     pa.set_cpu_count(1)
     if arguments.write:
         write_and_tell_memory(*json.loads(arguments.write))
         return
-    measured: list[dict] = []
-    for task, num_weights, num_observations, number in TASKS:
-        measured += rates(arguments.folder, task, num_weights, num_observations, number, arguments.rounds)
-        measured += memory(task, num_weights, num_observations)
+    if arguments.collect:
+        collect_and_tell_memory(json.loads(arguments.collect))
+        return
     target = ROOT / "benchmarks" / "results" / "store.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    measured = json.loads(target.read_text()) if target.exists() else []
+    of_actor = [row for row in measured if "actor" in row["metric"]]
+    of_store = [row for row in measured if row not in of_actor]
+    if "store" in arguments.parts:
+        of_store = []
+        for task, num_weights, num_observations, number in TASKS:
+            of_store += rates(arguments.folder, task, num_weights, num_observations, number, arguments.rounds)
+            of_store += memory(task, num_weights, num_observations)
+    if "actor" in arguments.parts:
+        of_actor = list(actor_memory((1, 2, 6)))
+    measured = of_store + of_actor
     target.write_text(json.dumps(measured, indent=1) + "\n")
     shown = [{key: "" if value is None else str(value) for key, value in row.items()} for row in measured]
     title = f"One core, medians of {arguments.rounds} alternating rounds; raw = float32 weights"

@@ -1,4 +1,4 @@
-"""What tests and benchmarks start and find on this machine: an S3 server, processes of their own."""
+"""What tests and benchmarks start and find on this machine: an S3 server, processes of their own, memory."""
 
 import contextlib
 import os
@@ -68,6 +68,12 @@ def own_processes(title: str) -> list[int]:
             if Path(f"/proc/{process}/cmdline").read_bytes().startswith(title.encode()):
                 found.append(process)
     return found
+
+
+def peak_bytes() -> int:
+    """Most that this process had resident so far."""
+    # Not getrusage, whose peak is inherited from the process that started this one.
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def _set_environment(values: dict[str, str | None]) -> None:

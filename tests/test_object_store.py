@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from machine import BUCKET, make_client, new_root
-from test_trajectory_store import HEADER, collect, commit_snapshots, make_state
+from test_trajectory_store import HEADER, collect, commit_snapshots, go_on_from, make_state
 
 from tipl_ray import trajectory_store
 from tipl_ray.storage import StoreError
@@ -182,13 +182,7 @@ def test_a_process_killed_at_any_put_costs_at_most_the_open_commit(
     assert process.wait() == -signal.SIGKILL
     setattr(proxy, when, lambda number, headers: None)
     committed = 8 if (nth, when) == (3, "after") else 4
-    assert store.verify(3).num_snapshots == committed
-    writer = TrialWriter(store, 3, HEADER)
-    assert writer.state is not None
-    assert int(writer.state["count"]) == writer.next_snapshot == committed
-    if committed < 8:
-        commit_snapshots(writer, 8)
-    store.finish([3], 8)
+    go_on_from(store, committed)
     assert store.digest() == collect(tmp_path).digest()
     assert len([key for key in keys(root) if "/state-" in key]) == 1
 

@@ -77,6 +77,17 @@ def collect(root: Path, seed: int = 3, stops: tuple[int, ...] = (1, 4, 8)) -> Tr
     return store
 
 
+def go_on_from(store: TrajectoryStore, committed: int) -> None:
+    """Check that trial 3 stands at this snapshot, resume it to its 8th and seal."""
+    assert store.verify(3).num_snapshots == committed
+    writer = TrialWriter(store, 3, HEADER)
+    assert writer.state is not None
+    assert int(writer.state["count"]) == writer.next_snapshot == committed
+    if committed < 8:
+        commit_snapshots(writer, 8)
+    store.finish([3], 8)
+
+
 def files(root: Path, pattern: str) -> list[Path]:
     return sorted(root.rglob(pattern))
 
@@ -494,13 +505,7 @@ def test_a_crash_at_any_publication_point_costs_at_most_the_open_commit(
         with pytest.raises(KilledError):
             commit_snapshots(TrialWriter(store, 3, HEADER), 8)
     committed = 8 if (call, when) == ("link", "after") else 4
-    assert store.verify(3).num_snapshots == committed
-    writer = TrialWriter(store, 3, HEADER)
-    assert writer.state is not None
-    assert int(writer.state["count"]) == writer.next_snapshot == committed
-    if committed < 8:
-        commit_snapshots(writer, 8)
-    store.finish([3], 8)
+    go_on_from(store, committed)
     assert store.digest() == undisturbed
     assert len(files(tmp_path / "crashed", "state-*")) == 1
 
