@@ -96,7 +96,10 @@ def main() -> None:
     }
     target = ROOT / "benchmarks" / "results" / "reduction.json"
     target.write_text(json.dumps(rows, indent=1) + "\n")
-    Console(width=150).print(format_rows([{"one core": name, "": str(value)} for name, value in rows.items()]))
+    title = f"One core, medians of {arguments.rounds} alternating rounds"
+    Console(width=150).print(
+        format_rows([{"": name, "found": str(value)} for name, value in rows.items()], title=title)
+    )
 
 
 if __name__ == "__main__":

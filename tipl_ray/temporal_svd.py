@@ -16,9 +16,9 @@ from scipy import linalg
 
 from tipl_ray.rows import Rows
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 32 * 2**20
 """Most that is held in float64 of a trajectory at a time."""
-HELD_BYTES = 256 * 2**20
+HELD_BYTES = 192 * 2**20
 """Most that is asked for at a time of a trajectory that is read as it is asked for."""
 
 SMALLEST_SINGULAR_VALUE = 1e-7
