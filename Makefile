@@ -1,5 +1,6 @@
 # make demo    installs into .venv and runs the main job on real PPO data
 # make test    installs into .venv and runs the tests
+# make sweep   nine trainings over SVD rank and context length on the demo's data, compared in MLflow
 # make learn   the slow proof that PPO learns: HalfCheetah, 3 trials of 300,000 steps, with a report
 # make chaos   kills collections at every publication point and at random, compares what comes of them
 # make zero-shot   the Transformer of the pendulum, asked about HalfCheetah networks: hours of collection
@@ -8,10 +9,13 @@
 PYTHON ?= python3
 STAMP := .venv/installed
 
-.PHONY: demo learn zero-shot test test-slow chaos lint bench clean
+.PHONY: demo sweep learn zero-shot test test-slow chaos lint bench clean
 
 demo: $(STAMP)
 	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/demo.toml
+
+sweep: demo
+	.venv/bin/python jobs/sweep.py --preset paper --train.num-steps 500 --train.steps-per-iteration 125
 
 learn: $(STAMP)
 	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/half_cheetah_small.toml

@@ -8,14 +8,25 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"compiler", "config", "rows", "storage", "terminal"},
-    {"tasks", "policy", "trajectory_store", "placement", "temporal_svd", "gram", "model", "metrics", "tracking"},
+    {
+        "tasks",
+        "policy",
+        "trajectory_store",
+        "placement",
+        "temporal_svd",
+        "gram",
+        "model",
+        "metrics",
+        "tracking",
+        "search_space",
+    },
     {"environments", "learner", "segments", "forecasting", "jumps"},
-    {"ppo", "returns", "objectives", "contenders"},
-    {"collection", "training", "evaluation", "figures", "report"},
-    {"stages"},
-    {"acceleration"},
+    {"ppo", "returns", "objectives", "contenders", "serving"},
+    {"collection", "training", "evaluation", "figures", "report", "validation"},
+    {"stages", "comparison"},
+    {"acceleration", "sweep"},
 ]
-RAY = {"collection", "training", "evaluation", "stages", "acceleration"}
+RAY = {"collection", "training", "evaluation", "stages", "acceleration", "sweep"}
 MODULES = sorted(path.stem for path in (ROOT / "tipl_ray").glob("*.py") if path.stem != "__init__")
 
 

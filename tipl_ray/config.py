@@ -10,7 +10,7 @@ import json
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import tyro
@@ -355,6 +355,39 @@ class Tracking:
 
 @pydantic.with_config(extra="forbid")
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """What jobs/sweep.py varies and how it searches; what every child of the sweep shares is the experiment itself."""
+
+    over: Annotated[dict[str, Any], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+    """Fields of basis, model and train by name, each with its values, as in `"basis.rank" = [8, 16, 32]`, or a range
+    for a search, as in `"train.learning_rate" = "log(1e-4, 1e-2)"` or `"model.dropout" = "uniform(0, 0.3)"`. On the
+    command line of jobs/sweep.py: --over FIELD=VALUES."""
+    search: Literal["grid", "optuna"] = "grid"
+    """`grid`: every combination of the values once; `optuna`: num_samples of them, each drawn where those before it did
+    well."""
+    num_samples: int = 20
+    """Children of an `optuna` search."""
+    scheduler: Literal["none", "asha"] = "none"
+    """`asha` ends a child early where others had more of the metric after as many steps."""
+    metric: str = "skill"
+    """What the best child has most of: `skill`, the validation skill in weights, mean over the forward steps, or
+    `skill_h1`, `skill_h10`, ..., at one of them."""
+    max_concurrent_trials: int = 0
+    """Most children that run at a time; 0 leaves it to the cluster's resources."""
+    cpus_per_trial: int = 1
+    """CPUs of each child, and its threads."""
+    gpus_per_trial: float = 0.0
+    """GPUs of each child; a fraction shares one. Above 0 it trains there."""
+    seed: int = 0
+    """Seed of the `optuna` search."""
+
+    def check(self) -> None:
+        _at_least("sweep", self, num_samples=1, max_concurrent_trials=0, cpus_per_trial=1, seed=0)
+        _between("sweep", self, 0.0, float("inf"), "gpus_per_trial")
+
+
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
     """One experiment: what is collected, how it is reduced, what learns from it and how that is judged."""
 
@@ -374,6 +407,7 @@ class Experiment:
     train: Train = dataclasses.field(default_factory=Train)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     accelerate: Accelerate = dataclasses.field(default_factory=Accelerate)
+    sweep: Sweep = dataclasses.field(default_factory=Sweep)
     tracking: Tracking = dataclasses.field(default_factory=Tracking)
 
     @property
@@ -442,6 +476,7 @@ class Experiment:
             self.train,
             self.evaluate,
             self.accelerate,
+            self.sweep,
         )
         for part in parts:
             part.check()
@@ -533,10 +568,10 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> Exp
     Exits with status 2 and one line on standard error where the file or a field is refused.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    path = _take(arguments, "--experiment") or str(CHECKOUT / "jobs" / "experiments" / "demo.toml")
+    path = take_option(arguments, "--experiment") or str(CHECKOUT / "jobs" / "experiments" / "demo.toml")
     try:
         # The preset decides what the other fields' defaults are, wherever it stands among them.
-        loaded = load_experiment(path, _take(arguments, "--preset"))
+        loaded = load_experiment(path, take_option(arguments, "--preset"))
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -549,7 +584,7 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> Exp
         raise SystemExit(2) from error
 
 
-def _take(arguments: list[str], option: str) -> str | None:
+def take_option(arguments: list[str], option: str) -> str | None:
     """Remove an option from a command line and return its value."""
     for position, argument in enumerate(arguments):
         if argument == option and position + 1 < len(arguments):

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import (
     FixedLocator,
+    FuncFormatter,
     LogLocator,
     MaxNLocator,
     NullLocator,
@@ -530,3 +532,155 @@ def _legend_below(
     handles = list(entries) if entries is not None else axes.get_legend_handles_labels()[0]
     columns = min(len(handles), 5)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=11, title=title)
+
+
+def sweep_heat_map(
+    cells: Sequence[Row], across: str, up: str, names: Mapping[str, str], metric: str = "skill"
+) -> Figure:
+    """Skill over two fields of a sweep, and the ridge's in a row of its own; the best cell is framed.
+
+    A cell is one run: its fields' values, `skill` and `ridge`. The colour is the squared error that is left, as a share
+    of copying's, so that skills far below 0 can be told apart.
+    """
+    columns, lines = (sorted({cell[field] for cell in cells}, key=_sort_key) for field in (across, up))
+    means, deviations = np.full((len(lines) + 1, len(columns)), np.nan), np.zeros((len(lines) + 1, len(columns)))
+    for column, value in enumerate(columns):
+        chosen = [cell for cell in cells if cell[across] == value]
+        groups = [
+            [cell["ridge"] for cell in chosen],
+            *([c["skill"] for c in chosen if c[up] == line] for line in lines),
+        ]
+        for line, group in enumerate(groups):
+            finite = np.asarray(group)[np.isfinite(group)]
+            if len(finite):
+                means[line, column], deviations[line, column] = finite.mean(), finite.std(ddof=len(finite) > 1)
+    left = np.where(np.isfinite(means), np.maximum(1 - means, 1e-6), np.nan)
+    figure, (axes,) = _figure(1, width=2.6 + 1.7 * len(columns), height=2.2 + 0.75 * len(lines))
+    low, high, ridge = float(np.nanmin(left[1:])), float(np.nanmax(left[1:])), float(np.nanmin(left[0], initial=np.inf))
+    near = low / 4 < ridge < 4 * high
+    low, high = (min(low, ridge), max(high, ridge)) if near else (low, high)
+    norm = LogNorm(low * 0.97, high * 1.03, clip=True)
+    shown = axes.imshow(left, norm=norm, cmap="viridis_r", aspect="auto", origin="lower")
+    for line, column in np.argwhere(np.isfinite(left)):
+        dark = norm(left[line, column]) > 0.45
+        spread = f"\n± {_skill_text(deviations[line, column])}" if line and deviations[line, column] > 0 else ""
+        words = f"{_skill_text(means[line, column])}{spread}"
+        axes.text(column, line, words, ha="center", va="center", fontsize=11, color="white" if dark else INK)
+    if np.isfinite(left[1:]).any():
+        best = np.unravel_index(np.nanargmin(left[1:]), left[1:].shape)
+        axes.add_patch(
+            Rectangle((best[1] - 0.5, best[0] + 0.5), 1, 1, fill=False, edgecolor=COLOURS["linear"], linewidth=3)
+        )
+    _dress(axes, f"{metric} over {names[up]} and {names[across]}", names[across], names[up])
+    axes.grid(visible=False)
+    axes.axhline(0.5, color="white", linewidth=4)
+    axes.set_xticks(range(len(columns)), [_value_text(value) for value in columns])
+    axes.set_yticks(range(len(lines) + 1), ["ridge", *(_value_text(value) for value in lines)])
+    bar = figure.colorbar(shown, ax=axes)
+    bar.ax.yaxis.set_major_locator(FixedLocator(np.geomspace(low, high, 4).tolist()))
+    bar.ax.yaxis.set_major_formatter(
+        FuncFormatter(lambda share, _: f"{share:,.0f}" if share >= 100 else f"{share:.3g}")
+    )
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    told = "squared error left, copying = 1"
+    if near:
+        bar.ax.axhline(ridge, color=COLOURS["linear"], linewidth=2.5)
+        told += "\nline: the ridge at its best"
+    elif math.isfinite(ridge):
+        told += f"\nthe ridge leaves {ridge:.3g}"
+    bar.set_label(told, fontsize=10, color=INK)
+    return figure
+
+
+def parallel_coordinates(cells: Sequence[Row], names: Mapping[str, str], metric: str = "skill") -> Figure:
+    """Every run of a sweep as a line from the values of its fields to its skill; the better, the darker."""
+    fields = [*names, "skill"]
+    cells = sorted((cell for cell in cells if math.isfinite(cell["skill"])), key=lambda cell: cell["skill"])
+    figure, (axes,) = _figure(1, width=max(6.0, 2.2 * len(fields)), height=4.6)
+    heights = []
+    for place, field in enumerate(fields):
+        values = [cell[field] for cell in cells]
+        heights.append(_heights(values, error=field == "skill"))
+        axes.axvline(place, color="#999999", linewidth=1, zorder=1)
+        told = dict(zip(heights[-1].round(6).tolist(), values, strict=True))
+        few = len(told) <= 8 and field != "skill"
+        apart = [height for height in sorted(told) if few or height in (min(told), max(told))]
+        for height in apart:
+            text = _skill_text(told[height]) if field == "skill" else _value_text(told[height])
+            side = "left" if field == "skill" else "right"
+            axes.text(place + (0.04 if field == "skill" else -0.04), height, text, ha=side, va="center", fontsize=10)
+    for index, line in enumerate(np.array(heights).T):
+        share = index / max(1, len(cells) - 1)
+        best = index == len(cells) - 1
+        colour = COLOURS["linear"] if best else COLOURS["tipl"]
+        axes.plot(
+            range(len(fields)), line, color=colour, alpha=1 if best else 0.15 + 0.6 * share, lw=3 if best else 1.6
+        )
+    _dress(axes, f"Every run: fields and {metric}; the best in red", "", "")
+    axes.grid(visible=False)
+    axes.set_xticks(range(len(fields)), [*names.values(), metric])
+    axes.set_yticks([])
+    axes.set_xlim(-0.5, len(fields) - 0.4)
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def sweep_curves(
+    curves: Sequence[tuple[Sequence[float], Sequence[float]]],
+    best: tuple[Sequence[float], Sequence[float]],
+    name: str,
+    ridge: float = math.nan,
+    metric: str = "skill",
+) -> Figure:
+    """Skill of every run of a sweep as it trained, with the best, the median and the ridge's level.
+
+    A curve is (steps, skills). Where skills fall below -1 the error that is left is drawn instead, on a logarithmic
+    axis.
+    """
+    everything = np.concatenate([np.asarray(skills, np.float64) for _, skills in curves])
+    far = everything[np.isfinite(everything)].min(initial=0.0) < -1
+
+    def drawn(skills: Iterable[float]) -> np.ndarray:
+        return 1 - np.asarray(skills, np.float64) if far else np.asarray(skills, np.float64)
+
+    figure, (axes,) = _figure(1, width=8.5, height=4.6)
+    for steps, skills in curves:
+        axes.plot(steps, drawn(skills), color=COLOURS["copy-last"], linewidth=0.9, alpha=0.45)
+    grid = sorted({step for steps, _ in curves for step in steps})
+    at_step = [[s[list(t).index(step)] for t, s in curves if step in t] for step in grid]
+    axes.plot(grid, drawn([float(np.median(skills)) for skills in at_step]), color=INK, linewidth=2, label="median")
+    axes.plot(best[0], drawn(best[1]), color=COLOURS["tipl"], lw=2.5, marker="o", ms=4.5, label=f"best: {name}")
+    if math.isfinite(ridge):
+        axes.axhline(float(drawn([ridge])[0]), color=COLOURS["ridge"], lw=2, ls="--", label="ridge, the best's context")
+    if far:
+        axes.set_yscale("log")
+    up = f"1 - {metric}: squared error left" if far else metric
+    _dress(axes, "Every run as it trained", "optimisation steps", up)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _legend_below(figure, axes)
+    return figure
+
+
+def _heights(values: Sequence[Any], error: bool = False) -> np.ndarray:
+    """Places on an axis from 0 to 1: words by their order, numbers by size, over decades by their logarithm."""
+    if not all(isinstance(value, int | float) for value in values):
+        words = sorted(set(values), key=_sort_key)
+        return np.array([words.index(value) / max(1, len(words) - 1) for value in values])
+    numbers = np.asarray(values, np.float64)
+    numbers = -np.log(np.maximum(1 - numbers, 1e-6)) if error else numbers
+    if not error and numbers.min() > 0 and numbers.max() / numbers.min() > 20:
+        numbers = np.log(numbers)
+    span = numbers.max() - numbers.min()
+    return (numbers - numbers.min()) / span if span else np.full(len(numbers), 0.5)
+
+
+def _sort_key(value: Any) -> tuple[bool, Any]:
+    return (isinstance(value, str), value)
+
+
+def _value_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _skill_text(skill: float) -> str:
+    return f"{skill:.3f}" if abs(skill) < 10 else f"{skill:,.0f}"

@@ -57,6 +57,19 @@ class Tokens:
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays},
         )
 
+    def truncated(self, rank: int) -> "Tokens":
+        """The same trials in the leading part of their bases, as if they had been reduced to that SVD rank.
+
+        What is left out stands at right angles to what stays, so its square adds to that of what was outside before.
+        """
+        left_out_NTd = self.coordinates_NTD[..., rank:] * self.singular_values_ND[:, None, rank:]
+        return dataclasses.replace(
+            self,
+            coordinates_NTD=self.coordinates_NTD[..., :rank],
+            singular_values_ND=self.singular_values_ND[:, :rank],
+            outside_NT=self.outside_NT + np.square(left_out_NTd).sum(axis=-1),
+        )
+
 
 def load_tokens(store: TrajectoryStore, seeds: Sequence[int], basis: config.Basis) -> Tokens:
     """Tokens of some trials, each in a basis of its own, read one trial at a time.

@@ -89,13 +89,13 @@ def run_collect(context: Context) -> None:
         f"mean episodic return at the end {final:.1f} over {len(curves)} trials, {duration(time.monotonic() - begin)}"
     )
     key = f"collect-{header.config_hash}-{digest(settings.seeds)}"
-    with context.tracker.run("collect", key, parent=context.pipeline, tags=_tags(context)) as run:
+    with context.tracker.run("collect", key, parent=context.pipeline, tags=run_tags(context.experiment)) as run:
         run.log_parameters({"collect": as_table(settings), "ppo": as_table(experiment.ppo), "engine": engine})
         steps = curves[0][1]
         mean_T = np.nanmean(np.stack([returns for _, _, returns in curves]), axis=0)
         run.log_history("episodic_return_mean", [int(step) for step in steps], [float(value) for value in mean_T])
         run.log_metrics({"final_episodic_return_mean": final, "num_weights": header.num_weights})
-        _log_data(context, run)
+        log_data(context.experiment, run)
         run.log_figure(figures.learning_curves(curves), "learning_curves")
 
 
@@ -120,7 +120,7 @@ def _train_one(context: Context, experiment: Experiment) -> None:
     begin = time.monotonic()
     data = training_digest(experiment)
     key = f"train-{run_digest(experiment, data)}"
-    with context.tracker.run("train", key, parent=context.pipeline, tags=_tags(context)) as run:
+    with context.tracker.run("train", key, parent=context.pipeline, tags=run_tags(context.experiment)) as run:
         run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("basis", "split", "model", "train")})
         for one in data_sets(experiment):
             run.log_dataset(f"{one.task} trajectories", one.digest, f"{one.storage}/trajectories", profile={})
@@ -161,9 +161,9 @@ def run_evaluate(context: Context) -> None:
             experiment, models, lambda done, total: view.show([], f"evaluate: {done} of {total} tasks done")
         )
     key = f"evaluate-{last_name(evaluation.folder)}"
-    with context.tracker.run("evaluate", key, parent=context.pipeline, tags=_tags(context)) as run:
+    with context.tracker.run("evaluate", key, parent=context.pipeline, tags=run_tags(context.experiment)) as run:
         run.log_parameters({"evaluate": as_table(settings), "model": ", ".join(models)})
-        _log_data(context, run)
+        log_data(context.experiment, run)
         for row in evaluation.summary:
             values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
             run.log_metrics(values, step=row["step"])
@@ -235,8 +235,8 @@ def exit_status() -> Iterator[None]:
 @contextlib.contextmanager
 def _pipeline(experiment: Experiment, tracker: Tracker) -> Iterator[Context]:
     """The parent run of all stages of an experiment, whichever job runs them."""
-    with tracker.run(experiment.name, f"pipeline-{digest(_essence(experiment))}") as run:
-        run.log_parameters(_essence(experiment))
+    with tracker.run(experiment.name, f"pipeline-{digest(essence(experiment))}") as run:
+        run.log_parameters(essence(experiment))
         yield Context(experiment=experiment, tracker=tracker, pipeline=run)
 
 
@@ -293,22 +293,22 @@ def learning_curves(experiment: Experiment) -> list[tuple[int, np.ndarray, np.nd
     return curves
 
 
-def _essence(experiment: Experiment) -> dict:
+def essence(experiment: Experiment) -> dict:
     """What tells one experiment from another: not where it is kept, tracked or run."""
     table = as_table(experiment)
-    del table["storage"], table["tracking"], table["accelerate"]
+    del table["storage"], table["tracking"], table["accelerate"], table["sweep"]
     del table["train"]["num_workers"], table["train"]["use_gpu"]
     del table["collect"]["trials_per_actor"]
     return table
 
 
-def _tags(context: Context) -> dict[str, str]:
-    experiment = context.experiment
+def run_tags(experiment: Experiment) -> dict[str, str]:
+    """What MLflow's users filter by."""
     return {"task": experiment.collect.task, "basis": experiment.basis.kind, "experiment": experiment.name}
 
 
-def _log_data(context: Context, run: Run) -> None:
-    experiment = context.experiment
+def log_data(experiment: Experiment, run: Run) -> None:
+    """Record the data set that a run used."""
     run.log_dataset(
         f"{experiment.name} trajectories",
         data_digest(experiment),

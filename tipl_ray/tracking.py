@@ -21,7 +21,7 @@ import sys
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tipl_ray import config
 from tipl_ray.storage import join, local_folder
@@ -29,10 +29,12 @@ from tipl_ray.storage import join, local_folder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.entities import RunInfo
 
 KEY_TAG = "tipl_ray.key"
 PROCESS_TAG = "tipl_ray.process"
 PARENT_TAG = "mlflow.parentRunId"
+MODEL_FOLDER = "model"
 
 MAX_PARAMETER_LETTERS = 6000
 MAX_DIGEST_LETTERS = 36
@@ -103,26 +105,12 @@ class Tracker:
         Raises TrackingError, within seconds and naming the URI, where the store cannot be used.
         """
         uri = resolve_uri(uri, storage_path)
-        # Read at import: without it, MLflow sends usage data out of a cluster that may have no way out.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        import mlflow
-        import sqlalchemy.exc
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        try:
-            if uri.startswith("sqlite:"):
-                Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            with _impatient():
-                client = mlflow.MlflowClient(uri)
-                tracker = cls(client, uri, _experiment_id(client, uri, experiment_name, storage_path))
-                tracker._end_dead_runs()
-                return tracker
-        except (mlflow.MlflowException, sqlalchemy.exc.SQLAlchemyError, ImportError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TrackingError(
-                f"MLflow cannot be used at tracking.uri={uri!r}: {reason}. Start that server, or set --tracking.uri or "
-                "MLFLOW_TRACKING_URI to another"
-            ) from error
+        if uri.startswith("sqlite:"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        with _usable(uri) as client:
+            tracker = cls(client, uri, _experiment_id(client, uri, experiment_name, storage_path))
+            tracker._end_dead_runs()
+            return tracker
 
     @contextlib.contextmanager
     def run(
@@ -132,34 +120,63 @@ class Tracker:
 
         It ends FINISHED, KILLED on KeyboardInterrupt, FAILED on any other exception.
         """
-        run = self._reopen_or_create(name, key, parent, tags or {})
+        run = self.start(name, key, parent=parent, tags=tags)
         try:
             yield run
         except KeyboardInterrupt:
-            self.client.set_terminated(run.run_id, "KILLED")
+            self.end(run, "KILLED")
             raise
         except BaseException:
-            self.client.set_terminated(run.run_id, "FAILED")
+            self.end(run, "FAILED")
             raise
-        self.client.set_terminated(run.run_id, "FINISHED")
+        self.end(run, "FINISHED")
 
-    def _reopen_or_create(self, name: str, key: str, parent: Run | None, tags: Mapping[str, str]) -> Run:
+    def start(self, name: str, key: str, *, parent: Run | None = None, tags: Mapping[str, str] | None = None) -> Run:
+        """As `run`, for runs that do not end where a block does: the caller ends each by `end`."""
         if "'" in key:
             raise ValueError(f"key={key!r} holds a quote, which MLflow's search cannot look up")
-        tags = {**source_tags(), **tags, KEY_TAG: key, PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"}
+        own = {KEY_TAG: key, PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"}
+        tags = {**source_tags(), **(tags or {}), **own}
         if parent is not None:
             tags[PARENT_TAG] = parent.run_id
+        info = self.find(key)
+        if info is None:
+            created = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
+            return Run(self.client, created.info.run_id, created.info.start_time)
+        self.client.update_run(info.run_id, status="RUNNING", name=name)
+        run = Run(self.client, info.run_id, info.start_time)
+        run.set_tags(tags)
+        return run
+
+    def find(self, key: str) -> RunInfo | None:
+        """What MLflow knows of the run with this key, the first if there were several; None if there is none."""
         found = self.client.search_runs(
             [self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", order_by=["attributes.start_time ASC"], max_results=1
         )
-        if not found:
-            created = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
-            return Run(self.client, created.info.run_id, created.info.start_time)
-        info = found[0].info
-        self.client.update_run(info.run_id, status="RUNNING", name=name)
-        for tag, value in tags.items():
-            self.client.set_tag(info.run_id, tag, value)
-        return Run(self.client, info.run_id, info.start_time)
+        return found[0].info if found else None
+
+    def resume(self, run_id: str) -> Run:
+        """A run that has ended, to add to; it stays ended."""
+        return Run(self.client, run_id, self.client.get_run(run_id).info.start_time)
+
+    def end(self, run: Run, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """End a run that `start` gave."""
+        self.client.set_terminated(run.run_id, status)
+
+    def register(self, name: str, run_id: str, description: str) -> str:
+        """Make the model that a run has logged the newest version of a registered model; its version.
+
+        A run's model is registered once, however often this is called.
+        """
+        import mlflow
+
+        for version in self.client.search_model_versions(f"run_id = '{run_id}'"):
+            if version.name == name:
+                return str(version.version)
+        with contextlib.suppress(mlflow.MlflowException):  # another sweep has made it
+            self.client.create_registered_model(name)
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
+        return str(self.client.create_model_version(name, source, run_id, description=description).version)
 
     def _end_dead_runs(self) -> None:
         for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
@@ -249,9 +266,36 @@ class Run:
         )
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
-    def log_model_folder(self, path: str | Path) -> None:
-        """Keep a copy of a model's folder (safetensors plus JSON) as `model/`."""
-        self.client.log_artifacts(self.run_id, str(path), "model")
+    def log_model_folder(self, path: str | Path, loader: str | None = None) -> None:
+        """Keep a copy of a model's folder (safetensors plus JSON) as `model/`.
+
+        With the name of a module that has `_load_pyfunc(path)`, `mlflow.pyfunc.load_model` loads it too: MLflow then
+        imports that module, and nothing is unpickled.
+        """
+        self.client.log_artifacts(self.run_id, str(path), MODEL_FOLDER)
+        if loader is not None:
+            import mlflow.pyfunc
+
+            described = mlflow.models.Model(artifact_path=MODEL_FOLDER, run_id=self.run_id)
+            mlflow.pyfunc.add_to_model(described, loader_module=loader)
+            self.client.log_text(self.run_id, described.to_yaml(), f"{MODEL_FOLDER}/MLmodel")
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags, in place of those of the same names."""
+        for name, value in tags.items():
+            self.client.set_tag(self.run_id, name, value)
+
+    @contextlib.contextmanager
+    def system_metrics(self, uri: str) -> Iterator[None]:
+        """Log this machine's processors, memory, disk and network as `system/...`, every ten seconds."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=uri)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
 
     def _log_points(self, points: Iterable[tuple[str, int, float | None]]) -> None:
         from mlflow.entities import Metric
@@ -271,6 +315,37 @@ class Run:
             before = self.client.get_metric_history(self.run_id, name) if name in self._metrics_before else []
             self._steps_logged[name] = {point.step for point in before}
         return self._steps_logged[name]
+
+
+def open_to_read(uri: str | None, storage_path: str) -> tuple[MlflowClient, str]:
+    """A client of an MLflow that is there, and its URI; nothing is created. Raises TrackingError as `Tracker.open`."""
+    uri = resolve_uri(uri, storage_path)
+    file = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:") and not file.is_file():
+        raise TrackingError(f"{file}: no such file; give --storage or --uri of an MLflow that has runs")
+    with _usable(uri) as client:
+        client.search_experiments(max_results=1)
+        return client, uri
+
+
+@contextlib.contextmanager
+def _usable(uri: str) -> Iterator[MlflowClient]:
+    """A client, and what goes wrong with it within seconds as one TrackingError."""
+    # Read at import: without it, MLflow sends usage data out of a cluster that may have no way out.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    import sqlalchemy.exc
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    try:
+        with _impatient():
+            yield mlflow.MlflowClient(uri)
+    except (mlflow.MlflowException, sqlalchemy.exc.SQLAlchemyError, ImportError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrackingError(
+            f"MLflow cannot be used at tracking.uri={uri!r}: {reason}. Start that server, or set --tracking.uri or "
+            "MLFLOW_TRACKING_URI to another"
+        ) from error
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str, storage_path: str) -> str:

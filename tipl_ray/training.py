@@ -288,12 +288,17 @@ def train(
 
     checkpoint = _run(experiment, run_digest(experiment, data_digest), on_row)
     with checkpoint.as_directory() as checkpoint_folder:
-        history = json.loads(read_file(checkpoint_folder, PROGRESS_FILE))["history"]
-        write_file(folder, HISTORY_FILE, json.dumps(history, indent=1).encode())
-        about = load_about(f"{checkpoint_folder}/model") | {"data_digest": data_digest}
-        about["trained_on"] = "+".join(dict.fromkeys(one.task for one in data_sets(experiment)))
-        load_model(f"{checkpoint_folder}/model").save(folder, about)
+        publish(checkpoint_folder, folder, experiment, data_digest)
     return folder
+
+
+def publish(checkpoint_folder: str, folder: str, experiment: config.Experiment, data_digest: str) -> None:
+    """Put the best model of a training that has ended where `model_folder` says, its history beside it."""
+    history = json.loads(read_file(checkpoint_folder, PROGRESS_FILE))["history"]
+    write_file(folder, HISTORY_FILE, json.dumps(history, indent=1).encode())
+    about = load_about(f"{checkpoint_folder}/model") | {"data_digest": data_digest}
+    about["trained_on"] = "+".join(dict.fromkeys(one.task for one in data_sets(experiment)))
+    load_model(f"{checkpoint_folder}/model").save(folder, about)
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -332,7 +337,7 @@ def _run(experiment: config.Experiment, name: str, on_row: Callable[[Metrics], N
     as if all were well; and a task can be cancelled, so that nothing trains on behind a caller who has gone on.
     """
     queue = Queue(actor_options={"num_cpus": 0})
-    data = ray.put(_load(experiment))
+    data = ray.put(load_trials(experiment))
     settings = {"experiment": config.as_table(experiment), "data": data, "queue": queue}
     task = ray.remote(num_cpus=0, max_retries=3)(_fit).remote(settings, experiment, name)
     try:
@@ -351,7 +356,7 @@ def _run(experiment: config.Experiment, name: str, on_row: Callable[[Metrics], N
         queue.shutdown(force=True)
 
 
-def _load(experiment: config.Experiment) -> TrainingData:
+def load_trials(experiment: config.Experiment) -> TrainingData:
     """All trials but the test trials, reduced in parallel, one Ray task per trial."""
     reduce = ray.remote(num_cpus=1)(_load_trial)
     sets = data_sets(experiment)

@@ -1,0 +1,66 @@
+"""Compare runs in MLflow: a table in the terminal, and table and figures in one HTML file.
+
+    python jobs/compare.py --storage storage/demo                       the newest sweep's children
+    python jobs/compare.py --storage storage/demo --best 5 --by skill_h10
+    python jobs/compare.py --uri http://mlflow:5000 --runs 3f2a... 77b1... --output mine.html
+
+Reads MLflow alone, whatever made the runs: those of --runs, else the children of --parent, else the finished ones that
+--query finds and that have the metric, else the children of the newest sweep. More of the metric is better, or, with
+--less, less of it.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tyro
+
+from tipl_ray.config import CHECKOUT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What to compare, and where to put it."""
+
+    storage: str = str(CHECKOUT / "storage" / "demo")
+    """Folder that an experiment was run in; its sqlite file is read where no server is given."""
+    uri: str | None = None
+    """MLflow tracking URI; none takes $MLFLOW_TRACKING_URI, else the storage's sqlite file."""
+    runs: tuple[str, ...] = ()
+    """Ids of the runs to compare."""
+    parent: str | None = None
+    """Id of a run whose children are compared."""
+    query: str | None = None
+    """MLflow's own filter over the runs of all experiments, such as "tags.task = 'InvertedPendulum-v4'"."""
+    by: str = "skill"
+    """The metric that the runs are sorted by and drawn with."""
+    less: bool = False
+    """Less of the metric is better, as with a loss."""
+    best: int = 0
+    """Keep so many of the best; 0 keeps all."""
+    output: Path = Path("comparison.html")
+    """HTML file with the table and the figures; one that is there is replaced."""
+
+
+def main() -> None:
+    """Read, compare, tell."""
+    chosen = tyro.cli(Comparison, description=__doc__)
+    from tipl_ray import comparison
+    from tipl_ray.stages import exit_status
+    from tipl_ray.terminal import console, format_rows, say
+    from tipl_ray.tracking import open_to_read
+
+    with exit_status():
+        client, uri = open_to_read(chosen.uri, str(Path(chosen.storage).absolute()))
+        title, rows = comparison.choose(client, chosen.runs, chosen.parent, chosen.query, chosen.by)
+        rows = comparison.by_metric(rows, chosen.by, chosen.less)[: chosen.best or None]
+        console.print(format_rows(comparison.table(rows, chosen.by), title=f"{title}, by {chosen.by}"))
+        drawn = comparison.draw(client, rows, chosen.by)
+        chosen.output.write_text(comparison.page(title, rows, chosen.by, drawn, uri), encoding="utf-8")
+        say(f"{len(rows)} runs compared in {chosen.output.absolute()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The sweep on tiny trials: one MLflow run for each child, one registered model, and the same after any kill."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+
+from tipl_ray import comparison, search_space, stages, sweep
+from tipl_ray.config import CHECKOUT, Experiment, Sweep, load_experiment
+from tipl_ray.model import is_complete, load_model
+from tipl_ray.tracking import KEY_TAG, PARENT_TAG
+from tipl_ray.training import model_folder
+from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+
+HEADER = Header(task="Line-v0", layout=(("w", (13,), 0),), config={}, versions={"mujoco": "4.0", "gymnasium": "1.4"})
+OVER = {"basis.rank": [3, 6], "model.context": [4, 8]}
+CHILDREN = {"rank=3 context=4", "rank=3 context=8", "rank=6 context=4", "rank=6 context=8"}
+JOB = [sys.executable, str(CHECKOUT / "jobs" / "sweep.py"), "--experiment", "jobs/experiments/smoke.toml"]
+
+
+def collect(storage: Path) -> None:
+    """Four trials of 41 snapshots that drift and tremble."""
+    store = TrajectoryStore(str(storage))
+    for seed in range(1, 5):
+        generator, writer = np.random.default_rng(seed), TrialWriter(store, seed, HEADER)
+        steps_TP = 0.3 * generator.standard_normal(13) + 0.1 * generator.standard_normal((41, 13))
+        for index, weights_P in enumerate(steps_TP.cumsum(axis=0).astype(np.float32)):
+            writer.append(
+                Snapshot(
+                    seed=seed,
+                    snapshot=index,
+                    iteration=index,
+                    epoch=0,
+                    env_step=index,
+                    learning_rate=3e-4,
+                    episodic_return=None,
+                    weights=weights_P,
+                    observation_mean=np.zeros(2),
+                    observation_variance=np.ones(2),
+                    observation_count=1.0,
+                )
+            )
+        writer.commit({})
+    store.finish(range(1, 5), 41)
+
+
+def experiment(storage: Path, over: dict | None = None, **settings: str | int) -> Experiment:
+    base = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+    return dataclasses.replace(base, storage=str(storage), sweep=Sweep(over=over or OVER, **settings))  # type: ignore[arg-type]
+
+
+def client_of(storage: Path) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+
+
+def sweep_of(storage: Path) -> tuple[mlflow.MlflowClient, comparison.Row, list[comparison.Row]]:
+    """The one sweep of a storage, and its children."""
+    client = client_of(storage)
+    rows = comparison.search(client, [one.experiment_id for one in client.search_experiments()])
+    (parent,) = (row for row in rows if PARENT_TAG not in row.tags)
+    return client, parent, comparison.read_children(client, parent.run_id)
+
+
+def points(client: mlflow.MlflowClient, row: comparison.Row, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(row.run_id, name)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_server() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(CHECKOUT)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    storage = tmp_path_factory.mktemp("sweep")
+    collect(storage)
+    sweep.run_sweep(experiment(storage))
+    return storage
+
+
+def test_every_child_has_one_run_under_one_parent_with_every_step_once(finished: Path) -> None:
+    client, parent, children = sweep_of(finished)
+    assert {child.name for child in children} == CHILDREN
+    assert {row.status for row in (parent, *children)} == {"FINISHED"}
+    for child in children:
+        assert [step for step, _ in points(client, child, "skill")] == [20, 40]
+        assert [step for step, _ in points(client, child, "loss")] == [20, 40]
+        steps = [child.metrics[f"skill_h{step}"] for step in range(1, 6)]
+        assert child.metrics["skill"] == pytest.approx(np.mean(steps))
+        assert {"task", "basis", "data", "mlflow.source.git.commit"} <= set(child.tags)
+    assert len({child.metrics["ridge_skill"] for child in children}) == 2, "one ridge for each context"
+    assert any(name.startswith("system/") for name in parent.metrics)
+
+
+def test_the_best_child_is_marked_and_its_registered_model_predicts(finished: Path) -> None:
+    client, parent, children = sweep_of(finished)
+    (marked,) = (child for child in children if child.tags.get("best") == "true")
+    assert marked.metrics["skill"] == max(child.metrics["skill"] for child in children)
+    assert parent.tags["best_run_id"] == marked.run_id
+    (version,) = client.search_model_versions("name = 'tipl-smoke'")
+    assert version.run_id == marked.run_id
+    mlflow.set_tracking_uri(f"sqlite:///{finished}/mlflow.db")
+    loaded = mlflow.pyfunc.load_model(parent.tags["registered_model"])
+    weights_TP = TrajectoryStore(str(finished)).trajectory(4, columns=("weights",)).weights_TP
+    assert loaded.predict({"weights": weights_TP}).shape == (1, 5, 13)
+    forecast_BHP = loaded.predict({"weights": weights_TP, "starts": [20, 30]})
+    assert forecast_BHP.shape == (2, 5, 13)
+    assert np.isfinite(forecast_BHP).all()
+
+
+def test_the_parent_has_the_figures(finished: Path) -> None:
+    client, parent, _ = sweep_of(finished)
+    names = [file.path for file in client.list_artifacts(parent.run_id, "figures")]
+    assert names == [f"figures/{name}.png" for name in ("curves", "heat_map", "parallel_coordinates")]
+
+
+def test_children_are_left_where_jobs_train_and_evaluate_look_for_them(finished: Path) -> None:
+    base = experiment(finished)
+    data = stages.data_digest(base)
+    for candidate in search_space.corners(search_space.make_space(base)):
+        child = search_space.with_fields(base, candidate)
+        folder = model_folder(child, data)
+        assert is_complete(folder)
+        assert load_model(folder).size.context == child.model.context
+
+
+def test_a_finished_sweep_is_found_and_nothing_is_done(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    before = sweep_of(finished)[1:]
+    sweep.run_sweep(experiment(finished, max_concurrent_trials=1))
+    assert "found it finished, 4 children" in capsys.readouterr().out
+    assert sweep_of(finished)[1:] == before
+
+
+def test_compare_reads_a_sweep_from_mlflow_alone(finished: Path, tmp_path: Path) -> None:
+    job = [sys.executable, "jobs/compare.py", "--storage", str(finished), "--best", "3", "--by", "skill_h1"]
+    output = tmp_path / "comparison.html"
+    said = subprocess.run([*job, "--output", str(output)], capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stderr
+    assert "3 runs compared" in said.stdout
+    page = output.read_text()
+    rows = re.findall(r"<tr><td>(\d)</td><td>(\d)</td><td>(-?[\d.,]+)</td>", page)
+    assert len(rows) == 3
+    skills = [float(skill.replace(",", "")) for *_, skill in rows]
+    assert skills == sorted(skills, reverse=True)
+    assert page.count("data:image/png;base64,") == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"metric": "skil"}, "sweep.metric='skil' is not one of skill, skill_h1"),
+        ({"over": {"basis.rank": [14]}}, "basis.rank=14 exceeds the 13 weights of a policy"),
+        ({"over": {"model.context": [36]}}, "model.context=36 + forward step 5"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_ray_starts(finished: Path, change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        sweep.make_plan(experiment(finished, **change))
+
+
+def test_a_storage_without_data_and_a_server_that_is_not_there_are_refused_before_ray_starts(
+    finished: Path, tmp_path: Path
+) -> None:
+    fields = ["--over", "basis.rank=3"]
+    for option, words in {
+        f"--storage={tmp_path / 'empty'}": "4 of 4 trials are not complete; run jobs/collect.py",
+        "--tracking.uri=http://127.0.0.1:9": "MLflow cannot be used at tracking.uri='http://127.0.0.1:9'",
+    }.items():
+        storage = [] if "storage" in option else [f"--storage={finished}"]
+        result = subprocess.run([*JOB, *fields, option, *storage], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 1
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+    assert len(list(finished.glob("sweeps/*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_three_times_ends_as_an_undisturbed_one(finished: Path, tmp_path: Path) -> None:
+    """The driver is killed with SIGKILL: once children are in MLflow, once one has a checkpoint, once one has ended."""
+    collect(tmp_path)
+    command = [*JOB, "--storage", str(tmp_path), *(f"--over={field}={a},{b}" for field, (a, b) in OVER.items())]
+    for seen in ("sweeps/*/*/checkpoint_000000", "sweeps/*/*/checkpoint_000001", "models/*/model.json"):
+        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob(seen)) and time.monotonic() < deadline and job.poll() is None:
+            time.sleep(0.02)
+        assert job.poll() is None, "the sweep ended before it could be killed"
+        os.kill(job.pid, signal.SIGKILL)
+        job.wait()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    client, _, undisturbed = sweep_of(finished)
+    killed_client, parent, killed = sweep_of(tmp_path)
+    assert {row.status for row in (parent, *killed)} == {"FINISHED"}
+    assert len({child.tags[KEY_TAG] for child in killed}) == len(killed) == 4
+    by_name = {child.name: child for child in killed}
+    for child in undisturbed:
+        for name in ("skill", "skill_h1", "skill_h5", "loss", "validation_loss", "ridge_skill", "learning_rate"):
+            assert points(killed_client, by_name[child.name], name) == points(client, child, name), (child.name, name)
+    assert len(killed_client.search_model_versions("name = 'tipl-smoke'")) == 1
+
+
+@pytest.mark.slow
+def test_optuna_with_asha_searches_other_fields_from_the_command_line_alone(tmp_path: Path) -> None:
+    collect(tmp_path)
+    command = [*JOB, "--storage", str(tmp_path), "--over", "train.learning_rate=log(1e-4,1e-1)"]
+    command += ["--over", "model.layers=1,2", "--sweep.search", "optuna", "--sweep.num-samples", "6"]
+    command += ["--sweep.scheduler", "asha", "--train.steps-per-iteration", "5"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    client, parent, children = sweep_of(tmp_path)
+    assert len(children) == 6
+    assert {child.status for child in children} == {"FINISHED"}
+    assert len({child.parameters["train.learning_rate"] for child in children}) == 6
+    early = [child for child in children if "ended_early" in child.tags]
+    for child in children:
+        steps = [step for step, _ in points(client, child, "skill")]
+        assert steps == list(range(5, steps[-1] + 1, 5))
+        assert (steps[-1] < 40) == (child in early)
+    assert float(parent.metrics["skill"]) == max(child.metrics["skill"] for child in children)

@@ -1,0 +1,81 @@
+"""Skills that can be compared: exact without the weights, on windows that every context has."""
+
+import numpy as np
+import pytest
+import torch
+
+from tipl_ray import config
+from tipl_ray.forecasting import CopyLast, Ridge, Tipl, Trial, TrialBasis, Trials, WindowTipl
+from tipl_ray.gram import Question, make_band
+from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer
+from tipl_ray.segments import Tokens, tokens_of
+from tipl_ray.temporal_svd import fit_basis
+from tipl_ray.validation import Judge
+
+STEPS = (1, 2, 5)
+NUM_SNAPSHOTS = 41
+
+
+def trajectory(seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    drift_P = 0.3 * generator.standard_normal(13)
+    steps_TP = drift_P + 0.1 * generator.standard_normal((NUM_SNAPSHOTS, 13))
+    return (steps_TP.cumsum(axis=0) + generator.standard_normal(13)).astype(np.float32)
+
+
+def trial(seed: int) -> Trial:
+    weights_TP = trajectory(seed)
+    return Trial(weights_TP=weights_TP, band=make_band(weights_TP, 17, snapshots_per_iteration=5))
+
+
+TRIALS = [trial(1), trial(2)]
+JUDGE = Judge(bands=[one.band for one in TRIALS], steps=STEPS, longest=12)
+
+
+def question(context: int) -> Question:
+    return Question(context=context, steps=STEPS, snapshots_per_iteration=5)
+
+
+def skill_from_weights(predictor: Tipl | WindowTipl | Ridge, context: int) -> np.ndarray:
+    """The same, by way of the weights themselves."""
+    error, moved = np.zeros(len(STEPS)), np.zeros(len(STEPS))
+    for one in TRIALS:
+        error += predictor.squared_errors(one, JUDGE.starts_B).sum(axis=0)
+        moved += CopyLast(question(context)).squared_errors(one, JUDGE.starts_B).sum(axis=0)
+    return 1 - error / moved
+
+
+def test_starts_are_the_same_for_every_context_and_leave_room_for_the_longest() -> None:
+    assert JUDGE.starts_B[0] == 12
+    assert JUDGE.starts_B[-1] == NUM_SNAPSHOTS - 1 - 5
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_the_papers_model_is_judged_as_its_decoded_weights_are(rank: int) -> None:
+    torch.manual_seed(0)
+    model = CausalTransformer(config.Model(context=6, embedding=16, layers=1), rank, NUM_SNAPSHOTS)
+    at_most = [tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, "trial", 8)) for i, one in enumerate(TRIALS)]
+    tokens = Tokens.stack(at_most).truncated(rank)
+    normaliser = Normaliser.fit(tokens.coordinates_NTD)
+    tipl = Tipl(question(6), model, TrialBasis(config.Basis(rank=rank)), normaliser)
+    found_H = JUDGE.token_model(model, normaliser, tokens)
+    np.testing.assert_allclose(1 - found_H, 1 - skill_from_weights(tipl, 6), rtol=1e-3)
+
+
+def test_truncated_tokens_are_those_of_the_lower_rank() -> None:
+    weights_TP = TRIALS[0].weights_TP
+    lower, higher = (tokens_of(1, weights_TP, fit_basis(weights_TP, "trial", rank)) for rank in (3, 8))
+    for name in ("coordinates_NTD", "singular_values_ND", "outside_NT", "displacement_NT"):
+        np.testing.assert_allclose(getattr(higher.truncated(3), name), getattr(lower, name), rtol=1e-3, atol=1e-4)
+
+
+def test_the_window_model_and_the_ridge_are_judged_as_their_weights_are() -> None:
+    torch.manual_seed(0)
+    model = WindowTransformer(config.Model(context=4, embedding=16, layers=1), STEPS, 5)
+    torch.nn.init.normal_(model.predict.weight, std=0.1)
+    found_H = JUDGE.window_model(model)
+    np.testing.assert_allclose(found_H, skill_from_weights(WindowTipl(question(4), model), 4), rtol=1e-5)
+    ridge, training = Ridge(question(4)), [trial(3).band, trial(4).band]
+    ridge.fit(Trials(bands=training, weights=tuple), Trials(bands=JUDGE.bands, weights=tuple))
+    np.testing.assert_allclose(JUDGE.ridge(training, 4), skill_from_weights(ridge, 4), rtol=1e-9)
+    assert JUDGE.ridge(training, 4)[0] > 0.5, "a drift is what a ridge can learn"
