@@ -5,6 +5,7 @@ The defaults are the paper's (Section 4.1) and, where the paper is silent, what 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -614,9 +615,14 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter[Experiment]:
+    return pydantic.TypeAdapter(Experiment)
+
+
 def _build(table: dict[str, Any], where: str) -> Experiment:
     try:
-        return pydantic.TypeAdapter(Experiment).validate_python(table)
+        return _adapter().validate_python(table)
     except pydantic.ValidationError as error:
         complaints = []
         for item in error.errors():

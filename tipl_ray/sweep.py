@@ -62,6 +62,8 @@ class Plan:
 
     experiment: config.Experiment
     space: Space
+    children: tuple[config.Experiment, ...]
+    """One for every combination of values and of ranges' limits."""
     data: str
     """Digest of the data set."""
 
@@ -78,11 +80,6 @@ class Plan:
     def folder(self) -> str:
         """Ray Tune's folder."""
         return f"{self.experiment.storage_path}/sweeps"
-
-    @property
-    def children(self) -> list[config.Experiment]:
-        """One for every combination of values and of ranges' limits."""
-        return [with_fields(self.experiment, candidate) for candidate in corners(self.space)]
 
     @property
     def num_children(self) -> int:
@@ -144,7 +141,8 @@ def make_plan(experiment: config.Experiment) -> Plan:
     metrics = ["skill", *(f"skill_h{step}" for step in experiment.evaluate.steps)]
     if experiment.sweep.metric not in metrics:
         raise ValueError(f"sweep.metric={experiment.sweep.metric!r} is not one of {', '.join(metrics)}")
-    plan = Plan(experiment=experiment, space=space, data=data_digest(experiment))
+    children = tuple(with_fields(experiment, candidate) for candidate in corners(space))
+    plan = Plan(experiment=experiment, space=space, children=children, data=data_digest(experiment))
     num_weights = TrajectoryStore(experiment.storage_path).header(experiment.collect.seeds[:1]).num_weights
     for child in plan.children:
         if child.basis.kind == "trial" and child.basis.rank > num_weights:
