@@ -18,6 +18,8 @@ SECTIONS = ("basis", "model", "train")
 FIXED = {
     "train.num_workers": "children train in one process each; sweep.cpus_per_trial gives them threads",
     "train.use_gpu": "sweep.gpus_per_trial gives children GPUs",
+    "train.num_seeds": "a child has one seed; vary train.seed",
+    "train.data": "children share their trials",
 }
 """Fields of those sections that say where a child is trained, and what to set instead."""
 UNUSED = {"basis.rank": ("raw", "window"), "model.clock": ("raw", "trial"), "model.phase": ("raw", "trial")}

@@ -40,6 +40,7 @@ from tipl_ray.stages import (
     open_tracker,
     run_tags,
 )
+from tipl_ray.storage import Storage, join
 from tipl_ray.terminal import ProgressView, console, duration, format_rows, say
 from tipl_ray.tracking import KEY_TAG, Run, Tracker, ui_command
 from tipl_ray.training import Training, TrainingError, load_trials, model_folder, publish, run_digest
@@ -75,11 +76,6 @@ class Plan:
             del told[field]
         told["over"] = {field: repr(entry) for field, entry in self.space.items()}
         return config.digest(run_digest(self.experiment, self.data), self.experiment.evaluate.steps, told)
-
-    @property
-    def folder(self) -> str:
-        """Ray Tune's folder."""
-        return f"{self.experiment.storage_path}/sweeps"
 
     @property
     def num_children(self) -> int:
@@ -142,6 +138,8 @@ def make_plan(experiment: config.Experiment) -> Plan:
     if experiment.sweep.metric not in metrics:
         raise ValueError(f"sweep.metric={experiment.sweep.metric!r} is not one of {', '.join(metrics)}")
     children = tuple(with_fields(experiment, candidate) for candidate in corners(space))
+    if experiment.train.data:
+        raise ValueError(f"train.data={experiment.train.data}: a sweep trains on the data set of its own storage")
     plan = Plan(experiment=experiment, space=space, children=children, data=data_digest(experiment))
     num_weights = TrajectoryStore(experiment.storage_path).header(experiment.collect.seeds[:1]).num_weights
     for child in plan.children:
@@ -238,10 +236,12 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
         grace_period=min(child.train.steps_per_iteration for child in plan.children),
         reduction_factor=REDUCTION_FACTOR,
     )
+    filesystem, path = Storage(join(plan.experiment.storage_path, "sweeps")).filesystem
     analysis = tune.run(
         trainable,
         name=plan.digest,
-        storage_path=plan.folder,
+        storage_path=path,
+        storage_filesystem=filesystem,
         config={field: _domain(entry, settings.search) for field, entry in plan.space.items()},
         num_samples=1 if settings.search == "grid" else settings.num_samples,
         search_alg=searcher if settings.search == "optuna" else None,
@@ -385,7 +385,7 @@ class SweepLog(tune.Callback):
         if not is_complete(folder):
             assert trial.checkpoint is not None, "every iteration reports a checkpoint"
             with trial.checkpoint.as_directory() as checkpoint:
-                publish(checkpoint, folder, self.plan.data)
+                publish(checkpoint, folder, child, self.plan.data)
         run.log_parameters({"model_folder": folder})
 
     def _run(self, trial: Trial, trials: list[Trial]) -> Run:
@@ -452,7 +452,7 @@ def _crown(plan: Plan, tracker: Tracker, parent: Run, best: comparison.Row, tria
     assert trial.checkpoint is not None, "a child with a metric has a checkpoint"
     run, metric = tracker.resume(best.run_id), plan.experiment.sweep.metric
     with trial.checkpoint.as_directory() as checkpoint:
-        run.log_model_folder(f"{checkpoint}/model", loader="tipl_ray.serving")
+        run.log_model_folder(join(checkpoint, "model"), loader="tipl_ray.serving")
     run.set_tags({comparison.BEST_TAG: "true"})
     told = f"{best.name}: {metric} {best.metrics[metric]:.4f}, ridge {best.metrics[f'ridge_{metric}']:.4f}"
     name = f"tipl-{plan.experiment.name}"

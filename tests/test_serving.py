@@ -1,0 +1,83 @@
+"""A logged model, loaded as MLflow's users do."""
+
+import dataclasses
+from pathlib import Path
+
+import mlflow
+import mlflow.pyfunc
+import numpy as np
+import pytest
+import torch
+
+from tipl_ray import config, tracking
+from tipl_ray.forecasting import Trial, WindowTipl
+from tipl_ray.gram import Question, make_band
+from tipl_ray.model import WindowTransformer
+
+EXPERIMENT = config.Experiment(
+    name="tiny",
+    collect=config.Collect(num_trials=4, total_env_steps=8 * 2048),
+    split=config.Split(validation_trials=1, test_trials=1),
+    basis=config.Basis(kind="window"),
+    model=config.Model(context=6, embedding=16, layers=1),
+    evaluate=config.Evaluate(horizon=2),
+)
+QUESTION = Question.of(EXPERIMENT)
+WEIGHTS_TP = np.random.default_rng(0).standard_normal((EXPERIMENT.num_snapshots, 13)).astype(np.float32).cumsum(axis=0)
+
+
+def model(experiment: config.Experiment = EXPERIMENT) -> WindowTransformer:
+    torch.manual_seed(0)
+    built = WindowTransformer(experiment.model, QUESTION.steps, QUESTION.snapshots_per_iteration)
+    torch.nn.init.normal_(built.predict.weight, std=0.1)
+    return built
+
+
+def log(storage: Path, experiment: config.Experiment) -> mlflow.pyfunc.PyFuncModel:
+    about = {"experiment": config.as_table(experiment), "basis": config.as_table(experiment.basis)}
+    model(experiment).save(str(storage / "saved"), about)
+    tracker = tracking.Tracker.open(f"sqlite:///{storage}/mlflow.db", "tiny", str(storage))
+    with tracker.run("train", "train") as run:
+        run.log_model_folder(storage / "saved", loader="tipl_ray.serving")
+    mlflow.set_tracking_uri(tracker.uri)
+    return mlflow.pyfunc.load_model(f"runs:/{run.run_id}/model")
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> mlflow.pyfunc.PyFuncModel:
+    return log(tmp_path_factory.mktemp("serving"), EXPERIMENT)
+
+
+def test_a_logged_model_forecasts_as_the_one_that_was_saved(loaded: mlflow.pyfunc.PyFuncModel) -> None:
+    band = make_band(WEIGHTS_TP, QUESTION.width, snapshots_per_iteration=QUESTION.snapshots_per_iteration)
+    starts_B = np.array([10, 30])
+    expected_BHP = WindowTipl(QUESTION, model()).forecast(Trial(weights_TP=WEIGHTS_TP, band=band), starts_B)
+    found_BHP = loaded.predict({"weights": WEIGHTS_TP, "starts": starts_B})
+    np.testing.assert_allclose(found_BHP, expected_BHP, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trial_that_goes_on_is_forecast_from_what_there_is_of_it(loaded: mlflow.pyfunc.PyFuncModel) -> None:
+    whole_BHP = loaded.predict({"weights": WEIGHTS_TP, "starts": 15})
+    np.testing.assert_allclose(loaded.predict({"weights": WEIGHTS_TP[:16]}), whole_BHP, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"weights": WEIGHTS_TP[0]}, r"weights has shape \(13,\)"),
+        ({"weights": WEIGHTS_TP[:5]}, "6 snapshots are needed before it"),
+        ({"weights": WEIGHTS_TP, "starts": 41}, "start=41 is not between"),
+    ],
+)
+def test_what_cannot_be_forecast_is_refused(loaded: mlflow.pyfunc.PyFuncModel, asked: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        loaded.predict(asked)
+
+
+def test_a_model_that_goes_by_the_learning_rate_asks_for_it(tmp_path: Path) -> None:
+    clocked = dataclasses.replace(EXPERIMENT, model=dataclasses.replace(EXPERIMENT.model, clock="learning_rate"))
+    loaded = log(tmp_path, clocked)
+    with pytest.raises(ValueError, match="learning_rates is missing"):
+        loaded.predict({"weights": WEIGHTS_TP})
+    rates_T = np.linspace(3e-4, 1e-6, len(WEIGHTS_TP))
+    assert loaded.predict({"weights": WEIGHTS_TP, "learning_rates": rates_T}).shape == (1, 2, 13)
