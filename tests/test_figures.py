@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from tipl_ray import figures
 
@@ -290,7 +291,7 @@ def sweep_cells():
         {
             "basis.rank": rank,
             "model.context": context,
-            "skill": {8: -20.0, 16: -10.0}[rank] + abs(context - 20) * -0.1 + seed,
+            "skill": {8.0: -20.0, 16.0: -10.0}[rank] + abs(context - 20) * -0.1 + seed,
             "ridge": 0.3 + context / 100,
         }
         for rank in (8.0, 16.0)
@@ -309,6 +310,7 @@ def test_heat_map_has_the_means_and_a_row_of_the_ridges():
     assert words[7] == "-9.500\n± 0.707"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["ridge", "8", "16"]
     (frame,) = axes.patches
+    assert isinstance(frame, Rectangle)
     assert frame.get_xy() == (0.5, 1.5), "the best cell is framed"
     assert "the ridge leaves 0.3" in bar.get_ylabel()
 
@@ -321,10 +323,10 @@ def test_heat_map_shows_runs_that_diverged_as_empty_cells():
 
 def test_parallel_coordinates_have_a_line_for_each_run_and_the_best_on_top():
     (axes,) = figures.parallel_coordinates(sweep_cells(), SWEEP_NAMES).axes
-    lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    lines = [line for line in axes.lines if np.size(line.get_xdata()) == 3]
     assert len(lines) == 12
     assert lines[-1].get_color() == figures.COLOURS["linear"]
-    assert lines[-1].get_ydata()[-1] == 1
+    assert np.asarray(lines[-1].get_ydata())[-1] == 1
     assert [label.get_text() for label in axes.get_xticklabels()] == ["context", "rank", "skill"]
 
 
@@ -332,8 +334,8 @@ def test_sweep_curves_have_the_best_the_median_and_the_ridge():
     curves = [((10, 20, 30), (0.0, value, value)) for value in (0.1, 0.2, 0.4)]
     figure = figures.sweep_curves(curves, curves[2], "rank=8", 0.3)
     median, best = figure.axes[0].lines[3:5]
-    assert list(median.get_ydata()) == [0.0, 0.2, 0.2]
-    assert list(best.get_ydata()) == [0.0, 0.4, 0.4]
+    assert np.asarray(median.get_ydata()).tolist() == [0.0, 0.2, 0.2]
+    assert np.asarray(best.get_ydata()).tolist() == [0.0, 0.4, 0.4]
     assert legend(figure) == ["median", "best: rank=8", "ridge, the best's context"]
 
 
@@ -341,4 +343,4 @@ def test_sweep_curves_far_below_zero_are_drawn_as_the_error_that_is_left():
     curves = [((10, 20), (-500.0, -100.0)), ((10, 20), (-300.0, -50.0))]
     (axes,) = figures.sweep_curves(curves, curves[1], "rank=8", 0.3).axes
     assert axes.get_yscale() == "log"
-    assert list(axes.lines[3].get_ydata()) == [301.0, 51.0]
+    assert np.asarray(axes.lines[3].get_ydata()).tolist() == [301.0, 51.0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import mlflow.pyfunc
@@ -33,7 +34,7 @@ def model(experiment: config.Experiment = EXPERIMENT) -> WindowTransformer:
     return built
 
 
-def log(storage: Path, experiment: config.Experiment) -> mlflow.pyfunc.PyFuncModel:
+def log(storage: Path, experiment: config.Experiment) -> Any:
     about = {"experiment": config.as_table(experiment), "basis": config.as_table(experiment.basis)}
     model(experiment).save(str(storage / "saved"), about)
     tracker = tracking.Tracker.open(f"sqlite:///{storage}/mlflow.db", "tiny", str(storage))
@@ -44,11 +45,11 @@ def log(storage: Path, experiment: config.Experiment) -> mlflow.pyfunc.PyFuncMod
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> mlflow.pyfunc.PyFuncModel:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return log(tmp_path_factory.mktemp("serving"), EXPERIMENT)
 
 
-def test_a_logged_model_forecasts_as_the_one_that_was_saved(loaded: mlflow.pyfunc.PyFuncModel) -> None:
+def test_a_logged_model_forecasts_as_the_one_that_was_saved(loaded: Any) -> None:
     band = make_band(WEIGHTS_TP, QUESTION.width, snapshots_per_iteration=QUESTION.snapshots_per_iteration)
     starts_B = np.array([10, 30])
     expected_BHP = WindowTipl(QUESTION, model()).forecast(Trial(weights_TP=WEIGHTS_TP, band=band), starts_B)
@@ -56,7 +57,7 @@ def test_a_logged_model_forecasts_as_the_one_that_was_saved(loaded: mlflow.pyfun
     np.testing.assert_allclose(found_BHP, expected_BHP, rtol=1e-5, atol=1e-5)
 
 
-def test_a_trial_that_goes_on_is_forecast_from_what_there_is_of_it(loaded: mlflow.pyfunc.PyFuncModel) -> None:
+def test_a_trial_that_goes_on_is_forecast_from_what_there_is_of_it(loaded: Any) -> None:
     whole_BHP = loaded.predict({"weights": WEIGHTS_TP, "starts": 15})
     np.testing.assert_allclose(loaded.predict({"weights": WEIGHTS_TP[:16]}), whole_BHP, rtol=1e-5, atol=1e-5)
 
@@ -69,7 +70,7 @@ def test_a_trial_that_goes_on_is_forecast_from_what_there_is_of_it(loaded: mlflo
         ({"weights": WEIGHTS_TP, "starts": 41}, "start=41 is not between"),
     ],
 )
-def test_what_cannot_be_forecast_is_refused(loaded: mlflow.pyfunc.PyFuncModel, asked: dict, words: str) -> None:
+def test_what_cannot_be_forecast_is_refused(loaded: Any, asked: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         loaded.predict(asked)
 
