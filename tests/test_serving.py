@@ -40,8 +40,10 @@ def log(storage: Path, experiment: config.Experiment) -> Any:
     tracker = tracking.Tracker.open(f"sqlite:///{storage}/mlflow.db", "tiny", str(storage))
     with tracker.run("train", "train") as run:
         run.log_model_folder(storage / "saved", loader="tipl_ray.serving")
-    mlflow.set_tracking_uri(tracker.uri)
-    return mlflow.pyfunc.load_model(f"runs:/{run.run_id}/model")
+    # `mlflow.set_tracking_uri` would set it for every test after this one.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+        return mlflow.pyfunc.load_model(f"runs:/{run.run_id}/model")
 
 
 @pytest.fixture(scope="module")

@@ -104,14 +104,16 @@ def test_every_child_has_one_run_under_one_parent_with_every_step_once(finished:
     assert any(name.startswith("system/") for name in parent.metrics)
 
 
-def test_the_best_child_is_marked_and_its_registered_model_predicts(finished: Path) -> None:
+def test_the_best_child_is_marked_and_its_registered_model_predicts(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client, parent, children = sweep_of(finished)
     (marked,) = (child for child in children if child.tags.get("best") == "true")
     assert marked.metrics["skill"] == max(child.metrics["skill"] for child in children)
     assert parent.tags["best_run_id"] == marked.run_id
     (version,) = client.search_model_versions("name = 'tipl-smoke'")
     assert version.run_id == marked.run_id
-    mlflow.set_tracking_uri(f"sqlite:///{finished}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished}/mlflow.db")
     loaded = mlflow.pyfunc.load_model(parent.tags["registered_model"])
     weights_TP = TrajectoryStore(str(finished)).trajectory(4, columns=("weights",)).weights_TP
     assert loaded.predict({"weights": weights_TP}).shape == (1, 5, 13)
