@@ -75,9 +75,10 @@ def points(client: mlflow.MlflowClient, row: comparison.Row, name: str) -> list[
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_server() -> Iterator[None]:
+def surroundings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")  # these sweeps end before ten seconds are over
         patch.chdir(CHECKOUT)
         yield
 
