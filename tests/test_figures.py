@@ -315,6 +315,17 @@ def test_heat_map_has_the_means_and_a_row_of_the_ridges():
     assert "the ridge leaves 0.3" in bar.get_ylabel()
 
 
+def test_heat_map_has_a_column_of_what_each_rank_leaves_possible():
+    cells = [cell | {"floor": {8.0: -5.25, 16.0: 0.5}[cell["basis.rank"]]} for cell in sweep_cells()]
+    (axes, _) = figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "20", "40", "true future\non the basis"]
+    words = [text.get_text() for text in axes.texts]
+    assert (words[6], words[10]) == ("-5.250", "0.500")
+    (frame,) = axes.patches
+    assert isinstance(frame, Rectangle)
+    assert frame.get_xy() == (0.5, 1.5), "the best cell is a run's, not the floor's"
+
+
 def test_heat_map_shows_runs_that_diverged_as_empty_cells():
     cells = [dict(cell, skill=-np.inf) if cell["basis.rank"] == 8 else cell for cell in sweep_cells()]
     (axes, _) = figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES).axes

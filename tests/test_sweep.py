@@ -102,6 +102,8 @@ def test_every_child_has_one_run_under_one_parent_with_every_step_once(finished:
         assert child.metrics["skill"] == pytest.approx(np.mean(steps))
         assert {"task", "basis", "data", "mlflow.source.git.commit"} <= set(child.tags)
     assert len({child.metrics["ridge_skill"] for child in children}) == 2, "one ridge for each context"
+    assert len({child.metrics["floor_skill"] for child in children}) == 2, "one floor for each rank"
+    assert all(child.metrics["skill"] < child.metrics["floor_skill"] for child in children)
     assert any(name.startswith("system/") for name in parent.metrics)
 
 

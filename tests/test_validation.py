@@ -5,7 +5,18 @@ import pytest
 import torch
 
 from tipl_ray import config
-from tipl_ray.forecasting import CopyLast, Ridge, Tipl, Trial, TrialBasis, Trials, WindowTipl
+from tipl_ray.forecasting import (
+    CopyLast,
+    Predictor,
+    Ridge,
+    SvdFloor,
+    Tipl,
+    Trial,
+    TrialBasis,
+    Trials,
+    WindowFloor,
+    WindowTipl,
+)
 from tipl_ray.gram import Question, make_band
 from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer
 from tipl_ray.segments import Tokens, tokens_of
@@ -36,7 +47,7 @@ def question(context: int) -> Question:
     return Question(context=context, steps=STEPS, snapshots_per_iteration=5)
 
 
-def skill_from_weights(predictor: Tipl | WindowTipl | Ridge, context: int) -> np.ndarray:
+def skill_from_weights(predictor: Predictor, context: int) -> np.ndarray:
     """The same, by way of the weights themselves."""
     error, moved = np.zeros(len(STEPS)), np.zeros(len(STEPS))
     for one in TRIALS:
@@ -79,3 +90,14 @@ def test_the_window_model_and_the_ridge_are_judged_as_their_weights_are() -> Non
     ridge.fit(Trials(bands=training, weights=tuple), Trials(bands=JUDGE.bands, weights=tuple))
     np.testing.assert_allclose(JUDGE.ridge(training, 4), skill_from_weights(ridge, 4), rtol=1e-9)
     assert JUDGE.ridge(training, 4)[0] > 0.5, "a drift is what a ridge can learn"
+
+
+def test_no_model_has_more_skill_than_the_true_future_on_its_basis() -> None:
+    tokens = Tokens.stack(
+        [tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, "trial", 13)) for i, one in enumerate(TRIALS)]
+    )
+    floor = SvdFloor(question(6), TrialBasis(config.Basis(rank=3)))
+    np.testing.assert_allclose(1 - JUDGE.token_floor(tokens.truncated(3)), 1 - skill_from_weights(floor, 6), rtol=1e-3)
+    np.testing.assert_allclose(JUDGE.token_floor(tokens), 1, atol=1e-6)
+    np.testing.assert_allclose(JUDGE.window_floor(6), skill_from_weights(WindowFloor(question(6)), 6), rtol=1e-9)
+    assert (JUDGE.window_floor(12) > JUDGE.window_floor(6)).all(), "more displacements span more"

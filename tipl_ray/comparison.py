@@ -123,7 +123,8 @@ def table(rows: Sequence[Row], metric: str) -> list[dict[str, str]]:
     """Cells for the terminal and the page, in the rows' order: what differs, the metric, the ridge's, what it took."""
     fields = varied(rows)
     names = short_names(fields)
-    others = {f"ridge_{metric}": "ridge", "validation_loss": "validation", "training_seconds": "seconds"}
+    others = {f"ridge_{metric}": "ridge", f"floor_{metric}": "floor"}
+    others |= {"validation_loss": "validation", "training_seconds": "seconds"}
     shown = {name: told for name, told in others.items() if any(name in row.metrics for row in rows)}
     told = all("=" in row.name for row in rows)  # a child's name is made of its fields
     return [
@@ -147,6 +148,7 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Fi
             **{field: value(row.parameters[field]) for field in fields},
             "skill": row.metrics[metric],
             "ridge": row.metrics.get(f"ridge_{metric}", math.nan),
+            "floor": row.metrics.get(f"floor_{metric}", math.nan),
         }
         for row in known
     ]
@@ -202,7 +204,7 @@ def _history(client: MlflowClient, run_id: str, metric: str) -> tuple[list[int],
 
 CAPTIONS = {
     "heat_map": "Mean over whatever else varies, with the standard deviation where there are several runs. The ridge "
-    "has a row of its own.",
+    "has a row of its own; where it is known, a column says what the true future on each line's basis has.",
     "parallel_coordinates": "Every line is a run, from the values of its fields to what it reached.",
     "curves": "Of the model that would be kept if training ended there.",
 }

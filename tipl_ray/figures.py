@@ -539,10 +539,13 @@ def sweep_heat_map(
 ) -> Figure:
     """Skill over two fields of a sweep, and the ridge's in a row of its own; the best cell is framed.
 
-    A cell is one run: its fields' values, `skill` and `ridge`. The colour is the squared error that is left, as a share
-    of copying's, so that skills far below 0 can be told apart.
+    A cell is one run: its fields' values, `skill`, `ridge` and, where it is known, `floor`, the skill of the true
+    future on the run's basis; where that is the same all along each line it has a column of its own. The colour is the
+    squared error that is left, as a share of copying's, so that skills far below 0 can be told apart.
     """
     columns, lines = (sorted({cell[field] for cell in cells}, key=_sort_key) for field in (across, up))
+    floors = [{round(cell.get("floor", math.nan), 6) for cell in cells if cell[up] == line} for line in lines]
+    has_floor = all(len(floor) == 1 and np.isfinite([*floor]).all() for floor in floors)
     means, deviations = np.full((len(lines) + 1, len(columns)), np.nan), np.zeros((len(lines) + 1, len(columns)))
     for column, value in enumerate(columns):
         chosen = [cell for cell in cells if cell[across] == value]
@@ -554,27 +557,33 @@ def sweep_heat_map(
             finite = np.asarray(group)[np.isfinite(group)]
             if len(finite):
                 means[line, column], deviations[line, column] = finite.mean(), finite.std(ddof=len(finite) > 1)
+    if has_floor:
+        means = np.column_stack([means, [math.nan, *(max(floor) for floor in floors)]])
     left = np.where(np.isfinite(means), np.maximum(1 - means, 1e-6), np.nan)
-    figure, (axes,) = _figure(1, width=2.6 + 1.7 * len(columns), height=2.2 + 0.75 * len(lines))
-    low, high, ridge = float(np.nanmin(left[1:])), float(np.nanmax(left[1:])), float(np.nanmin(left[0], initial=np.inf))
+    runs = left[1:, : len(columns)]
+    figure, (axes,) = _figure(1, width=2.6 + 1.7 * means.shape[1], height=2.2 + 0.75 * len(lines))
+    low, high, ridge = float(np.nanmin(runs)), float(np.nanmax(runs)), float(np.nanmin(left[0], initial=np.inf))
     near = low / 4 < ridge < 4 * high
     low, high = (min(low, ridge), max(high, ridge)) if near else (low, high)
     norm = LogNorm(low * 0.97, high * 1.03, clip=True)
     shown = axes.imshow(left, norm=norm, cmap="viridis_r", aspect="auto", origin="lower")
     for line, column in np.argwhere(np.isfinite(left)):
         dark = norm(left[line, column]) > 0.45
-        spread = f"\n± {_skill_text(deviations[line, column])}" if line and deviations[line, column] > 0 else ""
+        varies = line and column < len(columns) and deviations[line, column] > 0
+        spread = f"\n± {_skill_text(deviations[line, column])}" if varies else ""
         words = f"{_skill_text(means[line, column])}{spread}"
         axes.text(column, line, words, ha="center", va="center", fontsize=11, color="white" if dark else INK)
-    if np.isfinite(left[1:]).any():
-        best = np.unravel_index(np.nanargmin(left[1:]), left[1:].shape)
+    if np.isfinite(runs).any():
+        best = np.unravel_index(np.nanargmin(runs), runs.shape)
         axes.add_patch(
             Rectangle((best[1] - 0.5, best[0] + 0.5), 1, 1, fill=False, edgecolor=COLOURS["linear"], linewidth=3)
         )
     _dress(axes, f"{metric} over {names[up]} and {names[across]}", names[across], names[up])
     axes.grid(visible=False)
     axes.axhline(0.5, color="white", linewidth=4)
-    axes.set_xticks(range(len(columns)), [_value_text(value) for value in columns])
+    axes.set_xticks(range(means.shape[1]), [*map(_value_text, columns), *(["true future\non the basis"] * has_floor)])
+    if has_floor:
+        axes.axvline(len(columns) - 0.5, color="white", linewidth=4)
     axes.set_yticks(range(len(lines) + 1), ["ridge", *(_value_text(value) for value in lines)])
     bar = figure.colorbar(shown, ax=axes)
     bar.ax.yaxis.set_major_locator(FixedLocator(np.geomspace(low, high, 4).tolist()))

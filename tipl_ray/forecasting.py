@@ -390,7 +390,11 @@ class WindowFloor(Predictor):
 
     def squared_errors(self, trial: Trial, starts_B: Starts) -> NDArray[np.float64]:
         """Exact, from the Gram band alone."""
-        grams_BNN = self._windows(trial.band, starts_B)
+        return self.band_errors(trial.band, starts_B)
+
+    def band_errors(self, band: GramBand, starts_B: Starts) -> NDArray[np.float64]:
+        """As `squared_errors`, of a trial whose weights are not at hand."""
+        grams_BNN = self._windows(band, starts_B)
         return squared_errors(grams_BNN, self._coefficients(grams_BNN), self.question.steps)
 
     def _windows(self, band: GramBand, starts_B: Starts) -> NDArray[np.float64]:

@@ -270,7 +270,7 @@ def run_child(candidate: Candidate, *, table: dict[str, Any], reduced: Mapping[s
     data = own.of(experiment)
     training = Training(experiment, data, device=device)
     judge = Judge(bands=own.validation_bands, steps=experiment.evaluate.steps, longest=longest)
-    ridge = _named(judge.ridge(own.train_bands, experiment.model.context), judge.steps, "ridge_skill")
+    levels = _levels(judge, own.train_bands, data, experiment.model.context)
     checkpoint = tune.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -281,13 +281,22 @@ def run_child(candidate: Candidate, *, table: dict[str, Any], reduced: Mapping[s
             with tempfile.TemporaryDirectory() as folder:
                 training.save(folder)
                 tune.report(
-                    {**metrics, "history": training.history, "ridge": ridge, "peak_memory_mb": _peak_memory_mb()},
+                    {**metrics, "history": training.history, "levels": levels, "peak_memory_mb": _peak_memory_mb()},
                     checkpoint=tune.Checkpoint.from_directory(folder),
                 )
     except TrainingError as error:
         # Tried again, it would diverge again: this is a result, and the worst there is.
         worst = dict.fromkeys(_named(np.zeros(len(judge.steps)), judge.steps, "skill"), -np.inf)
-        tune.report({**worst, "step": training.step, "history": training.history, "ridge": ridge, "error": str(error)})
+        tune.report(
+            {**worst, "step": training.step, "history": training.history, "levels": levels, "error": str(error)}
+        )
+
+
+def _levels(judge: Judge, training: Sequence[GramBand], data: TrainingData, context: int) -> dict[str, float]:
+    """What a child's skill has to be seen beside: the ridge's, and that of its basis, which no model on it exceeds."""
+    ridge_H = judge.ridge(training, context)
+    floor_H = judge.token_floor(data.validation) if isinstance(data.validation, Tokens) else judge.window_floor(context)
+    return _named(ridge_H, judge.steps, "ridge_skill") | _named(floor_H, judge.steps, "floor_skill")
 
 
 def _judged(judge: Judge, training: Training, data: TrainingData) -> dict[str, float]:
@@ -364,7 +373,7 @@ class SweepLog(tune.Callback):
         run, result = self._run(trial, trials), trial.last_result or {}
         self._log(run, result)
         history, child = result.get("history", []), with_fields(self.plan.experiment, trial.config)
-        run.log_metrics({**result.get("ridge", {}), "peak_memory_mb": result.get("peak_memory_mb")})
+        run.log_metrics({**result.get("levels", {}), "peak_memory_mb": result.get("peak_memory_mb")})
         run.log_metrics({"training_seconds": sum(_seconds(history)) or None})
         whole = trial.status == Trial.TERMINATED and "error" not in result
         if whole and history and history[-1]["step"] == child.train.num_steps:
@@ -417,7 +426,7 @@ class SweepLog(tune.Callback):
                 "": trial.status.lower(),
                 "step": f"{result.get('step', 0):,}",
                 metric: comparison.number(result.get(metric)),
-                "ridge": comparison.number(result.get("ridge", {}).get(f"ridge_{metric}")),
+                "ridge": comparison.number(result.get("levels", {}).get(f"ridge_{metric}")),
             }
             for trial, result in zip(trials, results, strict=True)
         ]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tipl_ray.forecasting import CopyLast, Ridge, Trials, WindowTipl
+from tipl_ray.forecasting import CopyLast, Ridge, Trials, WindowFloor, WindowTipl
 from tipl_ray.gram import GramBand, Question
 from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer
 from tipl_ray.segments import Tokens
@@ -48,6 +48,16 @@ class Judge:
         ridge = Ridge(question)
         ridge.fit(Trials(bands=training, weights=tuple), Trials(bands=self.bands, weights=tuple))
         return self._skills(sum(ridge.band_errors(band, self.starts_B).sum(axis=0) for band in self.bands))
+
+    def window_floor(self, context: int) -> NDArray[np.float64]:
+        """Skill of the true future, projected on each window's displacements: no model with this context has more."""
+        floor = WindowFloor(self._question(context))
+        return self._skills(sum(floor.band_errors(band, self.starts_B).sum(axis=0) for band in self.bands))
+
+    def token_floor(self, tokens: Tokens) -> NDArray[np.float64]:
+        """Skill of the true future, projected on the trials' bases: no model of this SVD rank has more; (H,)."""
+        future_BH = self.starts_B[:, None] + np.asarray(self.steps)
+        return self._skills(sum(outside_T[future_BH].sum(axis=0) for outside_T in tokens.outside_NT))
 
     def window_model(self, model: WindowTransformer, device: torch.device | str = "cpu") -> NDArray[np.float64]:
         """Skill of a model on the basis `window`; (H,)."""
