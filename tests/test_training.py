@@ -119,6 +119,18 @@ def without_time(history: list[training.Metrics]) -> list[training.Metrics]:
 
 
 @both_bases
+def test_training_in_bfloat16_learns_as_in_float32_and_is_validated_in_float32(kind):
+    exact, halved = of_kind(kind), of_kind(kind, precision="bfloat16")
+    assert [row["validation_loss"] for row in exact.iterations()] == pytest.approx(
+        [row["validation_loss"] for row in halved.iterations()], rel=0.02
+    )
+    assert not torch.equal(*(next(run.model.blocks.parameters()) for run in (exact, halved)))
+    assert {parameter.dtype for parameter in halved.model.parameters()} == {torch.float32}
+    halved.model.load_state_dict(exact.model.state_dict())
+    assert halved.objective.validate() == exact.objective.validate()
+
+
+@both_bases
 def test_training_lowers_the_loss_and_is_the_same_twice(kind: Literal["trial", "window"]):
     # Next tokens are easily foretold; of a random walk's next displacements there is only something to learn by heart.
     schedule = {"trial": {"num_steps": 100, "learning_rate": 1e-3}, "window": {"num_steps": 200, "learning_rate": 1e-2}}

@@ -225,6 +225,9 @@ class Train:
     """The learning rate after the warm-up: constant, or falling to 0 at the last step on half a cosine."""
     max_gradient_norm: float = 0.25
     """Limit of the gradient's norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products inside the Transformer's blocks while it trains; all else, and validation, is float32.
+    `bfloat16` takes half the time where the processor or GPU has instructions for it, and is slow where not."""
     joined_windows: float = 0.0
     """Basis `window`: share of a batch's windows that are put beside others, so that each stands for a policy that is
     made of several."""

@@ -100,6 +100,22 @@ class Block(nn.Module):
         return functional.dropout(hidden_BKE, self.dropout, self.training)
 
 
+class Blocks(nn.ModuleList):
+    """GPT-2 blocks one after the other; while training with `in_bfloat16` their matrix products are of bfloat16."""
+
+    in_bfloat16 = False
+
+    def __init__(self, size: config.Model):
+        super().__init__(Block(size) for _ in range(size.layers))
+
+    def forward(self, hidden_BKE: Tensor) -> Tensor:
+        """(B, K, E) to (B, K, E); what is carried from block to block stays float32."""
+        with torch.autocast(hidden_BKE.device.type, torch.bfloat16, enabled=self.in_bfloat16 and self.training):
+            for block in self:
+                hidden_BKE = block(hidden_BKE)
+        return hidden_BKE
+
+
 class CausalTransformer(nn.Module):
     """The causal Transformer (Section 3.3) for tokens of D numbers and trajectories of up to `max_snapshots`."""
 
@@ -109,7 +125,7 @@ class CausalTransformer(nn.Module):
         self.embed_token = nn.Linear(token_size, size.embedding)
         self.embed_snapshot = nn.Embedding(max_snapshots, size.embedding)
         self.embedding_norm = nn.LayerNorm(size.embedding)
-        self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
+        self.blocks = Blocks(size)
         self.final_norm = nn.LayerNorm(size.embedding)
         self.predict = nn.Linear(size.embedding, token_size)
         self.apply(_initialise)
@@ -121,9 +137,7 @@ class CausalTransformer(nn.Module):
         """
         embedded_BKE = self.embed_token(tokens_BKD) + self.embed_snapshot(snapshots_BK)
         hidden_BKE = functional.dropout(self.embedding_norm(embedded_BKE), self.size.dropout, self.training)
-        for block in self.blocks:
-            hidden_BKE = block(hidden_BKE)
-        return self.predict(self.final_norm(hidden_BKE))
+        return self.predict(self.final_norm(self.blocks(hidden_BKE)))
 
     @torch.no_grad()
     def forecast(self, tokens_BKD: Tensor, snapshots_BK: Tensor, horizon: int) -> Tensor:
@@ -230,7 +244,7 @@ class WindowTransformer(nn.Module):
         self.embed_position = nn.Embedding(size.context, size.embedding)
         self.embed_phase = nn.Embedding(num_phases, size.embedding)
         self.embed_clock = nn.Linear(CLOCK_SIZE, size.embedding, bias=False)
-        self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
+        self.blocks = Blocks(size)
         self.final_norm = nn.LayerNorm(size.embedding)
         self.predict = nn.Linear(size.embedding, len(steps))
         self.weigh = nn.Linear(size.embedding, len(steps) * (1 + len(CONTEXT_PENALTIES)))
@@ -260,9 +274,7 @@ class WindowTransformer(nn.Module):
             clock_B = progress_B if self.size.clock == "progress" else 1.0 - learning_rates_B
             hidden_BKE = hidden_BKE + self.embed_clock(_clock_features(clock_B.float()))[:, None]
         hidden_BKE = functional.dropout(hidden_BKE, self.size.dropout, self.training)
-        for block in self.blocks:
-            hidden_BKE = block(hidden_BKE)
-        hidden_BKE = self.final_norm(hidden_BKE)
+        hidden_BKE = self.final_norm(self.blocks(hidden_BKE))
         fitted_BH1K, own_BHRK = self.ridge_QHK[phases_B][:, :, None], self.context_ridge(grams_BKK, CONTEXT_PENALTIES)
         # The last token alone has seen them all.
         shares_BH1R = self.weigh(hidden_BKE[:, -1]).unflatten(-1, (len(self.steps), 1, -1))

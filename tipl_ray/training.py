@@ -67,6 +67,7 @@ class Training:
         torch.manual_seed(self.config.seed)
         self.objective = make_objective(experiment, data, device)
         self.model = self.objective.model
+        self.model.blocks.in_bfloat16 = self.config.precision == "bfloat16"
         self.best = copy.deepcopy(self.model)
         self._distributed = distribute(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=self.config.weight_decay, fused=True)
