@@ -103,6 +103,17 @@ def test_the_command_line_overrides_the_file() -> None:
     assert experiment.storage_path.endswith("storage/demo")
 
 
+def test_the_storage_may_name_variables_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("TIPL_STORAGE", "s3://bucket/prefix")
+    assert parse_arguments("A job.", ["--storage", "$TIPL_STORAGE/demo"]).storage_path == "s3://bucket/prefix/demo"
+    monkeypatch.delenv("TIPL_STORAGE")
+    with pytest.raises(SystemExit):
+        parse_arguments("A job.", ["--storage", "$TIPL_STORAGE/demo"])
+    assert "storage='$TIPL_STORAGE/demo': the environment of the job has no TIPL_STORAGE" in capsys.readouterr().err
+
+
 def test_the_preset_on_the_command_line_sets_the_defaults_before_other_overrides(tmp_path: Path) -> None:
     path = write(
         tmp_path,

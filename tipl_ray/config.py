@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -582,10 +584,18 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> Exp
     usage = f"{description}\n\n--experiment FILE   TOML file with the experiment, read first; now {path}"
     experiment = tyro.cli(Experiment, default=loaded, args=arguments, description=usage)
     try:
-        return experiment.check()
+        return dataclasses.replace(experiment, storage=_with_variables(experiment.storage)).check()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _with_variables(storage: str | None) -> str | None:
+    """With $NAME as the environment has it: `ray job submit` quotes its command, so that no shell has seen to that."""
+    expanded = os.path.expandvars(storage) if storage else storage
+    if expanded and (unknown := re.search(r"\$\{?(\w+)", expanded)):
+        raise ValueError(f"storage={storage!r}: the environment of the job has no {unknown[1]}")
+    return expanded
 
 
 def take_option(arguments: list[str], option: str) -> str | None:

@@ -24,7 +24,7 @@ from tipl_ray.config import CHECKOUT, Experiment, as_table, digest
 from tipl_ray.evaluation import Evaluation, evaluate
 from tipl_ray.learner import choose_engine
 from tipl_ray.placement import GroupProgress
-from tipl_ray.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
+from tipl_ray.storage import Storage, StoreError, file_exists, join, last_name, local_folder, read_file, write_file
 from tipl_ray.tasks import find_task
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, TrackingError, ui_command
@@ -206,10 +206,12 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
 def check_job(experiment: Experiment) -> None:
     """Raise ValueError for a task that is not known and for a storage that would be lost with a submitted job."""
     find_task(experiment.collect.task)
-    if experiment.storage is None and SUBMITTED in os.environ:
+    folder = local_folder(experiment.storage_path)
+    if SUBMITTED in os.environ and folder and folder.is_relative_to(CHECKOUT):
+        problem = "is not set" if experiment.storage is None else f"lies in it, {experiment.storage!r}"
         raise ValueError(
-            "storage is not set, and the checkout that a submitted job runs in is thrown away with the job: give "
-            "--storage, a folder that all nodes see"
+            f"the checkout that a submitted job runs in is thrown away with the job, and storage {problem}: give "
+            "--storage, a folder that all nodes see, or a bucket"
         )
 
 
