@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +14,18 @@ import pytest
 import ray
 from machine import own_processes
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from cluster import measure_driver
 from tipl_ray import collection
-from tipl_ray.collection import GroupCollector, collect, pending_seeds, seat_resources
+from tipl_ray.collection import (
+    LOOK_SECONDS,
+    MESSAGES_PER_SECOND,
+    GroupCollector,
+    collect,
+    pending_seeds,
+    seat_resources,
+)
 from tipl_ray.config import CHECKOUT, Experiment, load_experiment
 from tipl_ray.learner import choose_engine
 from tipl_ray.placement import GroupProgress
@@ -123,6 +134,14 @@ def test_killed_actors_are_restarted_and_the_data_is_the_same(cluster: None, tmp
     assert store.digest() == expected
     assert pending_seeds(disturbed, store) == []
     assert max(progress.env_steps for progress in seen) == 2 * 30_720
+
+
+def test_ten_thousand_groups_are_driven_over_real_calls(cluster: None) -> None:
+    crew, seconds_per_message, seconds_per_look = measure_driver(10_000, slices=3)
+    # One that the actor is there, one that it has started, three of progress, of which the last two told of commits.
+    assert (crew.messages, crew.commits) == (10_000 * 5, 10_000 * 2)
+    assert seconds_per_message < 1 / MESSAGES_PER_SECOND
+    assert seconds_per_look < LOOK_SECONDS
 
 
 def test_trials_on_gpus_are_refused_where_there_is_none(cluster: None, tmp_path: Path) -> None:

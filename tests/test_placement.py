@@ -56,7 +56,9 @@ class MadeUpCluster:
             mine = self.live[seat]
             if order is Order.START:
                 mine.clear()
-                mine |= {seed: self.committed[seed] for seed in self.placement.group(seat).seeds}
+                group = self.placement.group(seat)
+                assert group
+                mine |= {seed: self.committed[seed] for seed in group.seeds}
             elif order is Order.ADVANCE:
                 for _ in range(iterations):
                     self.iterate(mine)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import sqlite3
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,13 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from tipl_ray.collection import GroupCollector
 from tipl_ray.config import CHECKOUT, Experiment, load_experiment
 from tipl_ray.learner import choose_engine
+from tipl_ray.stages import SUBMITTED, check_job
 from tipl_ray.trajectory_store import TrajectoryStore
 
 SMOKE = CHECKOUT / "jobs" / "experiments" / "smoke.toml"
+METRICS = [
+    f"ray_tipl_{name}" for name in ("env_steps_total", "commits_total", "committed_bytes_total", "env_steps_per_second")
+]
 
 
 @dataclasses.dataclass
@@ -50,6 +55,11 @@ class Client:
         with urllib.request.urlopen(urllib.request.Request(self.head.dashboard + path, headers=headers)) as answer:
             return json.load(answer)
 
+    def scrape(self) -> str:
+        """What Prometheus would read."""
+        with urllib.request.urlopen(self.head.metrics) as answer:
+            return answer.read().decode()
+
     def processes(self) -> dict[int, str]:
         """Process -> command line, of the head, its children, their children and so on."""
         parents, lines = {}, {}
@@ -65,7 +75,7 @@ class Client:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with short_folder() as folder, ray_head(folder) as head:
+    with short_folder() as folder, ray_head(folder, {"RAY_metrics_report_interval_ms": "1000"}) as head:
         headers = {"Authorization": f"Bearer {head.token}"}
         yield Client(head, JobSubmissionClient(head.dashboard, headers=headers))
 
@@ -88,6 +98,12 @@ def shrunk(folder: Path, total_env_steps: int) -> Experiment:
     experiment = load_experiment(SMOKE)
     collect = dataclasses.replace(experiment.collect, total_env_steps=total_env_steps)
     return dataclasses.replace(experiment, storage=str(folder), collect=collect)
+
+
+def statuses(storage: Path) -> dict[str, str]:
+    """MLflow run -> status."""
+    with contextlib.closing(sqlite3.connect(storage / "mlflow.db")) as connection:
+        return dict(connection.execute("select name, status from runs"))
 
 
 def test_without_the_token_nothing_is_answered(client: Client) -> None:
@@ -120,28 +136,49 @@ def test_a_users_mistake_is_one_line_and_exit_code_1(client: Client, tmp_path: P
     assert "Traceback" not in logs
 
 
+def test_a_storage_that_would_be_thrown_away_with_the_job_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = load_experiment(SMOKE)
+    check_job(experiment)
+    monkeypatch.setenv(SUBMITTED, "{}")
+    check_job(dataclasses.replace(experiment, storage="s3://bucket/mine"))
+    for storage, words in (
+        (None, "storage is not set"),
+        (f"{CHECKOUT}/mine", f"storage lies in it, '{CHECKOUT}/mine'"),
+    ):
+        with pytest.raises(ValueError, match=f"thrown away with the job, and {words}"):
+            check_job(dataclasses.replace(experiment, storage=storage))
+
+
 @pytest.mark.slow
-def test_a_stopped_job_leaves_no_process_and_good_data_and_goes_on_when_submitted_again(
+def test_a_stopped_pipeline_leaves_no_process_and_good_data_and_is_completed_when_submitted_again(
     client: Client, tmp_path: Path
 ) -> None:
     storage, steps = tmp_path / "stopped", 102_400
     before = client.processes()
     # A commit every 3 iterations of 256 steps: the job is stopped in the middle of its trials.
     overrides = ["--collect.total-env-steps", str(steps)]
-    job = client.submit("collect", storage, *overrides)
+    job = client.submit("pipeline", storage, *overrides)
     until(lambda: len(list(storage.glob("commits/trial=*/commit-*.json"))) > 4, 200)
     actors = client.get("/api/v0/actors?detail=1")["data"]["result"]["result"]
     named = {actor["name"] for actor in actors if actor["class_name"] == "GroupCollector"}
     assert {"collect smoke 1", "collect smoke 2"} <= named
+    assert statuses(storage) == {"smoke": "RUNNING"}
+    until(
+        lambda: all(re.search(rf'^{name}{{.*experiment="smoke".*}} [1-9]', client.scrape(), re.M) for name in METRICS),
+        60,
+    )
     assert client.jobs.stop_job(job)
     assert "interrupted: run the same command again" in client.wait(job, JobStatus.STOPPED)
     until(lambda: not working(client.processes(), before, storage), 60)
+    assert statuses(storage) == {"smoke": "KILLED"}
     assert not (storage / "commits" / "_SUCCESS").exists()
     store = TrajectoryStore(str(storage))
     committed = [store.verify(seed).num_snapshots for seed in store.seeds()]
     assert 0 < max(committed) < shrunk(storage, steps).num_snapshots
-    logs = client.wait(client.submit("collect", storage, *overrides), JobStatus.SUCCEEDED)
+    logs = client.wait(client.submit("pipeline", storage, *overrides), JobStatus.SUCCEEDED)
     assert store.finished()
     assert store.digest() == expected_digest(tmp_path / "expected", steps)
+    assert statuses(storage) == dict.fromkeys(("smoke", "collect", "train", "evaluate"), "FINISHED")
+    assert list(storage.glob("evaluations/*/report.html"))
     assert re.search(r"^time=\S+ event=start actor=\d trials=1-2$", logs, re.MULTILINE), logs
     assert re.search(r"event=commit trials=\S+ iteration=\d+ bytes=\d+ seconds=", logs)

@@ -197,7 +197,11 @@ def _run(
         [dataclasses.replace(trial, seeds=tuple(g), total_env_steps=len(g) * trial.total_env_steps) for g in groups],
         divisible=not trials_per_actor,
     )
-    crew = _Crew(experiment, engine)
+    drive(placement, Crew(experiment, engine), on_progress)
+
+
+def drive(placement: Placement, crew: "Crew", on_progress: Callable[[list[GroupProgress]], None]) -> None:
+    """Bring a placement's trials to their end, and what its actors say to the placement."""
     try:
         while not placement.finished:
             if crew.looked_seconds_ago() >= LOOK_SECONDS:
@@ -211,7 +215,7 @@ def _run(
         crew.dismiss()
 
 
-class _Crew:
+class Crew:
     """The actors on a placement's seats, each with at most one call under way."""
 
     def __init__(self, experiment: Experiment, engine: str) -> None:
@@ -224,9 +228,12 @@ class _Crew:
         )(GroupCollector)
         self._actors: dict[int, Any] = {}
         self._calls: dict[ray.ObjectRef, int] = {}
+        """Calls under way -> their seats."""
+        self._last_calls: dict[int, ray.ObjectRef] = {}
         self._looked = -math.inf
 
     def looked_seconds_ago(self) -> float:
+        """How old the last look is; infinite before the first."""
         return time.monotonic() - self._looked
 
     def look(self, placement: Placement) -> None:
@@ -237,7 +244,7 @@ class _Crew:
         opened, closed = placement.balance()
         for seat in opened:
             self._actors[seat], call = self._open(seat)
-            self._calls[call] = seat
+            self._await(seat, call)
         for seat in closed:
             self._end(seat)
 
@@ -248,14 +255,15 @@ class _Crew:
             self._end(seat)
             return
         if order is Order.START:
-            seeds = placement.group(seat).seeds
-            log_event("start", actor=seat, trials=name_trials(seeds))
-            call = actor.start.remote(seeds)
+            group = placement.group(seat)
+            assert group, "who is to start has a group"
+            log_event("start", actor=seat, trials=name_trials(group.seeds))
+            call = actor.start.remote(group.seeds)
         elif order is Order.TO_COMMIT:
             call = actor.advance.remote(0.0, to_commit=True)
         else:
             call = actor.advance.remote(max(SLICE_SECONDS, placement.num_seats() / MESSAGES_PER_SECOND))
-        self._calls[call] = seat
+        self._await(seat, call)
 
     def listen(self, placement: Placement) -> None:
         """Wait for an actor's answer, for a while, and pass on all the answers that are there."""
@@ -268,8 +276,9 @@ class _Crew:
                 answer = ray.get(call)
             except ray.exceptions.RayActorError as error:
                 self._end(seat)
-                losses = placement.lost(seat)
-                log_event("lost", actor=seat, losses=losses, cause=str(error).splitlines()[0])
+                group, losses = placement.group(seat), placement.lost(seat)
+                work = {"trials": name_trials(group.seeds), "again": group.uncommitted_env_steps} if group else {}
+                log_event("lost", actor=seat, losses=losses, **work, cause=str(error).splitlines()[0])
                 if losses >= LOSSES or error.actor_init_failed:
                     raise
             except ray.exceptions.RayTaskError as error:
@@ -284,6 +293,7 @@ class _Crew:
                     log_event("actor", actor=seat, node=answer)
 
     def dismiss(self) -> None:
+        """End all actors."""
         for seat in list(self._actors):
             self._end(seat)
 
@@ -294,7 +304,10 @@ class _Crew:
 
     def _end(self, seat: int) -> None:
         ray.kill(self._actors.pop(seat))
-        self._calls = {call: other for call, other in self._calls.items() if other != seat}
+        self._calls.pop(self._last_calls.pop(seat), None)
+
+    def _await(self, seat: int, call: ray.ObjectRef) -> None:
+        self._calls[call], self._last_calls[seat] = seat, call
 
 
 def _node(collector: GroupCollector) -> str:

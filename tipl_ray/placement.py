@@ -120,11 +120,9 @@ class Placement:
         running = [seat.group for seat in self._seats.values() if seat.group]
         return [*self._done, *running, *self._waiting]
 
-    def group(self, seat: int) -> GroupProgress:
-        """The group of a seat that has one."""
-        group = self._seats[seat].group
-        assert group is not None
-        return group
+    def group(self, seat: int) -> GroupProgress | None:
+        """The group of a seat, as it was when its actor last answered."""
+        return self._seats[seat].group
 
     def num_seats(self) -> int:
         """Seats, whether their actors have answered yet or not."""

@@ -1,0 +1,295 @@
+"""How long collections take on a cluster, calculated from what is measured here, and where the first bottleneck is.
+
+Measured here: an actor's rate by the number of trials that it stacks, the time of a commit, the driver's time per
+message and per look at the whole while it drives up to 10,000 groups, and its time per trial to find out what is
+committed and to verify it at the end. All of it by CPU time, so that other work on the machine counts for less. Real
+collections on one and two actors check the calculation, by CPU time and by the clock. Calculated: 50 trials on 1, 2, 64
+and 512 cores, and 10,000 trials on 512.
+
+    python benchmarks/cluster.py [--groups 10000] [--iterations 60]
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from machine import own_processes  # noqa: E402
+
+from tipl_ray.collection import (  # noqa: E402
+    MESSAGES_PER_SECOND,
+    SLICE_SECONDS,
+    Crew,
+    GroupCollector,
+    collect,
+    drive,
+    pending_seeds,
+    trial_header,
+)
+from tipl_ray.config import Collect, Experiment  # noqa: E402
+from tipl_ray.learner import choose_engine  # noqa: E402
+from tipl_ray.placement import GroupProgress, Placement  # noqa: E402
+from tipl_ray.terminal import console, format_rows  # noqa: E402
+from tipl_ray.trajectory_store import Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
+
+START_SECONDS = 5.0
+"""From asking for an actor on a running node to its first iteration."""
+PUTS_PER_COMMIT = 3
+"""Part, state, record; an object store's requests that it may limit."""
+PENDULUM = Collect()
+CHEETAH = Collect(task="HalfCheetah-v4", total_env_steps=2_000_000, policy_hidden=(256, 256))
+SIZES = {"InvertedPendulum-v4 8-8": (PENDULUM, (1, 2, 12, 24)), "HalfCheetah-v4 256-256": (CHEETAH, (1, 2, 5, 10))}
+"""Task -> its trials, and the stacks of them that are measured; real actors run the last two, one and two of them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Costs:
+    """What one task's trials cost an actor."""
+
+    rates: dict[int, float]
+    """Trials of an actor -> env steps per second, commits left out."""
+    commit_seconds: float
+    """Of one trial's commit."""
+
+    def rate(self, collect: Collect, size: int) -> float:
+        """Env steps per second of an actor of so many trials, commits included."""
+        known = sorted(self.rates)
+        alone = float(np.interp(size, known, [self.rates[k] for k in known]))
+        return 1 / (1 / alone + self.commit_seconds / (collect.iterations_per_commit * 2048))
+
+
+def experiment_of(collect: Collect, storage: str, **fields: Any) -> Experiment:
+    """Trials of a task in a storage."""
+    return Experiment(name="cluster", storage=storage, collect=dataclasses.replace(collect, **fields))
+
+
+def measure_group(collect: Collect, size: int, storage: str) -> tuple[float, float]:
+    """(env steps per second without commits, seconds of a trial's commit), of CPU time."""
+    experiment = experiment_of(collect, storage, num_trials=size)
+    collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), experiment.collect.seeds)
+    seconds = []
+    for _ in range(collect.iterations_per_commit):
+        begin = time.process_time()
+        collector._run_iteration()
+        seconds.append(time.process_time() - begin)
+    # The last of them committed every trial.
+    usual = statistics.median(seconds[1:-1])
+    return size * experiment.ppo.num_steps / usual, max(0.0, seconds[-1] - usual) / size
+
+
+def measure_collection(collect_config: Collect, size: int, actors: int, storage: str) -> tuple[float, float]:
+    """Env steps per second of CPU time and by the clock, of a real collection once all its actors run."""
+    experiment = experiment_of(collect_config, storage, num_trials=size * actors, trials_per_actor=size)
+    samples: list[tuple[int, float, float]] = []
+
+    def sample(groups: list[GroupProgress]) -> None:
+        if all(group.env_steps for group in groups):
+            cpu = sum(map(cpu_seconds, own_processes("ray::GroupCollector")))
+            samples.append((sum(group.env_steps for group in groups), cpu, time.monotonic()))
+
+    collect(experiment, sample)
+    # Without the end, where one actor may be done before the other.
+    first, last = samples[0], [one for one in samples if one[0] < 0.95 * samples[-1][0]][-1]
+    steps, cpu, clock = (b - a for a, b in zip(first, last, strict=True))
+    return steps / cpu, steps / clock
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class _Answers:
+    """An actor that stands for thousands: answers at once with whatever progress it is handed."""
+
+    def answer(self, value: Any) -> Any:
+        return value
+
+
+class SimulatedCrew(Crew):
+    """A crew whose actors are stand-ins: every message is a real Ray call, and none takes time to compute."""
+
+    def __init__(self, experiment: Experiment, slices: int):
+        """Groups end after so many slices of work, and commit after every second."""
+        super().__init__(experiment, "torch")
+        self._pool: Any = ray.remote(num_cpus=0)(_Answers).remote()
+        self.slices = slices
+        self.messages = self.commits = 0
+        self.looks: list[float] = []
+
+    def look(self, placement: Placement) -> None:
+        """See to the whole, by the clock of this process' CPU time."""
+        begin = time.process_time()
+        super().look(placement)
+        self.looks.append(time.process_time() - begin)
+
+    def call(self, progress: GroupProgress) -> ray.ObjectRef:
+        """One message: how far a group is, and whether it has committed all that it ran."""
+        self.messages += 1
+        self.commits += bool(progress.env_steps) and not progress.uncommitted_env_steps
+        return self._pool.answer.remote(progress)
+
+    def _open(self, seat: int) -> tuple[Any, ray.ObjectRef]:
+        self.messages += 1
+        return _StandIn(self), self._pool.answer.remote("node")
+
+    def _end(self, seat: int) -> None:
+        del self._actors[seat]
+        self._calls.pop(self._last_calls.pop(seat), None)
+
+
+class _StandIn:
+    """Looks to the crew like an actor's handle; its group gets one slice further with every call."""
+
+    def __init__(self, crew: SimulatedCrew):
+        self._crew, self._done = crew, 0
+        self._seeds: tuple[int, ...] = ()
+        self.start, self.advance = self, self
+
+    def remote(self, work: Sequence[int] | float, to_commit: bool = False) -> ray.ObjectRef:
+        if isinstance(work, float):
+            self._done = min(self._done + 1, self._crew.slices)
+        else:
+            self._seeds, self._done = tuple(work), 0
+        at_commit = to_commit or self._done % 2 == 0 or self._done == self._crew.slices
+        return self._crew.call(
+            GroupProgress(
+                seeds=self._seeds,
+                env_steps=self._done * len(self._seeds),
+                total_env_steps=self._crew.slices * len(self._seeds),
+                uncommitted_env_steps=0 if at_commit else len(self._seeds),
+            )
+        )
+
+
+def measure_driver(num_groups: int, slices: int) -> tuple[SimulatedCrew, float, float]:
+    """(the crew, CPU seconds of the driver per message and per look), over the whole life of the groups."""
+    groups = [
+        GroupProgress(seeds=(2 * n, 2 * n + 1), env_steps=0, total_env_steps=2 * slices) for n in range(num_groups)
+    ]
+    crew = SimulatedCrew(experiment_of(PENDULUM, "/nowhere"), slices)
+    placement = Placement(groups, divisible=False, seats_ahead=num_groups)
+    begin = time.process_time()
+    drive(placement, crew, lambda groups: None)
+    busy = time.process_time() - begin - sum(crew.looks)
+    return crew, busy / crew.messages, statistics.median(crew.looks)
+
+
+def measure_store(collect: Collect, storage: str, num_trials: int, num_commits: int) -> tuple[float, float]:
+    """CPU seconds of the driver for each trial, to find out what is committed and to verify it; on a local disk."""
+    experiment = experiment_of(collect, storage, num_trials=num_trials)
+    store, header = TrajectoryStore(storage), trial_header(experiment, "torch")
+    weights = np.random.default_rng(0).standard_normal(header.num_weights, dtype=np.float32)
+    template = Snapshot(
+        seed=0,
+        snapshot=0,
+        iteration=0,
+        epoch=0,
+        env_step=0,
+        learning_rate=1e-3,
+        episodic_return=None,
+        weights=weights,
+        observation_mean=np.zeros(4),
+        observation_variance=np.ones(4),
+        observation_count=1.0,
+    )
+    per_commit = collect.iterations_per_commit * experiment.ppo.num_epochs // collect.epochs_per_snapshot
+    for seed in experiment.collect.seeds:
+        writer = TrialWriter(store, seed, header)
+        for number in range(num_commits * per_commit):
+            moved = weights + np.float32(1e-3 * number)
+            writer.append(dataclasses.replace(template, seed=seed, snapshot=number, weights=moved))
+            if (number + 1) % per_commit == 0:
+                writer.commit({"x": np.zeros(1)})
+    begin = time.process_time()
+    assert len(pending_seeds(experiment, store)) == num_trials
+    found = time.process_time()
+    store.verify_all(experiment.collect.seeds, num_commits * per_commit)
+    return (found - begin) / num_trials, (time.process_time() - found) / num_trials
+
+
+def calculate(collect: Collect, num_trials: int, cores: int, costs: Costs) -> tuple[float, int, int]:
+    """(seconds, actors, trials of the largest) of a collection on a cluster with cores as fast as these."""
+    actors = min(cores, num_trials // 2)
+    size = math.ceil(num_trials / actors)
+    env_steps = experiment_of(collect, "/nowhere").env_steps_per_trial
+    return START_SECONDS + size * env_steps / costs.rate(collect, size), actors, size
+
+
+def main() -> None:
+    """Measure, check, calculate, print the table, write benchmarks/results/cluster.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=10_000, help="groups whose messages the driver is sent")
+    parser.add_argument("--iterations", type=int, default=60, help="of the pendulum's real collections; a third else")
+    arguments = parser.parse_args()
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    rows: list[dict[str, Any]] = []
+
+    def note(subject: str, metric: str, value: float, unit: str) -> None:
+        rows.append({"subject": subject, "metric": metric, "value": float(f"{value:.4g}"), "unit": unit})
+        print(*rows[-1].values(), flush=True)
+
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = itertools.count()
+        for num_groups in (100, arguments.groups):
+            _, per_message, per_look = measure_driver(num_groups, slices=6)
+            note(f"driver, {num_groups:,} groups", "a message", 1e6 * per_message, "µs")
+            note(f"driver, {num_groups:,} groups", "a look at the whole, once a second", 1e3 * per_look, "ms")
+        for task, (config, sizes) in SIZES.items():
+            measured = [measure_group(config, size, f"{folder}/{next(numbers)}") for size in sizes]
+            rates = {size: rate for size, (rate, _) in zip(sizes, measured, strict=True)}
+            costs = Costs(rates, statistics.median(commit for _, commit in measured))
+            for size, rate in costs.rates.items():
+                note(f"{task}, an actor of {size}", "rate without commits", rate, "env steps/s")
+            note(task, "a trial's commit", 1e3 * costs.commit_seconds, "ms")
+            iterations = arguments.iterations if config is PENDULUM else arguments.iterations // 3
+            short = dataclasses.replace(config, total_env_steps=iterations * 2048)
+            for actors, size in ((1, sizes[-1]), (2, sizes[-2])):
+                subject = f"{task}, {actors} actor{'s' * (actors > 1)} of {size}"
+                cpu, clock = measure_collection(short, size, actors, f"{folder}/{next(numbers)}")
+                calculated = costs.rate(config, size)
+                note(subject, "measured, per second of CPU", cpu, "env steps/s")
+                note(subject, "calculated over measured", calculated / cpu, "")
+                note(subject, "measured, by the clock", clock, "env steps/s")
+                note(subject, "calculated over measured, by the clock", calculated * actors / clock, "")
+            commits = math.ceil(experiment_of(config, "/nowhere").num_iterations / config.iterations_per_commit)
+            few = commits if config is PENDULUM else 4
+            found, verified = measure_store(config, f"{folder}/{next(numbers)}", 20 if config is PENDULUM else 1, few)
+            note(task, "driver's start, a trial that is committed", 1e3 * found * commits / few, "ms")
+            note(task, "driver's end, a trial to verify", 1e3 * verified * commits / few, "ms")
+            for trials, cores in ((50, 1), (50, 2), (50, 64), (50, 512), (10_000, 512)):
+                seconds, actors, size = calculate(config, trials, cores, costs)
+                subject = f"{task}, {trials:,} trials on {cores} cores"
+                note(subject, "actors", actors, "")
+                note(subject, "calculated time", seconds / 60, "min")
+                note(subject, "core-hours", seconds * actors / 3600, "h")
+                per_second = min(actors / SLICE_SECONDS, MESSAGES_PER_SECOND)
+                note(subject, "driver's share for messages", per_second * per_message + per_look, "")
+                all_commits = actors * costs.rate(config, size) / (config.iterations_per_commit * 2048)
+                note(subject, "puts into the storage", PUTS_PER_COMMIT * all_commits, "1/s")
+                note(subject, "driver's end, verification", trials * verified * commits / few / 60, "min")
+    ray.shutdown()
+    (ROOT / "benchmarks" / "results" / "cluster.json").write_text(json.dumps(rows, indent=1) + "\n")
+    console.print(format_rows([{key: str(value) for key, value in row.items()} for row in rows], title="Cluster"))
+
+
+if __name__ == "__main__":
+    main()

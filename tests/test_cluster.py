@@ -1,0 +1,122 @@
+"""Collection on several nodes: one is killed in the middle, one is drained, others come, and the data is the same."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import ray
+from head import until
+from ray.cluster_utils import Cluster
+from test_collection import smoke
+
+from tipl_ray import collection
+from tipl_ray.collection import GroupCollector, collect
+from tipl_ray.config import Experiment
+from tipl_ray.learner import choose_engine
+from tipl_ray.trajectory_store import TrajectoryStore
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head that runs no work, and three nodes of one CPU each."""
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"] = "disabled", "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+    ray.init(cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+class Events:
+    """The log lines of a collection that runs in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]):
+        self._capsys, self._text = capsys, ""
+
+    def of(self, event: str, **fields: str) -> list[str]:
+        """The lines so far of one kind, with these fields."""
+        self._text += self._capsys.readouterr().out
+        lines = re.findall(rf"^time=\S+ event={event} .*$", self._text, re.MULTILINE)
+        return [line for line in lines if all(f" {name}={value} " in f"{line} " for name, value in fields.items())]
+
+    def values(self, event: str, field: str) -> list[str]:
+        return [re.findall(rf" {field}=(\S+)", line)[0] for line in self.of(event)]
+
+
+def at(line: str) -> float:
+    return datetime.fromisoformat(line.split()[0].partition("=")[2]).timestamp()
+
+
+def undisturbed_digest(experiment: Experiment) -> str:
+    """Digest of the same trials run here, in one group, without Ray."""
+    collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), experiment.collect.seeds)
+    assert collector.advance(seconds=600).finished
+    return TrajectoryStore(experiment.storage_path).digest()
+
+
+def drain(node: str) -> None:
+    """What Ray does on SIGTERM, and `ray drain-node` on a spot notice."""
+    from ray.core.generated import autoscaler_pb2
+
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
+    accepted, refusal = client.drain_node(node, reason, "a test", int((time.time() + 60) * 1000))
+    assert accepted, refusal
+
+
+@pytest.mark.parametrize(
+    ("drained", "env_steps"), [(False, 204_800), pytest.param(True, 409_600, marks=pytest.mark.slow)]
+)
+def test_nodes_that_are_killed_and_drained_and_that_come_change_nothing_in_the_data(
+    drained: bool,
+    env_steps: int,
+    cluster: Cluster,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collection, "SLICE_SECONDS", 0.2)
+    fields = {"num_trials": 3, "trials_per_actor": 1, "total_env_steps": env_steps, "iterations_per_commit": 20}
+    disturbed, plain = smoke(tmp_path / "disturbed", **fields), smoke(tmp_path / "plain", **fields)
+    expected = undisturbed_digest(plain)
+    events, first = Events(capsys), list(cluster.worker_nodes)
+    capsys.readouterr()
+    # Ray starts a node only from the main thread, so the collection runs in another.
+    with ThreadPoolExecutor(1) as pool:
+        collecting = pool.submit(collect, disturbed)
+
+        def wait(count: int, event: str) -> None:
+            until(lambda: collecting.done() or len(events.of(event)) >= count, 200)
+
+        wait(3, "start")
+        commits = Path(disturbed.storage_path).glob
+        until(lambda: len(list(commits("commits/trial=*/commit-1.json"))) == 3, 200)
+        killed = time.time()
+        cluster.remove_node(first[0], allow_graceful=False)
+        cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+        if drained:
+            wait(4, "start")
+            drain(first[1].node_id)
+        store = collecting.result(timeout=300)
+    assert store.digest() == expected
+    placed = events.values("actor", "node")
+    assert set(placed[:3]) == {node.node_id for node in first}
+    assert len(set(placed)) == 4
+    (lost,) = events.of("lost", losses="1")
+    trials, again = (re.findall(rf" {field}=(\S+)", lost)[0] for field in ("trials", "again"))
+    # What the killed node had not committed: under 20 iterations of 256 steps.
+    assert int(again) < 20 * 256
+    back = [line for line in events.of("start", trials=trials) if at(line) > at(lost)]
+    assert len(events.of("draining")) == drained
+    with capsys.disabled():
+        print(
+            f"\na node was killed: {at(lost) - killed:.1f} s until the driver knew, {at(back[0]) - killed:.1f} s until "
+            f"its trials went on elsewhere, {again} of {3 * env_steps} env steps run again"
+        )
