@@ -115,20 +115,20 @@ def cpu_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-class _Answers:
-    """An actor that stands for thousands: answers at once with whatever progress it is handed."""
-
-    def answer(self, value: Any) -> Any:
-        return value
-
-
 class SimulatedCrew(Crew):
     """A crew whose actors are stand-ins: every message is a real Ray call, and none takes time to compute."""
 
     def __init__(self, experiment: Experiment, slices: int):
         """Groups end after so many slices of work, and commit after every second."""
         super().__init__(experiment, "torch")
-        self._pool: Any = ray.remote(num_cpus=0)(_Answers).remote()
+
+        class Answers:
+            """Stands for all the actors, here so that Ray sends it whole: answers with what it is handed."""
+
+            def answer(self, value: Any) -> Any:
+                return value
+
+        self._pool: Any = ray.remote(num_cpus=0)(Answers).remote()
         self.slices = slices
         self.messages = self.commits = 0
         self.looks: list[float] = []
