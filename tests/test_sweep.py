@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import mlflow
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWr
 HEADER = Header(task="Line-v0", layout=(("w", (13,), 0),), config={}, versions={"mujoco": "4.0", "gymnasium": "1.4"})
 OVER = {"basis.rank": [3, 6], "model.context": [4, 8]}
 CHILDREN = {"rank=3 context=4", "rank=3 context=8", "rank=6 context=4", "rank=6 context=8"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 JOB = [sys.executable, str(CHECKOUT / "jobs" / "sweep.py"), "--experiment", "jobs/experiments/smoke.toml"]
 
 
@@ -101,9 +104,12 @@ def test_every_child_has_one_run_under_one_parent_with_every_step_once(finished:
         steps = [child.metrics[f"skill_h{step}"] for step in range(1, 6)]
         assert child.metrics["skill"] == pytest.approx(np.mean(steps))
         assert {"task", "basis", "data", "mlflow.source.git.commit"} <= set(child.tags)
+        assert not any("folder" in name for name in child.parameters), "MLflow's compare view shows what varies, first"
     assert len({child.metrics["ridge_skill"] for child in children}) == 2, "one ridge for each context"
     assert len({child.metrics["floor_skill"] for child in children}) == 2, "one floor for each rank"
     assert all(child.metrics["skill"] < child.metrics["floor_skill"] for child in children)
+    ends = [client.get_run(child.run_id).info.end_time for child in children]
+    assert len(set(ends)) == 4, "a run ends when its child does, not with the sweep"
     assert any(name.startswith("system/") for name in parent.metrics)
 
 
@@ -189,6 +195,20 @@ def test_a_storage_without_data_and_a_server_that_is_not_there_are_refused_befor
         assert words in result.stderr
         assert "Traceback" not in result.stderr
     assert len(list(finished.glob("sweeps/*"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} is on the path")
+def test_mlflows_own_pages_show_the_runs_three_of_them_side_by_side_and_the_heat_map(
+    finished: Path, tmp_path: Path
+) -> None:
+    """The script waits for each page to name the sweep's children and their skill, or fails."""
+    job = [sys.executable, "docs/screenshots.py", "--storage", str(finished), "--output", str(tmp_path)]
+    said = subprocess.run(job, capture_output=True, text=True, timeout=900)
+    assert said.returncode == 0, said.stderr
+    taken = {path.name: plt.imread(path) for path in tmp_path.iterdir()}
+    assert sorted(taken) == ["mlflow_compare.png", "mlflow_heat_map.png", "mlflow_runs.png"]
+    assert all(picture.shape[1] == 1500 and picture.std() > 0.05 for picture in taken.values()), "no page is empty"
 
 
 @pytest.mark.slow

@@ -368,7 +368,8 @@ class SweepLog(tune.Callback):
 
     def end(self, trial: Trial, trials: list[Trial]) -> None:
         """Log all that is known of a child and end its run; again changes nothing."""
-        if trial.status == Trial.PENDING and trial.trial_id not in self._runs:
+        found = self.tracker.find(child_key(self.plan, trial, trials))
+        if found is None or found.status == "FINISHED":
             return
         run, result = self._run(trial, trials), trial.last_result or {}
         self._log(run, result)
@@ -395,7 +396,7 @@ class SweepLog(tune.Callback):
             assert trial.checkpoint is not None, "every iteration reports a checkpoint"
             with trial.checkpoint.as_directory() as checkpoint:
                 publish(checkpoint, folder, child, self.plan.data)
-        run.log_parameters({"model_folder": folder})
+        run.set_tags({"model_folder": folder})  # as a parameter it would be one of MLflow's parallel coordinates
 
     def _run(self, trial: Trial, trials: list[Trial]) -> Run:
         if trial.trial_id not in self._runs:
