@@ -13,6 +13,7 @@ from tipl_ray.forecasting import (
     CopyLast,
     Damped,
     DynamicModes,
+    FirstAgain,
     Linear,
     MeanTrajectory,
     Predictor,
@@ -87,6 +88,7 @@ def predictors() -> list[Predictor]:
         Damped,
         WindowLinear,
         Ridge,
+        FirstAgain,
         RidgeOnContext,
         RankOne,
         RankOneFromLast,
@@ -174,6 +176,13 @@ def test_a_straight_line_is_predicted_exactly(kind):
     predictor.fit(fitting, fitting)
     tolerance = 1e-2 if kind is Ridge else 1e-4  # a penalty is the price of a ridge
     np.testing.assert_allclose(predictor.forecast(line, STARTS), truth(weights_TP), rtol=tolerance, atol=tolerance)
+
+
+def test_the_displacement_that_began_an_iteration_is_made_once_more_by_its_end():
+    weights_TP = trajectory()
+    # Start 12 is phase 2: the iteration began with the step from snapshot 10, and ends three steps on.
+    forecast_HP = FirstAgain(QUESTION).forecast(trial(weights_TP), np.array([12]))[0]
+    np.testing.assert_allclose(forecast_HP[2], weights_TP[12] + weights_TP[11] - weights_TP[10], rtol=1e-5, atol=1e-5)
 
 
 def test_a_trajectory_that_stands_still_is_copied():
@@ -307,7 +316,7 @@ def test_no_combination_of_the_context_is_nearer_to_the_truth_than_the_window_fl
     weights_TP = trajectory()
     floor = WindowFloor(QUESTION).squared_errors(trial(weights_TP), STARTS)
     combinations = [one for one in predictors() if isinstance(one, Combination)]
-    assert len(combinations) == 10
+    assert len(combinations) == 11
     for predictor in combinations:
         assert (predictor.squared_errors(trial(weights_TP), STARTS) >= floor - 1e-9).all()
 

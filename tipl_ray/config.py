@@ -317,6 +317,7 @@ class Accelerate:
         "4+tipl",
         "4+damped",
         "4+linear",
+        "4+first-again",
         "4+rank-1-from-last",
         "4+dmd",
     )

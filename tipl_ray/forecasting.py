@@ -234,6 +234,24 @@ class Ridge(PhaseTable):
         self.fitted = {"coefficients_QHK": tables[best], "penalty": np.array(best)}
 
 
+class FirstAgain(PhaseTable):
+    """The displacement that began the PPO iteration is made once more by the iteration's end: for jumps, the plainest
+    that does more than carry on with the last one."""
+
+    name = "first-again"
+
+    def table_QHK(self) -> NDArray[np.float64]:
+        """h for that displacement, as a share of the snapshots that the iteration still has; 0 for the others."""
+        num_phases, context = self.question.snapshots_per_iteration, self.question.context
+        table_QHK = np.zeros((num_phases, len(self.question.steps), context))
+        for phase in range(num_phases):
+            # Where an iteration has just closed, phase 0, the one that it began with lies a whole iteration back.
+            before = phase or num_phases
+            if before <= context:
+                table_QHK[phase, :, -before] = np.asarray(self.question.steps) / (num_phases - phase)
+        return table_QHK
+
+
 class RidgeElsewhere(PhaseTable):
     """The ridge regression that a model carries: fitted on what the model was trained on, which is not this task."""
 
@@ -570,7 +588,8 @@ def load_fitted(predictors: Sequence[Predictor], content: bytes) -> None:
 
 
 COMBINATIONS: dict[str, type[Combination]] = {
-    kind.name: kind for kind in (CopyLast, Linear, Damped, WindowLinear, Ridge, RankOne, RankOneFromLast, DynamicModes)
+    kind.name: kind
+    for kind in (CopyLast, Linear, Damped, WindowLinear, Ridge, FirstAgain, RankOne, RankOneFromLast, DynamicModes)
 }
 """Predictors that one small file holds, by name."""
 
