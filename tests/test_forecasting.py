@@ -71,7 +71,7 @@ def trials(*seeds: int) -> Trials:
 
 def tipl(basis: config.Basis, token_size: int, num_snapshots: int = 40) -> Tipl:
     torch.manual_seed(0)
-    assert basis.kind != "window"
+    assert basis.kind in ("trial", "raw")
     normaliser = Normaliser.fit(fit_basis(trajectory(9), basis.kind, basis.rank).coordinates_TD[None])
     return Tipl(QUESTION, CausalTransformer(SIZE, token_size, num_snapshots), TrialBasis(basis), normaliser)
 

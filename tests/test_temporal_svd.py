@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tipl_ray import temporal_svd
-from tipl_ray.temporal_svd import FittedBasis, fit_basis, reconstruction_error
+from tipl_ray.temporal_svd import FittedBasis, fit_basis, fit_shared_basis, reconstruction_error
 
 
 def trajectory(num_snapshots: int, num_weights: int, seed: int = 0) -> np.ndarray:
@@ -122,3 +122,29 @@ def test_weights_that_are_not_finite_are_refused(kind):
     weights_TP[4, 7] = np.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
         fit_basis(weights_TP, kind, 2)
+
+
+def test_a_shared_basis_is_the_svd_of_all_trajectories_together():
+    parts = [trajectory(30, 12, seed) for seed in (1, 2)]
+    shared = fit_shared_basis(parts, 5)
+    _, expected_N, right_NP = np.linalg.svd(np.concatenate(parts).astype(np.float64), full_matrices=False)
+    np.testing.assert_allclose(shared.singular_values_D, expected_N[:5], rtol=1e-6)
+    assert shared.basis_PD is not None
+    np.testing.assert_allclose(np.abs(shared.basis_PD.T @ right_NP[:5].T), np.eye(5), atol=1e-4)
+    other_TP = trajectory(20, 12, 3)
+    np.testing.assert_allclose(
+        shared.on(other_TP).decode(shared.on(other_TP).coordinates_TD),
+        other_TP @ shared.basis_PD @ shared.basis_PD.T,
+        atol=1e-3,
+    )
+
+
+def test_a_shared_basis_survives_being_written_down_and_cut_to_a_lower_rank():
+    parts, other_TP = [trajectory(30, 12, seed) for seed in (1, 2)], trajectory(20, 12, 3)
+    kept, cut = FittedBasis.from_bytes(fit_shared_basis(parts, 5).to_bytes()), fit_shared_basis(parts, 5).truncated(3)
+    np.testing.assert_array_equal(
+        kept.on(other_TP).coordinates_TD, fit_shared_basis(parts, 5).on(other_TP).coordinates_TD
+    )
+    np.testing.assert_allclose(
+        cut.on(other_TP).coordinates_TD, fit_shared_basis(parts, 3).on(other_TP).coordinates_TD, atol=1e-5
+    )

@@ -10,13 +10,13 @@ import ray
 import torch
 
 from tipl_ray import config, training
-from tipl_ray.forecasting import Trial, load_tipl
+from tipl_ray.forecasting import Tipl, Trial, load_tipl
 from tipl_ray.gram import GramBand, Question, make_band
 from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer, load_about, load_model
 from tipl_ray.objectives import TrainingData, gather_trials
 from tipl_ray.segments import Tokens, draw_windows, tokens_of
 from tipl_ray.storage import StoreError
-from tipl_ray.temporal_svd import fit_basis
+from tipl_ray.temporal_svd import fit_basis, fit_shared_basis
 from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
 
 PPO = {"ppo": {"num_epochs": 10}, "epochs_per_snapshot": 2}
@@ -37,7 +37,7 @@ def cluster() -> Iterator[None]:
 
 
 def experiment(
-    storage: Path | str = "/nowhere", kind: Literal["trial", "window"] = "trial", **train: int | float | str
+    storage: Path | str = "/nowhere", kind: Literal["trial", "shared", "window"] = "trial", **train: int | float | str
 ) -> config.Experiment:
     """Two trials to train, one to choose and one to report, of 41 snapshots each."""
     schedule = {"num_steps": 30, "steps_per_iteration": 10, "batch_size": 8, "warmup_steps": 5, "learning_rate": 1e-3}
@@ -309,6 +309,21 @@ def test_ray_train_trains_on_gram_bands_without_the_test_trial(cluster: None, tm
     list(alone.iterations())
     assert isinstance(load_model(folder), WindowTransformer)
     assert_close_weights(load_model(folder), alone.best)
+
+
+def test_a_shared_basis_knows_the_training_trials_alone_and_goes_with_the_model(cluster: None, tmp_path: Path):
+    settings = experiment(tmp_path, "shared")
+    digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
+    folder = training.train(settings, digest, say=lambda line: None)
+    tipl = load_tipl(folder, Question.of(settings))
+    assert (tipl.basis, tipl.causal) == ("shared", True)
+    assert isinstance(tipl, Tipl)
+    expected = fit_shared_basis([trajectory(3), trajectory(4)], 4)
+    np.testing.assert_array_equal(tipl.trial_basis.of(trajectory(6)).basis_PD, expected.basis_PD)
+    trial = Trial(weights_TP=trajectory(6), band=make_band(trajectory(6), 8))
+    before = tipl.forecast(trial, np.array([10]))
+    trial.weights_TP[11:] = np.nan
+    np.testing.assert_array_equal(tipl.forecast(trial, np.array([10])), before)
 
 
 def test_a_model_is_trained_on_several_other_data_sets_and_never_on_its_own(cluster: None, tmp_path: Path):

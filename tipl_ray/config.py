@@ -163,11 +163,12 @@ class Split:
 class Basis:
     """How snapshots become tokens and tokens become weights (Section 3.2)."""
 
-    kind: Literal["trial", "raw", "window"] = "trial"
+    kind: Literal["trial", "raw", "shared", "window"] = "trial"
     """`trial`: Temporal SVD of the trial's own trajectory, the paper's, not causal; `raw`: the weights themselves;
-    `window`: the displacements of the context, known by their inner products alone, causal."""
+    `shared`: one Temporal SVD of all training trials, causal; `window`: the displacements of the context, known by
+    their inner products alone, causal."""
     rank: int = 32
-    """SVD rank D of `trial`."""
+    """SVD rank D of `trial` and `shared`."""
     centred: bool = False
     """Subtract the trajectory's mean before the SVD."""
     deltas: bool = False
@@ -177,6 +178,8 @@ class Basis:
         _at_least("basis", self, rank=1)
         if self.centred and self.deltas:
             raise ValueError("basis.centred=True and basis.deltas=True exclude each other: choose one origin")
+        if self.deltas and self.kind == "shared":
+            raise ValueError("basis.deltas=True is not for basis.kind=shared, whose origin is that of all trials")
 
 
 @pydantic.with_config(extra="forbid")

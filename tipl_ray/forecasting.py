@@ -26,6 +26,7 @@ from tipl_ray import config
 from tipl_ray.gram import Contexts, GramBand, Question, check_starts, future_sums, squared_errors
 from tipl_ray.model import (
     ABOUT_FILE,
+    BASIS_FILE,
     CONTEXT_PENALTIES,
     WEIGHTS_FILE,
     CausalTransformer,
@@ -35,7 +36,7 @@ from tipl_ray.model import (
     load_about,
 )
 from tipl_ray.storage import file_exists, read_file, write_file
-from tipl_ray.temporal_svd import FittedBasis, fit_basis
+from tipl_ray.temporal_svd import FittedBasis, basis_of
 
 FORECAST_BYTES = 256 * 2**20
 """Limit of the forecasts (B, H, P) held at once."""
@@ -428,24 +429,21 @@ class WindowFloor(Predictor):
 class TrialBasis:
     """The basis of the trajectory at hand, fitted once for as long as that array lives."""
 
-    def __init__(self, basis: config.Basis):
-        self.config = basis
+    def __init__(self, basis: config.Basis, shared: FittedBasis | None = None):
+        self.config, self.shared = basis, shared
         self._fitted: tuple[weakref.ref[Weights], FittedBasis] | None = None
 
     @property
     def causal(self) -> bool:
         """Whether tokens depend on nothing later than their own snapshot."""
-        return self.config.kind == "raw" and not self.config.centred
+        return self.config.kind == "shared" or (self.config.kind == "raw" and not self.config.centred)
 
     def of(self, weights_TP: Weights) -> FittedBasis:
         """Fitted on this very array, which must not change afterwards."""
         if self._fitted is None or self._fitted[0]() is not weights_TP:
             # A weak reference: a trajectory of a gigabyte must not outlive its caller's use of it.
             self._fitted = None
-            basis = self.config
-            assert basis.kind != "window", "the basis `window` is not fitted on a trajectory"
-            fitted = fit_basis(weights_TP, basis.kind, basis.rank, centred=basis.centred, deltas=basis.deltas)
-            self._fitted = (weakref.ref(weights_TP), fitted)
+            self._fitted = (weakref.ref(weights_TP), basis_of(weights_TP, self.config, self.shared))
         return self._fitted[1]
 
 
@@ -539,7 +537,9 @@ def load_tipl(folder: str, question: Question, device: torch.device | str = "cpu
     about = load_about(folder)
     if about["basis"]["kind"] == "window":
         return WindowTipl(question, WindowTransformer.load(folder), device)
-    trial_basis = TrialBasis(config.Basis(**about["basis"]))
+    basis = config.Basis(**about["basis"])
+    shared = FittedBasis.from_bytes(read_file(folder, BASIS_FILE)) if basis.kind == "shared" else None
+    trial_basis = TrialBasis(basis, shared)
     normaliser = Normaliser.from_table(about["normaliser"])
     return Tipl(question, CausalTransformer.load(folder), trial_basis, normaliser, device)
 

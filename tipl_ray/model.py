@@ -27,6 +27,8 @@ from tipl_ray import config
 from tipl_ray.storage import file_exists, read_file, write_file
 
 WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "model.json"
+BASIS_FILE = "basis.safetensors"
+"""The shared basis that a model's tokens are of, where they are; see `temporal_svd.FittedBasis.to_bytes`."""
 CLOCK_SIZE = 4
 SMALLEST_SQUARE = 1e-30
 """Squared length below which a displacement has no direction."""

@@ -23,6 +23,7 @@ from tipl_ray.forecasting import Ridge, Trials
 from tipl_ray.gram import GramBand, Question
 from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer
 from tipl_ray.segments import Segments, Tokens, WindowBatch, WindowSegments, side_by_side
+from tipl_ray.temporal_svd import FittedBasis
 
 VALIDATION_WINDOWS = 4096
 """Most windows that a validation takes, evenly spaced over the validation trials."""
@@ -35,6 +36,15 @@ class TrainingData:
 
     train: Tokens | Sequence[GramBand]
     validation: Tokens | Sequence[GramBand]
+    shared: FittedBasis | None = None
+    """The basis of all trials, where they share one."""
+
+    def truncated(self, rank: int) -> "TrainingData":
+        """Tokens of a lower SVD rank; see `Tokens.truncated`."""
+        assert isinstance(self.train, Tokens), "bands have no rank"
+        assert isinstance(self.validation, Tokens), "bands have no rank"
+        shared = self.shared.truncated(rank) if self.shared else None
+        return TrainingData(train=self.train.truncated(rank), validation=self.validation.truncated(rank), shared=shared)
 
 
 def gather_trials(sets: Sequence[Sequence[Tokens | GramBand]]) -> Tokens | Sequence[GramBand]:

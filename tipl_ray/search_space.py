@@ -22,7 +22,8 @@ FIXED = {
     "train.data": "children share their trials",
 }
 """Fields of those sections that say where a child is trained, and what to set instead."""
-UNUSED = {"basis.rank": ("raw", "window"), "model.clock": ("raw", "trial"), "model.phase": ("raw", "trial")}
+TOKENS = ("raw", "trial", "shared")
+UNUSED = {"basis.rank": ("raw", "window"), "model.clock": TOKENS, "model.phase": TOKENS}
 """Fields that mean nothing on some bases."""
 RANGE = re.compile(r"(log|uniform)\(([^,()]+),([^,()]+)\)")
 

@@ -22,7 +22,7 @@ from tipl_ray.gram import GramBand, Question, band_index, make_band, squared_err
 from tipl_ray.model import Normaliser
 from tipl_ray.rows import Rows
 from tipl_ray.storage import file_exists, join, read_file, write_file
-from tipl_ray.temporal_svd import FittedBasis, fit_basis
+from tipl_ray.temporal_svd import FittedBasis, basis_of
 from tipl_ray.trajectory_store import TrajectoryStore
 
 SNAPSHOTS_AT_ONCE = 64
@@ -71,19 +71,20 @@ class Tokens:
         )
 
 
-def load_tokens(store: TrajectoryStore, seeds: Sequence[int], basis: config.Basis) -> Tokens:
-    """Tokens of some trials, each in a basis of its own, read one trial at a time.
+def load_tokens(
+    store: TrajectoryStore, seeds: Sequence[int], basis: config.Basis, shared: FittedBasis | None = None
+) -> Tokens:
+    """Tokens of some trials, each in a basis of its own or all in the shared one, read one trial at a time.
 
     Raises StoreError where the data set is damaged, ValueError where a trial does not fit the basis or the others.
     """
-    return Tokens.stack([_reduce(store, seed, basis) for seed in seeds])
+    return Tokens.stack([_reduce(store, seed, basis, shared) for seed in seeds])
 
 
-def _reduce(store: TrajectoryStore, seed: int, basis: config.Basis) -> Tokens:
+def _reduce(store: TrajectoryStore, seed: int, basis: config.Basis, shared: FittedBasis | None) -> Tokens:
     weights_TP = store.weights(seed)
     try:
-        assert basis.kind != "window", "displacements have a band, not tokens"
-        fitted = fit_basis(weights_TP, basis.kind, basis.rank, centred=basis.centred, deltas=basis.deltas)
+        fitted = basis_of(weights_TP, basis, shared)
     except ValueError as error:
         raise ValueError(f"trial {seed}: {error}") from error
     return tokens_of(seed, weights_TP, fitted)
@@ -97,7 +98,7 @@ def tokens_of(seed: int, weights_TP: Rows, fitted: FittedBasis) -> Tokens:
         part, before = slice(start, start + SNAPSHOTS_AT_ONCE), min(start, 1)
         some_TP = weights_TP[start - before : part.stop].astype(np.float64)
         displacement_T[start + 1 - before : part.stop] = np.square(np.diff(some_TP, axis=0)).sum(axis=1)
-        if fitted.kind == "trial":
+        if fitted.kind != "raw":
             outside_TP = some_TP[before:] - fitted.decode(fitted.coordinates_TD[part])
             outside_T[part] = np.square(outside_TP).sum(axis=1)
     return Tokens(

@@ -345,7 +345,7 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
 
 def _basis(experiment: Experiment) -> str:
     basis = experiment.basis
-    return f"{basis.kind} of rank {basis.rank}" if basis.kind == "trial" else basis.kind
+    return f"{basis.kind} of rank {basis.rank}" if basis.kind in ("trial", "shared") else basis.kind
 
 
 def _left(seconds: float) -> str:

@@ -104,12 +104,8 @@ class Reduced:
 
     def of(self, experiment: config.Experiment) -> TrainingData:
         """What one child trains on."""
-        if isinstance(self.data.train, Tokens) and isinstance(self.data.validation, Tokens):
-            if experiment.basis.kind == "raw":
-                return self.data
-            rank = experiment.basis.rank
-            return TrainingData(train=self.data.train.truncated(rank), validation=self.data.validation.truncated(rank))
-        return self.data
+        ranked = experiment.basis.kind in ("trial", "shared")
+        return self.data.truncated(experiment.basis.rank) if ranked else self.data
 
 
 def run_sweep(experiment: config.Experiment) -> None:
@@ -143,7 +139,7 @@ def make_plan(experiment: config.Experiment) -> Plan:
     plan = Plan(experiment=experiment, space=space, children=children, data=data_digest(experiment))
     num_weights = TrajectoryStore(experiment.storage_path).header(experiment.collect.seeds[:1]).num_weights
     for child in plan.children:
-        if child.basis.kind == "trial" and child.basis.rank > num_weights:
+        if child.basis.kind in ("trial", "shared") and child.basis.rank > num_weights:
             raise ValueError(
                 f"basis.rank={child.basis.rank} exceeds the {num_weights} weights of a policy, and with them the "
                 "singular values of a trial"

@@ -1,25 +1,30 @@
 """Temporal SVD (Section 3.2): the basis in which one trajectory's weights become tokens, and tokens become weights.
 
-Knows one trajectory, as an array or as anything else that gives ranges of its rows and columns as arrays, and nothing
-of where it came from, of other trials or of the model.
+Knows trajectories, as arrays or as anything else that gives ranges of their rows and columns as arrays, and nothing of
+where they came from or of the model.
 
 Shapes: T snapshots, P policy weights, D SVD rank, B any number of snapshots, N the smaller of T and P.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 from scipy import linalg
 
+from tipl_ray import config
 from tipl_ray.rows import Rows
 
 BLOCK_BYTES = 32 * 2**20
 """Most that is held in float64 of a trajectory at a time."""
 HELD_BYTES = 192 * 2**20
 """Most that is asked for at a time of a trajectory that is read as it is asked for."""
+
+SHARED_SNAPSHOTS = 2048
+"""Most snapshots that a basis of many trajectories is fitted on, evenly spaced over each."""
 
 SMALLEST_SINGULAR_VALUE = 1e-7
 """Singular values below this share of the largest are zero: a float64 Gram matrix knows no more of them."""
@@ -31,8 +36,9 @@ Array = NDArray[np.floating]
 class FittedBasis:
     """The basis of one trajectory: W = origin + U S V^T, with the first D columns of U as tokens."""
 
-    kind: Literal["trial", "raw"]
-    """`trial`: Temporal SVD of the whole trajectory; `raw`: the weights themselves are the tokens."""
+    kind: Literal["trial", "raw", "shared"]
+    """`trial`: Temporal SVD of the whole trajectory; `raw`: the weights themselves are the tokens; `shared`: Temporal
+    SVD of other trajectories together."""
     rank: int
     """SVD rank D; P where the kind is `raw`."""
     coordinates_TD: NDArray[np.float32]
@@ -60,6 +66,42 @@ class FittedBasis:
             return (coordinates_BD + self.origin_P).astype(np.float32, copy=False)
         scaled_BD = (coordinates_BD * self.singular_values_D).astype(np.float32)
         return scaled_BD @ self.basis_PD.T + self.origin_P
+
+    def on(self, weights_TP: Rows) -> Self:
+        """The same basis with the tokens of another trajectory."""
+        no_origin_P = np.zeros_like(self.origin_P)
+        parts = [self.encode(block_BP) for _, block_BP in _row_blocks(weights_TP, no_origin_P)]
+        return dataclasses.replace(self, coordinates_TD=np.concatenate(parts))
+
+    def truncated(self, rank: int) -> Self:
+        """The leading part of the basis, as if it had been fitted with that SVD rank."""
+        assert self.basis_PD is not None, "the kind `raw` has no rank"
+        return dataclasses.replace(
+            self,
+            rank=rank,
+            coordinates_TD=self.coordinates_TD[:, :rank],
+            singular_values_D=self.singular_values_D[:rank],
+            basis_PD=self.basis_PD[:, :rank],
+        )
+
+    def to_bytes(self) -> bytes:
+        """The basis without the trajectory's own tokens, as safetensors; for the kind `shared`."""
+        assert self.basis_PD is not None, "the kind `raw` is the identity"
+        arrays = {"singular_values": self.singular_values_D, "basis": self.basis_PD, "origin": self.origin_P}
+        return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """The shared basis that `to_bytes` wrote; it has no tokens yet."""
+        arrays = safetensors.numpy.load(content)
+        return cls(
+            kind="shared",
+            rank=len(arrays["singular_values"]),
+            coordinates_TD=np.empty((0, len(arrays["singular_values"])), np.float32),
+            singular_values_D=arrays["singular_values"],
+            basis_PD=arrays["basis"],
+            origin_P=arrays["origin"],
+        )
 
 
 def fit_basis(
@@ -107,6 +149,29 @@ def fit_basis(
         basis_PD=(right_PD * signs_D).astype(np.float32),
         origin_P=origin_P,
     )
+
+
+def fit_shared_basis(trajectories: Sequence[Rows], rank: int, centred: bool = False) -> FittedBasis:
+    """One Temporal SVD of several trajectories together, of snapshots evenly spaced over each; it has no tokens yet.
+
+    Raises ValueError as `fit_basis` does.
+    """
+    each = max(1, SHARED_SNAPSHOTS // len(trajectories))
+    chosen = [
+        np.linspace(0, len_T - 1, min(each, len_T)).astype(int) for len_T, _ in (one.shape for one in trajectories)
+    ]
+    parts = [one[row : row + 1] for one, rows in zip(trajectories, chosen, strict=True) for row in rows]
+    fitted = fit_basis(np.concatenate(parts), "trial", rank, centred)
+    return dataclasses.replace(fitted, kind="shared", coordinates_TD=np.empty((0, rank), np.float32))
+
+
+def basis_of(weights_TP: Rows, basis: config.Basis, shared: FittedBasis | None = None) -> FittedBasis:
+    """The basis that a configuration means for a trajectory, with its tokens. Raises ValueError as `fit_basis` does."""
+    assert basis.kind != "window", "displacements have a band, not tokens"
+    if basis.kind == "shared":
+        assert shared is not None, "a shared basis is fitted before the trials are reduced"
+        return shared.on(weights_TP)
+    return fit_basis(weights_TP, basis.kind, basis.rank, centred=basis.centred, deltas=basis.deltas)
 
 
 def reconstruction_error(

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 
 from tipl_ray import config
 from tipl_ray.gram import GramBand, Question
-from tipl_ray.model import is_complete, load_about, load_model
+from tipl_ray.model import BASIS_FILE, is_complete, load_about, load_model
 from tipl_ray.objectives import TrainingData, gather_trials, make_objective
 from tipl_ray.segments import Tokens, draw_windows, load_band, load_tokens
-from tipl_ray.storage import Storage, StoreError, join, read_file, write_file
+from tipl_ray.storage import Storage, StoreError, file_exists, join, read_file, write_file
+from tipl_ray.temporal_svd import FittedBasis, fit_shared_basis
 from tipl_ray.trajectory_store import TrajectoryStore
 
 STATE_FILE, PROGRESS_FILE, HISTORY_FILE = "training.safetensors", "training.json", "history.json"
@@ -66,6 +67,7 @@ class Training:
         self.device, self.rank, self.num_workers = device, rank, num_workers
         torch.manual_seed(self.config.seed)
         self.objective = make_objective(experiment, data, device)
+        self._shared = data.shared
         self.model = self.objective.model
         self.model.blocks.in_bfloat16 = self.config.precision == "bfloat16"
         self.best = copy.deepcopy(self.model)
@@ -114,6 +116,8 @@ class Training:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_file(folder, STATE_FILE, safetensors.torch.save(tensors))
         write_file(folder, PROGRESS_FILE, json.dumps({"step": self.step, "history": self.history}).encode())
+        if self._shared:
+            write_file(join(folder, "model"), BASIS_FILE, self._shared.to_bytes())
         self.best.save(join(folder, "model"), self._about())
 
     def restore(self, folder: str) -> None:
@@ -299,6 +303,8 @@ def publish(checkpoint_folder: str, folder: str, experiment: config.Experiment, 
     write_file(folder, HISTORY_FILE, json.dumps(history, indent=1).encode())
     about = load_about(f"{checkpoint_folder}/model") | {"data_digest": data_digest}
     about["trained_on"] = "+".join(dict.fromkeys(one.task for one in data_sets(experiment)))
+    if file_exists(f"{checkpoint_folder}/model", BASIS_FILE):
+        write_file(folder, BASIS_FILE, read_file(f"{checkpoint_folder}/model", BASIS_FILE))
     load_model(f"{checkpoint_folder}/model").save(folder, about)
 
 
@@ -361,19 +367,30 @@ def load_trials(experiment: config.Experiment) -> TrainingData:
     """All trials but the test trials, reduced in parallel, one Ray task per trial."""
     reduce = ray.remote(num_cpus=1)(_load_trial)
     sets = data_sets(experiment)
+    shared: Any = None
+    if experiment.basis.kind == "shared":
+        shared = ray.remote(num_cpus=1)(_fit_shared_basis).remote(experiment)
     halves = [[[(one.storage, seed) for seed in one.split.cut(one.seeds)[half]] for one in sets] for half in (0, 1)]
-    sent = [[[reduce.remote(experiment, *trial) for trial in trials] for trials in half] for half in halves]
+    sent = [[[reduce.remote(experiment, *trial, shared) for trial in trials] for trials in half] for half in halves]
     try:
         train, validation = ([ray.get(trials) for trials in half] for half in sent)
+        fitted = ray.get(shared) if shared else None
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    return TrainingData(train=gather_trials(train), validation=gather_trials(validation))
+    return TrainingData(train=gather_trials(train), validation=gather_trials(validation), shared=fitted)
 
 
-def _load_trial(experiment: config.Experiment, storage: str, seed: int) -> Tokens | GramBand:
+def _fit_shared_basis(experiment: config.Experiment) -> FittedBasis:
+    store, basis = TrajectoryStore(experiment.storage_path), experiment.basis
+    return fit_shared_basis([store.weights(seed) for seed in experiment.train_seeds], basis.rank, basis.centred)
+
+
+def _load_trial(
+    experiment: config.Experiment, storage: str, seed: int, shared: FittedBasis | None
+) -> Tokens | GramBand:
     if experiment.basis.kind == "window":
         return load_band(storage, seed, Question.of(experiment))
-    return load_tokens(TrajectoryStore(storage), (seed,), experiment.basis)
+    return load_tokens(TrajectoryStore(storage), (seed,), experiment.basis, shared)
 
 
 def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> ray.train.Checkpoint:
