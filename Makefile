@@ -3,7 +3,7 @@
 # make sweep   nine trainings over SVD rank and context length on the demo's data, compared in MLflow
 # make learn   the slow proof that PPO learns: HalfCheetah, 3 trials of 300,000 steps, with a report
 # make chaos   kills collections at every publication point and at random, compares what comes of them
-# make zero-shot   the Transformer of the pendulum, asked about HalfCheetah networks: hours of collection
+# make zero-shot   the Transformer of the pendulum, asked about HalfCheetah networks: half an hour
 # make bench   what the README claims of speed, side by side
 
 PYTHON ?= python3
