@@ -1,8 +1,9 @@
 """What jumps save of a PPO iteration and what the predictor takes, on one core.
 
-Every subject runs one iteration per round and the rounds alternate, so that a noisy machine is noisy for all; the table
-shows medians over rounds. The predictors are a ridge of fixed coefficients and the preset `causal`'s Transformer as it
-begins: how long they take does not depend on what they have learned.
+Every subject runs one iteration per round and the rounds alternate; the table shows medians over rounds of the CPU time
+of the one thread that works, so that what else runs on the machine counts little. The predictors are a ridge of fixed
+coefficients and the preset `causal`'s Transformer as it begins: how long they take does not depend on what they have
+learned.
 
     python benchmarks/acceleration.py [--rounds 9]
 """
@@ -76,9 +77,9 @@ class Subject:
         inner: Callable = getattr(owner, method)
 
         def timed(*arguments: Any) -> Any:
-            begin = time.perf_counter()
+            begin = time.thread_time()
             answer = inner(*arguments)
-            self.seconds[part] += time.perf_counter() - begin
+            self.seconds[part] += time.thread_time() - begin
             return answer
 
         setattr(owner, method, timed)
@@ -86,10 +87,10 @@ class Subject:
     def run(self) -> dict[str, float]:
         """Seconds of one iteration, and of its update and its jump."""
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        begin = time.perf_counter()
+        begin = time.thread_time()
         for _ in self.group.run_iteration():
             pass
-        return {"iteration": time.perf_counter() - begin, **self.seconds}
+        return {"iteration": time.thread_time() - begin, **self.seconds}
 
 
 def main() -> None:
@@ -126,7 +127,7 @@ def main() -> None:
                         "jump's share": f"{seconds['jump'] / seconds['iteration']:.1%}",
                     }
                 )
-    Console().print(format_rows([{name: str(value) for name, value in row.items()} for row in rows]))
+    Console(width=150).print(format_rows([{name: str(value) for name, value in row.items()} for row in rows]))
     settings.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 

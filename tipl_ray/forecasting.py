@@ -517,7 +517,7 @@ class WindowTipl(Combination):
             )
         self.model, self.device = model.to(device).eval(), device
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def coefficients(self, contexts: Contexts) -> NDArray[np.float64]:
         """The model's answer, in batches; that of its ridge alone where a displacement of the context is 0.
 
@@ -527,9 +527,11 @@ class WindowTipl(Combination):
         for begin in range(0, len(contexts.phases_B), 512):
             parts = (torch.from_numpy(np.asarray(part[begin : begin + 512])).to(self.device) for part in contexts)
             answers.append(self.model(*parts).double().cpu().numpy())
-        still_B = np.any(np.diagonal(contexts.grams_BKK, axis1=1, axis2=2) <= 0, axis=1, keepdims=True)
-        ridge_BHK = self.model.ridge_QHK.double().cpu().numpy()[contexts.phases_B]
-        return np.where(still_B[:, :, None], ridge_BHK, np.concatenate(answers))
+        answer_BHK = np.concatenate(answers)
+        still_B = np.any(np.diagonal(contexts.grams_BKK, axis1=1, axis2=2) <= 0, axis=1)
+        if still_B.any():
+            answer_BHK[still_B] = self.model.ridge_QHK.double().cpu().numpy()[contexts.phases_B[still_B]]
+        return answer_BHK
 
 
 def load_tipl(folder: str, question: Question, device: torch.device | str = "cpu") -> Tipl | WindowTipl:

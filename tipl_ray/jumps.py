@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tipl_ray import config
 from tipl_ray.gram import Contexts, Question
 
-COLUMNS_AT_ONCE = 8192
-"""Columns of the displacements that are turned to float64 at a time: they stay in the cache."""
+COLUMNS_AT_ONCE = 4096
+"""Columns of the displacements whose products are summed in float32; such sums are added up in float64."""
 TAKEN, GATED, REFUSED = range(3)
 """What became of a jump, as indices of the counts."""
 
@@ -121,7 +121,7 @@ class History:
         places_F, size = self._order()[-self.fresh :], self.displacements_KP.shape[1]
         towards_FK = np.zeros((self.fresh, len(self.displacements_KP)))
         for column in range(0, size, COLUMNS_AT_ONCE):
-            part_Kp = self.displacements_KP[:, column : column + COLUMNS_AT_ONCE].astype(np.float64)
+            part_Kp = self.displacements_KP[:, column : column + COLUMNS_AT_ONCE]
             towards_FK += part_Kp[places_F] @ part_Kp.T
         self.products_KK[places_F], self.products_KK[:, places_F] = towards_FK, towards_FK.T
         self.fresh = 0
