@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl_ray.config import Experiment, Jump, Ppo, digest
-from tipl_ray.forecasting import COMBINATIONS, Trials, save_predictor
+from tipl_ray.forecasting import COMBINATIONS, Predictor, Trials, save_predictor
 from tipl_ray.gram import Question
 from tipl_ray.metrics import interquartile_mean, stratified_resamples
 from tipl_ray.segments import load_band
@@ -68,6 +68,13 @@ class Contender:
             else:
                 raise ValueError(f"accelerate.contenders: {name!r}: {option!r} is not gate, reset, both or xDAMPING")
         return made
+
+    @property
+    def learned(self) -> bool:
+        """Whether its predictor was fitted on anything: some are rules."""
+        if self.predictor in (None, TIPL):
+            return self.predictor is not None
+        return COMBINATIONS[self.predictor].fit is not Predictor.fit
 
     def jump(self, source: Experiment, folder: str | None) -> Jump:
         """Its jumps, by the predictor in a folder. Raises ValueError where no whole snapshots are left to predict."""
@@ -228,7 +235,7 @@ def score(finished: Sequence[Finished], trained_on: str, *, resamples: int, conf
                     "task": task,
                     "contender": contender.name,
                     "predictor": contender.predictor or "none",
-                    "predictor_trained_on": trained_on if contender.predictor else "none",
+                    "predictor_trained_on": trained_on if contender.learned else "none",
                     "epochs": contender.num_epochs,
                     "learning_rate": one.unit.learning_rate,
                     "seeds": len(one.returns_SI),
