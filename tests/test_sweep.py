@@ -1,7 +1,9 @@
 """The sweep on tiny trials: one MLflow run for each child, one registered model, and the same after any kill."""
 
+import contextlib
 import dataclasses
 import os
+import random
 import re
 import shutil
 import signal
@@ -77,6 +79,18 @@ def points(client: mlflow.MlflowClient, row: comparison.Row, name: str) -> list[
     return [(point.step, point.value) for point in client.get_metric_history(row.run_id, name)]
 
 
+def wait_for_checkpoints(storage: Path, number: int, job: subprocess.Popen) -> None:
+    """Until a driver's children have written so many, or, for none, until Ray Tune begins."""
+    begin, seen = time.time(), set[Path]()
+    while job.poll() is None and time.time() < begin + 300:
+        for path in storage.glob("sweeps/*/*/checkpoint_*" if number else "sweeps/*/*"):
+            with contextlib.suppress(FileNotFoundError):  # Ray Tune keeps two of each child
+                seen |= {path} if path.stat().st_mtime > begin else set()
+        if len(seen) >= max(1, number):
+            return
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def surroundings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -108,8 +122,8 @@ def test_every_child_has_one_run_under_one_parent_with_every_step_once(finished:
     assert len({child.metrics["ridge_skill"] for child in children}) == 2, "one ridge for each context"
     assert len({child.metrics["floor_skill"] for child in children}) == 2, "one floor for each rank"
     assert all(child.metrics["skill"] < child.metrics["floor_skill"] for child in children)
-    ends = [client.get_run(child.run_id).info.end_time for child in children]
-    assert len(set(ends)) == 4, "a run ends when its child does, not with the sweep"
+    infos = sorted((client.get_run(child.run_id).info for child in children), key=lambda info: info.start_time)
+    assert infos[0].end_time < infos[-1].start_time, "a run ends when its child does, not with the sweep"
     assert any(name.startswith("system/") for name in parent.metrics)
 
 
@@ -212,22 +226,28 @@ def test_mlflows_own_pages_show_the_runs_three_of_them_side_by_side_and_the_heat
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_three_times_ends_as_an_undisturbed_one(finished: Path, tmp_path: Path) -> None:
-    """The driver is killed with SIGKILL: once children are in MLflow, once one has a checkpoint, once one has ended."""
-    collect(tmp_path)
-    command = [*JOB, "--storage", str(tmp_path), *(f"--over={field}={a},{b}" for field, (a, b) in OVER.items())]
-    for seen in ("sweeps/*/*/checkpoint_000000", "sweeps/*/*/checkpoint_000001", "models/*/model.json"):
-        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while not list(tmp_path.glob(seen)) and time.monotonic() < deadline and job.poll() is None:
-            time.sleep(0.02)
+def test_a_sweep_killed_at_three_random_moments_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """The driver is killed with SIGKILL some checkpoints and a part of a second after it started; seeded."""
+    told = [f"--over={field}={a},{b}" for field, (a, b) in OVER.items()]
+    told += ["--train.num-steps=100", "--train.steps-per-iteration=10"]
+    undisturbed_storage, storage = tmp_path / "undisturbed", tmp_path / "killed"
+    for folder in (undisturbed_storage, storage):
+        collect(folder)
+    moments = random.Random(6)
+    for _ in range(3):
+        job = subprocess.Popen(
+            [*JOB, "--storage", str(storage), *told], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for_checkpoints(storage, moments.randint(0, 6), job)
+        time.sleep(moments.uniform(0, 0.5))
         assert job.poll() is None, "the sweep ended before it could be killed"
         os.kill(job.pid, signal.SIGKILL)
         job.wait()
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stdout + result.stderr
-    client, _, undisturbed = sweep_of(finished)
-    killed_client, parent, killed = sweep_of(tmp_path)
+    for folder in (undisturbed_storage, storage):
+        result = subprocess.run([*JOB, "--storage", str(folder), *told], capture_output=True, text=True, timeout=500)
+        assert result.returncode == 0, result.stdout + result.stderr
+    client, _, undisturbed = sweep_of(undisturbed_storage)
+    killed_client, parent, killed = sweep_of(storage)
     assert {row.status for row in (parent, *killed)} == {"FINISHED"}
     assert len({child.tags[KEY_TAG] for child in killed}) == len(killed) == 4
     by_name = {child.name: child for child in killed}

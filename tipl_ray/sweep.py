@@ -169,7 +169,7 @@ def _sweep(plan: Plan, tracker: Tracker, parent: Run) -> None:
         log = SweepLog(plan, tracker, parent, view)
         trials = _tune(plan, reduced, log)
     for trial in trials:
-        log.end(trial, trials)
+        log.end(trial, trials, trial.status)
     if any(not trial.is_finished() for trial in trials) or len(trials) < plan.num_children:
         raise KeyboardInterrupt  # Tune has caught it, and ended as if all were well
     _forget_others(tracker, parent, {child_key(plan, trial, trials) for trial in trials})
@@ -350,11 +350,11 @@ class SweepLog(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """End the child's run."""
-        self.end(trial, trials)
+        self.end(trial, trials, Trial.TERMINATED)  # Tune sets the status later
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """End the child's run."""
-        self.end(trial, trials)
+        self.end(trial, trials, Trial.ERROR)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Bring the view up to date, twice a second at most."""
@@ -362,8 +362,8 @@ class SweepLog(tune.Callback):
             self._shown = time.monotonic()
             self._show(trials)
 
-    def end(self, trial: Trial, trials: list[Trial]) -> None:
-        """Log all that is known of a child and end its run; again changes nothing."""
+    def end(self, trial: Trial, trials: list[Trial], status: str) -> None:
+        """Log all that is known of a child and end its run as Tune's status says; again changes nothing."""
         found = self.tracker.find(child_key(self.plan, trial, trials))
         if found is None or found.status == "FINISHED":
             return
@@ -372,19 +372,19 @@ class SweepLog(tune.Callback):
         history, child = result.get("history", []), with_fields(self.plan.experiment, trial.config)
         run.log_metrics({**result.get("levels", {}), "peak_memory_mb": result.get("peak_memory_mb")})
         run.log_metrics({"training_seconds": sum(_seconds(history)) or None})
-        whole = trial.status == Trial.TERMINATED and "error" not in result
+        whole = status == Trial.TERMINATED and "error" not in result
         if whole and history and history[-1]["step"] == child.train.num_steps:
             self._publish(child, trial, run)
         elif whole and history:
             run.set_tags(
                 {"ended_early": f"{self.plan.experiment.sweep.scheduler}, after {history[-1]['step']:,} steps"}
             )
-        if "error" in result or trial.status == Trial.ERROR:
+        if "error" in result or status == Trial.ERROR:
             run.set_tags({"error": str(result.get("error") or trial.get_error())[:MAX_TAG_LETTERS]})
         if whole:
             self.tracker.end(run, "FINISHED")
         else:
-            self.tracker.end(run, "FAILED" if trial.is_finished() else "KILLED")
+            self.tracker.end(run, "FAILED" if status in (Trial.TERMINATED, Trial.ERROR) else "KILLED")
 
     def _publish(self, child: config.Experiment, trial: Trial, run: Run) -> None:
         folder = model_folder(child, self.plan.data)
