@@ -42,6 +42,8 @@ class Comparison:
     """Keep so many of the best; 0 keeps all."""
     output: Path = Path("comparison.html")
     """HTML file with the table and the figures; one that is there is replaced."""
+    csv: Path | None = None
+    """CSV file with the fields that differ and every metric of the runs, in full."""
 
 
 def main() -> None:
@@ -59,6 +61,8 @@ def main() -> None:
         console.print(format_rows(comparison.table(rows, chosen.by), title=f"{title}, by {chosen.by}"))
         drawn = comparison.draw(client, rows, chosen.by)
         chosen.output.write_text(comparison.page(title, rows, chosen.by, drawn, uri), encoding="utf-8")
+        if chosen.csv is not None:
+            chosen.csv.write_text(comparison.as_csv(rows), encoding="utf-8")
         say(f"{len(rows)} runs compared in {chosen.output.absolute()}")
 
 

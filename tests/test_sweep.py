@@ -1,6 +1,7 @@
 """The sweep on tiny trials: one MLflow run for each child, one registered model, and the same after any kill."""
 
 import contextlib
+import csv
 import dataclasses
 import os
 import random
@@ -170,8 +171,9 @@ def test_a_finished_sweep_is_found_and_nothing_is_done(finished: Path, capsys: p
 
 def test_compare_reads_a_sweep_from_mlflow_alone(finished: Path, tmp_path: Path) -> None:
     job = [sys.executable, "jobs/compare.py", "--storage", str(finished), "--best", "3", "--by", "skill_h1"]
-    output = tmp_path / "comparison.html"
-    said = subprocess.run([*job, "--output", str(output)], capture_output=True, text=True, timeout=300)
+    output, table = tmp_path / "comparison.html", tmp_path / "comparison.csv"
+    told = ["--output", str(output), "--csv", str(table)]
+    said = subprocess.run([*job, *told], capture_output=True, text=True, timeout=300)
     assert said.returncode == 0, said.stderr
     assert "3 runs compared" in said.stdout
     page = output.read_text()
@@ -180,6 +182,9 @@ def test_compare_reads_a_sweep_from_mlflow_alone(finished: Path, tmp_path: Path)
     skills = [float(skill.replace(",", "")) for *_, skill in rows]
     assert skills == sorted(skills, reverse=True)
     assert page.count("data:image/png;base64,") == 3
+    read = list(csv.DictReader(table.open()))
+    assert [float(row["skill_h1"]) for row in read] == pytest.approx(skills, rel=1e-3)
+    assert [(row["basis.rank"], row["model.context"]) for row in read] == [(rank, context) for rank, context, _ in rows]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +260,33 @@ def test_a_sweep_killed_at_three_random_moments_ends_as_an_undisturbed_one(tmp_p
         for name in ("skill", "skill_h1", "skill_h5", "loss", "validation_loss", "ridge_skill", "learning_rate"):
             assert points(killed_client, by_name[child.name], name) == points(client, child, name), (child.name, name)
     assert len(killed_client.search_model_versions("name = 'tipl-smoke'")) == 1
+
+
+@pytest.mark.slow
+def test_ray_tune_driving_ray_train_gives_the_same_children(finished: Path, tmp_path: Path) -> None:
+    collect(tmp_path)
+    sweep.run_sweep(experiment(tmp_path, {"basis.rank": [3], "model.context": [4, 8]}, trainer="ray-train"))
+    client, parent, children = sweep_of(tmp_path)
+    plain_client, _, plain_children = sweep_of(finished)
+    assert {row.status for row in (parent, *children)} == {"FINISHED"}
+    assert {child.name for child in children} == {"rank=3 context=4", "rank=3 context=8"}
+    plain = {child.name: child for child in plain_children}
+    for child in children:
+        for name in ("skill", "skill_h5", "loss", "validation_loss", "ridge_skill", "floor_skill"):
+            assert points(client, child, name) == points(plain_client, plain[child.name], name), (child.name, name)
+        assert is_complete(child.tags["model_folder"])
+    assert len(client.search_model_versions("name = 'tipl-smoke'")) == 1
+
+
+@pytest.mark.slow
+def test_a_child_has_as_many_ray_train_workers_as_it_is_given(tmp_path: Path) -> None:
+    collect(tmp_path)
+    base = experiment(tmp_path, {"basis.rank": [3]}, trainer="ray-train")
+    sweep.run_sweep(dataclasses.replace(base, train=dataclasses.replace(base.train, num_workers=2)))
+    client, _, (child,) = sweep_of(tmp_path)
+    assert [step for step, _ in points(client, child, "skill")] == [20, 40]
+    assert child.parameters["train.num_workers"] == "2"
+    assert is_complete(child.tags["model_folder"])
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ Knows MLflow's client and figures; knows nothing of data sets, models or Ray.
 from __future__ import annotations
 
 import base64
+import csv
 import dataclasses
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -137,6 +139,19 @@ def table(rows: Sequence[Row], metric: str) -> list[dict[str, str]]:
         }
         for row in rows
     ]
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """A line for each run, in their order: the fields that differ, and the last value of every metric but `system/`."""
+    fields = varied(rows)
+    metrics = sorted({name for row in rows for name in row.metrics if not name.startswith("system/")})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", *fields, *metrics])
+    for row in rows:
+        figures_of_run = [row.metrics.get(name, "") for name in metrics]
+        writer.writerow([row.name, *(row.parameters.get(field, "") for field in fields), *figures_of_run])
+    return text.getvalue()
 
 
 def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Figure]:

@@ -382,12 +382,15 @@ class Sweep:
     metric: str = "skill"
     """What the best child has most of: `skill`, the validation skill in weights, mean over the forward steps, or
     `skill_h1`, `skill_h10`, ..., at one of them."""
+    trainer: Literal["tune", "ray-train"] = "tune"
+    """`tune` trains a child in Ray Tune's own process; `ray-train` has Ray Tune drive Ray Train's TorchTrainer, so that
+    a child can have many workers, train.num_workers. Each takes half a minute longer to start."""
     max_concurrent_trials: int = 0
     """Most children that run at a time; 0 leaves it to the cluster's resources."""
     cpus_per_trial: int = 1
-    """CPUs of each child, and its threads."""
+    """CPUs of each child, and its threads; with `ray-train`, of each of its workers."""
     gpus_per_trial: float = 0.0
-    """GPUs of each child; a fraction shares one. Above 0 it trains there."""
+    """GPUs of each child; a fraction shares one. Above 0 it trains there. With `ray-train`, of each of its workers."""
     seed: int = 0
     """Seed of the `optuna` search."""
 

@@ -16,7 +16,7 @@ from tipl_ray import config
 SECTIONS = ("basis", "model", "train")
 """Sections whose fields a sweep may vary: the others make the data or the question, which its children share."""
 FIXED = {
-    "train.num_workers": "children train in one process each; sweep.cpus_per_trial gives them threads",
+    "train.num_workers": "all children have as many; sweep.cpus_per_trial gives them threads",
     "train.use_gpu": "sweep.gpus_per_trial gives children GPUs",
     "train.num_seeds": "a child has one seed; vary train.seed",
     "train.data": "children share their trials",

@@ -15,13 +15,16 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import ray
+import ray.train
 import torch
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -43,7 +46,16 @@ from tipl_ray.stages import (
 from tipl_ray.storage import Storage, join
 from tipl_ray.terminal import ProgressView, console, duration, format_rows, say
 from tipl_ray.tracking import KEY_TAG, Run, Tracker, ui_command
-from tipl_ray.training import Training, TrainingError, load_trials, model_folder, publish, run_digest
+from tipl_ray.training import (
+    Training,
+    TrainingError,
+    load_trials,
+    make_trainer,
+    model_folder,
+    publish,
+    run_digest,
+    worker_training,
+)
 from tipl_ray.trajectory_store import TrajectoryStore
 from tipl_ray.validation import Judge
 
@@ -72,7 +84,7 @@ class Plan:
     def digest(self) -> str:
         """What the sweep's results depend on, and nothing that only says where it runs."""
         told = config.as_table(self.experiment.sweep)
-        for field in ("max_concurrent_trials", "cpus_per_trial", "gpus_per_trial"):
+        for field in ("trainer", "max_concurrent_trials", "cpus_per_trial", "gpus_per_trial"):
             del told[field]
         told["over"] = {field: repr(entry) for field, entry in self.space.items()}
         return config.digest(run_digest(self.experiment, self.data), self.experiment.evaluate.steps, told)
@@ -134,6 +146,11 @@ def make_plan(experiment: config.Experiment) -> Plan:
     if experiment.sweep.metric not in metrics:
         raise ValueError(f"sweep.metric={experiment.sweep.metric!r} is not one of {', '.join(metrics)}")
     children = tuple(with_fields(experiment, candidate) for candidate in corners(space))
+    if experiment.train.num_workers > 1 and experiment.sweep.trainer != "ray-train":
+        raise ValueError(
+            f"train.num_workers={experiment.train.num_workers} needs sweep.trainer='ray-train': with "
+            f"{experiment.sweep.trainer!r} a child trains in one process"
+        )
     if experiment.train.data:
         raise ValueError(f"train.data={experiment.train.data}: a sweep trains on the data set of its own storage")
     plan = Plan(experiment=experiment, space=space, children=children, data=data_digest(experiment))
@@ -233,6 +250,7 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
         reduction_factor=REDUCTION_FACTOR,
     )
     filesystem, path = Storage(join(plan.experiment.storage_path, "sweeps")).filesystem
+    driving = settings.trainer == "ray-train"
     analysis = tune.run(
         trainable,
         name=plan.digest,
@@ -242,8 +260,12 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
         num_samples=1 if settings.search == "grid" else settings.num_samples,
         search_alg=searcher if settings.search == "optuna" else None,
         scheduler=scheduler if settings.scheduler == "asha" else None,
-        resources_per_trial={"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial},
-        max_concurrent_trials=settings.max_concurrent_trials or None,
+        # Ray Train asks for its workers' resources itself.
+        resources_per_trial={
+            "cpu": 0 if driving else settings.cpus_per_trial,
+            "gpu": 0 if driving else settings.gpus_per_trial,
+        },
+        max_concurrent_trials=settings.max_concurrent_trials or (_fitting(plan.experiment) if driving else None),
         checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         # A process takes longer to import torch than a short child to train.
         reuse_actors=True,
@@ -257,35 +279,72 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
     return list(analysis.trials)
 
 
+def _fitting(experiment: config.Experiment) -> int:
+    """Children whose Ray Train workers the cluster has room for, as it is."""
+    settings, room = experiment.sweep, ray.cluster_resources()
+    asked = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
+    workers = [room.get(name, 0) / amount for name, amount in asked.items() if amount]
+    return max(1, int(min(workers)) // experiment.train.num_workers)
+
+
 def run_child(candidate: Candidate, *, table: dict[str, Any], reduced: Mapping[str, Reduced], longest: int) -> None:
-    """What each child of the sweep runs: `Training`, judged and with a checkpoint after every iteration."""
+    """What each child of the sweep runs in Ray Tune: its training, or Ray Train's TorchTrainer with its training."""
     experiment = with_fields(config.from_table(table), candidate)
+    own, settings = reduced[_origin(experiment)], experiment.sweep
+    if settings.trainer == "ray-train":
+        context = tune.get_context()
+        name = f"sweep-{context.get_experiment_name()}-{context.get_trial_id()}"
+        told = {"experiment": config.as_table(experiment), "reduced": ray.put(own), "longest": longest}
+        cpus, gpus = settings.cpus_per_trial, settings.gpus_per_trial
+        make_trainer(run_worker, told, experiment, name, cpus, gpus, [TuneReportCallback()]).fit()
+        return
+    training = Training(experiment, own.of(experiment), device="cuda" if settings.gpus_per_trial else "cpu")
+    _train(training, own, longest, tune.get_checkpoint(), tune.report, tune.Checkpoint.from_directory)
+
+
+def run_worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker of a child runs; TuneReportCallback tells Ray Tune what the first of them reports."""
+    experiment, own = config.from_table(settings["experiment"]), ray.get(settings["reduced"])
+    training = worker_training(experiment, own.of(experiment))
+    as_checkpoint = ray.train.Checkpoint.from_directory
+    _train(training, own, settings["longest"], ray.train.get_checkpoint(), ray.train.report, as_checkpoint)
+
+
+def _train(
+    training: Training,
+    own: Reduced,
+    longest: int,
+    checkpoint: ray.train.Checkpoint | None,
+    report: Callable[..., None],
+    as_checkpoint: Callable[[str], ray.train.Checkpoint],
+) -> None:
+    """`Training`, judged and with a checkpoint after every iteration, in Ray Tune's words or in Ray Train's."""
+    experiment = training.experiment
     torch.set_num_threads(experiment.sweep.cpus_per_trial)
-    device = "cuda" if experiment.sweep.gpus_per_trial else "cpu"
-    own = reduced[_origin(experiment)]
     data = own.of(experiment)
-    training = Training(experiment, data, device=device)
     judge = Judge(bands=own.validation_bands, steps=experiment.evaluate.steps, longest=longest)
-    levels = _levels(judge, own.train_bands, data, experiment.model.context)
-    checkpoint = tune.get_checkpoint()
+    levels = {} if training.rank else _levels(judge, own.train_bands, data, experiment.model.context)
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             training.restore(folder)
+    # A driver that was killed may not have heard of the end.
+    ended = training.step == experiment.train.num_steps
     try:
-        for metrics in training.iterations():
+        for metrics in training.history[-1:] if ended else training.iterations():
+            if training.rank:
+                report(metrics)
+                continue
             metrics |= _judged(judge, training, data)
             with tempfile.TemporaryDirectory() as folder:
                 training.save(folder)
-                tune.report(
+                report(
                     {**metrics, "history": training.history, "levels": levels, "peak_memory_mb": _peak_memory_mb()},
-                    checkpoint=tune.Checkpoint.from_directory(folder),
+                    checkpoint=as_checkpoint(folder),
                 )
     except TrainingError as error:
         # Tried again, it would diverge again: this is a result, and the worst there is.
         worst = dict.fromkeys(_named(np.zeros(len(judge.steps)), judge.steps, "skill"), -np.inf)
-        tune.report(
-            {**worst, "step": training.step, "history": training.history, "levels": levels, "error": str(error)}
-        )
+        report({**worst, "step": training.step, "history": training.history, "levels": levels, "error": str(error)})
 
 
 def _levels(judge: Judge, training: Sequence[GramBand], data: TrainingData, context: int) -> dict[str, float]:
@@ -389,8 +448,7 @@ class SweepLog(tune.Callback):
     def _publish(self, child: config.Experiment, trial: Trial, run: Run) -> None:
         folder = model_folder(child, self.plan.data)
         if not is_complete(folder):
-            assert trial.checkpoint is not None, "every iteration reports a checkpoint"
-            with trial.checkpoint.as_directory() as checkpoint:
+            with last_checkpoint(self.plan, trial).as_directory() as checkpoint:
                 publish(checkpoint, folder, child, self.plan.data)
         run.set_tags({"model_folder": folder})  # as a parameter it would be one of MLflow's parallel coordinates
 
@@ -446,6 +504,15 @@ class SweepLog(tune.Callback):
         return duration((time.monotonic() - self._begin) * (total - steps) / seen) if seen else "?"
 
 
+def last_checkpoint(plan: Plan, trial: Trial) -> tune.Checkpoint:
+    """Where a child stood when it last reported: Ray Tune's own, or the one that Ray Train has told it of."""
+    path = (trial.last_result or {}).get(CHECKPOINT_PATH_KEY)
+    if path is not None:
+        return tune.Checkpoint(path, filesystem=Storage(plan.experiment.storage_path).filesystem[0])
+    assert trial.checkpoint is not None, "every iteration reports a checkpoint"
+    return trial.checkpoint
+
+
 def child_key(plan: Plan, trial: Trial, trials: Sequence[Trial]) -> str:
     """Stable key of a child's MLflow run: its candidate, and which one it is where a search drew it more than once."""
     same = [other.trial_id for other in trials if other.config == trial.config]
@@ -455,9 +522,8 @@ def child_key(plan: Plan, trial: Trial, trials: Sequence[Trial]) -> str:
 def _crown(plan: Plan, tracker: Tracker, parent: Run, best: comparison.Row, trials: Sequence[Trial]) -> None:
     """Mark the best child and register its model."""
     (trial,) = (trial for trial in trials if trial.trial_id == best.tags["tune.trial_id"])
-    assert trial.checkpoint is not None, "a child with a metric has a checkpoint"
     run, metric = tracker.resume(best.run_id), plan.experiment.sweep.metric
-    with trial.checkpoint.as_directory() as checkpoint:
+    with last_checkpoint(plan, trial).as_directory() as checkpoint:
         run.log_model_folder(join(checkpoint, "model"), loader="tipl_ray.serving")
     run.set_tags({comparison.BEST_TAG: "true"})
     told = f"{best.name}: {metric} {best.metrics[metric]:.4f}, ridge {best.metrics[f'ridge_{metric}']:.4f}"

@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -310,19 +310,8 @@ def publish(checkpoint_folder: str, folder: str, experiment: config.Experiment, 
 
 def train_loop(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs: `Training` with a checkpoint after every iteration."""
-    # Ray Train tells the root logger of every report, whatever its own level: one line per worker and iteration.
-    logging.getLogger().setLevel(logging.WARNING)
     torch.set_num_threads(settings["num_threads"])
-    context = ray.train.get_context()
-    num_workers = context.get_world_size()
-    training = Training(
-        config.from_table(settings["experiment"]),
-        ray.get(settings["data"]),
-        device=ray.train.torch.get_device(),
-        rank=context.get_world_rank(),
-        num_workers=num_workers,
-        distribute=ray.train.torch.prepare_model if num_workers > 1 else lambda model: model,
-    )
+    training = worker_training(config.from_table(settings["experiment"]), ray.get(settings["data"]))
     resumed = ray.train.get_checkpoint()
     if resumed is not None:
         with resumed.as_directory() as folder:
@@ -335,6 +324,22 @@ def train_loop(settings: dict[str, Any]) -> None:
             training.save(folder)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
         settings["queue"].put(metrics)
+
+
+def worker_training(experiment: config.Experiment, data: TrainingData) -> Training:
+    """The share of the Ray Train worker that asks."""
+    # Ray Train tells the root logger of every report, whatever its own level: one line per worker and iteration.
+    logging.getLogger().setLevel(logging.WARNING)
+    context = ray.train.get_context()
+    num_workers = context.get_world_size()
+    return Training(
+        experiment,
+        data,
+        device=ray.train.torch.get_device(),
+        rank=context.get_world_rank(),
+        num_workers=num_workers,
+        distribute=ray.train.torch.prepare_model if num_workers > 1 else lambda model: model,
+    )
 
 
 def _run(experiment: config.Experiment, name: str, on_row: Callable[[Metrics], None]) -> ray.train.Checkpoint:
@@ -394,22 +399,38 @@ def _load_trial(
 
 
 def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> ray.train.Checkpoint:
-    """Ray Train over `train_loop`: built again under the same name and path, it goes on from the last checkpoint."""
-    # A report waits until the controller has looked after the one before, by default every two seconds.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    """What the Ray task runs."""
     use_gpu = experiment.train.use_gpu
     # The model on the basis `window` gains little by a second thread, and loses all where that has to wait for its CPU.
     one_thread = use_gpu or experiment.basis.kind == "window"
     num_threads = 1 if one_thread else _cpus_per_worker(experiment.train.num_workers)
+    settings = {**settings, "num_threads": num_threads}
+    checkpoint = make_trainer(train_loop, settings, experiment, name, num_threads, float(use_gpu)).fit().checkpoint
+    assert checkpoint is not None, "every iteration reports a checkpoint"
+    return checkpoint
+
+
+def make_trainer(
+    loop: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    experiment: config.Experiment,
+    name: str,
+    cpus_per_worker: int,
+    gpus_per_worker: float,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+) -> ray.train.torch.TorchTrainer:
+    """Ray Train over a loop: built again under the same name and path, it goes on from the last checkpoint."""
+    # A report waits until the controller has looked after the one before, by default every two seconds.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     # Ray would find the folder, and endpoints that the environment names, by itself; all endpoints only we know.
     filesystem, path = Storage(join(experiment.storage_path, "training")).filesystem
-    trainer = ray.train.torch.TorchTrainer(
-        train_loop,
-        train_loop_config={**settings, "num_threads": num_threads},
+    return ray.train.torch.TorchTrainer(
+        loop,
+        train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=experiment.train.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": num_threads, **({"GPU": 1} if use_gpu else {})},
+            use_gpu=gpus_per_worker > 0,
+            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})},
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train v1
             name=name,
@@ -417,12 +438,10 @@ def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> 
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=list(callbacks),  # type: ignore[arg-type]
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    checkpoint = trainer.fit().checkpoint
-    assert checkpoint is not None, "every iteration reports a checkpoint"
-    return checkpoint
 
 
 def _cpus_per_worker(num_workers: int) -> int:
