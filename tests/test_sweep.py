@@ -263,6 +263,24 @@ def test_a_sweep_killed_at_three_random_moments_ends_as_an_undisturbed_one(tmp_p
 
 
 @pytest.mark.slow
+def test_a_sweep_that_is_interrupted_in_its_last_child_has_not_ended(tmp_path: Path) -> None:
+    collect(tmp_path)
+    command = [*JOB, "--storage", str(tmp_path), "--over=basis.rank=3", "--train.num-steps=400"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_checkpoints(tmp_path, 1, job)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(timeout=300) == 130
+    _, parent, (child,) = sweep_of(tmp_path)
+    assert (parent.status, child.status) == ("KILLED", "KILLED")
+    assert "best" not in child.tags
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    client, parent, (child,) = sweep_of(tmp_path)
+    assert (parent.status, child.status) == ("FINISHED", "FINISHED")
+    assert [step for step, _ in points(client, child, "skill")] == list(range(20, 401, 20))
+
+
+@pytest.mark.slow
 def test_ray_tune_driving_ray_train_gives_the_same_children(finished: Path, tmp_path: Path) -> None:
     collect(tmp_path)
     sweep.run_sweep(experiment(tmp_path, {"basis.rank": [3], "model.context": [4, 8]}, trainer="ray-train"))

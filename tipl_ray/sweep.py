@@ -186,8 +186,11 @@ def _sweep(plan: Plan, tracker: Tracker, parent: Run) -> None:
         log = SweepLog(plan, tracker, parent, view)
         trials = _tune(plan, reduced, log)
     for trial in trials:
-        log.end(trial, trials, trial.status)
-    if any(not trial.is_finished() for trial in trials) or len(trials) < plan.num_children:
+        log.end(trial, trials, log.status(trial))
+    if (
+        any(log.status(trial) not in (Trial.TERMINATED, Trial.ERROR) for trial in trials)
+        or len(trials) < plan.num_children
+    ):
         raise KeyboardInterrupt  # Tune has caught it, and ended as if all were well
     _forget_others(tracker, parent, {child_key(plan, trial, trials) for trial in trials})
     children = comparison.read_children(tracker.client, parent.run_id)
@@ -395,10 +398,12 @@ class SweepLog(tune.Callback):
     def __init__(self, plan: Plan, tracker: Tracker, parent: Run, view: ProgressView):
         self.plan, self.tracker, self.parent, self.view = plan, tracker, parent, view
         self._runs: dict[str, Run] = {}
+        self._running: set[str] = set()
         self._begin, self._shown, self._steps_before = time.monotonic(), 0.0, -1
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Open the child's run."""
+        self._running.add(trial.trial_id)
         self._run(trial, trials)
 
     def on_trial_result(
@@ -409,10 +414,12 @@ class SweepLog(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """End the child's run."""
+        self._running.discard(trial.trial_id)
         self.end(trial, trials, Trial.TERMINATED)  # Tune sets the status later
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """End the child's run."""
+        self._running.discard(trial.trial_id)
         self.end(trial, trials, Trial.ERROR)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -420,6 +427,10 @@ class SweepLog(tune.Callback):
         if time.monotonic() - self._shown > 0.5:
             self._shown = time.monotonic()
             self._show(trials)
+
+    def status(self, trial: Trial) -> str:
+        """As Tune has it, but for children that were running when it was interrupted: these it calls ended."""
+        return Trial.RUNNING if trial.trial_id in self._running else trial.status
 
     def end(self, trial: Trial, trials: list[Trial], status: str) -> None:
         """Log all that is known of a child and end its run as Tune's status says; again changes nothing."""
