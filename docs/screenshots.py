@@ -2,7 +2,7 @@
 
     python docs/screenshots.py --storage storage/demo
 
-Starts MLflow's server, for this machine alone, on the storage's sqlite file, and opens the pages of the newest sweep as
+Starts MLflow's server, for this machine alone, on the storage's sqlite file, and opens the pages of a sweep as
 a person would: the runs table, sorted by skill; the compare view of three children, the best, the middle and the last;
 the heat map among the parent's artifacts. Each page must say what it is looked at for before its picture is taken.
 """
@@ -56,6 +56,8 @@ class Pictures:
 
     storage: str = str(CHECKOUT / "storage" / "demo")
     """Folder that the sweep was run in."""
+    parent: str | None = None
+    """Id of the sweep's run; none takes the newest."""
     output: Path = CHECKOUT / "docs" / "pictures"
     """Folder for the pictures, mlflow_<page>.png."""
 
@@ -198,8 +200,8 @@ class Page:
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
 
 
-def take_pictures(storage: str, output: Path, browser: str) -> list[Path]:
-    """The three pictures of the newest sweep of a storage. Raises TimeoutError where a page does not show its part."""
+def take_pictures(storage: str, parent_id: str | None, output: Path, browser: str) -> list[Path]:
+    """The three pictures of a sweep. Raises TimeoutError where a page does not show its part."""
     from tipl_ray import comparison
     from tipl_ray.tracking import PARENT_TAG, open_to_read
 
@@ -207,7 +209,7 @@ def take_pictures(storage: str, output: Path, browser: str) -> list[Path]:
     runs, compare, heat_map = (output.absolute() / f"mlflow_{name}.png" for name in ("runs", "compare", "heat_map"))
     with mlflow_server(storage) as address, Page.open(browser) as page:
         client, _ = open_to_read(address, storage)
-        rows = comparison.by_metric(comparison.choose(client, (), None, None, "skill")[1], "skill")
+        rows = comparison.by_metric(comparison.choose(client, (), parent_id, None, "skill")[1], "skill")
         parent = client.get_run(rows[0].tags[PARENT_TAG]).info
         _show_runs(page, address, parent.experiment_id, parent.run_id, rows)
         page.picture(runs)
@@ -255,6 +257,8 @@ def _show_artifact(page: Page, address: str, experiment_id: str, run_id: str, ar
     until(
         lambda: page.value("[...document.images].some(image => image.complete && image.naturalWidth > 500)"), artifact
     )
+    # Where this machine keeps its artifacts is of no use to a reader.
+    page.value("[...document.querySelectorAll('*')].filter(e => /^Path: /.test(e.innerText)).at(-1)?.remove()")
 
 
 def main() -> None:
@@ -263,7 +267,7 @@ def main() -> None:
     browser = find_browser()
     if browser is None:
         raise SystemExit(f"error: none of {', '.join(BROWSERS)} is on the path")
-    for path in take_pictures(chosen.storage, chosen.output, browser):
+    for path in take_pictures(chosen.storage, chosen.parent, chosen.output, browser):
         print(path)
 
 

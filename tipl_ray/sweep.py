@@ -263,11 +263,10 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
         num_samples=1 if settings.search == "grid" else settings.num_samples,
         search_alg=searcher if settings.search == "optuna" else None,
         scheduler=scheduler if settings.scheduler == "asha" else None,
-        # Ray Train asks for its workers' resources itself.
-        resources_per_trial={
-            "cpu": 0 if driving else settings.cpus_per_trial,
-            "gpu": 0 if driving else settings.gpus_per_trial,
-        },
+        # Ray Train asks for its workers' resources itself; Ray Tune wants something, if only a byte.
+        resources_per_trial={"memory": 1}
+        if driving
+        else {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial},
         max_concurrent_trials=settings.max_concurrent_trials or (_fitting(plan.experiment) if driving else None),
         checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         # A process takes longer to import torch than a short child to train.
