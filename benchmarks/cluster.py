@@ -1,12 +1,13 @@
 """How long collections take on a cluster, calculated from what is measured here, and where the first bottleneck is.
 
 Measured here: an actor's rate by the number of trials that it stacks, the time of a commit, the driver's time per
-message and per look at the whole while it drives up to 10,000 groups, and its time per trial to find out what is
-committed and to verify it at the end. All of it by CPU time, so that other work on the machine counts for less. Real
-collections on one and two actors check the calculation, by CPU time and by the clock. Calculated: 50 trials on 1, 2, 64
-and 512 cores, and 10,000 trials on 512.
+message and per look at the whole while it drives up to 10,000 groups, and the time per trial to find out what is
+committed, to verify it and to seal the data set. All of it by CPU time, so that other work on the machine counts for
+less. Real collections on one and two actors check the calculation, by CPU time and by the clock. Calculated: 50 trials
+on 1, 2, 64 and 512 cores, and 10,000 trials on 512, on cores that are as fast as this machine's when it is quiet, as
+benchmarks/engine.py found them.
 
-    python benchmarks/cluster.py [--groups 10000] [--iterations 60]
+    python benchmarks/cluster.py [--groups 10000] [--iterations 40]
 """
 
 import argparse
@@ -65,6 +66,13 @@ class Costs:
     """Trials of an actor -> env steps per second, commits left out."""
     commit_seconds: float
     """Of one trial's commit."""
+    verify_seconds: float = 0.0
+    """Of one trial's parts, read back at its end."""
+
+    def at_speed(self, factor: float) -> "Costs":
+        """On cores that are faster by a factor."""
+        rates = {size: rate * factor for size, rate in self.rates.items()}
+        return Costs(rates, self.commit_seconds / factor, self.verify_seconds / factor)
 
     def rate(self, collect: Collect, size: int) -> float:
         """Env steps per second of an actor of so many trials, commits included."""
@@ -80,16 +88,21 @@ def experiment_of(collect: Collect, storage: str, **fields: Any) -> Experiment:
 
 def measure_group(collect: Collect, size: int, storage: str) -> tuple[float, float]:
     """(env steps per second without commits, seconds of a trial's commit), of CPU time."""
-    experiment = experiment_of(collect, storage, num_trials=size)
+    # The larger weights are, the more of a commit's time is in proportion to its snapshots: there, fewer will do.
+    iterations = collect.iterations_per_commit if collect is PENDULUM else collect.iterations_per_commit // 2
+    experiment = experiment_of(collect, storage, num_trials=size, iterations_per_commit=iterations + 1)
     collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), experiment.collect.seeds)
-    seconds = []
-    for _ in range(collect.iterations_per_commit):
-        begin = time.process_time()
+    clock = [time.process_time()]
+    for _ in range(iterations):
         collector._run_iteration()
-        seconds.append(time.process_time() - begin)
-    # The last of them committed every trial.
-    usual = statistics.median(seconds[1:-1])
-    return size * experiment.ppo.num_steps / usual, max(0.0, seconds[-1] - usual) / size
+        clock.append(time.process_time())
+    group = collector._group
+    assert group is not None
+    for seed, writer in collector._writers.items():
+        writer.commit(group.state(seed))
+    commit = (time.process_time() - clock[-1]) / size * collect.iterations_per_commit / iterations
+    usual = statistics.median(end - begin for begin, end in itertools.pairwise(clock[1:]))
+    return size * experiment.ppo.num_steps / usual, commit
 
 
 def measure_collection(collect_config: Collect, size: int, actors: int, storage: str) -> tuple[float, float]:
@@ -191,8 +204,8 @@ def measure_driver(num_groups: int, slices: int) -> tuple[SimulatedCrew, float, 
     return crew, busy / crew.messages, statistics.median(crew.looks)
 
 
-def measure_store(collect: Collect, storage: str, num_trials: int, num_commits: int) -> tuple[float, float]:
-    """CPU seconds of the driver for each trial, to find out what is committed and to verify it; on a local disk."""
+def measure_store(collect: Collect, storage: str, num_trials: int, num_commits: int) -> tuple[float, float, float]:
+    """CPU seconds for each trial on a local disk: to find out what is committed, to verify it, to seal all."""
     experiment = experiment_of(collect, storage, num_trials=num_trials)
     store, header = TrajectoryStore(storage), trial_header(experiment, "torch")
     weights = np.random.default_rng(0).standard_normal(header.num_weights, dtype=np.float32)
@@ -217,11 +230,16 @@ def measure_store(collect: Collect, storage: str, num_trials: int, num_commits: 
             writer.append(dataclasses.replace(template, seed=seed, snapshot=number, weights=moved))
             if (number + 1) % per_commit == 0:
                 writer.commit({"x": np.zeros(1)})
-    begin = time.process_time()
+    seeds, clock = experiment.collect.seeds, [time.process_time()]
     assert len(pending_seeds(experiment, store)) == num_trials
-    found = time.process_time()
-    store.verify_all(experiment.collect.seeds, num_commits * per_commit)
-    return (found - begin) / num_trials, (time.process_time() - found) / num_trials
+    clock.append(time.process_time())
+    for seed in seeds:
+        store.verify(seed, num_commits * per_commit)
+    clock.append(time.process_time())
+    store.finish(seeds, num_commits * per_commit, verified=set(seeds))
+    clock.append(time.process_time())
+    found, verified, sealed = ((b - a) / num_trials for a, b in itertools.pairwise(clock))
+    return found, verified, sealed
 
 
 def calculate(collect: Collect, num_trials: int, cores: int, costs: Costs) -> tuple[float, int, int]:
@@ -229,17 +247,19 @@ def calculate(collect: Collect, num_trials: int, cores: int, costs: Costs) -> tu
     actors = min(cores, num_trials // 2)
     size = math.ceil(num_trials / actors)
     env_steps = experiment_of(collect, "/nowhere").env_steps_per_trial
-    return START_SECONDS + size * env_steps / costs.rate(collect, size), actors, size
+    return START_SECONDS + size * (env_steps / costs.rate(collect, size) + costs.verify_seconds), actors, size
 
 
 def main() -> None:
     """Measure, check, calculate, print the table, write benchmarks/results/cluster.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, default=10_000, help="groups whose messages the driver is sent")
-    parser.add_argument("--iterations", type=int, default=60, help="of the pendulum's real collections; a third else")
+    parser.add_argument("--iterations", type=int, default=40, help="of the pendulum's real collections; a quarter else")
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    engine = json.loads((ROOT / "benchmarks" / "results" / "engine.json").read_text())
+    quiet = {row["task"]: row["value"] for row in engine if row["subject"] == "engine"}
     rows: list[dict[str, Any]] = []
 
     def note(subject: str, metric: str, value: float, unit: str) -> None:
@@ -260,7 +280,7 @@ def main() -> None:
             for size, rate in costs.rates.items():
                 note(f"{task}, an actor of {size}", "rate without commits", rate, "env steps/s")
             note(task, "a trial's commit", 1e3 * costs.commit_seconds, "ms")
-            iterations = arguments.iterations if config is PENDULUM else arguments.iterations // 3
+            iterations = arguments.iterations if config is PENDULUM else arguments.iterations // 4
             short = dataclasses.replace(config, total_env_steps=iterations * 2048)
             for actors, size in ((1, sizes[-1]), (2, sizes[-2])):
                 subject = f"{task}, {actors} actor{'s' * (actors > 1)} of {size}"
@@ -272,9 +292,16 @@ def main() -> None:
                 note(subject, "calculated over measured, by the clock", calculated * actors / clock, "")
             commits = math.ceil(experiment_of(config, "/nowhere").num_iterations / config.iterations_per_commit)
             few = commits if config is PENDULUM else 4
-            found, verified = measure_store(config, f"{folder}/{next(numbers)}", 20 if config is PENDULUM else 1, few)
-            note(task, "driver's start, a trial that is committed", 1e3 * found * commits / few, "ms")
-            note(task, "driver's end, a trial to verify", 1e3 * verified * commits / few, "ms")
+            found, verified, sealed = measure_store(
+                config, f"{folder}/{next(numbers)}", 20 if config is PENDULUM else 1, few
+            )
+            share = commits / few
+            note(task, "driver's start, a trial that is committed", 1e3 * found * share, "ms")
+            note(task, "actor's end, a trial to verify", 1e3 * verified * share, "ms")
+            note(task, "driver's end, a trial to seal", 1e3 * sealed * share, "ms")
+            factor = quiet[task] / rates[max(rates)]
+            note(task, "a quiet core's speed, times now", factor, "")
+            costs = dataclasses.replace(costs, verify_seconds=verified * share).at_speed(factor)
             for trials, cores in ((50, 1), (50, 2), (50, 64), (50, 512), (10_000, 512)):
                 seconds, actors, size = calculate(config, trials, cores, costs)
                 subject = f"{task}, {trials:,} trials on {cores} cores"
@@ -282,10 +309,10 @@ def main() -> None:
                 note(subject, "calculated time", seconds / 60, "min")
                 note(subject, "core-hours", seconds * actors / 3600, "h")
                 per_second = min(actors / SLICE_SECONDS, MESSAGES_PER_SECOND)
-                note(subject, "driver's share for messages", per_second * per_message + per_look, "")
+                note(subject, "driver's share for messages", (per_second * per_message + per_look) / factor, "")
                 all_commits = actors * costs.rate(config, size) / (config.iterations_per_commit * 2048)
                 note(subject, "puts into the storage", PUTS_PER_COMMIT * all_commits, "1/s")
-                note(subject, "driver's end, verification", trials * verified * commits / few / 60, "min")
+                note(subject, "driver's start and end", trials * (found + sealed) * share / factor / 60, "min")
     ray.shutdown()
     (ROOT / "benchmarks" / "results" / "cluster.json").write_text(json.dumps(rows, indent=1) + "\n")
     console.print(format_rows([{key: str(value) for key, value in row.items()} for row in rows], title="Cluster"))

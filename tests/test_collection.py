@@ -96,6 +96,19 @@ def test_of_two_collectors_on_one_storage_one_is_refused_and_the_other_makes_the
     assert stores[0].digest([1, 2]) == stores[1].digest([1, 2])
 
 
+def test_what_was_altered_since_its_commit_is_found_when_its_group_ends(tmp_path: Path) -> None:
+    experiment = smoke(tmp_path)
+    early = GroupCollector(experiment, "torch", [1, 2])
+    for _ in range(4):
+        early._run_iteration()
+    (part,) = Path(experiment.storage_path).glob("trajectories/trial=2/*.parquet")
+    content = bytearray(part.read_bytes())
+    content[100] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(StoreError, match=r"trial=2/part-.* is altered: its SHA-256 is not the one in commit 1"):
+        GroupCollector(experiment, "torch", [1, 2]).advance(seconds=600)
+
+
 def test_progress_counts_what_was_run_before(tmp_path: Path) -> None:
     experiment = smoke(tmp_path)
     collector = GroupCollector(experiment, "torch", [1, 2])

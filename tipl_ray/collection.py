@@ -63,8 +63,9 @@ class GroupCollector:
 
     def start(self, seeds: Sequence[int]) -> GroupProgress:
         """Take over a group of trials where they were last committed, dropping what ran here before."""
-        store, header = TrajectoryStore(self._experiment.storage_path), trial_header(self._experiment, self._engine)
-        self._writers = {seed: TrialWriter(store, seed, header) for seed in seeds}
+        self._store = TrajectoryStore(self._experiment.storage_path)
+        header = trial_header(self._experiment, self._engine)
+        self._writers = {seed: TrialWriter(self._store, seed, header) for seed in seeds}
         states = [writer.state for writer in self._writers.values()]
         self._group = TrialGroup(self._experiment, self._engine, list(seeds), states) if seeds else None
         self._iterations: dict[int, int] = {}
@@ -76,13 +77,19 @@ class GroupCollector:
         return self.advance(0.0)
 
     def advance(self, seconds: float, to_commit: bool = False) -> GroupProgress:
-        """Run whole iterations for at least some seconds and, if asked, on to the next commit."""
+        """Run whole iterations for at least some seconds and, if asked, on to the next commit; at the end, verify all.
+
+        Raises StoreError where a trial that was run to its end is not in the storage as it was committed.
+        """
         begin, before = time.monotonic(), sum(self._iterations.values())
         num_steps = self._experiment.ppo.num_steps
         while self._group and not self._group.finished:
             if time.monotonic() - begin >= seconds and not (to_commit and self._uncommitted()):
                 break
             self._run_iteration()
+        if self._group and self._group.finished:
+            for seed in self._writers:
+                self._store.verify(seed, self._experiment.num_snapshots)
         done, returns = sum(self._iterations.values()), list(self._returns.values())
         rate = (done - before) * num_steps / max(time.monotonic() - begin, 1e-9)
         self._meters.ran((done - before) * num_steps, rate)
@@ -179,7 +186,8 @@ def collect(
             raise ValueError("collect.engine='cuda' needs a GPU per actor, and no node of the cluster has one")
         _run(experiment, engine, seeds, on_progress)
     if not store.finished():
-        store.finish(experiment.collect.seeds, experiment.num_snapshots)
+        # Each group's actor has read back what it finished: one driver would take longer for that than the collection.
+        store.finish(experiment.collect.seeds, experiment.num_snapshots, verified=set(seeds))
     return store
 
 

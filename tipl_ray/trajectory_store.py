@@ -22,7 +22,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -350,9 +350,12 @@ class TrajectoryStore:
         runs = zip(seeds, self._files.each(self._run, seeds), strict=True)
         return config.digest([[seed, [record.part_sha256 for record in run]] for seed, run in runs])
 
-    def finish(self, seeds: Sequence[int], num_snapshots: int) -> None:
-        """Mark the data set as whole: verify every trial, sweep, write `_SUCCESS`. Raises as `verify` does."""
-        self.verify_all(seeds, num_snapshots)
+    def finish(self, seeds: Sequence[int], num_snapshots: int, verified: Collection[int] = ()) -> None:
+        """Mark the data set as whole: verify every trial but those that the caller says were, sweep, write `_SUCCESS`.
+
+        Raises as `verify` does.
+        """
+        self.verify_all([seed for seed in seeds if seed not in verified], num_snapshots)
         self.sweep(seeds)
         mark = {"seeds": sorted(seeds), "num_snapshots": num_snapshots, "digest": self.digest(seeds)}
         self._files.write(f"{_COMMITS}/{_SUCCESS}", json.dumps(mark, indent=2).encode())
