@@ -150,9 +150,9 @@ def test_killed_actors_are_restarted_and_the_data_is_the_same(cluster: None, tmp
 
 
 def test_ten_thousand_groups_are_driven_over_real_calls(cluster: None) -> None:
-    crew, seconds_per_message, seconds_per_look = measure_driver(10_000, slices=3)
-    # One that the actor is there, one that it has started, three of progress, of which the last two told of commits.
-    assert (crew.messages, crew.commits) == (10_000 * 5, 10_000 * 2)
+    crew, seconds_per_message, seconds_per_look = measure_driver(10_000, slices=2)
+    # One that the actor is there, one that it has started, two of progress, of which the last told of a commit.
+    assert (crew.messages, crew.commits) == (10_000 * 4, 10_000)
     assert seconds_per_message < 1 / MESSAGES_PER_SECOND
     assert seconds_per_look < LOOK_SECONDS
 
