@@ -7,7 +7,7 @@ less. Real collections on one and two actors check the calculation, by CPU time 
 on 1, 2, 64 and 512 cores, and 10,000 trials on 512, on cores that are as fast as this machine's when it is quiet, as
 benchmarks/engine.py found them.
 
-    python benchmarks/cluster.py [--groups 10000] [--iterations 40]
+    python benchmarks/cluster.py [--parts driver "InvertedPendulum-v4 8-8" "HalfCheetah-v4 256-256" calculation]
 """
 
 import argparse
@@ -45,7 +45,6 @@ from tipl_ray.collection import (  # noqa: E402
 from tipl_ray.config import Collect, Experiment  # noqa: E402
 from tipl_ray.learner import choose_engine  # noqa: E402
 from tipl_ray.placement import GroupProgress, Placement  # noqa: E402
-from tipl_ray.terminal import console, format_rows  # noqa: E402
 from tipl_ray.trajectory_store import Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
 
 START_SECONDS = 5.0
@@ -250,72 +249,103 @@ def calculate(collect: Collect, num_trials: int, cores: int, costs: Costs) -> tu
     return START_SECONDS + size * (env_steps / costs.rate(collect, size) + costs.verify_seconds), actors, size
 
 
+class Results:
+    """benchmarks/results/cluster.json: values by subject and metric, kept, so that parts can be measured again."""
+
+    path = ROOT / "benchmarks" / "results" / "cluster.json"
+
+    def __init__(self) -> None:
+        rows = json.loads(self.path.read_text()) if self.path.exists() else []
+        self.rows = {(row["subject"], row["metric"]): row for row in rows}
+
+    def note(self, subject: str, metric: str, value: float, unit: str) -> None:
+        """Say a value and keep it."""
+        row = {"subject": subject, "metric": metric, "value": float(f"{value:.4g}"), "unit": unit}
+        self.rows[subject, metric] = row
+        self.path.write_text(json.dumps(list(self.rows.values()), indent=1) + "\n")
+        print(*row.values(), flush=True)
+
+    def __getitem__(self, subject_and_metric: tuple[str, str]) -> float:
+        return self.rows[subject_and_metric]["value"]
+
+
+def measure_task(results: Results, task: str, iterations: int, folder: str) -> None:
+    """What an actor's work and the store's cost, and real collections to check the calculation with."""
+    config, sizes = SIZES[task]
+    numbers = itertools.count()
+    measured = [measure_group(config, size, f"{folder}/{next(numbers)}") for size in sizes]
+    costs = Costs(
+        {size: rate for size, (rate, _) in zip(sizes, measured, strict=True)},
+        statistics.median(commit for _, commit in measured),
+    )
+    for size, rate in costs.rates.items():
+        results.note(f"{task}, an actor of {size}", "without commits", rate, "env steps/s")
+    results.note(task, "a trial's commit", 1e3 * costs.commit_seconds, "ms")
+    short = dataclasses.replace(config, total_env_steps=iterations * 2048)
+    for actors, size in ((1, sizes[-1]), (2, sizes[-2])):
+        cpu, clock = measure_collection(short, size, actors, f"{folder}/{next(numbers)}")
+        subject, calculated = f"{task}, a collection on {actors}", costs.rate(config, size)
+        results.note(subject, "per second of CPU", cpu, "env steps/s")
+        results.note(subject, "calculated over measured", calculated / cpu, "")
+        results.note(subject, "by the clock", clock, "env steps/s")
+        results.note(subject, "calculated over measured by the clock", calculated * actors / clock, "")
+    commits = math.ceil(experiment_of(config, "/nowhere").num_iterations / config.iterations_per_commit)
+    trials, few = (10, commits) if config is PENDULUM else (1, 4)
+    seconds = measure_store(config, f"{folder}/{next(numbers)}", trials, few)
+    for metric, value in zip(("to find", "to verify", "to seal"), seconds, strict=True):
+        results.note(task, f"a trial {metric}", 1e3 * value * commits / few, "ms")
+
+
+def calculate_task(results: Results, task: str) -> None:
+    """Collections on clusters whose cores are as fast as this machine's when it is quiet."""
+    config, sizes = SIZES[task]
+    engine = json.loads((ROOT / "benchmarks" / "results" / "engine.json").read_text())
+    (quiet,) = [row["value"] for row in engine if row["subject"] == "engine" and row["task"] == task]
+    rates = {size: results[f"{task}, an actor of {size}", "without commits"] for size in sizes}
+    factor = quiet / rates[max(rates)]
+    results.note(task, "a quiet core's speed, times the measured", factor, "")
+    costs = Costs(rates, results[task, "a trial's commit"] / 1e3, results[task, "a trial to verify"] / 1e3)
+    costs = costs.at_speed(factor)
+    message = results["driver of 10,000 groups", "a message"] / 1e6
+    look = results["driver of 10,000 groups", "a look at the whole"] / 1e3
+    at_ends = (results[task, "a trial to find"] + results[task, "a trial to seal"]) / 1e3
+    for trials, cores in ((50, 1), (50, 2), (50, 64), (50, 512), (10_000, 512)):
+        seconds, actors, size = calculate(config, trials, cores, costs)
+        subject = f"{task}, {trials:,} trials on {cores} cores"
+        results.note(subject, "actors", actors, "")
+        results.note(subject, "time", seconds / 60, "min")
+        results.note(subject, "core-hours", seconds * actors / 3600, "h")
+        messages = min(actors / SLICE_SECONDS, MESSAGES_PER_SECOND)
+        results.note(subject, "driver's share for messages and looks", (messages * message + look) / factor, "")
+        all_commits = actors * costs.rate(config, size) / (config.iterations_per_commit * 2048)
+        results.note(subject, "puts into the storage", PUTS_PER_COMMIT * all_commits, "1/s")
+        results.note(subject, "driver's start and end", trials * at_ends / factor / 60, "min")
+
+
 def main() -> None:
-    """Measure, check, calculate, print the table, write benchmarks/results/cluster.json."""
+    """Measure, check, calculate; everything goes to benchmarks/results/cluster.json at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, default=10_000, help="groups whose messages the driver is sent")
+    parser.add_argument("--parts", nargs="+", default=["driver", *SIZES, "calculation"], help="what to do (again)")
     parser.add_argument("--iterations", type=int, default=40, help="of the pendulum's real collections; a quarter else")
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    engine = json.loads((ROOT / "benchmarks" / "results" / "engine.json").read_text())
-    quiet = {row["task"]: row["value"] for row in engine if row["subject"] == "engine"}
-    rows: list[dict[str, Any]] = []
-
-    def note(subject: str, metric: str, value: float, unit: str) -> None:
-        rows.append({"subject": subject, "metric": metric, "value": float(f"{value:.4g}"), "unit": unit})
-        print(*rows[-1].values(), flush=True)
-
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    with tempfile.TemporaryDirectory() as folder:
-        numbers = itertools.count()
-        for num_groups in (100, arguments.groups):
-            _, per_message, per_look = measure_driver(num_groups, slices=6)
-            note(f"driver, {num_groups:,} groups", "a message", 1e6 * per_message, "µs")
-            note(f"driver, {num_groups:,} groups", "a look at the whole, once a second", 1e3 * per_look, "ms")
-        for task, (config, sizes) in SIZES.items():
-            measured = [measure_group(config, size, f"{folder}/{next(numbers)}") for size in sizes]
-            rates = {size: rate for size, (rate, _) in zip(sizes, measured, strict=True)}
-            costs = Costs(rates, statistics.median(commit for _, commit in measured))
-            for size, rate in costs.rates.items():
-                note(f"{task}, an actor of {size}", "rate without commits", rate, "env steps/s")
-            note(task, "a trial's commit", 1e3 * costs.commit_seconds, "ms")
-            iterations = arguments.iterations if config is PENDULUM else arguments.iterations // 4
-            short = dataclasses.replace(config, total_env_steps=iterations * 2048)
-            for actors, size in ((1, sizes[-1]), (2, sizes[-2])):
-                subject = f"{task}, {actors} actor{'s' * (actors > 1)} of {size}"
-                cpu, clock = measure_collection(short, size, actors, f"{folder}/{next(numbers)}")
-                calculated = costs.rate(config, size)
-                note(subject, "measured, per second of CPU", cpu, "env steps/s")
-                note(subject, "calculated over measured", calculated / cpu, "")
-                note(subject, "measured, by the clock", clock, "env steps/s")
-                note(subject, "calculated over measured, by the clock", calculated * actors / clock, "")
-            commits = math.ceil(experiment_of(config, "/nowhere").num_iterations / config.iterations_per_commit)
-            few = commits if config is PENDULUM else 4
-            found, verified, sealed = measure_store(
-                config, f"{folder}/{next(numbers)}", 20 if config is PENDULUM else 1, few
-            )
-            share = commits / few
-            note(task, "driver's start, a trial that is committed", 1e3 * found * share, "ms")
-            note(task, "actor's end, a trial to verify", 1e3 * verified * share, "ms")
-            note(task, "driver's end, a trial to seal", 1e3 * sealed * share, "ms")
-            factor = quiet[task] / rates[max(rates)]
-            note(task, "a quiet core's speed, times now", factor, "")
-            costs = dataclasses.replace(costs, verify_seconds=verified * share).at_speed(factor)
-            for trials, cores in ((50, 1), (50, 2), (50, 64), (50, 512), (10_000, 512)):
-                seconds, actors, size = calculate(config, trials, cores, costs)
-                subject = f"{task}, {trials:,} trials on {cores} cores"
-                note(subject, "actors", actors, "")
-                note(subject, "calculated time", seconds / 60, "min")
-                note(subject, "core-hours", seconds * actors / 3600, "h")
-                per_second = min(actors / SLICE_SECONDS, MESSAGES_PER_SECOND)
-                note(subject, "driver's share for messages", (per_second * per_message + per_look) / factor, "")
-                all_commits = actors * costs.rate(config, size) / (config.iterations_per_commit * 2048)
-                note(subject, "puts into the storage", PUTS_PER_COMMIT * all_commits, "1/s")
-                note(subject, "driver's start and end", trials * (found + sealed) * share / factor / 60, "min")
+    results = Results()
+    if arguments.parts != ["calculation"]:
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    if "driver" in arguments.parts:
+        for num_groups in (100, 10_000):
+            _, message, look = measure_driver(num_groups, slices=2)
+            results.note(f"driver of {num_groups:,} groups", "a message", 1e6 * message, "µs")
+            results.note(f"driver of {num_groups:,} groups", "a look at the whole", 1e3 * look, "ms")
+    for task, (config, _) in SIZES.items():
+        if task in arguments.parts:
+            with tempfile.TemporaryDirectory() as folder:
+                iterations = arguments.iterations if config is PENDULUM else arguments.iterations // 4
+                measure_task(results, task, iterations, folder)
+        if "calculation" in arguments.parts:
+            calculate_task(results, task)
     ray.shutdown()
-    (ROOT / "benchmarks" / "results" / "cluster.json").write_text(json.dumps(rows, indent=1) + "\n")
-    console.print(format_rows([{key: str(value) for key, value in row.items()} for row in rows], title="Cluster"))
 
 
 if __name__ == "__main__":
