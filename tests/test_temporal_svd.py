@@ -39,6 +39,58 @@ def test_singular_values_and_tokens_equal_numpys(num_snapshots, num_weights):
     np.testing.assert_allclose(right_vectors(basis).T, right_DP[:8] * signs_D[:, None], atol=1e-6)
 
 
+def spectrum(name: str, size: int) -> np.ndarray:
+    order = np.arange(1, size + 1.0)
+    return {
+        "like a trajectory's": order**-1.3,
+        "steep": 0.8**order,
+        "in pairs": np.ceil(order / 2) ** -1.3,
+        "of rank 9": np.where(order <= 9, 1 / order, 0.0),
+        "flat": np.ones(size),
+        "nearly flat": np.linspace(1.0, 0.9999, size),
+        "one far above the others": np.where(order == 1, 5e3, 1 / order),
+        "of rank 2": np.where(order <= 2, 1 / order, 0.0),
+    }[name]
+
+
+@pytest.mark.parametrize("shape", [(260, 400), (400, 260)])
+@pytest.mark.parametrize(
+    ("name", "by_subspace"),
+    [
+        ("like a trajectory's", True),
+        ("steep", True),
+        ("in pairs", True),
+        ("of rank 9", True),
+        ("flat", None),  # any subspace is the leading one
+        ("nearly flat", False),
+        ("one far above the others", False),
+        ("of rank 2", False),
+    ],
+)
+def test_a_subspace_is_trusted_only_where_singular_values_equal_numpys(shape, name, by_subspace, monkeypatch):
+    generator = np.random.default_rng(0)
+    left_TN, right_PN = (np.linalg.qr(generator.standard_normal((size, 260)))[0] for size in shape)
+    weights_TP = ((left_TN * spectrum(name, 260)) @ right_PN.T).astype(np.float32)
+    values_D = np.linalg.svd(weights_TP.astype(np.float64), compute_uv=False)[:5]
+    values_D[values_D < 1e-6 * values_D[0]] = 0.0  # float32's rounding of weights of lower rank
+    tried = []
+    by_gram = temporal_svd._decompose_by_gram
+    monkeypatch.setattr(temporal_svd, "_decompose_by_gram", lambda *given: tried.append(1) or by_gram(*given))
+    basis = fit_basis(weights_TP, "trial", 5)
+    assert by_subspace in (not tried, None)
+    np.testing.assert_allclose(basis.singular_values_D, values_D, rtol=1e-7)
+    taken_D = basis.singular_values_D > 0
+    for vectors in (basis.coordinates_TD, right_vectors(basis)):
+        np.testing.assert_allclose(vectors.T @ vectors, np.diag(taken_D), atol=2e-6)
+
+
+def test_the_same_trajectory_gives_the_same_basis():
+    weights_TP = trajectory(260, 400)  # large enough for a subspace
+    one, other = fit_basis(weights_TP, "trial", 5), fit_basis(weights_TP.copy(), "trial", 5)
+    assert one.coordinates_TD.tobytes() == other.coordinates_TD.tobytes()
+    assert right_vectors(one).tobytes() == right_vectors(other).tobytes()
+
+
 def test_blocks_change_nothing(monkeypatch):
     weights_TP = trajectory(20, 95)
     whole = fit_basis(weights_TP, "trial", 6)
@@ -61,8 +113,9 @@ def test_mirrored_trajectory_has_mirrored_tokens_and_the_same_basis():
     np.testing.assert_allclose(mirrored.coordinates_TD, -basis.coordinates_TD, atol=1e-6)
 
 
-def test_encoding_the_trajectory_gives_its_own_tokens():
-    weights_TP = trajectory(40, 122)
+@pytest.mark.parametrize("num_snapshots", [40, 400])
+def test_encoding_the_trajectory_gives_its_own_tokens(num_snapshots):
+    weights_TP = trajectory(num_snapshots, 402)
     basis = fit_basis(weights_TP, "trial", 10, deltas=True)
     np.testing.assert_allclose(basis.encode(weights_TP), basis.coordinates_TD, atol=1e-5)
 
@@ -118,7 +171,7 @@ def test_rank_beyond_the_trajectory_is_refused_with_both_numbers():
 
 @pytest.mark.parametrize("kind", ["trial", "raw"])
 def test_weights_that_are_not_finite_are_refused(kind):
-    weights_TP = trajectory(10, 20)
+    weights_TP = trajectory(260, 400)
     weights_TP[4, 7] = np.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
         fit_basis(weights_TP, kind, 2)

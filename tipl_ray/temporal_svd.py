@@ -3,7 +3,8 @@
 Knows trajectories, as arrays or as anything else that gives ranges of their rows and columns as arrays, and nothing of
 where they came from or of the model.
 
-Shapes: T snapshots, P policy weights, D SVD rank, B any number of snapshots, N the smaller of T and P.
+Shapes: T snapshots, P policy weights, D SVD rank, B any number of snapshots, N the smaller of T and P; S a little more
+than D, and K columns of the Krylov space from which they are chosen.
 """
 
 import dataclasses
@@ -12,14 +13,14 @@ from typing import Literal, Self
 
 import numpy as np
 import safetensors.numpy
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from scipy import linalg
 
 from tipl_ray import config
 from tipl_ray.rows import Rows
 
 BLOCK_BYTES = 32 * 2**20
-"""Most that is held in float64 of a trajectory at a time."""
+"""Most of a trajectory that is worked on at a time."""
 HELD_BYTES = 192 * 2**20
 """Most that is asked for at a time of a trajectory that is read as it is asked for."""
 
@@ -28,6 +29,10 @@ SHARED_SNAPSHOTS = 2048
 
 SMALLEST_SINGULAR_VALUE = 1e-7
 """Singular values below this share of the largest are zero: a float64 Gram matrix knows no more of them."""
+KRYLOV_BLOCKS = 5
+"""Times that a block of vectors goes through the trajectory and back, to find its leading subspace."""
+ACCURACY = 1e-7
+"""Relative error of singular values that a subspace found in this way must promise, or a Gram matrix is made."""
 
 Array = NDArray[np.floating]
 
@@ -109,9 +114,8 @@ def fit_basis(
 ) -> FittedBasis:
     """Temporal SVD (Section 3.2) of one trajectory, or the identity for `raw`, which ignores the rank.
 
-    With `centred` the trajectory's mean is subtracted first, with `deltas` its first snapshot. Works from the float64
-    Gram matrix of the shorter side and asks for the trajectory in parts, so that one which is read from a store takes a
-    bounded memory.
+    With `centred` the trajectory's mean is subtracted first, with `deltas` its first snapshot. Asks for the trajectory
+    in parts, so that one which is read from a store takes a bounded memory.
     Raises ValueError if the rank exceeds T or P, or a weight is not finite.
     """
     origin_P = _origin(weights_TP, centred, deltas)
@@ -127,18 +131,7 @@ def fit_basis(
             basis_PD=None,
             origin_P=origin_P,
         )
-    singular_values_D, short_ND, _ = _spectrum(weights_TP, origin_P, rank)
-    inverse_D = np.divide(1.0, singular_values_D, out=np.zeros(rank), where=singular_values_D > 0)
-    num_snapshots, num_weights = weights_TP.shape
-    left_TD, right_PD = short_ND, short_ND
-    if num_snapshots <= num_weights:
-        right_PD = np.zeros((num_weights, rank))
-        for part, block_BP in _row_blocks(weights_TP, origin_P):
-            right_PD += block_BP.T @ (short_ND[part] * inverse_D)
-    else:
-        left_TD = np.empty((num_snapshots, rank))
-        for part, block_BP in _row_blocks(weights_TP, origin_P):
-            left_TD[part] = block_BP @ short_ND * inverse_D
+    singular_values_D, left_TD, right_PD = _decompose(weights_TP, origin_P, rank)
     largest_D = right_PD[np.abs(right_PD).argmax(axis=0), np.arange(rank)]
     signs_D = np.where(largest_D < 0, -1.0, 1.0)
     return FittedBasis(
@@ -183,7 +176,8 @@ def reconstruction_error(
     that never leaves its origin); `mean_squared_error` per weight. Raises ValueError as `fit_basis` does.
     """
     origin_P = _origin(weights_TP, centred, deltas)
-    singular_values_D, _, energy = _spectrum(weights_TP, origin_P, max(ranks))
+    singular_values_D, _, _ = _decompose(weights_TP, origin_P, max(ranks))
+    energy = sum(float(np.vdot(block_BP, block_BP)) for _, block_BP in _row_blocks(weights_TP, origin_P))
     outside = np.maximum(energy - np.cumsum(singular_values_D**2)[np.asarray(ranks) - 1], 0.0)
     return {
         "rank": np.asarray(ranks, np.int64),
@@ -192,28 +186,101 @@ def reconstruction_error(
     }
 
 
-def _spectrum(weights_TP: Rows, origin_P: NDArray, rank: int) -> tuple[NDArray, NDArray, float]:
-    """Leading singular values (D,), singular vectors of the shorter side (N, D), and the squared sum of all weights."""
+def _decompose(weights_TP: Rows, origin_P: NDArray, rank: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Leading singular values (D,), left singular vectors (T, D) and right ones (P, D)."""
     num_short = min(weights_TP.shape)
     if not 1 <= rank <= num_short:
         raise ValueError(
             f"basis.rank={rank} is not between 1 and {num_short}, the singular values of a trajectory of "
             f"{weights_TP.shape[0]} snapshots of {weights_TP.shape[1]} weights"
         )
+    size = rank + max(8, rank // 4)
+    worthwhile = 4 * KRYLOV_BLOCKS * size <= num_short  # where N is smaller, its Gram matrix costs no more
+    found = _decompose_by_subspace(weights_TP, origin_P, rank, size) if worthwhile else None
+    return found or _decompose_by_gram(weights_TP, origin_P, rank)
+
+
+def _decompose_by_subspace(
+    weights_TP: Rows, origin_P: NDArray, rank: int, size: int
+) -> tuple[NDArray, NDArray, NDArray] | None:
+    """The same within a subspace that float32 finds; None where the singular values could be off by ACCURACY.
+
+    Within it float64 decides, so that float32's error counts squared: the square of how far the left vectors still move
+    when they go through the trajectory and back once more, over the gap to the subspace's last eigenvalue.
+    """
+    found_TS = _leading_subspace(weights_TP, origin_P, size)
+    if found_TS is None:
+        return None
+    image_PS = _onto_weights(weights_TP, origin_P, found_TS)
+    eigenvalues_S, rotation_SS = np.linalg.eigh(image_PS.T @ image_PS)
+    eigenvalues_D, rotation_SD = eigenvalues_S[: -rank - 1 : -1], rotation_SS[:, : -rank - 1 : -1]
+    if eigenvalues_D[-1] <= SMALLEST_SINGULAR_VALUE**2 * eigenvalues_D[0]:
+        return None
+    singular_values_D = np.sqrt(eigenvalues_D)
+    right_PD = image_PS @ (rotation_SD / singular_values_D)
+    left_TD = _onto_snapshots(weights_TP, origin_P, right_PD) / singular_values_D
+    moved_D = np.linalg.norm(left_TD - found_TS @ rotation_SD, axis=0)
+    gap = 1 - eigenvalues_S[0] / eigenvalues_D[-1]
+    return (singular_values_D, left_TD, right_PD) if moved_D.max() ** 2 <= ACCURACY * gap else None
+
+
+def _leading_subspace(weights_TP: Rows, origin_P: NDArray, size: int) -> NDArray[np.float64] | None:
+    """Orthonormal columns that span, about, the leading left singular vectors: by a block Krylov method; (T, S).
+
+    None where a weight is not finite, or too large for float32.
+    """
+    krylov_TK = np.empty((weights_TP.shape[0], KRYLOV_BLOCKS * size))
+    images_PK = np.empty((weights_TP.shape[1], KRYLOV_BLOCKS * size), np.float32)
+    image_PS = np.random.default_rng(0).standard_normal((weights_TP.shape[1], size), np.float32)
+    for first in range(0, KRYLOV_BLOCKS * size, size):
+        before_TK, here = krylov_TK[:, :first], slice(first, first + size)
+        block_TS = _onto_snapshots(weights_TP, origin_P, image_PS).astype(np.float64)
+        for _ in range(2):  # what rounding leaves the first time goes the second time
+            block_TS -= before_TK @ (before_TK.T @ block_TS)
+        krylov_TK[:, here] = np.linalg.qr(block_TS)[0]
+        images_PK[:, here] = image_PS = _onto_weights(weights_TP, origin_P, krylov_TK[:, here].astype(np.float32))
+    gram_KK = sum(block_BK.T @ block_BK for _, block_BK in _row_blocks(images_PK, np.zeros(1)))
+    if not np.isfinite(gram_KK).all():
+        return None
+    return np.linalg.qr(krylov_TK @ np.linalg.eigh(gram_KK)[1][:, -size:])[0]
+
+
+def _decompose_by_gram(weights_TP: Rows, origin_P: NDArray, rank: int) -> tuple[NDArray, NDArray, NDArray]:
+    """The same by the eigenvectors of the shorter side's Gram matrix."""
+    num_snapshots, num_weights = weights_TP.shape
+    num_short = min(weights_TP.shape)
     gram_NN = np.zeros((num_short, num_short), order="F")
     for block_NB in _short_blocks(weights_TP, origin_P):
         # Fortran order, a transposed operand and overwrite_c: the sum grows in place, no second Gram matrix is made.
         gram_NN = linalg.blas.dsyrk(1.0, block_NB.T, beta=1.0, c=gram_NN, trans=1, lower=1, overwrite_c=1)
-    energy = float(np.trace(gram_NN))
-    if not np.isfinite(energy):
+    if not np.isfinite(np.trace(gram_NN)):
         raise ValueError("weights_TP has entries that are NaN or infinite: there is no basis for them")
     leading = (num_short - rank, num_short - 1)
     eigenvalues_D, vectors_ND = linalg.eigh(gram_NN, subset_by_index=leading, overwrite_a=True, check_finite=False)
     singular_values_D = np.sqrt(np.maximum(eigenvalues_D[::-1], 0.0))
-    zero_D = singular_values_D <= SMALLEST_SINGULAR_VALUE * singular_values_D[0]
-    singular_values_D[zero_D] = 0.0
-    vectors_ND = vectors_ND[:, ::-1] * ~zero_D
-    return singular_values_D, vectors_ND, energy
+    taken_D = singular_values_D > SMALLEST_SINGULAR_VALUE * singular_values_D[0]
+    singular_values_D = singular_values_D * taken_D
+    vectors_ND = vectors_ND[:, ::-1] * taken_D
+    inverse_D = np.divide(1.0, singular_values_D, out=np.zeros(rank), where=taken_D)
+    if num_snapshots <= num_weights:
+        right_PD = _onto_weights(weights_TP, origin_P, vectors_ND * inverse_D)
+        return singular_values_D, vectors_ND, right_PD
+    left_TD = _onto_snapshots(weights_TP, origin_P, vectors_ND * inverse_D)
+    return singular_values_D, left_TD, vectors_ND
+
+
+def _onto_weights(weights_TP: Rows, origin_P: NDArray, columns_TS: NDArray) -> NDArray:
+    """W^T times some columns, in their precision; (P, S)."""
+    image_PS = np.zeros((weights_TP.shape[1], columns_TS.shape[1]), columns_TS.dtype)
+    for part, block_BP in _row_blocks(weights_TP, origin_P, columns_TS.dtype):
+        image_PS += block_BP.T @ columns_TS[part]
+    return image_PS
+
+
+def _onto_snapshots(weights_TP: Rows, origin_P: NDArray, columns_PS: NDArray) -> NDArray:
+    """W times some columns, in their precision; (T, S)."""
+    blocks = _row_blocks(weights_TP, origin_P, columns_PS.dtype)
+    return np.concatenate([block_BP @ columns_PS for _, block_BP in blocks])
 
 
 def _origin(weights_TP: Rows, centred: bool, deltas: bool) -> NDArray[np.float32]:
@@ -225,13 +292,19 @@ def _origin(weights_TP: Rows, centred: bool, deltas: bool) -> NDArray[np.float32
     return weights_TP[:1][0].astype(np.float32) if deltas else zeros_P
 
 
-def _row_blocks(weights_TP: Rows, origin_P: NDArray) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Snapshots in order, in float64: which, and their weights."""
+def _row_blocks(weights_TP: Rows, origin_P: NDArray, dtype: DTypeLike = np.float64) -> Iterator[tuple[slice, NDArray]]:
+    """Snapshots in order: which, and their weights."""
     num_snapshots, num_weights = weights_TP.shape
-    step = max(1, BLOCK_BYTES // (8 * num_weights))
-    for start in range(0, num_snapshots, step):
-        part = slice(start, min(start + step, num_snapshots))
-        yield part, weights_TP[part].astype(np.float64) - origin_P
+    step = max(1, BLOCK_BYTES // (np.dtype(dtype).itemsize * num_weights))
+    held = step * max(1, HELD_BYTES // (4 * num_weights * step))
+    shifted, origin_P = origin_P.any(), origin_P.astype(dtype)
+    for first in range(0, num_snapshots, held):
+        held_BP = weights_TP[first : min(first + held, num_snapshots)]
+        for start in range(0, len(held_BP), step):
+            block_BP = held_BP[start : start + step].astype(dtype, copy=False)
+            part = slice(first + start, first + start + len(block_BP))
+            yield part, block_BP - origin_P if shifted else block_BP
+        del held_BP, block_BP  # before the next are read
 
 
 def _short_blocks(weights_TP: Rows, origin_P: NDArray) -> Iterator[NDArray[np.float64]]:
