@@ -20,18 +20,18 @@ import safetensors.numpy
 import tyro
 
 from tipl_ray.config import as_table
-from tipl_ray.storage import StoreError
+from tipl_ray.storage import Storage, StoreError
 from tipl_ray.terminal import console, format_rows, say
 from tipl_ray.trajectory_store import COLUMNS, Header, TrajectoryStore, TrialProgress
 
-Storage = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
+Root = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
 Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="seeds of the trials to take; none takes all")]
 
 app = tyro.extras.SubcommandApp()
 
 
 @app.command
-def describe(storage: Storage) -> int:
+def describe(storage: Root) -> int:
     """Task, policy, versions, sizes on disk against raw, trials, snapshots and returns."""
     store = TrajectoryStore(storage)
     progress, refusals = _survey(store, store.progress)
@@ -58,7 +58,7 @@ def describe(storage: Storage) -> int:
 
 
 @app.command(name="list")
-def list_trials(storage: Storage) -> int:
+def list_trials(storage: Root) -> int:
     """The trials, what of each is committed and whether that is all of it."""
     store = TrajectoryStore(storage)
     progress, refusals = _survey(store, store.progress)
@@ -79,7 +79,7 @@ def list_trials(storage: Storage) -> int:
 
 
 @app.command
-def verify(storage: Storage, seeds: Seeds = ()) -> int:
+def verify(storage: Root, seeds: Seeds = ()) -> int:
     """Read everything and compare each digest, range, column and number with the commit records.
 
     Exit status 1, and each damaged trial's file named with the way out, where anything is wrong.
@@ -95,7 +95,7 @@ def verify(storage: Storage, seeds: Seeds = ()) -> int:
 
 @app.command
 def export(
-    storage: Storage,
+    storage: Root,
     seed: Annotated[int, tyro.conf.Positional, tyro.conf.arg(help="seed of the trial")],
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="new file, .safetensors or .npz")],
     columns: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(COLUMNS)}; none takes all")] = (),
@@ -125,22 +125,25 @@ def export(
 
 @app.command
 def sweep(
-    storage: Storage,
+    storage: Root,
     seeds: Seeds = (),
     delete: Annotated[bool, tyro.conf.arg(help="delete it; otherwise it is only listed")] = False,
     lost: Annotated[bool, tyro.conf.arg(help="take trials whose commit records are lost for garbage as well")] = False,
 ) -> int:
-    """Garbage that no commit record names, such as a killed run leaves. Only while nothing is being collected."""
-    store = TrajectoryStore(storage)
-    take, refusals = store.sweep if delete else store.garbage, []
-    garbage = list(take((), lost))
+    """Garbage that no commit record names, such as a killed run leaves. Only while nothing is being collected.
+
+    With it go the files that killed stages left half written beside the data set, once they are an hour old.
+    """
+    store, files, refusals = TrajectoryStore(storage), Storage(storage), []
+    garbage = {*files.leftovers(), *store.garbage(())}
     for seed in seeds or store.folders():
         try:
-            garbage += take((seed,), lost)
+            garbage.update(store.garbage((seed,), lost))
         except StoreError as error:
             refusals.append(str(error))
-    garbage = sorted(set(garbage))
-    for path in garbage:
+    for path in sorted(garbage):
+        if delete:
+            files.delete(path)
         say(path)
     say(f"{len(garbage)} files of garbage{' deleted' if delete else '; --delete deletes them' if garbage else ''}")
     return _tell(refusals)

@@ -1,6 +1,7 @@
 """The user's command on a data set: what it prints is what lies there, and its exit status says whether it is sound."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,15 +103,22 @@ def test_sweep_lists_first_and_deletes_when_told_but_never_a_trial_that_lost_its
     collect(tmp_path, seed=4)
     garbage = tmp_path / f"trajectories/trial=3/part-00000008-{'0' * 16}.parquet"
     garbage.write_bytes(b"")
+    left = tmp_path / "models" / "0123" / ".tmp-4567"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half a model")
+    os.utime(left, times=(0, 0))
     for record in files(tmp_path, "trial=4/commit-*"):
         record.unlink()
     said = run("sweep", tmp_path, status=1)
     assert garbage.name in said
-    assert "1 files of garbage; --delete deletes them" in said
+    assert str(left.relative_to(tmp_path)) in said
+    assert "2 files of garbage; --delete deletes them" in said
     assert "of trial 4, so commit records of it seem to be lost" in said
     assert garbage.exists()
+    assert left.exists()
     run("sweep", tmp_path, "--delete", status=1)
     assert not garbage.exists()
+    assert not left.exists()
     assert len(files(tmp_path, "trial=4/part-*")) == 3
     assert "4 files of garbage deleted" in run("sweep", tmp_path, "--seeds", 4, "--lost", "--delete")
     assert not files(tmp_path, "trial=4/*")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,16 @@ def test_a_killed_process_leaves_a_whole_file_or_none(tmp_path: Path, put: str, 
     else:
         assert status == 0
         assert (tmp_path / "name").stat().st_size == 1_000_000
+
+
+def test_leftovers_are_what_nobody_wrote_for_an_hour_in_any_folder_and_nothing_else(tmp_path: Path) -> None:
+    names = "models/0123/.tmp-1", "grams/.tmp-2", "evaluations/4567/.tmp-3", ".tmp-4", "models/0123/model.json"
+    for name in (*names, "models/89ab/.tmp-in-use"):
+        write_file(str(tmp_path), name, b"half")
+    for name in names:
+        os.utime(tmp_path / name, times=(0, time.time() - storage.LEFT_AFTER_SECONDS - 1))
+    assert Storage(tmp_path.as_uri()).leftovers() == sorted(names[:-1])
+    assert Storage(str(tmp_path / "nowhere")).leftovers() == []
 
 
 def with_link(tmp_path: Path, patch: pytest.MonkeyPatch, link: Callable[..., None]) -> bool:

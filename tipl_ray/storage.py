@@ -25,6 +25,8 @@ import pyarrow.fs as pa_fs
 
 TEMPORARY = ".tmp-"
 """How the names begin of files that are not yet published; a killed process leaves them behind."""
+LEFT_AFTER_SECONDS = 3600.0
+"""Age at which a file that is not yet published is taken for left behind: writing one takes far less."""
 REQUESTS_AT_ONCE = 16
 """Requests under way at once where each is a round trip."""
 CONFLICTS = 50
@@ -94,6 +96,17 @@ class Storage:
     def folders(self, folder: str = "") -> list[str]:
         """Names of the folders in a folder."""
         return [name for name, size in self.entries(folder).items() if size is None]
+
+    def leftovers(self) -> list[str]:
+        """Paths of the files, in whatever folder, that a process killed an hour ago or more left unpublished."""
+        selector = pa_fs.FileSelector(self._base, allow_not_found=True, recursive=True)
+        before = (time.time() - LEFT_AFTER_SECONDS) * 1e9
+        with self._looked_up(""):
+            return sorted(
+                info.path.removeprefix(f"{self._base}/")
+                for info in self._filesystem.get_file_info(selector)
+                if info.is_file and info.base_name.startswith(TEMPORARY) and info.mtime_ns < before
+            )
 
     def each(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
         """The function of each item in order; several at once where each is a round trip to another machine."""
