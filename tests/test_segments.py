@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trajectories import write_trials
 
 from tipl_ray import config, temporal_svd
 from tipl_ray.gram import Question, make_band
@@ -19,11 +20,9 @@ from tipl_ray.segments import (
     tokens_of,
 )
 from tipl_ray.temporal_svd import fit_basis
-from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
 
 BASIS = config.Basis(rank=4)
 QUESTION = Question(context=4, steps=(1, 3), snapshots_per_iteration=5)
-HEADER = Header(task="Line-v0", layout=(("w", (11,), 0),), config={}, versions={"mujoco": "4.0", "gymnasium": "1.4"})
 
 
 def trajectory(seed: int, num_snapshots: int = 15, num_weights: int = 11) -> np.ndarray:
@@ -34,30 +33,6 @@ def trajectory(seed: int, num_snapshots: int = 15, num_weights: int = 11) -> np.
 def tokens(seeds: range, num_snapshots: int = 15) -> Tokens:
     trajectories = {seed: trajectory(seed, num_snapshots) for seed in seeds}
     return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, "trial", 4)) for seed, w_TP in trajectories.items()])
-
-
-def write_store(root: Path, trajectories: dict[int, np.ndarray]) -> TrajectoryStore:
-    store = TrajectoryStore(str(root))
-    for seed, weights_TP in trajectories.items():
-        writer = TrialWriter(store, seed, HEADER)
-        for index, weights_P in enumerate(weights_TP):
-            writer.append(
-                Snapshot(
-                    seed=seed,
-                    snapshot=index,
-                    iteration=index,
-                    epoch=0,
-                    env_step=index,
-                    learning_rate=3e-4,
-                    episodic_return=None,
-                    weights=weights_P,
-                    observation_mean=np.zeros(2),
-                    observation_variance=np.ones(2),
-                    observation_count=1.0,
-                )
-            )
-        writer.commit({})
-    return store
 
 
 def test_windows_are_the_tokens_of_neighbouring_snapshots_and_targets_the_next():
@@ -118,7 +93,7 @@ def test_one_step_errors_are_those_of_the_decoded_weights(kind):
 
 def test_tokens_come_from_the_store_one_basis_per_trial(tmp_path: Path):
     trajectories = {seed: trajectory(seed) for seed in (3, 4, 5)}
-    loaded = load_tokens(write_store(tmp_path, trajectories), (3, 5), BASIS)
+    loaded = load_tokens(write_trials(tmp_path, trajectories), (3, 5), BASIS)
     assert loaded.seeds == (3, 5)
     for index, seed in enumerate(loaded.seeds):
         fitted = fit_basis(trajectories[seed], "trial", 4)
@@ -127,13 +102,13 @@ def test_tokens_come_from_the_store_one_basis_per_trial(tmp_path: Path):
 
 
 def test_trials_of_different_length_are_refused_by_name(tmp_path: Path):
-    store = write_store(tmp_path, {3: trajectory(3), 4: trajectory(4, num_snapshots=12)})
+    store = write_trials(tmp_path, {3: trajectory(3), 4: trajectory(4, num_snapshots=12)})
     with pytest.raises(ValueError, match="trial 3: 15 x 4, trial 4: 12 x 4"):
         load_tokens(store, (3, 4), BASIS)
 
 
 def test_rank_beyond_a_trial_is_refused_with_its_seed(tmp_path: Path):
-    store = write_store(tmp_path, {3: trajectory(3)})
+    store = write_trials(tmp_path, {3: trajectory(3)})
     with pytest.raises(ValueError, match=r"trial 3: basis\.rank=12 is not between 1 and 11"):
         load_tokens(store, (3,), config.Basis(rank=12))
 
@@ -217,7 +192,7 @@ def test_made_up_policies_repeat_themselves_with_the_iterations():
 
 
 def test_a_band_is_computed_once_and_then_found(tmp_path: Path):
-    write_store(tmp_path, {3: trajectory(3)})
+    write_trials(tmp_path, {3: trajectory(3)})
     first = load_band(str(tmp_path), 3, QUESTION)
     (kept,) = (tmp_path / "grams").iterdir()
     written = kept.stat().st_mtime_ns
@@ -251,7 +226,7 @@ def test_a_trial_reduced_from_the_store_is_reduced_as_from_memory(
     monkeypatch.setattr(temporal_svd, "BLOCK_BYTES", 8 * 9 * 3)
     for shape in ((9, 11), (15, 11)):
         weights_TP = trajectory(3, *shape)
-        store = write_store(tmp_path / str(shape), {3: weights_TP})
+        store = write_trials(tmp_path / str(shape), {3: weights_TP})
         for basis in (BASIS, config.Basis(rank=4, centred=True), config.Basis(rank=4, deltas=True)):
             found = load_tokens(store, (3,), basis)
             expected = tokens_of(3, weights_TP, fit_basis(weights_TP, "trial", 4, basis.centred, basis.deltas))

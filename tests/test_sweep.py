@@ -18,15 +18,15 @@ import matplotlib.pyplot as plt
 import mlflow
 import numpy as np
 import pytest
+from trajectories import write_trials
 
 from tipl_ray import comparison, search_space, stages, sweep
 from tipl_ray.config import CHECKOUT, Experiment, Sweep, load_experiment
 from tipl_ray.model import is_complete, load_model
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
 from tipl_ray.training import model_folder
-from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+from tipl_ray.trajectory_store import TrajectoryStore
 
-HEADER = Header(task="Line-v0", layout=(("w", (13,), 0),), config={}, versions={"mujoco": "4.0", "gymnasium": "1.4"})
 OVER = {"basis.rank": [3, 6], "model.context": [4, 8]}
 CHILDREN = {"rank=3 context=4", "rank=3 context=8", "rank=6 context=4", "rank=6 context=8"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -35,28 +35,12 @@ JOB = [sys.executable, str(CHECKOUT / "jobs" / "sweep.py"), "--experiment", "job
 
 def collect(storage: Path) -> None:
     """Four trials of 41 snapshots that drift and tremble."""
-    store = TrajectoryStore(str(storage))
+    trials = {}
     for seed in range(1, 5):
-        generator, writer = np.random.default_rng(seed), TrialWriter(store, seed, HEADER)
+        generator = np.random.default_rng(seed)
         steps_TP = 0.3 * generator.standard_normal(13) + 0.1 * generator.standard_normal((41, 13))
-        for index, weights_P in enumerate(steps_TP.cumsum(axis=0).astype(np.float32)):
-            writer.append(
-                Snapshot(
-                    seed=seed,
-                    snapshot=index,
-                    iteration=index,
-                    epoch=0,
-                    env_step=index,
-                    learning_rate=3e-4,
-                    episodic_return=None,
-                    weights=weights_P,
-                    observation_mean=np.zeros(2),
-                    observation_variance=np.ones(2),
-                    observation_count=1.0,
-                )
-            )
-        writer.commit({})
-    store.finish(range(1, 5), 41)
+        trials[seed] = steps_TP.cumsum(axis=0).astype(np.float32)
+    write_trials(storage, trials).finish(range(1, 5), 41)
 
 
 def experiment(storage: Path, over: dict | None = None, **settings: str | int) -> Experiment:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from trajectories import write_trials
 
 from tipl_ray import config, training
 from tipl_ray.forecasting import Tipl, Trial, load_tipl
@@ -17,10 +18,9 @@ from tipl_ray.objectives import TrainingData, gather_trials
 from tipl_ray.segments import Tokens, draw_windows, tokens_of
 from tipl_ray.storage import StoreError
 from tipl_ray.temporal_svd import fit_basis, fit_shared_basis
-from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+from tipl_ray.trajectory_store import TrajectoryStore
 
 PPO = {"ppo": {"num_epochs": 10}, "epochs_per_snapshot": 2}
-HEADER = Header(task="Line-v0", layout=(("w", (13,), 0),), config=PPO, versions={"mujoco": "4.0", "gymnasium": "1.4"})
 
 
 @pytest.fixture(autouse=True)
@@ -86,27 +86,7 @@ both_bases = pytest.mark.parametrize("kind", ["trial", "window"])
 
 
 def write_store(root: Path, seeds: tuple[int, ...]) -> TrajectoryStore:
-    store = TrajectoryStore(str(root))
-    for seed in seeds:
-        writer = TrialWriter(store, seed, HEADER)
-        for index, weights_P in enumerate(trajectory(seed)):
-            writer.append(
-                Snapshot(
-                    seed=seed,
-                    snapshot=index,
-                    iteration=index,
-                    epoch=0,
-                    env_step=index,
-                    learning_rate=3e-4,
-                    episodic_return=None,
-                    weights=weights_P,
-                    observation_mean=np.zeros(2),
-                    observation_variance=np.ones(2),
-                    observation_count=1.0,
-                )
-            )
-        writer.commit({})
-    return store
+    return write_trials(root, {seed: trajectory(seed) for seed in seeds}, PPO)
 
 
 def assert_equal_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
