@@ -313,6 +313,7 @@ def test_heat_map_has_the_means_and_a_row_of_the_ridges():
     assert isinstance(frame, Rectangle)
     assert frame.get_xy() == (0.5, 1.5), "the best cell is framed"
     assert "the ridge leaves 0.3" in bar.get_ylabel()
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["10", "14", "17", "22"]
 
 
 def test_heat_map_has_a_column_of_what_each_rank_leaves_possible():

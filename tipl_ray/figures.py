@@ -586,10 +586,8 @@ def sweep_heat_map(
         axes.axvline(len(columns) - 0.5, color="white", linewidth=4)
     axes.set_yticks(range(len(lines) + 1), ["ridge", *(_value_text(value) for value in lines)])
     bar = figure.colorbar(shown, ax=axes)
-    bar.ax.yaxis.set_major_locator(FixedLocator(np.geomspace(low, high, 4).tolist()))
-    bar.ax.yaxis.set_major_formatter(
-        FuncFormatter(lambda share, _: f"{share:,.0f}" if share >= 100 else f"{share:.3g}")
-    )
+    bar.ax.yaxis.set_major_locator(FixedLocator(_round_values(low, high)))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:,.10g}"))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     told = "squared error left, copying = 1"
     if near:
@@ -599,6 +597,13 @@ def sweep_heat_map(
         told += f"\nthe ridge leaves {ridge:.3g}"
     bar.set_label(told, fontsize=10, color=INK)
     return figure
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Four values from low to high, or as many as differ, with no more digits than it takes to tell them apart."""
+    values = np.geomspace(low, high, 4)
+    rounded = [sorted({float(f"{value:.{digits}g}") for value in values}) for digits in (2, 3)]
+    return next((found for found in rounded if len(found) == len(values)), rounded[-1])
 
 
 def parallel_coordinates(cells: Sequence[Row], names: Mapping[str, str], metric: str = "skill") -> Figure:
