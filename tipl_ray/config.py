@@ -479,20 +479,9 @@ class Experiment:
         """Refuse what cannot run. Raises ValueError naming the field, the value and the limit."""
         if not self.name or any(letter in self.name for letter in "/\\ "):
             raise ValueError(f"name={self.name!r} is not a folder's name")
-        parts = (
-            self.collect,
-            self.ppo,
-            self.jump,
-            self.split,
-            self.basis,
-            self.model,
-            self.train,
-            self.evaluate,
-            self.accelerate,
-            self.sweep,
-        )
-        for part in parts:
-            part.check()
+        for field in dataclasses.fields(self):
+            if hasattr(part := getattr(self, field.name), "check"):
+                part.check()
         if self.collect.total_env_steps < self.ppo.num_steps:
             raise ValueError(
                 f"collect.total_env_steps={self.collect.total_env_steps} is less than one iteration of "
