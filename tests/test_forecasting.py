@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tipl_ray import config, forecasting
 from tipl_ray.forecasting import (
+    SIMPLE,
     Combination,
     CopyLast,
     Damped,
@@ -82,22 +83,8 @@ def window_tipl() -> WindowTipl:
 
 
 def predictors() -> list[Predictor]:
-    kinds: tuple[type[Predictor], ...] = (
-        CopyLast,
-        Linear,
-        Damped,
-        WindowLinear,
-        Ridge,
-        FirstAgain,
-        RidgeOnContext,
-        RankOne,
-        RankOneFromLast,
-        DynamicModes,
-        MeanTrajectory,
-        WindowFloor,
-    )
     made = [
-        *(kind(QUESTION) for kind in kinds),
+        *(kind(QUESTION) for kind in (*SIMPLE, FirstAgain, WindowFloor)),
         SvdFloor(QUESTION, TrialBasis(config.Basis(rank=4))),
         tipl(config.Basis(rank=4), 4),
         tipl(config.Basis(kind="raw"), 31),

@@ -546,6 +546,21 @@ def load_tipl(folder: str, question: Question, device: torch.device | str = "cpu
     return Tipl(question, CausalTransformer.load(folder), trial_basis, normaliser, device)
 
 
+SIMPLE: tuple[type[Predictor], ...] = (
+    CopyLast,
+    Linear,
+    Damped,
+    WindowLinear,
+    Ridge,
+    RidgeOnContext,
+    RankOne,
+    RankOneFromLast,
+    DynamicModes,
+    MeanTrajectory,
+)
+"""What TIPL is held against in every table."""
+
+
 def make_predictors(question: Question, model_folders: Sequence[str], elsewhere: bool = False) -> list[Predictor]:
     """Every predictor that is compared, TIPL as it was trained among them, and the floor of its basis; not fitted.
 
@@ -554,22 +569,10 @@ def make_predictors(question: Question, model_folders: Sequence[str], elsewhere:
     tipls = [load_tipl(folder, question) for folder in model_folders]
     for seed, tipl in enumerate(tipls):
         tipl.seed = seed
-    simple = (
-        CopyLast,
-        Linear,
-        Damped,
-        WindowLinear,
-        Ridge,
-        RidgeOnContext,
-        RankOne,
-        RankOneFromLast,
-        DynamicModes,
-        MeanTrajectory,
-    )
     first = tipls[0]
     floor = SvdFloor(question, first.trial_basis) if isinstance(first, Tipl) else WindowFloor(question)
     carried = [RidgeElsewhere(question, first.model)] if elsewhere and isinstance(first, WindowTipl) else []
-    return [*(kind(question) for kind in simple), *carried, *tipls, floor]
+    return [*(kind(question) for kind in SIMPLE), *carried, *tipls, floor]
 
 
 def save_fitted(predictors: Sequence[Predictor]) -> bytes:
