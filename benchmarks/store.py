@@ -4,7 +4,7 @@ Weights are a random walk of small steps, as an optimiser takes them. Beside the
 pyarrow writes it when it is told nothing, and a floor: the raw bytes in a file, synced, and read back from memory. The
 subjects alternate, so that a noisy machine is noisy for all; the table shows medians.
 
-    python benchmarks/store.py [--rounds 5] [--folder FOLDER] [--parts store actor]
+    python benchmarks/store.py [--rounds 5] [--folder FOLDER] [--parts store actor] [--actor-steps 2000000]
 """
 
 import argparse
@@ -27,7 +27,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from machine import peak_bytes  # noqa: E402
+from machine import peak_bytes, resident_bytes  # noqa: E402
 
 from tipl_ray.config import Collect  # noqa: E402
 from tipl_ray.terminal import format_rows  # noqa: E402
@@ -202,38 +202,43 @@ def memory(task: str, num_weights: int, num_observations: int) -> Iterator[dict]
         }
 
 
-def actor_memory(num_commits: tuple[int, ...]) -> Iterator[dict]:
-    """Rows on an actor's memory: two trials of HalfCheetah's wide policies, after so many commits of each."""
-    command = [sys.executable, __file__, "--collect", json.dumps(num_commits)]
-    peaks = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    for number, peak in zip(num_commits, peaks, strict=True):
-        yield {
-            "task": "HalfCheetah-v4 256-256",
-            "subject": f"an actor of 2 trials after {number} commits of each ({number * PER_COMMIT:,} snapshots)",
-            "metric": "peak memory of an actor",
-            "value": round(peak / 1e6, 1),
-            "unit": "MB",
-            "ratio_to_plain": None,
-            "ratio_to_floor": round(peak / peaks[0], 3),
-        }
+def actor_memory(env_steps: int) -> Iterator[dict]:
+    """Rows on an actor's memory at its first, middle and last commit; the floor is the first."""
+    command = [sys.executable, __file__, "--collect", str(env_steps)]
+    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    for metric, commits in told.items():
+        for number in (1, len(commits) // 2, len(commits)):
+            snapshots, value = commits[number - 1]
+            yield {
+                "task": "HalfCheetah-v4 256-256",
+                "subject": f"an actor of 2 trials of {env_steps:,} steps at commit {number} ({snapshots:,} snapshots)",
+                "metric": f"{metric} memory of an actor",
+                "value": round(value / 1e6, 1),
+                "unit": "MB",
+                "ratio_to_plain": None,
+                "ratio_to_floor": round(value / commits[0][1], 3),
+            }
 
 
-def collect_and_tell_memory(num_commits: tuple[int, ...]) -> None:
-    """What `actor_memory` runs."""
+def collect_and_tell_memory(env_steps: int) -> None:
+    """What `actor_memory` runs: two trials to their end, and (snapshots of each, bytes) at every commit."""
     from tipl_ray.collection import GroupCollector
     from tipl_ray.config import load_experiment
     from tipl_ray.learner import choose_engine
 
-    experiment, peaks = load_experiment(ROOT / "jobs" / "experiments" / "half_cheetah.toml"), []
+    experiment = load_experiment(ROOT / "jobs" / "experiments" / "half_cheetah.toml")
+    told: dict[str, list[tuple[int, int]]] = {"resident": [], "peak": []}
     with tempfile.TemporaryDirectory() as folder:
-        experiment = dataclasses.replace(experiment, storage=folder)
+        collect = dataclasses.replace(experiment.collect, total_env_steps=env_steps)
+        experiment = dataclasses.replace(experiment, storage=folder, collect=collect)
         collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), [1, 2])
-        for number in num_commits:
-            while TrajectoryStore(folder).progress(2).num_commits < number:
-                collector.advance(0.0, to_commit=True)
-                collector.advance(0.001)
-            peaks.append(peak_bytes())
-    print(json.dumps(peaks))
+        snapshots = 0
+        while snapshots < experiment.num_snapshots:
+            collector.advance(0.001, to_commit=True)
+            snapshots = TrajectoryStore(folder).progress(2).num_snapshots
+            told["resident"].append((snapshots, resident_bytes()))
+            told["peak"].append((snapshots, peak_bytes()))
+    print(json.dumps(told))
 
 
 def main() -> None:
@@ -244,8 +249,9 @@ def main() -> None:
         "--folder", type=Path, default=ROOT / "benchmarks", help="where to write, on the disk to measure"
     )
     parser.add_argument("--parts", nargs="+", default=["store", "actor"], help="what to measure: `store`, `actor`")
+    parser.add_argument("--actor-steps", type=int, default=2_000_000, help="environment steps of an actor's trials")
     parser.add_argument("--write", help=argparse.SUPPRESS)
-    parser.add_argument("--collect", help=argparse.SUPPRESS)
+    parser.add_argument("--collect", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
     pa.set_cpu_count(1)
@@ -253,7 +259,7 @@ def main() -> None:
         write_and_tell_memory(*json.loads(arguments.write))
         return
     if arguments.collect:
-        collect_and_tell_memory(json.loads(arguments.collect))
+        collect_and_tell_memory(arguments.collect)
         return
     target = ROOT / "benchmarks" / "results" / "store.json"
     measured = json.loads(target.read_text()) if target.exists() else []
@@ -265,7 +271,7 @@ def main() -> None:
             of_store += rates(arguments.folder, task, num_weights, num_observations, number, arguments.rounds)
             of_store += memory(task, num_weights, num_observations)
     if "actor" in arguments.parts:
-        of_actor = list(actor_memory((1, 2, 6)))
+        of_actor = list(actor_memory(arguments.actor_steps))
     measured = of_store + of_actor
     target.write_text(json.dumps(measured, indent=1) + "\n")
     shown = [{key: "" if value is None else str(value) for key, value in row.items()} for row in measured]

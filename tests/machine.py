@@ -72,8 +72,16 @@ def own_processes(title: str) -> list[int]:
 
 def peak_bytes() -> int:
     """Most that this process had resident so far."""
-    # Not getrusage, whose peak is inherited from the process that started this one.
-    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    return _memory("VmHWM")  # not getrusage, whose peak is inherited from the process that started this one
+
+
+def resident_bytes() -> int:
+    """What this process has resident."""
+    return _memory("VmRSS")
+
+
+def _memory(field: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
 
 
 def _set_environment(values: dict[str, str | None]) -> None:

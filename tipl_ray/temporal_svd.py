@@ -29,6 +29,8 @@ SHARED_SNAPSHOTS = 2048
 
 SMALLEST_SINGULAR_VALUE = 1e-7
 """Singular values below this share of the largest are zero: a float64 Gram matrix knows no more of them."""
+WEIGHTS_SUMMED = 4096
+"""Weights over which sums may be of float32; longer sums round too much."""
 KRYLOV_BLOCKS = 5
 """Times that a block of vectors goes through the trajectory and back, to find its leading subspace."""
 ACCURACY = 1e-7
@@ -234,7 +236,7 @@ def _leading_subspace(weights_TP: Rows, origin_P: NDArray, size: int) -> NDArray
     image_PS = np.random.default_rng(0).standard_normal((weights_TP.shape[1], size), np.float32)
     for first in range(0, KRYLOV_BLOCKS * size, size):
         before_TK, here = krylov_TK[:, :first], slice(first, first + size)
-        block_TS = _onto_snapshots(weights_TP, origin_P, image_PS).astype(np.float64)
+        block_TS = _onto_snapshots(weights_TP, origin_P, image_PS)
         for _ in range(2):  # what rounding leaves the first time goes the second time
             block_TS -= before_TK @ (before_TK.T @ block_TS)
         krylov_TK[:, here] = np.linalg.qr(block_TS)[0]
@@ -277,10 +279,13 @@ def _onto_weights(weights_TP: Rows, origin_P: NDArray, columns_TS: NDArray) -> N
     return image_PS
 
 
-def _onto_snapshots(weights_TP: Rows, origin_P: NDArray, columns_PS: NDArray) -> NDArray:
-    """W times some columns, in their precision; (T, S)."""
+def _onto_snapshots(weights_TP: Rows, origin_P: NDArray, columns_PS: NDArray) -> NDArray[np.float64]:
+    """W times some columns, in their precision but for sums over more than WEIGHTS_SUMMED weights; (T, S)."""
+    parts = [slice(first, first + WEIGHTS_SUMMED) for first in range(0, len(columns_PS), WEIGHTS_SUMMED)]
     blocks = _row_blocks(weights_TP, origin_P, columns_PS.dtype)
-    return np.concatenate([block_BP @ columns_PS for _, block_BP in blocks])
+    return np.concatenate(
+        [sum((block_BP[:, part] @ columns_PS[part]).astype(np.float64) for part in parts) for _, block_BP in blocks]
+    )
 
 
 def _origin(weights_TP: Rows, centred: bool, deltas: bool) -> NDArray[np.float32]:
@@ -296,7 +301,8 @@ def _row_blocks(weights_TP: Rows, origin_P: NDArray, dtype: DTypeLike = np.float
     """Snapshots in order: which, and their weights."""
     num_snapshots, num_weights = weights_TP.shape
     step = max(1, BLOCK_BYTES // (np.dtype(dtype).itemsize * num_weights))
-    held = step * max(1, HELD_BYTES // (4 * num_weights * step))
+    # Half, as who works on a block may still hold what it is part of while the next is read.
+    held = step * max(1, HELD_BYTES // 2 // (4 * num_weights * step))
     shifted, origin_P = origin_P.any(), origin_P.astype(dtype)
     for first in range(0, num_snapshots, held):
         held_BP = weights_TP[first : min(first + held, num_snapshots)]
@@ -304,7 +310,7 @@ def _row_blocks(weights_TP: Rows, origin_P: NDArray, dtype: DTypeLike = np.float
             block_BP = held_BP[start : start + step].astype(dtype, copy=False)
             part = slice(first + start, first + start + len(block_BP))
             yield part, block_BP - origin_P if shifted else block_BP
-        del held_BP, block_BP  # before the next are read
+        del held_BP, block_BP
 
 
 def _short_blocks(weights_TP: Rows, origin_P: NDArray) -> Iterator[NDArray[np.float64]]:
