@@ -1,5 +1,6 @@
 """Configuration: what is read, what is refused, and in which words."""
 
+import doctest
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tipl_ray import config
 from tipl_ray.config import (
     CHECKOUT,
     Basis,
@@ -27,6 +29,10 @@ def write(folder: Path, text: str) -> str:
     path = folder / "mine.toml"
     path.write_text(text)
     return str(path)
+
+
+def test_examples_in_docstrings_hold() -> None:
+    assert doctest.testmod(config).failed == 0
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -610,6 +611,19 @@ def take_option(arguments: list[str], option: str) -> str | None:
 def as_table(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON types."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A table's values by their dotted names.
+
+    >>> dict(flat({"basis": {"kind": "trial", "rank": 64}, "name": "demo"}))
+    {'basis.kind': 'trial', 'basis.rank': 64, 'name': 'demo'}
+    """
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def from_table(table: dict[str, Any]) -> Experiment:

@@ -8,11 +8,13 @@ file. Negative findings are said as plainly as positive ones. Knows nothing of h
 import base64
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
+
+from tipl_ray import config
 
 Row = Mapping[str, Any]
 Verdict = Literal["yes", "partly", "no", "unknown"]
@@ -132,7 +134,7 @@ def write_report(
         tables={"short": _sorted(summary, SHORT_STEPS), "whole": _sorted(summary)},
         cells=_cells,
         confidence=f"{confidence:.0%}",
-        configuration=list(_flatten(configuration)),
+        configuration=list(config.flat(configuration)),
         commands=commands,
         files=files,
     )
@@ -513,11 +515,3 @@ def _number(row: Row, key: str) -> float:
 
 def _embedded(png_file: str | Path) -> str:
     return "data:image/png;base64," + base64.b64encode(Path(png_file).read_bytes()).decode("ascii")
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(value)

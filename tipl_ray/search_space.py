@@ -64,7 +64,7 @@ def parse_over(arguments: Sequence[str]) -> dict[str, Any]:
 
 def make_space(experiment: config.Experiment) -> Space:
     """What the experiment's sweep varies. Raises ValueError for unknown fields, wrong values, impossible candidates."""
-    over = dict(_flatten(experiment.sweep.over))
+    over = dict(config.flat(experiment.sweep.over))  # TOML reads an unquoted `basis.rank = ...` as a table in a table
     if not over:
         raise ValueError(
             "sweep.over is empty: give fields and values, as in --over basis.rank=8,16,32 --over model.context=10,20"
@@ -186,12 +186,3 @@ def _range(field: str, text: str, kind: type) -> Range:
     if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not log)):
         raise ValueError(f"sweep.over.{field}={text!r}: limits must rise{', from above 0' if log else ''}")
     return Range(low=low, high=high, log=log, whole=kind is int)
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """TOML reads an unquoted `basis.rank = ...` as a table within a table."""
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

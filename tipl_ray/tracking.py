@@ -203,7 +203,7 @@ class Run:
         from mlflow.entities import Param, RunTag
 
         known = self.client.get_run(self.run_id).data.params
-        flat = {name: str(value)[:MAX_PARAMETER_LETTERS] for name, value in _flatten(parameters)}
+        flat = {name: str(value)[:MAX_PARAMETER_LETTERS] for name, value in config.flat(parameters)}
         fresh = [Param(name, value) for name, value in flat.items() if name not in known]
         changed = [RunTag(f"now.{name}", value) for name, value in flat.items() if known.get(name, value) != value]
         for start in range(0, len(fresh), PARAMETERS_PER_BATCH):
@@ -406,11 +406,3 @@ def _git(folder: Path, *arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

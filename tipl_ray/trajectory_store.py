@@ -737,17 +737,10 @@ def _json(table: Header | CommitRecord) -> bytes:
 
 def _disagreement(header: Header, other: Header, whose: str) -> str:
     """One clause on what differs between a header and that of another, by dotted field."""
-    left, right = (_flat(config.as_table(one)) for one in (header, other))
+    left, right = (dict(config.flat(config.as_table(one))) for one in (header, other))
     hashes = f"config hash {header.config_hash} is not {whose}'s {other.config_hash}"
     fields = [name for name in sorted({*left, *right}) if left.get(name) != right.get(name)]
     return "; ".join([hashes, *(f"{name}={left.get(name)!r} there, {right.get(name)!r} here" for name in fields)])
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in table.items():
-        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves
 
 
 def _schema(header: Header, num_observations: int) -> pa.Schema:
