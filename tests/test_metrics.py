@@ -104,6 +104,7 @@ def test_interval_holds_the_figure_and_is_the_same_for_the_same_seed():
     row = summary(table)[0]
     assert row["skill_low"] < row["skill"] < row["skill_high"]
     assert row["repw_low"] < row["repw"] < row["repw_high"]
+    assert 0 < abs(row["repw_signed"]) < row["repw"]
     assert summary(table) == summary(table)
 
 
@@ -132,8 +133,8 @@ def test_summary_has_one_row_per_predictor_basis_and_step_in_order():
     assert {(row["windows"], row["trials"]) for row in rows} == {(120, 4)}
     columns = "task trained_on predictor basis causal step skill skill_low skill_high wpe repw repw_low repw_high"
     more = (
-        "repw_noise_floor beats_last returns_spread returns_spread_true distance distance_true seeds skill_over_seeds "
-        "windows trials"
+        "repw_signed repw_noise_floor beats_last returns_spread returns_spread_true distance distance_true seeds "
+        "skill_over_seeds windows trials"
     )
     assert " ".join(rows[0]) == f"{columns} {more}"
 

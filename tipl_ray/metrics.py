@@ -134,6 +134,7 @@ def summarise(table: Table, resampling: Resampling, trained_on: str) -> list[dic
                 "repw": repw(group),
                 "repw_low": repw_low,
                 "repw_high": repw_high,
+                "repw_signed": repw_signed(group),
                 "repw_noise_floor": noise_floor(group),
                 "beats_last": beats_last(group),
                 "returns_spread": _spread(group, "return_predicted"),
