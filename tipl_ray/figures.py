@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import (
@@ -546,17 +547,10 @@ def sweep_heat_map(
     columns, lines = (sorted({cell[field] for cell in cells}, key=_sort_key) for field in (across, up))
     floors = [{round(cell.get("floor", math.nan), 6) for cell in cells if cell[up] == line} for line in lines]
     has_floor = all(len(floor) == 1 and np.isfinite([*floor]).all() for floor in floors)
-    means, deviations = np.full((len(lines) + 1, len(columns)), np.nan), np.zeros((len(lines) + 1, len(columns)))
-    for column, value in enumerate(columns):
-        chosen = [cell for cell in cells if cell[across] == value]
-        groups = [
-            [cell["ridge"] for cell in chosen],
-            *([c["skill"] for c in chosen if c[up] == line] for line in lines),
-        ]
-        for line, group in enumerate(groups):
-            finite = np.asarray(group)[np.isfinite(group)]
-            if len(finite):
-                means[line, column], deviations[line, column] = finite.mean(), finite.std(ddof=len(finite) > 1)
+    groups = [[[c["ridge"] for c in cells if c[across] == column] for column in columns]]
+    for line in lines:
+        groups.append([[c["skill"] for c in cells if (c[across], c[up]) == (column, line)] for column in columns])
+    means, deviations = (np.array([[told(group) for group in row] for row in groups]) for told in (_mean, _deviation))
     if has_floor:
         means = np.column_stack([means, [math.nan, *(max(floor) for floor in floors)]])
     left = np.where(np.isfinite(means), np.maximum(1 - means, 1e-6), np.nan)
@@ -585,18 +579,35 @@ def sweep_heat_map(
     if has_floor:
         axes.axvline(len(columns) - 0.5, color="white", linewidth=4)
     axes.set_yticks(range(len(lines) + 1), ["ridge", *(_value_text(value) for value in lines)])
-    bar = figure.colorbar(shown, ax=axes)
-    bar.ax.yaxis.set_major_locator(FixedLocator(_round_values(low, high)))
+    told = "squared error left, copying = 1"
+    if not near and math.isfinite(ridge):
+        told += f"\nthe ridge leaves {ridge:.3g}"
+    _colour_bar(figure, shown, told, _round_values(low, high), ridge if near else None)
+    return figure
+
+
+def _mean(skills: Sequence[float]) -> float:
+    """Of the runs that did not diverge; NaN where none is left."""
+    known = [skill for skill in skills if math.isfinite(skill)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _deviation(skills: Sequence[float]) -> float:
+    """Standard deviation of the runs that did not diverge; 0 of one."""
+    known = [skill for skill in skills if math.isfinite(skill)]
+    return float(np.std(known, ddof=1)) if len(known) > 1 else 0.0
+
+
+def _colour_bar(figure: Figure, shown: AxesImage, told: str, values: Sequence[float], ridge: float | None) -> None:
+    """What the colours stand for, with a line where the ridge is."""
+    bar = figure.colorbar(shown, ax=shown.axes)
+    bar.ax.yaxis.set_major_locator(FixedLocator(values))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:,.10g}"))
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    told = "squared error left, copying = 1"
-    if near:
+    if ridge is not None:
         bar.ax.axhline(ridge, color=COLOURS["linear"], linewidth=2.5)
         told += "\nline: the ridge at its best"
-    elif math.isfinite(ridge):
-        told += f"\nthe ridge leaves {ridge:.3g}"
     bar.set_label(told, fontsize=10, color=INK)
-    return figure
 
 
 def _round_values(low: float, high: float) -> list[float]:
