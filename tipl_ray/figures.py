@@ -109,9 +109,9 @@ def skill_by_step(summary: Sequence[Row]) -> Figure:
     return figure
 
 
-def skill_over_ridge(comparisons: Sequence[Row], rival: str = "ridge") -> Figure:
-    """TIPL's skill less a rival's on the same windows, overall and by phase, with the interval of the difference."""
-    rows = [row for row in comparisons if row["against"] == rival and row["group"] in ("all", "phase")]
+def skill_over_ridge(comparisons: Sequence[Row]) -> Figure:
+    """TIPL's skill less the ridge's on the same windows, overall and by phase, with the interval of the difference."""
+    rows = [row for row in comparisons if row["against"] == "ridge" and row["group"] in ("all", "phase")]
     figure, (axes,) = _figure(1, width=8.5, height=4.8)
     phases = sorted({int(row["value"]) for row in rows if row["group"] == "phase"})
     shades = (COLOURS["tipl"], *SPARE_COLOURS, *list(COLOURS.values())[2:])
@@ -123,8 +123,8 @@ def skill_over_ridge(comparisons: Sequence[Row], rival: str = "ridge") -> Figure
         colour, label = shades[index % len(shades)], f"phase {value}" if value >= 0 else "all windows"
         axes.fill_between(step_H, low_H, high_H, color=colour, alpha=0.15, linewidth=0)
         axes.plot(step_H, gain_H, color=colour, marker="o", ms=4.5, lw=2.5 if value < 0 else 1.5, label=label)
-    axes.axhline(0, color=COLOURS["copy-last"], linewidth=2, zorder=1, label=f"as good as {_name(rival)}")
-    _dress(axes, f"What TIPL adds to {_name(rival)}", "forward step h [snapshots]", "difference of skill")
+    axes.axhline(0, color=COLOURS["copy-last"], linewidth=2, zorder=1, label=f"as good as {_name('ridge')}")
+    _dress(axes, f"What TIPL adds to {_name('ridge')}", "forward step h [snapshots]", "difference of skill")
     _tick_steps(axes, (row["step"] for row in rows))
     _legend_below(figure, axes)
     return figure

@@ -142,9 +142,9 @@ def write_report(
     return path
 
 
-def format_table(summary: Sequence[Row], all: bool = False) -> str:
-    """The result table for a terminal: steps 1, 2, 5 and 10, or all of them; intervals in brackets."""
-    rows = [_cells(row) for row in _sorted(summary, None if all else SHORT_STEPS)]
+def format_table(summary: Sequence[Row]) -> str:
+    """The result table for a terminal: steps 1, 2, 5 and 10, intervals in brackets."""
+    rows = [_cells(row) for row in _sorted(summary, SHORT_STEPS)]
     widths = [max(len(line[column]) for line in [COLUMNS, *rows]) for column in range(len(COLUMNS))]
     lines = []
     for line in (COLUMNS, tuple("-" * width for width in widths), *rows):
@@ -236,7 +236,7 @@ def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -
         sentences += _at_both_ends(
             {step: paired[step] for step in rows if step in paired},
             "On the same windows the difference is",
-            lambda row: _difference(row),
+            _difference,
         )
     return Answer(
         question=f"Does it predict weights better than {words}?",
