@@ -225,12 +225,13 @@ def evaluate(
     if not file_exists(folder, "reconstruction.json"):
         fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folders))
         write_file(folder, FITTED_FILE, fitted)
-        errors, returns, reconstruction = _gather(_send(experiment, model_folders, fitted), on_progress)
-        results = _concatenate(errors)
-        if returns:
-            results = _join(results, _concatenate(returns))
+        brought = _gather(_send(experiment, model_folders, fitted), on_progress)
+        results = _concatenate(brought["errors"])
+        if "returns" in brought:
+            results = _join(results, _concatenate(brought["returns"]))
         _write_parquet(folder, "results.parquet", results)
-        write_file(folder, "reconstruction.json", json.dumps([row for rows in reconstruction for row in rows]).encode())
+        rows = [row for of_trial in brought["reconstruction"] for row in of_trial]
+        write_file(folder, "reconstruction.json", json.dumps(rows).encode())
     results = _read_parquet(folder, "results.parquet")
     settings = experiment.evaluate
     resampling = metrics.Resampling(confidence=settings.confidence, bootstrap=settings.bootstrap, seed=settings.seed)
@@ -251,29 +252,30 @@ def evaluate(
     return evaluation
 
 
-def _send(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -> dict[ray.ObjectRef, int]:
-    """Every task, and the kind of what it brings: 0 errors, 1 returns, 2 reconstruction."""
-    sent: dict[ray.ObjectRef, int] = {}
+def _send(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -> dict[ray.ObjectRef, str]:
+    """Every task, and what it brings: `errors`, `returns` or `reconstruction`."""
+    sent: dict[ray.ObjectRef, str] = {}
     # Fitting a basis takes seconds at full scale, so a trial's windows are cut no finer than keeps the CPUs busy.
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
     chunks = min(len(run_starts(experiment)), -(-2 * num_cpus // len(experiment.test_seeds)))
     kept = ray.put(fitted)
     for seed in experiment.test_seeds:
         for starts_B in np.array_split(run_starts(experiment), chunks) if experiment.evaluate.run_policies_of else ():
-            sent[ray.remote(forecast_returns).remote(experiment, model_folders, kept, seed, starts_B)] = 1
-        sent[ray.remote(forecast_errors).remote(experiment, model_folders, kept, seed)] = 0
-        sent[ray.remote(reconstruction_rows).remote(experiment, seed)] = 2
+            sent[ray.remote(forecast_returns).remote(experiment, model_folders, kept, seed, starts_B)] = "returns"
+        sent[ray.remote(forecast_errors).remote(experiment, model_folders, kept, seed)] = "errors"
+        sent[ray.remote(reconstruction_rows).remote(experiment, seed)] = "reconstruction"
     return sent
 
 
-def _gather(sent: dict[ray.ObjectRef, int], on_progress: Callable[[int, int], None]) -> tuple[list, list, list]:
+def _gather(sent: dict[ray.ObjectRef, str], on_progress: Callable[[int, int], None]) -> dict[str, list]:
+    """What the tasks brought, by kind, in the order in which they were sent."""
     waiting, brought = list(sent), {}
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
         for reference in ready:
             brought[reference] = ray.get(reference)
         on_progress(len(brought), len(sent))
-    return tuple([brought[reference] for reference in sent if sent[reference] == kind] for kind in range(3))  # type: ignore[return-value]
+    return {kind: [brought[one] for one in sent if sent[one] == kind] for kind in dict.fromkeys(sent.values())}
 
 
 def _rows(
