@@ -91,11 +91,15 @@ def test_the_same_trajectory_gives_the_same_basis():
     assert right_vectors(one).tobytes() == right_vectors(other).tobytes()
 
 
-def test_blocks_change_nothing(monkeypatch):
-    weights_TP = trajectory(20, 95)
-    whole = fit_basis(weights_TP, "trial", 6)
-    monkeypatch.setattr(temporal_svd, "BLOCK_BYTES", 8 * 20 * 7)
-    blocks = fit_basis(weights_TP, "trial", 6)
+@pytest.mark.parametrize("shape", [(20, 95), (95, 20), (260, 400)])
+@pytest.mark.parametrize("origin", [{}, {"centred": True}])
+def test_blocks_change_nothing(shape, origin, monkeypatch):
+    weights_TP = trajectory(*shape)
+    whole = fit_basis(weights_TP, "trial", 5, **origin)
+    monkeypatch.setattr(temporal_svd, "BLOCK_BYTES", 8 * max(shape) * 7)
+    monkeypatch.setattr(temporal_svd, "HELD_BYTES", 8 * max(shape) * 30)
+    monkeypatch.setattr(temporal_svd, "WEIGHTS_SUMMED", 64)
+    blocks = fit_basis(weights_TP, "trial", 5, **origin)
     np.testing.assert_allclose(right_vectors(blocks), right_vectors(whole), atol=1e-6)
     np.testing.assert_allclose(blocks.coordinates_TD, whole.coordinates_TD, atol=1e-6)
 
