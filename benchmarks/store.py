@@ -4,7 +4,7 @@ Weights are a random walk of small steps, as an optimiser takes them. Beside the
 pyarrow writes it when it is told nothing, and a floor: the raw bytes in a file, synced, and read back from memory. The
 subjects alternate, so that a noisy machine is noisy for all; the table shows medians.
 
-    python benchmarks/store.py [--rounds 5] [--folder FOLDER] [--parts store actor] [--actor-steps 2000000]
+    python benchmarks/store.py [--rounds 5] [--folder FOLDER] [--parts store actor] [--actor-steps 500000]
 """
 
 import argparse
@@ -249,7 +249,7 @@ def main() -> None:
         "--folder", type=Path, default=ROOT / "benchmarks", help="where to write, on the disk to measure"
     )
     parser.add_argument("--parts", nargs="+", default=["store", "actor"], help="what to measure: `store`, `actor`")
-    parser.add_argument("--actor-steps", type=int, default=2_000_000, help="environment steps of an actor's trials")
+    parser.add_argument("--actor-steps", type=int, default=500_000, help="environment steps of an actor's trials")
     parser.add_argument("--write", help=argparse.SUPPRESS)
     parser.add_argument("--collect", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
