@@ -112,10 +112,8 @@ def test_interval_resamples_trials_and_not_windows():
     num_windows = 1000
     trials = np.repeat([1, 2], num_windows)
     errors = np.repeat([0.0, 1.0], num_windows)
-    low, high = metrics.bootstrap_interval(
-        trials, errors, np.ones(2 * num_windows), confidence=0.95, resamples=500, seed=0
-    )
-    assert (low, high) == (0.0, 1.0)
+    resampling = metrics.Resampling(confidence=0.95, bootstrap=500, seed=0)
+    assert resampling.interval(trials, errors, np.ones(2 * num_windows)) == (0.0, 1.0)
 
 
 def test_a_single_trial_has_no_interval():

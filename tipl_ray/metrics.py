@@ -28,15 +28,25 @@ class Resampling:
     seed: int
 
     def interval(self, trials: NDArray, numerators: NDArray, denominators: NDArray) -> tuple[float, float]:
-        """See `bootstrap_interval`."""
-        return bootstrap_interval(
-            trials,
-            numerators,
-            denominators,
-            confidence=self.confidence,
-            resamples=self.bootstrap,
-            seed=self.seed,
-        )
+        """Percentile interval of sum(numerators) / sum(denominators) under resampling of trials, never of windows.
+
+        One entry of each array per window. Windows of a trial resemble each other, so only trials count as independent:
+        of fewer than two the interval is (NaN, NaN). Resamples whose denominators sum to 0 are left out.
+        """
+        _, group = np.unique(trials, return_inverse=True)
+        num_trials = int(group.max(initial=-1)) + 1
+        if num_trials < 2:
+            return np.nan, np.nan
+        numerators_N = np.bincount(group, weights=numerators)
+        denominators_N = np.bincount(group, weights=denominators)
+        picks_RN = np.random.default_rng(self.seed).integers(num_trials, size=(self.bootstrap, num_trials))
+        numerators_R, denominators_R = numerators_N[picks_RN].sum(axis=1), denominators_N[picks_RN].sum(axis=1)
+        valid_R = denominators_R != 0
+        if not valid_R.any():
+            return np.nan, np.nan
+        tail = (1.0 - self.confidence) / 2.0
+        low, high = np.quantile(numerators_R[valid_R] / denominators_R[valid_R], (tail, 1.0 - tail))
+        return float(low), float(high)
 
 
 def by(table: Table, *columns: str) -> Iterator[tuple[tuple, Table]]:
@@ -80,36 +90,6 @@ def beats_last(table: Table) -> float:
     """Share of the windows run in which the predicted policy returns more than the context's last; ties count half."""
     difference = table["return_predicted"] - table["return_last"]
     return _mean(np.where(np.isnan(difference), np.nan, 0.5 * (1.0 + np.sign(difference))))
-
-
-def bootstrap_interval(
-    trials: NDArray,
-    numerators: NDArray,
-    denominators: NDArray,
-    *,
-    confidence: float,
-    resamples: int,
-    seed: int,
-) -> tuple[float, float]:
-    """Percentile interval of sum(numerators) / sum(denominators) under resampling of trials, never of windows.
-
-    One entry of each array per window. Windows of a trial resemble each other, so only trials count as independent:
-    of fewer than two the interval is (NaN, NaN). Resamples whose denominators sum to 0 are left out.
-    """
-    _, group = np.unique(trials, return_inverse=True)
-    num_trials = int(group.max(initial=-1)) + 1
-    if num_trials < 2:
-        return np.nan, np.nan
-    numerators_N = np.bincount(group, weights=numerators)
-    denominators_N = np.bincount(group, weights=denominators)
-    picks_RN = np.random.default_rng(seed).integers(num_trials, size=(resamples, num_trials))
-    numerators_R, denominators_R = numerators_N[picks_RN].sum(axis=1), denominators_N[picks_RN].sum(axis=1)
-    valid_R = denominators_R != 0
-    if not valid_R.any():
-        return np.nan, np.nan
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(numerators_R[valid_R] / denominators_R[valid_R], (tail, 1.0 - tail))
-    return float(low), float(high)
 
 
 def summarise(table: Table, resampling: Resampling, trained_on: str) -> list[dict]:

@@ -89,13 +89,13 @@ def run_collect(context: Context) -> None:
         f"mean episodic return at the end {final:.1f} over {len(curves)} trials, {duration(time.monotonic() - begin)}"
     )
     key = f"collect-{header.config_hash}-{digest(settings.seeds)}"
-    with context.tracker.run("collect", key, parent=context.pipeline, tags=run_tags(context.experiment)) as run:
+    with context.tracker.run("collect", key, parent=context.pipeline, tags=run_tags(experiment)) as run:
         run.log_parameters({"collect": as_table(settings), "ppo": as_table(experiment.ppo), "engine": engine})
         steps = curves[0][1]
         mean_T = np.nanmean(np.stack([returns for _, _, returns in curves]), axis=0)
         run.log_history("episodic_return_mean", [int(step) for step in steps], [float(value) for value in mean_T])
         run.log_metrics({"final_episodic_return_mean": final, "num_weights": header.num_weights})
-        log_data(context.experiment, run)
+        log_data(experiment, run)
         run.log_figure(figures.learning_curves(curves), "learning_curves")
 
 
@@ -161,9 +161,9 @@ def run_evaluate(context: Context) -> None:
             experiment, models, lambda done, total: view.show([], f"evaluate: {done} of {total} tasks done")
         )
     key = f"evaluate-{last_name(evaluation.folder)}"
-    with context.tracker.run("evaluate", key, parent=context.pipeline, tags=run_tags(context.experiment)) as run:
+    with context.tracker.run("evaluate", key, parent=context.pipeline, tags=run_tags(experiment)) as run:
         run.log_parameters({"evaluate": as_table(settings), "model": ", ".join(models)})
-        log_data(context.experiment, run)
+        log_data(experiment, run)
         for row in evaluation.summary:
             values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
             run.log_metrics(values, step=row["step"])
