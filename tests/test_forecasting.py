@@ -83,8 +83,9 @@ def window_tipl() -> WindowTipl:
 
 
 def predictors() -> list[Predictor]:
+    kinds: tuple[type[Predictor], ...] = (*SIMPLE, FirstAgain, WindowFloor)
     made = [
-        *(kind(QUESTION) for kind in (*SIMPLE, FirstAgain, WindowFloor)),
+        *(kind(QUESTION) for kind in kinds),
         SvdFloor(QUESTION, TrialBasis(config.Basis(rank=4))),
         tipl(config.Basis(rank=4), 4),
         tipl(config.Basis(kind="raw"), 31),
