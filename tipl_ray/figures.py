@@ -222,7 +222,7 @@ def contenders(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) 
         entries.append(Line2D([], [], color=colour, linewidth=2.2, label=label))
     _dress(axes, title, "environment steps", "episodic return, interquartile mean")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    _legend_below(figure, axes, entries)
+    _legend_below(figure, axes, entries, columns=3)
     return figure
 
 
@@ -528,10 +528,10 @@ def _frame_skill(figure: Figure, panels: Sequence[Axes], skills: Mapping[str, np
 
 
 def _legend_below(
-    figure: Figure, axes: Axes, entries: Sequence[Line2D] | None = None, title: str | None = None
+    figure: Figure, axes: Axes, entries: Sequence[Line2D] | None = None, title: str | None = None, columns: int = 5
 ) -> None:
     handles = list(entries) if entries is not None else axes.get_legend_handles_labels()[0]
-    columns = min(len(handles), 5)
+    columns = min(len(handles), columns)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=11, title=title)
 
 
