@@ -129,6 +129,7 @@ def test_skill_is_told_by_phase_and_third_and_a_phase_without_any_is_named():
     assert "0.30 [0.25, 0.35] in the last third" in answer.text
     assert "It is lowest where an iteration has just closed" in answer.text
     assert report.where_it_lies(groups[1:]).verdict == "yes"
+    assert "In phase 0 it is worse than copying." in report.where_it_lies([grouped("phase", 0, -0.3)]).text
 
 
 def test_every_rival_in_the_table_has_its_question():

@@ -256,9 +256,12 @@ def where_it_lies(groups: Sequence[Row]) -> Answer:
             continue
         told = [f"{_with_interval(row, 'skill')} in {_group_name(group, int(row['value']))}" for row in rows]
         sentences.append(f"By {words}, skill at h = {first} is {_listed(told)}.")
-        none = [_group_name(group, int(row["value"])) for row in rows if not _number(row, "skill_low") > 0]
-        if none:
-            sentences.append(f"In {_listed(none)} it cannot be told from copying.")
+        worse = [row for row in rows if _number(row, "skill_high") < 0]
+        level = [row for row in rows if not _number(row, "skill_low") > 0 and row not in worse]
+        for some, compared in ((worse, "is worse than"), (level, "cannot be told from")):
+            if some:
+                names = _listed([_group_name(group, int(row["value"])) for row in some])
+                sentences.append(f"In {names} it {compared} copying.")
         decided += [_number(row, "skill_low") > 0 for row in rows]
     phases = {
         int(row["value"]): _number(row, "skill") for row in own if row["group"] == "phase" and row["step"] == first
