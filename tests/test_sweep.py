@@ -215,6 +215,7 @@ def test_mlflows_own_pages_show_the_runs_three_of_them_side_by_side_and_the_heat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_sweep_killed_at_three_random_moments_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     """The driver is killed with SIGKILL some checkpoints and a part of a second after it started; seeded."""
     told = [f"--over={field}={a},{b}" for field, (a, b) in OVER.items()]
