@@ -564,13 +564,14 @@ def sweep_heat_map(
     for line, column in np.argwhere(np.isfinite(left)):
         dark = norm(left[line, column]) > 0.45
         varies = line and column < len(columns) and deviations[line, column] > 0
-        spread = f"\n± {_skill_text(deviations[line, column])}" if varies else ""
-        words = f"{_skill_text(means[line, column])}{spread}"
+        words = _skill_text(means[line, column], deviations[line, column] if varies else None)
         axes.text(column, line, words, ha="center", va="center", fontsize=11, color="white" if dark else INK)
     if np.isfinite(runs).any():
         best = np.unravel_index(np.nanargmin(runs), runs.shape)
         axes.add_patch(
-            Rectangle((best[1] - 0.5, best[0] + 0.5), 1, 1, fill=False, edgecolor=COLOURS["linear"], linewidth=3)
+            Rectangle(
+                (best[1] - 0.5, best[0] + 0.5), 1, 1, fill=False, edgecolor=COLOURS["linear"], linewidth=3, zorder=3
+            )
         )
     _dress(axes, f"{metric} over {names[up]} and {names[across]}", names[across], names[up])
     axes.grid(visible=False)
@@ -707,5 +708,6 @@ def _value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _skill_text(skill: float) -> str:
-    return f"{skill:.3f}" if abs(skill) < 10 else f"{skill:,.0f}"
+def _skill_text(skill: float, deviation: float | None = None) -> str:
+    digits = 3 if abs(skill) < 10 else 0
+    return f"{skill:,.{digits}f}" + (f"\n± {deviation:,.{digits}f}" if deviation is not None else "")
