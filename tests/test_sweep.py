@@ -276,7 +276,9 @@ def test_ray_tune_driving_ray_train_gives_the_same_children(finished: Path, tmp_
     plain = {child.name: child for child in plain_children}
     for child in children:
         for name in ("skill", "skill_h5", "loss", "validation_loss", "ridge_skill", "floor_skill"):
-            assert points(client, child, name) == points(plain_client, plain[child.name], name), (child.name, name)
+            found, expected = points(client, child, name), points(plain_client, plain[child.name], name)
+            # The plain sweep reduced its trials at a higher rank: float32 tokens differ in their last bits.
+            assert np.array(found) == pytest.approx(np.array(expected), rel=1e-6), (child.name, name)
         assert is_complete(child.tags["model_folder"])
     assert len(client.search_model_versions("name = 'tipl-smoke'")) == 1
 
