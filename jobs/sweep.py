@@ -1,9 +1,9 @@
 """Sweep: train the experiment many times over values of some fields, with Ray Tune, and compare them in MLflow.
 
-    python jobs/sweep.py --experiment jobs/experiments/demo_sweep.toml
+    python jobs/sweep.py --experiment jobs/experiments/demo.toml
     python jobs/sweep.py --preset paper --over basis.rank=8,16,32 --over model.context=10,20,40
     python jobs/sweep.py --over "train.learning_rate=log(1e-4,1e-2)" --over model.layers=1,2,3 --sweep.search optuna
-    ray job submit --working-dir . -- python jobs/sweep.py --experiment jobs/experiments/demo_sweep.toml
+    ray job submit --working-dir . -- python jobs/sweep.py --experiment jobs/experiments/demo.toml
 
 --over FIELD=VALUES   a field of basis, model or train and its values, or log(LOW,HIGH) or uniform(LOW,HIGH) with
                       --sweep.search optuna; once per field; given, it replaces the experiment's sweep.over

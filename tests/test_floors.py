@@ -1,6 +1,7 @@
 """The house's picture, held: imports go strictly down, never sideways, and `ray` stays where it belongs."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,15 @@ def test_the_readmes_tree_names_every_file() -> None:
     tree = readme.split("## The house", 1)[1].split("```")[1]
     shown = [
         path
-        for folder in ("tipl_ray", "jobs", "tests", "benchmarks", "cluster")
+        for folder in ("tipl_ray", "jobs", "tests", "benchmarks", "cluster", "docs", "examples")
         for path in (ROOT / folder).glob("*.*")
     ]
     assert [path.name for path in shown if path.name not in tree and path.name != "__init__.py"] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"jobs/{path.name}" for path in (ROOT / "jobs").glob("*.py"))])
+def test_commands_name_files_that_are_there(name: str) -> None:
+    named = set(
+        re.findall(r"(?<![\w/])(?:jobs|benchmarks|docs|examples|cluster)/[\w/]+\.\w+", (ROOT / name).read_text())
+    )
+    assert {file for file in named if not (ROOT / file).exists()} == set()
