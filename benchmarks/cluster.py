@@ -1,16 +1,16 @@
 """How long collections take on a cluster, calculated from what is measured here, and where the first bottleneck is.
 
-Measured here: an actor's rate by the number of trials that it stacks, the time of a commit, the driver's time per
-message and per look at the whole while it drives up to 10,000 groups, and the time per trial to find out what is
-committed, to verify it and to seal the data set. All of it by CPU time, so that other work on the machine counts for
-less. Real collections on one and two actors check the calculation, by CPU time and by the clock. Calculated: 50 trials
-on 1, 2, 64 and 512 cores, and 10,000 trials on 512, on cores that are as fast as this machine's when it is quiet, as
-benchmarks/engine.py found them.
+Measured here, with both cores at the same work, since cores share caches and memory: an actor's rate by the number of
+trials that it stacks, and the time of a commit. Then the driver's time per message and per look at the whole while it
+drives up to 10,000 groups, and the time per trial to find out what is committed, to verify it and to seal the data set,
+by CPU time. Real collections on one and two actors check the calculation. Calculated: 50 trials on 1, 2, 64 and 512
+cores, and 10,000 trials on 512. All of it wants a machine that does nothing else.
 
     python benchmarks/cluster.py [--parts driver "InvertedPendulum-v4 8-8" "HalfCheetah-v4 256-256" calculation]
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import ray
@@ -32,12 +33,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from machine import own_processes  # noqa: E402
 
+from tipl_ray import collection  # noqa: E402
 from tipl_ray.collection import (  # noqa: E402
     MESSAGES_PER_SECOND,
     SLICE_SECONDS,
     Crew,
     GroupCollector,
-    collect,
     drive,
     pending_seeds,
     trial_header,
@@ -47,6 +48,8 @@ from tipl_ray.learner import choose_engine  # noqa: E402
 from tipl_ray.placement import GroupProgress, Placement  # noqa: E402
 from tipl_ray.trajectory_store import Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
 
+SAMPLE_SECONDS = 0.1
+"""Between two looks at how far a real collection is, and of each of its slices of work."""
 START_SECONDS = 5.0
 """From asking for an actor on a running node to its first iteration."""
 PUTS_PER_COMMIT = 3
@@ -68,11 +71,6 @@ class Costs:
     verify_seconds: float = 0.0
     """Of one trial's parts, read back at its end."""
 
-    def at_speed(self, factor: float) -> "Costs":
-        """On cores that are faster by a factor."""
-        rates = {size: rate * factor for size, rate in self.rates.items()}
-        return Costs(rates, self.commit_seconds / factor, self.verify_seconds / factor)
-
     def rate(self, collect: Collect, size: int) -> float:
         """Env steps per second of an actor of so many trials, commits included."""
         known = sorted(self.rates)
@@ -85,21 +83,29 @@ def experiment_of(collect: Collect, storage: str, **fields: Any) -> Experiment:
     return Experiment(name="cluster", storage=storage, collect=dataclasses.replace(collect, **fields))
 
 
-def measure_group(collect: Collect, size: int, storage: str) -> tuple[float, float]:
-    """(env steps per second without commits, seconds of a trial's commit), of CPU time."""
+def measure_group(collect: Collect, size: int, folder: str) -> tuple[float, float]:
+    """(env steps per second without commits, seconds of a trial's commit), means of two actors that work at once."""
+    measure = ray.remote(num_cpus=1)(run_group)
+    found = ray.get([measure.remote(collect, size, f"{folder}-{actor}") for actor in range(2)])
+    rate, commit = (statistics.mean(values) for values in zip(*found, strict=True))
+    return rate, commit
+
+
+def run_group(collect: Collect, size: int, storage: str) -> tuple[float, float]:
+    """What `measure_group` measures, of one actor."""
     # The larger weights are, the more of a commit's time is in proportion to its snapshots: there, fewer will do.
     iterations = collect.iterations_per_commit if collect is PENDULUM else collect.iterations_per_commit // 2
     experiment = experiment_of(collect, storage, num_trials=size, iterations_per_commit=iterations + 1)
     collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), experiment.collect.seeds)
-    clock = [time.process_time()]
+    clock = [time.monotonic()]
     for _ in range(iterations):
         collector._run_iteration()
-        clock.append(time.process_time())
+        clock.append(time.monotonic())
     group = collector._group
     assert group is not None
     for seed, writer in collector._writers.items():
         writer.commit(group.state(seed))
-    commit = (time.process_time() - clock[-1]) / size * collect.iterations_per_commit / iterations
+    commit = (time.monotonic() - clock[-1]) / size * collect.iterations_per_commit / iterations
     usual = statistics.median(end - begin for begin, end in itertools.pairwise(clock[1:]))
     return size * experiment.ppo.num_steps / usual, commit
 
@@ -107,15 +113,18 @@ def measure_group(collect: Collect, size: int, storage: str) -> tuple[float, flo
 def measure_collection(collect_config: Collect, size: int, actors: int, storage: str) -> tuple[float, float]:
     """Env steps per second of CPU time and by the clock, of a real collection once all its actors run."""
     experiment = experiment_of(collect_config, storage, num_trials=size * actors, trials_per_actor=size)
-    samples: list[tuple[int, float, float]] = []
+    first_seen: dict[int, tuple[float, float]] = {}
 
     def sample(groups: list[GroupProgress]) -> None:
         if all(group.env_steps for group in groups):
             cpu = sum(map(cpu_seconds, own_processes("ray::GroupCollector")))
-            samples.append((sum(group.env_steps for group in groups), cpu, time.monotonic()))
+            # An actor tells of its steps every few seconds: they stand for the moment at which they were told.
+            first_seen.setdefault(sum(group.env_steps for group in groups), (cpu, time.monotonic()))
 
-    collect(experiment, sample)
+    with mock.patch.multiple(collection, LOOK_SECONDS=SAMPLE_SECONDS, SLICE_SECONDS=SAMPLE_SECONDS):
+        collection.collect(experiment, sample)
     # Without the end, where one actor may be done before the other.
+    samples = [(steps, *clocks) for steps, clocks in sorted(first_seen.items())]
     first, last = samples[0], [one for one in samples if one[0] < 0.95 * samples[-1][0]][-1]
     steps, cpu, clock = (b - a for a, b in zip(first, last, strict=True))
     return steps / cpu, steps / clock
@@ -285,10 +294,9 @@ def measure_task(results: Results, task: str, iterations: int, folder: str) -> N
     for actors, size in ((1, sizes[-1]), (2, sizes[-2])):
         cpu, clock = measure_collection(short, size, actors, f"{folder}/{next(numbers)}")
         subject, calculated = f"{task}, a collection on {actors}", costs.rate(config, size)
-        results.note(subject, "per second of CPU", cpu, "env steps/s")
-        results.note(subject, "calculated over measured", calculated / cpu, "")
-        results.note(subject, "by the clock", clock, "env steps/s")
-        results.note(subject, "calculated over measured by the clock", calculated * actors / clock, "")
+        results.note(subject, "rate", clock, "env steps/s")
+        results.note(subject, "calculated over measured", calculated * actors / clock, "")
+        results.note(subject, "cores busy", clock / cpu, "")
     commits = math.ceil(experiment_of(config, "/nowhere").num_iterations / config.iterations_per_commit)
     trials, few = (10, commits) if config is PENDULUM else (1, 4)
     seconds = measure_store(config, f"{folder}/{next(numbers)}", trials, few)
@@ -297,15 +305,10 @@ def measure_task(results: Results, task: str, iterations: int, folder: str) -> N
 
 
 def calculate_task(results: Results, task: str) -> None:
-    """Collections on clusters whose cores are as fast as this machine's when it is quiet."""
+    """Collections on clusters whose cores are as fast as this machine's when all of them work."""
     config, sizes = SIZES[task]
-    engine = json.loads((ROOT / "benchmarks" / "results" / "engine.json").read_text())
-    (quiet,) = [row["value"] for row in engine if row["subject"] == "engine" and row["task"] == task]
     rates = {size: results[f"{task}, an actor of {size}", "without commits"] for size in sizes}
-    factor = quiet / rates[max(rates)]
-    results.note(task, "a quiet core's speed, times the measured", factor, "")
     costs = Costs(rates, results[task, "a trial's commit"] / 1e3, results[task, "a trial to verify"] / 1e3)
-    costs = costs.at_speed(factor)
     message = results["driver of 10,000 groups", "a message"] / 1e6
     look = results["driver of 10,000 groups", "a look at the whole"] / 1e3
     at_ends = (results[task, "a trial to find"] + results[task, "a trial to seal"]) / 1e3
@@ -316,17 +319,17 @@ def calculate_task(results: Results, task: str) -> None:
         results.note(subject, "time", seconds / 60, "min")
         results.note(subject, "core-hours", seconds * actors / 3600, "h")
         messages = min(actors / SLICE_SECONDS, MESSAGES_PER_SECOND)
-        results.note(subject, "driver's share for messages and looks", (messages * message + look) / factor, "")
+        results.note(subject, "driver's share for messages and looks", messages * message + look, "")
         all_commits = actors * costs.rate(config, size) / (config.iterations_per_commit * 2048)
         results.note(subject, "puts into the storage", PUTS_PER_COMMIT * all_commits, "1/s")
-        results.note(subject, "driver's start and end", trials * at_ends / factor / 60, "min")
+        results.note(subject, "driver's start and end", trials * at_ends / 60, "min")
 
 
 def main() -> None:
     """Measure, check, calculate; everything goes to benchmarks/results/cluster.json at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["driver", *SIZES, "calculation"], help="what to do (again)")
-    parser.add_argument("--iterations", type=int, default=40, help="of the pendulum's real collections; a quarter else")
+    parser.add_argument("--iterations", type=int, default=40, help="of the pendulum's real collections; half else")
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -335,13 +338,14 @@ def main() -> None:
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     if "driver" in arguments.parts:
         for num_groups in (100, 10_000):
-            _, message, look = measure_driver(num_groups, slices=2)
+            with contextlib.redirect_stdout(None):  # a line for each event of each group
+                _, message, look = measure_driver(num_groups, slices=2)
             results.note(f"driver of {num_groups:,} groups", "a message", 1e6 * message, "µs")
             results.note(f"driver of {num_groups:,} groups", "a look at the whole", 1e3 * look, "ms")
     for task, (config, _) in SIZES.items():
         if task in arguments.parts:
             with tempfile.TemporaryDirectory() as folder:
-                iterations = arguments.iterations if config is PENDULUM else arguments.iterations // 4
+                iterations = arguments.iterations if config is PENDULUM else arguments.iterations // 2
                 measure_task(results, task, iterations, folder)
         if "calculation" in arguments.parts:
             calculate_task(results, task)
