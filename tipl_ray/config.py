@@ -331,7 +331,7 @@ class Accelerate:
     """Experiment whose collected trials the predictors are fitted on, and whose trained model TIPL is."""
     predictors_storage: str | None = None
     """That experiment's storage; none is the one that it names."""
-    learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
+    learning_rates: tuple[float, ...] = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
     """What each contender's learning rate is chosen from, by area under the curve, rising."""
     search_first_seed: int = 10_001
     """Seed of the first trial of the search; none of them is reported."""

@@ -187,8 +187,9 @@ class ContextRidge(nn.Module):
         future = min(max(steps), context)
         before_FK, before_FKKK = _same_phase(context, future, num_phases)
         for name, tensor in (
-            ("_before_KF", before_FK.T),
-            ("_before_NM", before_FKKK.flatten(2).flatten(0, 1).T.contiguous()),
+            # Of float64, as contexts are where one is asked for at a time: turned into it they would cost more than used.
+            ("_before_KF", before_FK.T.double()),
+            ("_before_NM", before_FKKK.flatten(2).flatten(0, 1).T.double().contiguous()),
             ("_last_H", torch.tensor(steps).clamp(max=future) - 1),
         ):
             self.register_buffer(name, tensor, persistent=False)
