@@ -356,3 +356,21 @@ def test_sweep_curves_far_below_zero_are_drawn_as_the_error_that_is_left():
     (axes,) = figures.sweep_curves(curves, curves[1], "rank=8", 0.3).axes
     assert axes.get_yscale() == "log"
     assert np.asarray(axes.lines[3].get_ydata()).tolist() == [301.0, 51.0]
+
+
+def test_contenders_differences_are_shares_of_the_firsts_area_and_filled_where_told_apart():
+    def row(task, contender, low, high):
+        middle = (low + high) / 2
+        ends = {"auc_less_first": middle, "auc_less_first_low": low, "auc_less_first_high": high}
+        name = contender.partition("+")[2] or "none"
+        return {"task": task, "env_steps": 1000, "contender": contender, "predictor": name, "auc": -200.0, **ends}
+
+    first, second = (
+        [row(task, "10", 0, 0), row(task, "4+ridge", 10, 50), row(task, "4+tipl", -10, 30)] for task in ("A-v4", "B-v4")
+    )
+    figure = figures.contender_differences([*first, *second[:2]])
+    (ridge, tipl), (alone,) = ([line for line in axes.lines if line.get_marker() == "o"] for axes in figure.axes)
+    assert [np.asarray(line.get_xdata()).tolist() for line in (ridge, tipl, alone)] == [[15.0], [5.0], [15.0]]
+    assert ridge.get_markerfacecolor() == figures.COLOURS["ridge"]
+    assert tipl.get_markerfacecolor() == "white"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["4+ridge", "4+tipl"]

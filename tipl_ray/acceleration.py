@@ -253,17 +253,18 @@ def _report(plan: Plan, finished: Sequence[Finished], folder: str, run: Run) -> 
         "",
         contenders.as_markdown(rows),
     ]
+    pictures = {"acceleration_areas": ("Areas under the curve", figures.contender_differences(rows))}
+    for task, env_steps in dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished):
+        own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
+        curves = {one.unit.contender.name: (one.env_steps_I, one.returns_SI) for one in own}
+        picture = figures.contenders(curves, f"{task}, {len(own[0].returns_SI)} trials")
+        pictures[f"acceleration_{task.removesuffix('-v4')}_{env_steps}"] = (task, picture)
     with tempfile.TemporaryDirectory() as temporary:
-        for task, env_steps in dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished):
-            own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
-            curves = {one.unit.contender.name: (one.env_steps_I, one.returns_SI) for one in own}
-            name = f"acceleration_{task.removesuffix('-v4')}_{env_steps}"
-            picture = figures.save(
-                figures.contenders(curves, f"{task}, {len(own[0].returns_SI)} trials"), Path(temporary) / f"{name}.png"
-            )
-            run.log_figure(picture, name)
-            write_file(join(folder, "figures"), picture.name, picture.read_bytes())
-            page += ["", f"![{task}](figures/{picture.name})"]
+        for name, (title, picture) in pictures.items():
+            path = figures.save(picture, Path(temporary) / f"{name}.png")
+            run.log_figure(path, name)
+            write_file(join(folder, "figures"), path.name, path.read_bytes())
+            page += ["", f"![{title}](figures/{path.name})"]
         content = "\n".join([*page, ""]).encode()
         write_file(folder, "report.md", content)
         (Path(temporary) / "report.md").write_bytes(content)

@@ -69,6 +69,7 @@ COLOURS = {
     "rank-1": "#5b3a8c",
     "rank-1-from-last": "#a78bd0",
     "dmd": "#56B4E9",
+    "first-again": "#1b7837",
     "mean-trajectory": "#a0a000",
     "svd-floor": "#009E73",
     "window-floor": "#009E73",
@@ -223,6 +224,31 @@ def contenders(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) 
     _dress(axes, title, "environment steps", "episodic return, interquartile mean")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _legend_below(figure, axes, entries, columns=3)
+    return figure
+
+
+def contender_differences(rows: Sequence[Row]) -> Figure:
+    """Area under the curve, less the first contender's and as a share of it, with its interval; a panel per task.
+
+    Rows are `contenders.score`'s. Filled is what the interval tells apart from the first contender.
+    """
+    tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    height = 1.6 + 0.34 * (len(names) - 1)
+    figure, panels = _figure(len(tasks), width=2.6 + 2.9 * len(tasks), height=height, share=True)
+    for axes, (task, env_steps) in zip(panels, tasks, strict=True):
+        first, *others = [row for row in rows if (row["task"], row["env_steps"]) == (task, env_steps)]
+        for row in others:
+            middle, low, high = (100 * row[f"auc_less_first{end}"] / abs(first["auc"]) for end in ("", "_low", "_high"))
+            colour = COLOURS.get(row["predictor"], COLOURS["copy-last"])
+            face = colour if low > 0 or high < 0 else "white"
+            place = names.index(row["contender"])
+            axes.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
+            axes.plot(middle, place, "o", ms=7, mfc=face, mec=colour, mew=1.8)
+        axes.axvline(0, color=INK, linewidth=1.4, zorder=1)
+        _dress(axes, f"{task}\n{env_steps:,} steps", f"area less {first['contender']} epochs' [%]", "")
+        axes.set_yticks(range(1, len(names)), names[1:])
+        axes.set_ylim(len(names) - 0.4, 0.4)
     return figure
 
 

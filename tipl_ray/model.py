@@ -187,7 +187,7 @@ class ContextRidge(nn.Module):
         future = min(max(steps), context)
         before_FK, before_FKKK = _same_phase(context, future, num_phases)
         for name, tensor in (
-            # Of float64, as contexts are where one is asked for at a time: turned into it they would cost more than used.
+            # Of float64, as a single context is: to turn them into it would cost more than to use them.
             ("_before_KF", before_FK.T.double()),
             ("_before_NM", before_FKKK.flatten(2).flatten(0, 1).T.double().contiguous()),
             ("_last_H", torch.tensor(steps).clamp(max=future) - 1),
