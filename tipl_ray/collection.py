@@ -186,6 +186,7 @@ def collect(
             raise ValueError("collect.engine='cuda' needs a GPU per actor, and no node of the cluster has one")
         _run(experiment, engine, seeds, on_progress)
     if not store.finished():
+        log_event("seal", trials=name_trials(experiment.collect.seeds))
         # Each group's actor has read back what it finished: one driver would take longer for that than the collection.
         store.finish(experiment.collect.seeds, experiment.num_snapshots, verified=set(seeds))
     return store

@@ -22,7 +22,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -191,6 +191,7 @@ class TrialProgress:
     """All the expected snapshots are committed; False where no number was expected."""
 
 
+Runs = dict[int, tuple[CommitRecord, ...]]
 _RECORD = pydantic.TypeAdapter(CommitRecord)
 
 _SCALARS = {
@@ -328,27 +329,18 @@ class TrajectoryStore:
         Raises StoreError for a commit record that cannot be read and, unless `lost`, for a trial whose commit records
         seem to be lost, as parts lie there that only they can have named.
         """
-        garbage = [f"{_COMMITS}/{name}" for name in self._files.sizes(_COMMITS) if name.startswith(TEMPORARY)]
-        chosen = self.folders() if seeds is None else sorted(set(seeds))
-        for found in self._files.each(functools.partial(self._garbage_of, lost=lost), chosen):
-            garbage += found
-        return tuple(garbage)
+        return self._garbage(self._runs(self.folders() if seeds is None else seeds), lost)
 
     def sweep(self, seeds: Sequence[int] | None = None, lost: bool = False) -> tuple[str, ...]:
         """Delete the garbage; returns its names. Only while no writer is open.
 
         Raises StoreError as `garbage` does, before anything is deleted.
         """
-        garbage = self.garbage(seeds, lost)
-        for path in garbage:
-            self._files.delete(path)
-        return garbage
+        return self._delete(self.garbage(seeds, lost))
 
     def digest(self, seeds: Sequence[int] | None = None) -> str:
         """Identity of the data set: digest of the seeds and their parts' SHA-256, in whatever order it was written."""
-        seeds = self.seeds() if seeds is None else sorted(set(seeds))
-        runs = zip(seeds, self._files.each(self._run, seeds), strict=True)
-        return config.digest([[seed, [record.part_sha256 for record in run]] for seed, run in runs])
+        return _digest(self._runs(self.seeds() if seeds is None else seeds))
 
     def finish(self, seeds: Sequence[int], num_snapshots: int, verified: Collection[int] = ()) -> None:
         """Mark the data set as whole: verify every trial but those that the caller says were, sweep, write `_SUCCESS`.
@@ -356,16 +348,33 @@ class TrajectoryStore:
         Raises as `verify` does.
         """
         self.verify_all([seed for seed in seeds if seed not in verified], num_snapshots)
-        self.sweep(seeds)
-        mark = {"seeds": sorted(seeds), "num_snapshots": num_snapshots, "digest": self.digest(seeds)}
+        # Each record is read once: where that is a round trip, it is what sealing takes.
+        runs = self._runs(seeds)
+        self._delete(self._garbage(runs, lost=False))
+        mark = {"seeds": sorted(seeds), "num_snapshots": num_snapshots, "digest": _digest(runs)}
         self._files.write(f"{_COMMITS}/{_SUCCESS}", json.dumps(mark, indent=2).encode())
 
     def finished(self) -> bool:
         """Whether `finish` has marked the data set as whole and nothing was committed since."""
         return _SUCCESS in self._files.entries(_COMMITS)
 
-    def _garbage_of(self, seed: int, lost: bool) -> list[str]:
-        run = self._run(seed)
+    def _garbage(self, runs: Runs, lost: bool) -> tuple[str, ...]:
+        garbage = [f"{_COMMITS}/{name}" for name in self._files.sizes(_COMMITS) if name.startswith(TEMPORARY)]
+        for found in self._files.each(lambda item: self._garbage_of(*item, lost), list(runs.items())):
+            garbage += found
+        return tuple(garbage)
+
+    def _delete(self, paths: tuple[str, ...]) -> tuple[str, ...]:
+        for path in paths:
+            self._files.delete(path)
+        return paths
+
+    def _runs(self, seeds: Iterable[int]) -> Runs:
+        """Each trial's run of commit records, by seed, ascending."""
+        seeds = sorted(set(seeds))
+        return dict(zip(seeds, self._files.each(self._run, seeds), strict=True))
+
+    def _garbage_of(self, seed: int, run: Sequence[CommitRecord], lost: bool) -> list[str]:
         if not lost:
             self._refuse_lost(seed, run)
         kept = {_commit_path(seed, record.commit) for record in run}
@@ -694,6 +703,10 @@ class TrialWriter:
         return StoreError(
             f"trial {self._seed}, snapshot {snapshot.snapshot}: {field}={complaint}; what was committed before stays"
         )
+
+
+def _digest(runs: Runs) -> str:
+    return config.digest([[seed, [record.part_sha256 for record in run]] for seed, run in runs.items()])
 
 
 def _progress(seed: int, run: Sequence[CommitRecord], num_snapshots: int | None) -> TrialProgress:
