@@ -128,7 +128,10 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
         assert row["learning_rate"] == max(chosen, key=lambda rate: chosen[rate])
     assert list(storage.glob("units/*/trajectories")) == []
     assert (folder / "report.md").read_text().count("gradient steps") == 3
-    assert len(list((folder / "figures").glob("*.png"))) == 2
+    rates = pyarrow.csv.read_csv(folder / "search.csv").to_pylist()
+    assert [row["learning_rate"] for row in rates if row["chosen"]] == [row["learning_rate"] for row in rows]
+    assert len(rates) == len(searched)
+    assert len(list((folder / "figures").glob("*.png"))) == 3
     before = {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")}
     run_acceleration(experiment)
     assert {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")} == before

@@ -374,3 +374,26 @@ def test_contenders_differences_are_shares_of_the_firsts_area_and_filled_where_t
     assert ridge.get_markerfacecolor() == figures.COLOURS["ridge"]
     assert tipl.get_markerfacecolor() == "white"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["4+ridge", "4+tipl"]
+
+
+def test_the_chosen_learning_rates_are_marked_in_every_task():
+    rows = [
+        {
+            "task": task,
+            "env_steps": 1000,
+            "contender": name,
+            "predictor": "none",
+            "learning_rate": rate,
+            "seeds": 3,
+            "auc": 1e4 * rate,
+            "chosen": rate == 3e-4,
+        }
+        for task in ("A-v4", "B-v4")
+        for name in ("10", "4")
+        for rate in (1.5e-4, 3e-4)
+    ]
+    figure = figures.learning_rates(rows)
+    for axes in figure.axes:
+        assert [np.asarray(line.get_xdata()).tolist() for line in axes.lines] == 2 * [[1.5e-4, 3e-4], [3e-4]]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1.5", "3"]
+    assert legend(figure) == ["10", "4"]

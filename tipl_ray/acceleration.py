@@ -6,7 +6,8 @@ in one Ray task, committed to a data set of its own: whatever is killed goes on 
 
     <storage>/predictors/<digest>/<name>/    what the jumps are made of, fitted on another experiment's trials
     <storage>/units/<digest>/unit.json       a unit's learning curves; beside it its trials while it runs
-    <storage>/accelerations/<digest>/        table.csv, curves.csv, tasks.csv, report.md, figures/
+    <storage>/accelerations/<digest>/        table.csv, curves.csv, search.csv, tasks.csv,
+                                             report.md, figures/
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def run_acceleration(experiment: Experiment) -> None:
             key = digest(as_table(experiment.accelerate), experiment.collect, experiment.ppo, plan.folders)
             with tracker.run("accelerate", f"accelerate-{key}", tags={"experiment": experiment.name}) as run:
                 run.log_parameters({"accelerate": as_table(experiment.accelerate), "ppo": as_table(experiment.ppo)})
-                finished = list(_finished(plan, named, tracker, run))
-                _report(plan, finished, join(experiment.storage_path, "accelerations", key), run)
+                finished, searched = _run_units(plan, named, tracker, run)
+                _report(plan, finished, searched, join(experiment.storage_path, "accelerations", key), run)
             say(f"accelerate: {duration(time.monotonic() - begin)}; MLflow: {ui_command(tracker.uri)}")
 
 
@@ -165,8 +166,13 @@ def load_unit(plan: Plan, unit: Unit) -> Finished:
     )
 
 
-def _finished(plan: Plan, named: Sequence[Contender], tracker: Tracker, parent: Run) -> Iterator[Finished]:
-    """Every contender on the reported seeds at its best learning rate; task by task, in the contenders' order."""
+def _run_units(
+    plan: Plan, named: Sequence[Contender], tracker: Tracker, parent: Run
+) -> tuple[list[Finished], list[Finished]]:
+    """Every contender on the reported seeds at its best learning rate, and all that the search for it ran.
+
+    Task by task, in the contenders' order.
+    """
     settings = plan.experiment.accelerate
     cells = [(*_task(plan.experiment, name), contender) for name in settings.tasks for contender in named]
     searches = {cell: [_unit(cell, rate, search=True) for rate in settings.learning_rates] for cell in cells}
@@ -202,8 +208,8 @@ def _finished(plan: Plan, named: Sequence[Contender], tracker: Tracker, parent: 
                 settle(running.pop(reference))
             now = ", ".join(f"{unit.contender.name} at {unit.learning_rate:g}" for unit in running.values())
             view.show([], f"accelerate: {len(ran)} of {total} units done; running {now or 'none'}")
-    for cell in cells:
-        yield load_unit(plan, finals[cell])
+    finished = [load_unit(plan, finals[cell]) for cell in cells]
+    return finished, [load_unit(plan, unit) for cell in cells for unit in searches[cell]]
 
 
 def _unit(cell: Cell, learning_rate: float, *, search: bool) -> Unit:
@@ -234,16 +240,18 @@ def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _report(plan: Plan, finished: Sequence[Finished], folder: str, run: Run) -> None:
+def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finished], folder: str, run: Run) -> None:
     experiment = plan.experiment
     chances: dict[str, Any] = {
         "resamples": experiment.accelerate.bootstrap,
         "confidence": experiment.evaluate.confidence,
     }
     rows = contenders.score(finished, plan.source.collect.task, **chances)
+    rates = contenders.search_rows(searched)
     together = contenders.over_tasks(finished, **chances)
     lines = contenders.sentences(rows, experiment.evaluate.confidence)
     write_file(folder, "table.csv", _csv(rows))
+    write_file(folder, "search.csv", _csv(rates))
     write_file(folder, "tasks.csv", _csv(together))
     write_file(folder, "curves.csv", _csv(_curve_rows(finished)))
     page = [
@@ -253,7 +261,10 @@ def _report(plan: Plan, finished: Sequence[Finished], folder: str, run: Run) -> 
         "",
         contenders.as_markdown(rows),
     ]
-    pictures = {"acceleration_areas": ("Areas under the curve", figures.contender_differences(rows))}
+    pictures = {
+        "acceleration_areas": ("Areas under the curve", figures.contender_differences(rows)),
+        "acceleration_learning_rates": ("Areas by learning rate, in the search", figures.learning_rates(rates)),
+    }
     for task, env_steps in dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished):
         own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
         curves = {one.unit.contender.name: (one.env_steps_I, one.returns_SI) for one in own}

@@ -217,6 +217,33 @@ def best_learning_rate(searched: Sequence[Finished]) -> float:
     return max(searched, key=lambda one: one.areas_S.mean()).unit.learning_rate
 
 
+def search_rows(searched: Sequence[Finished]) -> list[Row]:
+    """What the search saw: one row per task, contender and learning rate, areas under the curve over its trials."""
+    rows = []
+    for task, env_steps, contender in dict.fromkeys(
+        (one.unit.task, one.unit.env_steps, one.unit.contender) for one in searched
+    ):
+        cell = (task, env_steps, contender)
+        own = [one for one in searched if (one.unit.task, one.unit.env_steps, one.unit.contender) == cell]
+        best = best_learning_rate(own)
+        for one in own:
+            rows.append(
+                {
+                    "task": task,
+                    "env_steps": int(one.env_steps_I[-1]),
+                    "contender": contender.name,
+                    "predictor": contender.predictor or "none",
+                    "learning_rate": one.unit.learning_rate,
+                    "seeds": len(one.areas_S),
+                    "auc": float(one.areas_S.mean()),
+                    "auc_least": float(one.areas_S.min()),
+                    "auc_most": float(one.areas_S.max()),
+                    "chosen": one.unit.learning_rate == best,
+                }
+            )
+    return rows
+
+
 def score(finished: Sequence[Finished], trained_on: str, *, resamples: int, confidence: float) -> list[Row]:
     """The result table: one row per task and contender, in their order; the first contender of a task is its reference.
 

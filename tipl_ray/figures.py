@@ -252,6 +252,33 @@ def contender_differences(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def learning_rates(rows: Sequence[Row]) -> Figure:
+    """Mean area under the curve over the trials of a search, by learning rate; a panel per task, the chosen filled.
+
+    Rows are `contenders.search_rows`'.
+    """
+    tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
+    figure, panels = _figure(len(tasks), width=2.2 + 3.1 * len(tasks), height=4.6)
+    entries = {}
+    for axes, (task, env_steps) in zip(panels, tasks, strict=True):
+        own = [row for row in rows if (row["task"], row["env_steps"]) == (task, env_steps)]
+        for index, name in enumerate(dict.fromkeys(row["contender"] for row in own)):
+            line = [row for row in own if row["contender"] == name]
+            colour = INK if index == 0 else COLOURS.get(line[0]["predictor"], COLOURS["copy-last"])
+            axes.plot(_column(line, "learning_rate"), _column(line, "auc"), color=colour, lw=1.5, marker="o", ms=3)
+            (best,) = (row for row in line if row["chosen"])
+            axes.plot(best["learning_rate"], best["auc"], "o", ms=8, color=colour)
+            entries[name] = Line2D([], [], color=colour, linewidth=2.2, label=name)
+        axes.set_xscale("log")
+        rates = sorted({row["learning_rate"] for row in own})
+        axes.set_xticks(rates, [f"{1e4 * rate:.4g}" for rate in rates])
+        axes.minorticks_off()
+        _dress(axes, f"{task}\n{env_steps:,} steps", "learning rate [0.0001]", "")
+    panels[0].set_ylabel(f"area under the curve, {rows[0]['seeds']} trials", fontsize=11.5, color=INK)
+    _legend_below(figure, panels[0], list(entries.values()), columns=5)
+    return figure
+
+
 def reconstruction(rows: Sequence[Row]) -> Figure:
     """What the Temporal SVD loses at each rank D on held-out trials: energy outside the basis, and squared error.
 
