@@ -93,6 +93,26 @@ def test_mlflow_has_one_parent_with_one_child_per_stage_however_often_it_ran(fin
     assert inputs.dataset_inputs[0].dataset.digest == TrajectoryStore(str(finished[0])).digest()
 
 
+def test_a_terminated_job_says_how_to_go_on_and_leaves_no_run_behind_that_seems_to_go_on(tmp_path: Path) -> None:
+    """SIGTERM, as batch systems and `timeout` send it, is an end like Ctrl-C's."""
+    job = subprocess.Popen(
+        command("collect", tmp_path, "--collect.total-env-steps", "409600"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("commits/trial=*/commit-1.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode == 130
+    assert said.endswith("interrupted: run the same command again to go on from what is committed\n")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert {run.info.status for run in runs} == {"KILLED"}
+
+
 def test_a_killed_collection_goes_on_to_the_same_data_whatever_the_number_of_actors(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -248,8 +248,6 @@ def connected_to_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "RAY_ADDRESS" in os.environ:
         ray.init()
-        # `ray job stop` sends SIGTERM, which ends the job as Ctrl-C does: actors gone, MLflow told.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     else:
         # A local cluster is this process' own. A token, which Ray would write into the home, belongs to real ones.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -263,10 +261,13 @@ def connected_to_ray() -> Iterator[None]:
             log_to_driver=False,
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
         )
+    # SIGTERM, which `ray job stop` and batch systems send, ends the job as Ctrl-C does: actors gone, MLflow told.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
 
 
 def data_digest(experiment: Experiment) -> str:
