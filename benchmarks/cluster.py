@@ -94,7 +94,7 @@ def measure_group(collect: Collect, size: int, folder: str) -> tuple[float, floa
 def run_group(collect: Collect, size: int, storage: str) -> tuple[float, float]:
     """What `measure_group` measures, of one actor."""
     # The larger weights are, the more of a commit's time is in proportion to its snapshots: there, fewer will do.
-    iterations = collect.iterations_per_commit if collect is PENDULUM else collect.iterations_per_commit // 2
+    iterations = collect.iterations_per_commit if collect == PENDULUM else collect.iterations_per_commit // 2
     experiment = experiment_of(collect, storage, num_trials=size, iterations_per_commit=iterations + 1)
     collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), experiment.collect.seeds)
     clock = [time.monotonic()]
@@ -298,7 +298,7 @@ def measure_task(results: Results, task: str, iterations: int, folder: str) -> N
         results.note(subject, "calculated over measured", calculated * actors / clock, "")
         results.note(subject, "cores busy", clock / cpu, "")
     commits = math.ceil(experiment_of(config, "/nowhere").num_iterations / config.iterations_per_commit)
-    trials, few = (10, commits) if config is PENDULUM else (1, 4)
+    trials, few = (10, commits) if config == PENDULUM else (1, 4)
     seconds = measure_store(config, f"{folder}/{next(numbers)}", trials, few)
     for metric, value in zip(("to find", "to verify", "to seal"), seconds, strict=True):
         results.note(task, f"a trial {metric}", 1e3 * value * commits / few, "ms")
@@ -345,7 +345,7 @@ def main() -> None:
     for task, (config, _) in SIZES.items():
         if task in arguments.parts:
             with tempfile.TemporaryDirectory() as folder:
-                iterations = arguments.iterations if config is PENDULUM else arguments.iterations // 2
+                iterations = arguments.iterations if config == PENDULUM else arguments.iterations // 2
                 measure_task(results, task, iterations, folder)
         if "calculation" in arguments.parts:
             calculate_task(results, task)

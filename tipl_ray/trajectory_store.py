@@ -191,7 +191,7 @@ class TrialProgress:
     """All the expected snapshots are committed; False where no number was expected."""
 
 
-Runs = dict[int, tuple[CommitRecord, ...]]
+_Runs = dict[int, tuple[CommitRecord, ...]]
 _RECORD = pydantic.TypeAdapter(CommitRecord)
 
 _SCALARS = {
@@ -358,7 +358,7 @@ class TrajectoryStore:
         """Whether `finish` has marked the data set as whole and nothing was committed since."""
         return _SUCCESS in self._files.entries(_COMMITS)
 
-    def _garbage(self, runs: Runs, lost: bool) -> tuple[str, ...]:
+    def _garbage(self, runs: _Runs, lost: bool) -> tuple[str, ...]:
         garbage = [f"{_COMMITS}/{name}" for name in self._files.sizes(_COMMITS) if name.startswith(TEMPORARY)]
         for found in self._files.each(lambda item: self._garbage_of(*item, lost), list(runs.items())):
             garbage += found
@@ -369,7 +369,7 @@ class TrajectoryStore:
             self._files.delete(path)
         return paths
 
-    def _runs(self, seeds: Iterable[int]) -> Runs:
+    def _runs(self, seeds: Iterable[int]) -> _Runs:
         """Each trial's run of commit records, by seed, ascending."""
         seeds = sorted(set(seeds))
         return dict(zip(seeds, self._files.each(self._run, seeds), strict=True))
@@ -705,7 +705,7 @@ class TrialWriter:
         )
 
 
-def _digest(runs: Runs) -> str:
+def _digest(runs: _Runs) -> str:
     return config.digest([[seed, [record.part_sha256 for record in run]] for seed, run in runs.items()])
 
 
