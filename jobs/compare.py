@@ -50,7 +50,7 @@ def main() -> None:
     """Read, compare, tell."""
     chosen = tyro.cli(Comparison, description=__doc__)
     from tipl_ray import comparison
-    from tipl_ray.stages import exit_status
+    from tipl_ray.jobs import exit_status
     from tipl_ray.terminal import console, format_rows, say
     from tipl_ray.tracking import open_to_read
 

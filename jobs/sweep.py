@@ -28,7 +28,7 @@ def main() -> None:
     while (value := take_option(arguments, "--over")) is not None:
         over.append(value)
     experiment = parse_arguments(__doc__, arguments)
-    from tipl_ray.stages import exit_status
+    from tipl_ray.jobs import exit_status
 
     with exit_status():
         if over:

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"compiler", "config", "rows", "storage", "terminal"},
+    {"compiler", "config", "rows", "terminal"},
+    {"storage"},
     {
         "tasks",
         "policy",
@@ -21,13 +22,13 @@ FLOORS = [
         "tracking",
         "search_space",
     },
-    {"environments", "learner", "segments", "forecasting", "jumps"},
+    {"environments", "learner", "segments", "forecasting", "jobs", "jumps"},
     {"ppo", "returns", "objectives", "contenders", "serving"},
     {"collection", "training", "evaluation", "figures", "report", "validation"},
     {"stages", "comparison"},
     {"acceleration", "sweep"},
 ]
-RAY = {"collection", "training", "evaluation", "stages", "acceleration", "sweep"}
+RAY = {"jobs", "collection", "training", "evaluation", "acceleration", "sweep"}
 MODULES = sorted(path.stem for path in (ROOT / "tipl_ray").glob("*.py") if path.stem != "__init__")
 
 

@@ -16,8 +16,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tipl_ray.collection import GroupCollector
 from tipl_ray.config import CHECKOUT, Experiment, load_experiment
+from tipl_ray.jobs import SUBMITTED, check_job
 from tipl_ray.learner import choose_engine
-from tipl_ray.stages import SUBMITTED, check_job
 from tipl_ray.trajectory_store import TrajectoryStore
 
 SMOKE = CHECKOUT / "jobs" / "experiments" / "smoke.toml"

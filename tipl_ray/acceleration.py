@@ -30,9 +30,10 @@ from tipl_ray.collection import GroupCollector
 from tipl_ray.config import CHECKOUT, Experiment, as_table, digest, load_experiment
 from tipl_ray.contenders import TIPL, Contender, Finished, Unit, filled
 from tipl_ray.forecasting import load_predictor
+from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.learner import choose_engine
 from tipl_ray.metrics import interquartile_mean
-from tipl_ray.stages import check_job, connected_to_ray, data_digest, exit_status, learning_curves, open_tracker
+from tipl_ray.stages import data_digest, learning_curves
 from tipl_ray.storage import StoreError, file_exists, join, last_name, local_folder, read_file, write_file
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, ui_command

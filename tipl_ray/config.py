@@ -19,6 +19,11 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 import tyro
 
+
+class UserError(RuntimeError):
+    """What a user can mend: a job prints it in one line, without a traceback."""
+
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 

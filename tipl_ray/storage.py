@@ -23,6 +23,8 @@ from typing import Any, Protocol, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pa_fs
 
+from tipl_ray.config import UserError
+
 TEMPORARY = ".tmp-"
 """How the names begin of files that are not yet published; a killed process leaves them behind."""
 LEFT_AFTER_SECONDS = 3600.0
@@ -36,7 +38,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class StoreError(RuntimeError):
+class StoreError(UserError):
     """The storage refuses: names the file or field, what is wrong with it, and the way out."""
 
 

@@ -30,19 +30,12 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tipl_ray import comparison, config
 from tipl_ray.gram import GramBand
+from tipl_ray.jobs import check_job, connected_to_ray, open_tracker
 from tipl_ray.model import WindowTransformer, is_complete
 from tipl_ray.objectives import NextToken, TrainingData
 from tipl_ray.search_space import Candidate, Range, Space, corners, describe, make_space, short_names, with_fields
 from tipl_ray.segments import Tokens
-from tipl_ray.stages import (
-    check_job,
-    connected_to_ray,
-    data_digest,
-    essence,
-    log_data,
-    open_tracker,
-    run_tags,
-)
+from tipl_ray.stages import data_digest, essence, log_data, run_tags
 from tipl_ray.storage import Storage, join
 from tipl_ray.terminal import ProgressView, console, duration, format_rows, say
 from tipl_ray.tracking import KEY_TAG, Run, Tracker, ui_command
@@ -121,7 +114,7 @@ class Reduced:
 
 
 def run_sweep(experiment: config.Experiment) -> None:
-    """The whole of jobs/sweep.py. Raises what `stages.exit_status` tells a user."""
+    """The whole of jobs/sweep.py. Raises what `jobs.exit_status` tells a user."""
     check_job(experiment)
     plan = make_plan(experiment)
     tracker = open_tracker(experiment)

@@ -42,7 +42,7 @@ PARAMETERS_PER_BATCH = 100
 METRICS_PER_BATCH = 1000
 
 
-class TrackingError(RuntimeError):
+class TrackingError(config.UserError):
     """MLflow's store cannot be used; the message names its URI and a way out."""
 
 

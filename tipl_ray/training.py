@@ -46,7 +46,7 @@ Metrics = dict[str, float]
 seconds_left."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(config.UserError):
     """Training cannot go on: names the step and the way out."""
 
 
