@@ -4,12 +4,14 @@
 # make learn   the slow proof that PPO learns: HalfCheetah, 3 trials of 300,000 steps, with a report
 # make chaos   kills collections at every publication point and at random, compares what comes of them
 # make zero-shot   the Transformer of the pendulum, asked about HalfCheetah networks: half an hour
-# make bench   what the README claims of speed, side by side
+# make bench   what the README claims of speed, side by side with its peers, which get an environment of their own
+# make bench-quick   every benchmark at its smallest, to see that it runs
 
 PYTHON ?= python3
 STAMP := .venv/installed
+PEERS := .venv-bench/installed
 
-.PHONY: demo sweep learn zero-shot test test-slow chaos lint bench clean
+.PHONY: demo sweep learn zero-shot test test-slow chaos lint bench bench-quick clean
 
 demo: $(STAMP)
 	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/demo.toml
@@ -38,19 +40,28 @@ lint: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-bench: $(STAMP)
-	.venv/bin/python -m pip install -q --no-deps -c constraints.txt stable-baselines3
-	.venv/bin/python -m pip install -q --no-deps -c constraints.txt \
-	    transformers huggingface_hub tokenizers httpx2 httpcore2 truststore
-	.venv/bin/python benchmarks/engine.py
-	.venv/bin/python benchmarks/returns.py
-	.venv/bin/python benchmarks/training.py
-	.venv/bin/python benchmarks/scaling.py
+bench: $(PEERS)
+	.venv-bench/bin/python benchmarks/engine.py
+	.venv-bench/bin/python benchmarks/returns.py
+	.venv-bench/bin/python benchmarks/training.py
+	.venv-bench/bin/python benchmarks/scaling.py
+
+bench-quick: $(PEERS)
+	set -e; for benchmark in $(filter-out benchmarks/command.py,$(wildcard benchmarks/*.py)); do \
+	    echo "$$benchmark --quick"; .venv-bench/bin/python $$benchmark --quick; done
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-bench
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
+
+# Peers and what they need lie in an environment of their own on top of ours, which they never touch.
+$(PEERS): $(STAMP) benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-bench
+	echo "import site; site.addsitedir('$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	    > "$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
+	.venv-bench/bin/python -m pip install -q -c constraints.txt -r benchmarks/peers.txt
+	touch $(PEERS)

@@ -8,9 +8,7 @@ learned.
     python benchmarks/acceleration.py [--rounds 9]
 """
 
-import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -25,6 +23,8 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from command import make_parser, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.config import PRESETS, Collect, Experiment, Jump, Model, Ppo  # noqa: E402
 from tipl_ray.forecasting import Ridge, save_predictor  # noqa: E402
@@ -95,23 +95,22 @@ class Subject:
 
 def main() -> None:
     """Measure, print and write down."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "acceleration.json")
-    settings = parser.parse_args()
-    torch.set_num_threads(1)
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds")
+    arguments = parser.parse_args()
+    shapes, num_rounds = (SHAPES[:1], 1) if arguments.quick else (SHAPES, arguments.rounds)
+    use_one_core()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folders = predictors(folder)
-        for task, width, trials in SHAPES:
+        for task, width, trials in shapes:
             shape = (task, width, trials)
             subjects = [Subject(f"{epochs} epochs", *shape, epochs, None) for epochs in (10, 4)]
             subjects += [Subject(f"4 epochs, jumps by {name}", *shape, 4, folders[name]) for name in folders]
             for _ in range(WARM_UP):
                 for subject in subjects:
                     subject.run()
-            rounds = [[subject.run() for subject in subjects] for _ in range(settings.rounds)]
+            rounds = [[subject.run() for subject in subjects] for _ in range(num_rounds)]
             first: dict[str, float] = {}
             for index, subject in enumerate(subjects):
                 seconds = {part: statistics.median(round[index][part] for round in rounds) for part in rounds[0][0]}
@@ -128,7 +127,7 @@ def main() -> None:
                     }
                 )
     Console(width=150).print(format_rows([{name: str(value) for name, value in row.items()} for row in rows]))
-    settings.output.write_text(json.dumps(rows, indent=1) + "\n")
+    (results_folder(arguments.quick) / "acceleration.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

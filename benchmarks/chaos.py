@@ -13,7 +13,6 @@ Repeated work is counted where it is done: every iteration that any process begi
 needed. One commit interval of every trial is the most that a kill may cost.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -37,6 +36,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+from command import make_parser, results_folder  # noqa: E402
 from machine import new_root, own_processes, s3_server  # noqa: E402
 
 from tipl_ray.config import Experiment, load_experiment  # noqa: E402
@@ -45,7 +45,6 @@ from tipl_ray.terminal import format_rows  # noqa: E402
 from tipl_ray.trajectory_store import TrajectoryStore  # noqa: E402
 
 SMOKE = ROOT / "jobs" / "experiments" / "smoke.toml"
-RESULTS = ROOT / "benchmarks" / "results" / "chaos.json"
 BOOKS = "CHAOS_BOOKS"
 """Environment variable: the folder of the files `begun`, `swept` and `points`."""
 FILE_CALLS = ("fsync", "replace", "link", "unlink")
@@ -364,7 +363,7 @@ def row(where: str, collection: str, tally: Tally) -> dict[str, Any]:
 
 def main() -> None:
     """Kill, compare, print the table, write benchmarks/results/chaos.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=48, help="kills of a collection without Ray, on each storage")
     parser.add_argument("--ray-kills", type=int, default=6, help="kills of actors, of drivers and of nodes; 0: no Ray")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
@@ -376,6 +375,9 @@ def main() -> None:
         "address; or a folder or an s3:// URI of yours, in which new data sets are left behind",
     )
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.kills, arguments.ray_kills, arguments.storage = 4, 0, ["folder"]
+    results = results_folder(arguments.quick) / "chaos.json"
     context.set_forkserver_preload(PRELOADED)
     for where in arguments.storage:
         with contextlib.ExitStack() as stack:
@@ -391,20 +393,20 @@ def main() -> None:
             if arguments.kills:
                 place = Place(new_storage, folder, num_trials=2, num_iterations=60)
                 kill_alone(place, arguments.kills, random.Random(arguments.seed))
-                keep(row(where, "one process", place.tally))
+                keep(row(where, "one process", place.tally), results)
             if arguments.ray_kills:
                 place = Place(new_storage, folder, num_trials=4, num_iterations=240)
                 kill_under_ray(place, arguments.ray_kills, random.Random(arguments.seed))
-                keep(row(where, "Ray, two nodes", place.tally))
+                keep(row(where, "Ray, two nodes", place.tally), results)
 
 
-def keep(new: dict[str, Any]) -> None:
+def keep(new: dict[str, Any], results: Path) -> None:
     """Print a row and put it into the results, in the place of an older one of the same sort."""
     Console().print(format_rows([{"": key, "found": str(value)} for key, value in new.items()]))
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = json.loads(results.read_text()) if results.exists() else []
     same = [(old["storage"], old["collection"]) == (new["storage"], new["collection"]) for old in rows]
     rows = [old for old, replaced in zip(rows, same, strict=True) if not replaced]
-    RESULTS.write_text(json.dumps([*rows, new], indent=1) + "\n")
+    results.write_text(json.dumps([*rows, new], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ cores, and 10,000 trials on 512. All of it wants a machine that does nothing els
     python benchmarks/cluster.py [--parts driver "InvertedPendulum-v4 8-8" "HalfCheetah-v4 256-256" calculation]
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -31,6 +30,7 @@ import ray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from command import make_parser, results_folder  # noqa: E402
 from machine import own_processes  # noqa: E402
 
 from tipl_ray import collection  # noqa: E402
@@ -56,7 +56,10 @@ PUTS_PER_COMMIT = 3
 """Part, state, record; an object store's requests that it may limit."""
 PENDULUM = Collect()
 CHEETAH = Collect(task="HalfCheetah-v4", total_env_steps=2_000_000, policy_hidden=(256, 256))
-SIZES = {"InvertedPendulum-v4 8-8": (PENDULUM, (1, 2, 12, 24)), "HalfCheetah-v4 256-256": (CHEETAH, (1, 2, 5, 10))}
+SIZES: dict[str, tuple[Collect, tuple[int, ...]]] = {
+    "InvertedPendulum-v4 8-8": (PENDULUM, (1, 2, 12, 24)),
+    "HalfCheetah-v4 256-256": (CHEETAH, (1, 2, 5, 10)),
+}
 """Task -> its trials, and the stacks of them that are measured; real actors run the last two, one and two of them."""
 
 
@@ -259,11 +262,10 @@ def calculate(collect: Collect, num_trials: int, cores: int, costs: Costs) -> tu
 
 
 class Results:
-    """benchmarks/results/cluster.json: values by subject and metric, kept, so that parts can be measured again."""
+    """A file of values by subject and metric, kept, so that parts can be measured again."""
 
-    path = ROOT / "benchmarks" / "results" / "cluster.json"
-
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         rows = json.loads(self.path.read_text()) if self.path.exists() else []
         self.rows = {(row["subject"], row["metric"]): row for row in rows}
 
@@ -278,9 +280,10 @@ class Results:
         return self.rows[subject_and_metric]["value"]
 
 
-def measure_task(results: Results, task: str, iterations: int, folder: str) -> None:
+def measure_task(
+    results: Results, task: str, config: Collect, sizes: Sequence[int], iterations: int, folder: str
+) -> None:
     """What an actor's work and the store's cost, and real collections to check the calculation with."""
-    config, sizes = SIZES[task]
     numbers = itertools.count()
     measured = [measure_group(config, size, f"{folder}/{next(numbers)}") for size in sizes]
     costs = Costs(
@@ -304,9 +307,8 @@ def measure_task(results: Results, task: str, iterations: int, folder: str) -> N
         results.note(task, f"a trial {metric}", 1e3 * value * commits / few, "ms")
 
 
-def calculate_task(results: Results, task: str) -> None:
+def calculate_task(results: Results, task: str, config: Collect, sizes: Sequence[int]) -> None:
     """Collections on clusters whose cores are as fast as this machine's when all of them work."""
-    config, sizes = SIZES[task]
     rates = {size: results[f"{task}, an actor of {size}", "without commits"] for size in sizes}
     costs = Costs(rates, results[task, "a trial's commit"] / 1e3, results[task, "a trial to verify"] / 1e3)
     message = results["driver of 10,000 groups", "a message"] / 1e6
@@ -327,28 +329,30 @@ def calculate_task(results: Results, task: str) -> None:
 
 def main() -> None:
     """Measure, check, calculate; everything goes to benchmarks/results/cluster.json at once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", default=["driver", *SIZES, "calculation"], help="what to do (again)")
     parser.add_argument("--iterations", type=int, default=40, help="of the pendulum's real collections; half else")
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    results = Results()
+    results, sizes = Results(results_folder(arguments.quick) / "cluster.json"), SIZES
+    if arguments.quick:
+        sizes, arguments.iterations = {"InvertedPendulum-v4 8-8": (PENDULUM, (1, 2))}, 8
     if arguments.parts != ["calculation"]:
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     if "driver" in arguments.parts:
         for num_groups in (100, 10_000):
             with contextlib.redirect_stdout(None):  # a line for each event of each group
-                _, message, look = measure_driver(num_groups, slices=2)
+                _, message, look = measure_driver(10 if arguments.quick else num_groups, slices=2)
             results.note(f"driver of {num_groups:,} groups", "a message", 1e6 * message, "µs")
             results.note(f"driver of {num_groups:,} groups", "a look at the whole", 1e3 * look, "ms")
-    for task, (config, _) in SIZES.items():
+    for task, (config, stacks) in sizes.items():
         if task in arguments.parts:
             with tempfile.TemporaryDirectory() as folder:
                 iterations = arguments.iterations if config == PENDULUM else arguments.iterations // 2
-                measure_task(results, task, iterations, folder)
+                measure_task(results, task, config, stacks, iterations, folder)
         if "calculation" in arguments.parts:
-            calculate_task(results, task)
+            calculate_task(results, task, config, stacks)
     ray.shutdown()
 
 

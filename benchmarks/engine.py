@@ -3,15 +3,13 @@
 Every subject runs one PPO iteration per round and the rounds alternate, so that a noisy machine is noisy for all; the
 table shows medians of CPU time, which on a machine of one's own is wall time. Floors: MuJoCo's steps alone, and the
 update's matrix products at the best rate that torch's own product of a minibatch reaches here. Run it by `make bench`,
-which installs stable-baselines3 beside the project.
+which installs stable-baselines3 into an environment of its own.
 
     python benchmarks/engine.py [--rounds 5]
 """
 
-import argparse
 import copy
 import json
-import os
 import statistics
 import sys
 import time
@@ -27,6 +25,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from command import make_parser, results_folder, use_one_core  # noqa: E402
 from plain_ppo import PlainTrial  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
@@ -193,15 +192,13 @@ def measure(rounds: int) -> list[dict]:
 
 def main() -> None:
     """Measure, print the table, write benchmarks/results/engine.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds after the one that warms up")
-    rounds = parser.parse_args().rounds
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
-    torch.set_num_threads(1)
+    arguments = parser.parse_args()
+    rounds = 1 if arguments.quick else arguments.rounds
+    use_one_core()
     rows = measure(rounds)
-    target = ROOT / "benchmarks" / "results" / "engine.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(rows, indent=1) + "\n")
+    (results_folder(arguments.quick) / "engine.json").write_text(json.dumps(rows, indent=1) + "\n")
     shown = (
         "task",
         "subject",

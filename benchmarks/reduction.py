@@ -9,6 +9,7 @@ tokens as training does, read from the store.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -28,6 +29,7 @@ from rich.console import Console  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from command import make_parser, results_folder  # noqa: E402
 from machine import peak_bytes  # noqa: E402
 
 from tipl_ray.temporal_svd import fit_basis  # noqa: E402
@@ -56,10 +58,27 @@ def reduce_and_tell(storage: str, seed: int) -> None:
     print(json.dumps({**told, "snapshots": tokens.coordinates_NTD.shape[1]}))
 
 
+def collect_a_trial(seed: int) -> str:
+    """A trial of a quick run, as long as its rank needs; the storage."""
+    from tipl_ray.collection import GroupCollector
+    from tipl_ray.config import load_experiment
+    from tipl_ray.learner import choose_engine
+
+    experiment = load_experiment(ROOT / "jobs" / "experiments" / "half_cheetah.toml")
+    collect = dataclasses.replace(
+        experiment.collect, num_trials=1, first_seed=seed, total_env_steps=64 * 2048, policy_hidden=(64, 64)
+    )
+    experiment = dataclasses.replace(experiment, collect=collect, storage=str(results_folder(quick=True) / "trial"))
+    collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), [seed])
+    while not collector.advance(0.001, to_commit=True).finished:
+        pass
+    return experiment.storage_path
+
+
 def main() -> None:
     """Measure, print the table, write benchmarks/results/reduction.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--storage", required=True, help="data set of one wide task, such as storage/half_cheetah")
+    parser = make_parser(__doc__)
+    parser.add_argument("--storage", help="data set of a wide task, such as storage/half_cheetah; --quick makes one")
     parser.add_argument("--trial", type=int, default=1, help="seed of the trial")
     parser.add_argument("--every", type=int, default=4, help="n: every n-th snapshot and weight is decomposed")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds")
@@ -68,6 +87,10 @@ def main() -> None:
     if arguments.tell:
         reduce_and_tell(arguments.storage, arguments.trial)
         return
+    if arguments.quick:
+        arguments.storage, arguments.rounds = collect_a_trial(arguments.trial), 1
+    if arguments.storage is None:
+        parser.error("--storage is missing: the data set whose trial is reduced")
     command = [sys.executable, __file__, "--storage", arguments.storage, "--trial", str(arguments.trial), "--tell"]
     whole = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     stored = TrajectoryStore(arguments.storage).weights(arguments.trial)
@@ -94,8 +117,7 @@ def main() -> None:
         "peak memory of that process, MB": round(whole["peak"] / 1e6),
         "of it before the reduction, MB": round(whole["before"] / 1e6),
     }
-    target = ROOT / "benchmarks" / "results" / "reduction.json"
-    target.write_text(json.dumps(rows, indent=1) + "\n")
+    (results_folder(arguments.quick) / "reduction.json").write_text(json.dumps(rows, indent=1) + "\n")
     title = f"One core, medians of {arguments.rounds} alternating rounds"
     Console(width=150).print(
         format_rows([{"": name, "found": str(value)} for name, value in rows.items()], title=title)

@@ -5,9 +5,7 @@ Run it by `make bench`, or alone:
     python benchmarks/returns.py [--rounds 5]
 """
 
-import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -22,6 +20,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from command import make_parser, results_folder, use_one_core  # noqa: E402
+
 from tipl_ray.config import Collect, Experiment  # noqa: E402
 from tipl_ray.learner import choose_engine, make_learner  # noqa: E402
 from tipl_ray.policy import NetworkShape, unflatten  # noqa: E402
@@ -32,12 +32,12 @@ from tipl_ray.terminal import console, format_rows  # noqa: E402
 TASK, NUM_POLICIES, SEEDS = "InvertedPendulum-v4", 24, [101, 102, 103]
 
 
-def learned_policies() -> tuple[NetworkShape, np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (N, P) and observation statistics (N, O) of trials that have learned for 16 iterations."""
+def learned_policies(iterations: int) -> tuple[NetworkShape, np.ndarray, np.ndarray, np.ndarray]:
+    """Weights (N, P) and observation statistics (N, O) of trials that have learned for some iterations."""
     collect = Collect(task=TASK, policy_hidden=(8, 8), total_env_steps=100_000)
     experiment = Experiment(name="bench", collect=collect)
     group = TrialGroup(experiment, choose_engine("auto", experiment.ppo), list(range(NUM_POLICIES)))
-    for _ in range(16):
+    for _ in range(iterations):
         snapshots = list(group.run_iteration())[-NUM_POLICIES:]
     return (
         network_shape(collect),
@@ -83,12 +83,12 @@ def torch_policy(shape: NetworkShape, weights: np.ndarray) -> torch.nn.Sequentia
 
 def main() -> None:
     """Measure, print the table, write benchmarks/results/returns.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds")
-    rounds = parser.parse_args().rounds
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
-    torch.set_num_threads(1)
-    shape, weights_NP, means_NO, variances_NO = learned_policies()
+    arguments = parser.parse_args()
+    rounds = 1 if arguments.quick else arguments.rounds
+    use_one_core()
+    shape, weights_NP, means_NO, variances_NO = learned_policies(1 if arguments.quick else 16)
     ppo = Experiment(name="bench").ppo
     learner = make_learner(choose_engine("auto", ppo), shape, ppo)
     subjects: dict[str, Callable[[], np.ndarray]] = {
@@ -118,7 +118,7 @@ def main() -> None:
         }
         for name, median in medians.items()
     ]
-    (ROOT / "benchmarks" / "results" / "returns.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (results_folder(arguments.quick) / "returns.json").write_text(json.dumps(rows, indent=1) + "\n")
     shown = ("subject", "value", "ratio_to_plain")
     title = f"{NUM_POLICIES} policies x {len(SEEDS)} episodes, {env_steps:,.0f} env steps, equal returns"
     console.print(format_rows([{key: str(row[key]) for key in shown} for row in rows], title=title))

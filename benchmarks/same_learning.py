@@ -8,7 +8,6 @@ docs/results/same_learning.csv and docs/pictures/same_learning.png. The plain tr
     python benchmarks/same_learning.py [--tasks InvertedPendulum-v4 HalfCheetah-v4]
 """
 
-import argparse
 import csv
 import json
 import sys
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from command import make_parser, results_folder  # noqa: E402
 from plain_ppo import PlainTrial  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
@@ -34,7 +34,6 @@ Study = tuple[str, int, int, int]
 """Task, width, env steps, seeds."""
 STUDIES: tuple[Study, ...] = (("InvertedPendulum-v4", 8, 100_000, 20), ("HalfCheetah-v4", 64, 300_000, 8))
 NUM_STEPS = 2048
-KEPT = ROOT / "benchmarks" / "results" / "same_learning.json"
 COLOURS = {"engine": "#0072B2", "plain": "#D55E00"}
 
 
@@ -72,9 +71,9 @@ def plain_curve(task: str, width: int, env_steps: int, seed: int) -> list[float]
     return filled(returns)
 
 
-def run_missing(studies: list[Study]) -> dict[str, list[float]]:
+def run_missing(studies: list[Study], kept: Path) -> dict[str, list[float]]:
     """Every curve by `task/implementation/seed`; those that are missing are run and kept one by one."""
-    curves: dict[str, list[float]] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    curves: dict[str, list[float]] = json.loads(kept.read_text()) if kept.exists() else {}
     for task, width, env_steps, num_seeds in studies:
         seeds = list(range(1, num_seeds + 1))
         if f"{task}/engine/1" not in curves:
@@ -85,7 +84,7 @@ def run_missing(studies: list[Study]) -> dict[str, list[float]]:
                 curve = plain_curve(task, width, env_steps, seed)
                 curves[f"{task}/plain/{seed}"] = [round(value, 2) for value in curve]
                 say(f"{task}: plain seed {seed} of {num_seeds} done, final {np.mean(curve[-len(curve) // 10 :]):.1f}")
-                KEPT.write_text(json.dumps(curves) + "\n")
+                kept.write_text(json.dumps(curves) + "\n")
     return curves
 
 
@@ -139,21 +138,24 @@ def draw(curves: dict[str, list[float]], studies: list[Study]) -> Figure:
 
 def main() -> None:
     """Run what is missing, then write table and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     names = [study[0] for study in STUDIES]
     parser.add_argument("--tasks", nargs="+", choices=names, default=names, help="which of the studies")
-    tasks = parser.parse_args().tasks
-    studies = [study for study in STUDIES if study[0] in tasks]
+    arguments = parser.parse_args()
+    studies = [study for study in STUDIES if study[0] in arguments.tasks]
+    tables = pictures = kept = results_folder(arguments.quick)
+    if arguments.quick:
+        studies = [(task, width, 2 * NUM_STEPS, 2) for task, width, _, _ in studies]
+    else:
+        tables, pictures = ROOT / "docs" / "results", ROOT / "docs" / "pictures"
     torch.set_num_threads(1)
-    curves = run_missing(studies)
+    curves = run_missing(studies, kept / "same_learning.json")
     rows = compare(curves, studies)
-    target = ROOT / "docs" / "results" / "same_learning.csv"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("w", newline="") as file:
+    with (tables / "same_learning.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    save(draw(curves, studies), ROOT / "docs" / "pictures" / "same_learning.png")
+    save(draw(curves, studies), pictures / "same_learning.png")
     for row in rows:
         say(", ".join(f"{key} {value}" for key, value in row.items()))
 

@@ -6,7 +6,6 @@ makes. Ray's share is the time of an actor's life between its first call and its
     python benchmarks/scaling.py [--iterations 8] [--rounds 3]
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -20,6 +19,8 @@ import ray
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from command import make_parser, results_folder  # noqa: E402
 
 from tipl_ray.collection import SLICE_SECONDS, GroupCollector  # noqa: E402
 from tipl_ray.config import Collect, Experiment  # noqa: E402
@@ -69,10 +70,12 @@ def run(num_actors: int, iterations: int, storage: str) -> tuple[float, float]:
 
 def main() -> None:
     """Measure, print the table, write benchmarks/results/scaling.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--iterations", type=int, default=8, help="PPO iterations per trial")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of one and two actors")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.iterations, arguments.rounds = 2, 1
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -96,7 +99,7 @@ def main() -> None:
         }
         for actors in rates
     ]
-    (ROOT / "benchmarks" / "results" / "scaling.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (results_folder(arguments.quick) / "scaling.json").write_text(json.dumps(rows, indent=1) + "\n")
     shown = ("subject", "value", "ratio_to_one_actor", "ray_share")
     console.print(format_rows([{key: str(row[key]) for key in shown} for row in rows], title="Ray actors"))
 

@@ -27,6 +27,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from command import make_parser, results_folder, use_one_core  # noqa: E402
 from machine import peak_bytes, resident_bytes  # noqa: E402
 
 from tipl_ray.config import Collect  # noqa: E402
@@ -186,11 +187,12 @@ def rows(task: str, metric: str, unit: str, values: dict[str, float]) -> Iterato
         }
 
 
-def memory(task: str, num_weights: int, num_observations: int) -> Iterator[dict]:
+def memory(task: str, num_weights: int, num_observations: int, long: int) -> Iterator[dict]:
     """Rows on a writer's memory; the floor is a process that commits only a little, so a ratio of 1 is no growth."""
-    floor = peak_memory(task, num_weights, num_observations, SHORT)
-    for num_commits in (SHORT, LONG):
-        value = floor if num_commits == SHORT else peak_memory(task, num_weights, num_observations, num_commits)
+    short = min(SHORT, long - 1)
+    floor = peak_memory(task, num_weights, num_observations, short)
+    for num_commits in (short, long):
+        value = floor if num_commits == short else peak_memory(task, num_weights, num_observations, num_commits)
         yield {
             "task": task,
             "subject": f"a process of {num_commits} commits ({num_commits * PER_COMMIT:,} snapshots)",
@@ -243,7 +245,7 @@ def collect_and_tell_memory(env_steps: int) -> None:
 
 def main() -> None:
     """Measure, print the table, write benchmarks/results/store.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds after the one that warms up")
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "benchmarks", help="where to write, on the disk to measure"
@@ -253,7 +255,7 @@ def main() -> None:
     parser.add_argument("--write", help=argparse.SUPPRESS)
     parser.add_argument("--collect", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
+    use_one_core()
     pa.set_cpu_count(1)
     if arguments.write:
         write_and_tell_memory(*json.loads(arguments.write))
@@ -261,15 +263,18 @@ def main() -> None:
     if arguments.collect:
         collect_and_tell_memory(arguments.collect)
         return
-    target = ROOT / "benchmarks" / "results" / "store.json"
+    if arguments.quick:
+        arguments.rounds, arguments.actor_steps = 1, 8192
+    target = results_folder(arguments.quick) / "store.json"
     measured = json.loads(target.read_text()) if target.exists() else []
     of_actor = [row for row in measured if "actor" in row["metric"]]
     of_store = [row for row in measured if row not in of_actor]
     if "store" in arguments.parts:
         of_store = []
         for task, num_weights, num_observations, number in TASKS:
+            number = PER_COMMIT if arguments.quick else number
             of_store += rates(arguments.folder, task, num_weights, num_observations, number, arguments.rounds)
-            of_store += memory(task, num_weights, num_observations)
+            of_store += memory(task, num_weights, num_observations, 2 if arguments.quick else LONG)
     if "actor" in arguments.parts:
         of_actor = list(actor_memory(arguments.actor_steps))
     measured = of_store + of_actor

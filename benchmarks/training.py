@@ -1,6 +1,6 @@
 """Training steps per CPU second of the paper's Transformer, beside Hugging Face's GPT-2 of its shape, usual loop.
 
-Run it by `make bench`, or alone (transformers must be installed):
+Run it by `make bench`, which installs transformers into an environment of its own, or alone where that is:
 
     python benchmarks/training.py [--rounds 5] [--steps 20]
 
@@ -10,10 +10,8 @@ thread each, and its CPU time, so that what else runs on the machine counts litt
 `--train.precision bfloat16`, which needs a processor that has it to be worth anything.
 """
 
-import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
@@ -28,6 +26,8 @@ from transformers import GPT2Config, GPT2Model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from command import make_parser, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.config import Experiment  # noqa: E402
 from tipl_ray.objectives import TrainingData  # noqa: E402
@@ -136,12 +136,13 @@ def our_loop(experiment: Experiment, data: Tokens) -> Callable[[int], None]:
 
 def main() -> None:
     """Measure, print the table, write benchmarks/results/training.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds")
     parser.add_argument("--steps", type=int, default=20, help="steps per round")
     arguments = parser.parse_args()
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
-    torch.set_num_threads(1)
+    if arguments.quick:
+        arguments.rounds, arguments.steps = 1, 2
+    use_one_core()
     experiment, data = Experiment(name="bench"), tokens()
     halved = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, precision="bfloat16"))
     subjects = {
@@ -170,7 +171,7 @@ def main() -> None:
         }
         for name, median in medians.items()
     ]
-    (ROOT / "benchmarks" / "results" / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (results_folder(arguments.quick) / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
     shown = ("subject", "value", "milliseconds_per_step", "ratio_to_plain")
     console.print(format_rows([{key: str(row[key]) for key in shown} for row in rows], title="training steps"))
 
