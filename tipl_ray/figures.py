@@ -203,7 +203,7 @@ def spread(summary: Sequence[Row]) -> Figure:
     if not any(np.isfinite(line.get_ydata()).any() for line in distances.lines[:-1]):
         _say(distances, "There are no two windows of one trial to compare")
     returns.set_ylim(bottom=0)
-    distances.set_ylim(0, max(1.1, distances.get_ylim()[1]))
+    distances.set_ylim(0, max(1.1, 1.04 * distances.get_ylim()[1]))
     _dress(returns, "Spread of the policies' returns", "forward step h [snapshots]", "standard deviation")
     _dress(distances, "Distance between policies", "forward step h [snapshots]", "share of the true ones'")
     for axes in (returns, distances):
@@ -456,7 +456,7 @@ def _draw_errors(errors: Axes, summary: Sequence[Row]) -> list[str]:
         errors.plot([], [], "--", color=INK, lw=1.3, label="noise floor of REPW")
     returns.plot(list(floor_H), list(floor_H.values()), "--", color=INK, linewidth=1.3)
     unit = "forward step h [snapshots]"
-    _dress(errors, "Error of predicted weights and their returns", unit, "WPE (squared error)")
+    _dress(errors, "Error of weights and of returns", unit, "WPE (squared error)")
     _dress(returns, "", "", "REPW (return)")
     returns.grid(visible=False)
     returns.spines["right"].set_visible(True)
@@ -521,7 +521,7 @@ def _tick_decades(axes: Axes, low: float, high: float) -> None:
     between = (1.0,) if high - low > 2.5 else (1.0, 2.0, 5.0)
     ticks = LogLocator(subs=between).tick_values(10**low, 10**high)
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= np.log10(tick) <= high]))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
@@ -731,7 +731,8 @@ def _wrapped(figure: Figure, text: str, inches: float, size: float, weight: str 
 def _tick_steps(axes: Axes, steps: Iterable[int], num_ticks: int = 10) -> None:
     """Whole forward steps only, also where there is but one, or none."""
     seen = set(steps) or {1}
-    axes.set_xlim(min(seen) - 0.5, max(seen) + 0.5)
+    margin = max(0.5, 0.02 * (max(seen) - min(seen)))
+    axes.set_xlim(min(seen) - margin, max(seen) + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=num_ticks))
 
 
@@ -942,7 +943,9 @@ def _colour_bar(figure: Figure, axes: Axes, shown: AxesImage | PathCollection, m
         powers = [-(10.0**power) for power in range(math.floor(math.log10(-worst)) + 1)]
         near = [power for power in powers if power > worst / 3]
         bar.ax.yaxis.set_major_locator(FixedLocator([worst, *sorted(near)[-4:], 0, 0.5, 1]))
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda skill, _: f"{float(f'{skill:.3g}'):,g}"))
+        bar.ax.yaxis.set_major_formatter(
+            FuncFormatter(lambda skill, _: f"{skill:,.0f}" if skill <= -10 else f"{skill:.3g}")
+        )
         bar.ax.yaxis.set_minor_locator(NullLocator())
         told = f"{metric}: 0 is copying, 1 is perfect"
     bar.set_label(_wrapped(figure, told, 0.8 * figure.get_figheight(), 10), fontsize=10, color=INK)
