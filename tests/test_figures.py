@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -672,3 +673,17 @@ def test_importing_and_drawing_start_no_pyplot_and_choose_no_backend(tmp_path):
         [sys.executable, "-W", "error", "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_colours_made_of_names_are_far_from_the_known_ones():
+    known = [np.array(to_rgb(colour)) for colour in figures.COLOURS.values()]
+    for name in ("tipl:gate", "tipl:x0.5", "ridge:both", "custom", "", "ж"):
+        curves = {"10": (np.arange(3), np.ones((3, 3))), f"4+{name or 'x'}": (np.arange(3), np.ones((3, 3)))}
+        made = np.array(to_rgb(figures.contenders(curves, "").axes[0].lines[-1].get_color()))
+        assert min(np.linalg.norm(made - other) for other in known) > 0.25
+
+
+def test_a_narrow_logarithmic_axis_has_more_than_one_number():
+    figure = figures.training_curves([{"step": step, "loss": 1 - 0.005 * step} for step in range(10)])
+    figure.draw_without_rendering()
+    assert len([label for label in figure.axes[0].get_yticklabels() if label.get_text()]) > 2

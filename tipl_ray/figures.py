@@ -11,6 +11,7 @@ Shape suffixes: H steps ahead, N trials, G points of a common grid, T snapshots,
 import colorsys
 import contextlib
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -25,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
-from matplotlib.colors import FuncNorm, Normalize
+from matplotlib.colors import FuncNorm, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
@@ -176,8 +177,8 @@ def skill_over_ridge(comparisons: Sequence[Row]) -> Figure:
     if not np.isfinite(differences).any():
         _say(axes, "The results hold no windows on which both TIPL and the ridge were asked")
     finite = differences[np.isfinite(differences)]
-    if len(finite) and np.abs(finite).max() > 2:
-        _frame(axes, float(finite.min()), float(finite.max()))
+    if np.abs(finite).max(initial=0) > 2:
+        _frame(axes, float(finite.min(initial=0)), float(finite.max(initial=0)))
     _legend_below(figure, _entries(axes))
     return figure
 
@@ -464,6 +465,7 @@ def _draw_errors(errors: Axes, summary: Sequence[Row]) -> list[str]:
     top = _repw_top(lines)
     _halve(errors, returns, top)
     if not run:
+        returns.set_yticks([])
         returns.text(
             0.5, 0.25, "no policies were run", transform=returns.transAxes, ha="center", va="center", color=SOFT
         )
@@ -519,8 +521,10 @@ def _log_scale(axes: Axes) -> None:
 def _tick_decades(axes: Axes, low: float, high: float) -> None:
     """Label a logarithmic axis between two powers of ten: by decades, and between them where there are few."""
     between = (1.0,) if high - low > 2.5 else (1.0, 2.0, 5.0)
-    ticks = LogLocator(subs=between).tick_values(10**low, 10**high)
-    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= np.log10(tick) <= high]))
+    ticks = [tick for tick in LogLocator(subs=between).tick_values(10**low, 10**high) if low <= np.log10(tick) <= high]
+    if len(ticks) < 2:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(10**low, 10**high) if 10**low <= tick <= 10**high]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
@@ -534,7 +538,8 @@ def _draw_scatters(panels: Mapping[str, Axes], table: Table) -> None:
     for name, axes in panels.items():
         chosen = run & (table["predictor"] == name)
         true_R, predicted_R = table["return_true"][chosen], table["return_predicted"][chosen]
-        axes.axline((low, low), (high + margin, high + margin), color=INK, linewidth=1, linestyle="--", zorder=1)
+        if len(both):
+            axes.axline((low, low), (high + margin, high + margin), color=INK, linewidth=1, linestyle="--", zorder=1)
         axes.scatter(predicted_R, true_R, s=26, color=COLOURS[name], alpha=0.22, linewidths=0, zorder=2)
         axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
         axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -547,6 +552,8 @@ def _draw_scatters(panels: Mapping[str, Axes], table: Table) -> None:
                 notes += [f"{at_top.mean():.0%} of {len(true_R):,} points in the corner"]
         else:
             _say(axes, "no policies were run")
+        if not len(both):
+            axes.set(xticks=[], yticks=[])
         _dress(axes, SCATTER_TITLES[name], "\n".join(["return of predicted policy", *notes]), "")
     panels["tipl"].set_ylabel("return of true policy", fontsize=11.5, color=INK)
     panels["copy-last"].tick_params(labelleft=False)
@@ -622,9 +629,13 @@ def _colour(name: str) -> str:
     """A predictor's colour, which depends on its name alone."""
     if name in COLOURS:
         return COLOURS[name]
-    code = zlib.crc32(name.encode())
-    rgb = colorsys.hls_to_rgb(code % 360 / 360, 0.3 + 0.05 * (code // 360 % 5), 0.55)
-    return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
+    taken = [to_rgb(colour) for colour in COLOURS.values()]
+    for attempt in itertools.count():
+        code = zlib.crc32(f"{name} {attempt}".encode())
+        made = colorsys.hls_to_rgb(code % 360 / 360, 0.3 + 0.05 * (code // 360 % 6), 0.6)
+        if attempt == 100 or min(math.dist(made, other) for other in taken) > 0.25:
+            break
+    return to_hex(made)
 
 
 def _look(name: str) -> dict[str, Any]:
@@ -774,7 +785,9 @@ def _frame(axes: Axes, low: float, high: float) -> None:
         )
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,g}"))
-    axes.set_ylim(*(end + sign * max(0.08, 0.3 * abs(end) * (abs(end) > 1)) for end, sign in ((low, -1), (high, 1))))
+        axes.set_ylim(1.3 * low if low < -1 else low - 0.1, 1.6 * high if high > 0.85 else high + 0.1)
+    else:
+        axes.set_ylim(low - 0.08, high + 0.08)
 
 
 def _entries(axes: Axes) -> list[Line2D]:
