@@ -1,7 +1,14 @@
+import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -75,6 +82,12 @@ def legend(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def said(figure):
+    """Everything that is written in a figure's panels, and above its legend."""
+    title = figure.legends[0].get_title().get_text() if figure.legends else ""
+    return " ".join([*(text.get_text() for axes in figure.axes for text in axes.texts), title]).replace("\n", " ")
+
+
 def drawn(axes):
     """The lines that have points."""
     return [line for line in axes.lines if len(line.get_xdata()) > 2]
@@ -102,17 +115,18 @@ def all_figures():
 
 
 def test_every_figure_is_saved_as_the_same_bytes_each_time(tmp_path):
+    again = all_figures()
     for name, figure in all_figures().items():
         first = figures.save(figure, tmp_path / f"{name}.png").read_bytes()
         assert first.startswith(b"\x89PNG")
         assert b"Software" not in first
-        assert figures.png(all_figures()[name]) == first
+        assert figures.png(again[name]) == first
 
 
 def test_every_axis_has_a_title_in_words_and_names_what_runs_along_it():
     for figure in all_figures().values():
         titles = [axes.get_title() for axes in figure.axes] + [figure.get_suptitle()]
-        assert all(re.fullmatch(r"[\w' :,.]*", title) for title in titles)
+        assert all(re.fullmatch(r"[\w' :,.\n]*", title) for title in titles)
         assert sum(bool(title) for title in titles) >= 1
         assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
 
@@ -138,18 +152,19 @@ def test_figure_2_scatters_every_policy_run_of_tipl_beside_copying():
         assert len(true) == 4 * len(STEPS)
         assert np.allclose(true - predicted, 10.0)
     assert tipl.get_xlim() == copied.get_xlim() == tipl.get_ylim() == copied.get_ylim()
-    assert "mean difference 10.0" in tipl.texts[0].get_text()
+    assert "mean difference 10.0" in tipl.get_xlabel()
 
 
 def test_points_at_the_same_place_are_counted_in_words():
     tipl = figures.figure_2(result_table(capped=True), summary()).axes[1]
-    assert "100% of 16 points lie" in tipl.texts[0].get_text()
+    assert "100% of 16 points in the corner" in tipl.get_xlabel()
 
 
 def test_figure_2_says_so_where_no_policies_were_run():
     table = {**result_table(), "return_true": np.full(20 * len(SKILLS) * len(STEPS), np.nan)}
     figure = figures.figure_2(table, summary(run=False))
     assert figure.axes[1].texts[0].get_text() == "no policies were run"
+    assert "no policies were run" in said(figure)
     assert figures.png(figure)
 
 
@@ -189,8 +204,8 @@ def test_skill_by_phase_has_a_panel_per_phase_with_the_exact_skill():
 def test_what_tipl_adds_has_a_line_for_all_windows_and_one_per_phase():
     figure = figures.skill_over_ridge(comparisons())
     lines = drawn(figure.axes[0])
-    assert [line.get_label() for line in lines] == ["all windows", *(f"phase {phase}" for phase in range(5))]
-    assert np.allclose(points(lines[0])[1], 0.01)
+    assert [line.get_label() for line in lines] == [*(f"phase {phase}" for phase in range(5)), "all windows"]
+    assert np.allclose(points(lines[-1])[1], 0.01)
     assert "as good as ridge by phase" in legend(figure)
 
 
@@ -247,9 +262,24 @@ def test_the_mean_returns_band_stays_within_the_trials():
     assert heights.max() <= 1000
 
 
-def test_learning_curves_without_returns_are_refused():
-    with pytest.raises(ValueError, match="none of the 1 curves"):
-        figures.learning_curves([(1, np.arange(3), np.full(3, np.nan))])
+def test_learning_curves_without_returns_say_that_no_episode_ended():
+    for curves in ([(seed, np.arange(3), np.full(3, np.nan)) for seed in (1, 2)], []):
+        figure = figures.learning_curves(curves)
+        assert f"No episode ended in any of the {len(curves)}" in said(figure)
+        assert figures.png(figure)
+
+
+def test_one_trial_or_one_return_has_no_mean_and_no_interval():
+    alone = figures.learning_curves([(1, np.array([0, 100]), np.array([1.0, 2.0]))])
+    assert legend(alone) == ["one trial (1 shown)"]
+    steps = np.array([0, 100])
+    once = figures.learning_curves([(1, steps, np.array([np.nan, 2.0])), (2, steps, np.full(2, np.nan))])
+    (line,) = once.axes[0].lines
+    assert (points(line)[1].tolist(), line.get_marker()) == ([2.0], "o")
+    assert legend(once) == ["one trial (1 of 2, as in the others no episode ended)"]
+    two = figures.learning_curves([(seed, np.array([0, 100]), np.array([1.0, 2.0 + seed])) for seed in (1, 2)])
+    assert legend(two)[1] == "their mean"
+    assert not two.axes[0].collections
 
 
 def test_reconstruction_has_a_line_per_trial_and_the_mean():
@@ -281,8 +311,9 @@ def test_spread_shows_returns_beside_the_true_ones_and_distances_as_their_share(
     returns, distances = figures.spread(summary()).axes
     assert {tuple(line.get_ydata()) for line in drawn(returns)} == {(90.0,) * 4, (100.0,) * 4}
     assert all(tuple(line.get_ydata()) == (0.75,) * 4 for line in drawn(distances))
-    with pytest.raises(ValueError, match="no policy was run"):
-        figures.spread(summary(run=False))
+    assert "No policies were run" in said(figures.spread(summary(run=False)))
+    one_window = [{**row, "distance": None, "distance_true": 0.0} for row in summary()]
+    assert "no two windows of one trial" in said(figures.spread(one_window))
 
 
 def sweep_cells():
@@ -311,9 +342,9 @@ def test_heat_map_has_the_means_and_a_row_of_the_ridges():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["ridge", "8", "16"]
     (frame,) = axes.patches
     assert isinstance(frame, Rectangle)
-    assert frame.get_xy() == (0.5, 1.5), "the best cell is framed"
-    assert "the ridge leaves 0.3" in bar.get_ylabel()
-    assert [label.get_text() for label in bar.get_yticklabels()] == ["10", "14", "17", "22"]
+    assert frame.get_xy() == pytest.approx((0.54, 1.56)), "the best cell is framed"
+    assert bar.get_ylabel() == "skill: 0 is copying, 1 is perfect"
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["-22", "-1", "0", "0.5", "1"]
 
 
 def test_heat_map_has_a_column_of_what_each_rank_leaves_possible():
@@ -324,13 +355,66 @@ def test_heat_map_has_a_column_of_what_each_rank_leaves_possible():
     assert (words[6], words[10]) == ("-5.250", "0.500")
     (frame,) = axes.patches
     assert isinstance(frame, Rectangle)
-    assert frame.get_xy() == (0.5, 1.5), "the best cell is a run's, not the floor's"
+    assert frame.get_xy() == pytest.approx((0.54, 1.56)), "the best cell is a run's, not the bound's"
 
 
-def test_heat_map_shows_runs_that_diverged_as_empty_cells():
+def colours(figure):
+    """Colour of every cell of a heat map, by what is written on it."""
+    axes = figure.axes[0]
+    (image,) = axes.images
+    cells = {tuple(map(int, text.get_position())): text.get_text() for text in axes.texts}
+    shown = image.to_rgba(image.get_array())
+    return {words: tuple(shown[line, column, :3]) for (column, line), words in cells.items()}
+
+
+@pytest.mark.parametrize(("far", "near"), [(-629.0, -44.0), (-3511.0, -0.4), (-0.3, -0.02)])
+def test_one_scale_of_colours_has_the_worst_cell_copying_the_ridge_and_the_upper_bound(far, near):
+    skills = {(8, 10): near, (8, 20): far, (16, 10): 0.0, (16, 20): 0.21}
+    cells = [
+        {"basis.rank": float(rank), "model.context": float(context), "skill": skill, "ridge": 0.5, "floor": 0.99}
+        for (rank, context), skill in skills.items()
+    ]
+    shown = colours(figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES))
+    assert len(set(shown.values())) == len(shown) == 6
+    red = {float(words.replace(",", "")): red - blue for words, (red, _, blue) in shown.items()}
+    assert abs(red[0.0]) < 0.02, "copying is white"
+    assert all((red[value] > 0) == (value < 0) for value in red if value)
+    figure = figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES)
+    norm = figure.axes[0].images[0].norm
+    places = np.asarray(norm(np.array([far, near, 0.0, 0.21, 0.5, 0.99])))
+    assert (np.diff(places) > 0).all()
+    assert 0 <= places.min() < places.max() <= 1, "no colour is clipped"
+
+
+def test_heat_map_says_which_runs_diverged():
     cells = [dict(cell, skill=-np.inf) if cell["basis.rank"] == 8 else cell for cell in sweep_cells()]
     (axes, _) = figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES).axes
-    assert len(axes.texts) == 6
+    assert [text.get_text() for text in axes.texts].count("diverged") == 3
+    lost = [dict(cell, skill=np.nan, ridge=np.nan) for cell in sweep_cells()]
+    figure = figures.sweep_heat_map(lost, "model.context", "basis.rank", SWEEP_NAMES)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["diverged"] * 6
+    assert figures.png(figure)
+    assert "Every run diverged" in said(figures.parallel_coordinates(lost, SWEEP_NAMES))
+    assert "Every run diverged" in said(
+        figures.sweep_curves([((1, 2), (np.nan, np.nan))], ((1, 2), (np.nan,) * 2), "a")
+    )
+
+
+def test_a_random_search_is_drawn_as_dots_not_as_a_wall_of_empty_cells():
+    rates = np.geomspace(1e-5, 1e-2, 40)
+    cells = [{"rate": float(rate), "rank": float(i), "skill": -i / 9, "ridge": 0.2} for i, rate in enumerate(rates)]
+    figure = figures.sweep_heat_map(cells, "rate", "rank", {"rate": "rate", "rank": "rank"})
+    assert not figure.axes[0].images
+    assert len(np.asarray(figure.axes[0].collections[-1].get_offsets())) == 40
+    assert figure.axes[0].get_xscale() == "log"
+    assert figure.get_figwidth() < 10
+
+
+def test_a_metric_that_is_no_skill_has_a_scale_of_its_own():
+    cells = [dict(cell, skill=3.0 + cell["basis.rank"], ridge=np.nan) for cell in sweep_cells()]
+    (axes, bar) = figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES, "validation_loss").axes
+    assert bar.get_ylabel() == "validation_loss"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["8", "16"]
 
 
 def test_parallel_coordinates_have_a_line_for_each_run_and_the_best_on_top():
@@ -348,7 +432,7 @@ def test_sweep_curves_have_the_best_the_median_and_the_ridge():
     median, best = figure.axes[0].lines[3:5]
     assert np.asarray(median.get_ydata()).tolist() == [0.0, 0.2, 0.2]
     assert np.asarray(best.get_ydata()).tolist() == [0.0, 0.4, 0.4]
-    assert legend(figure) == ["median", "best: rank=8", "ridge, the best's context"]
+    assert legend(figure) == ["median", "best: rank=8", "ridge at the best run's context"]
 
 
 def test_sweep_curves_far_below_zero_are_drawn_as_the_error_that_is_left():
@@ -397,3 +481,209 @@ def test_the_chosen_learning_rates_are_marked_in_every_task():
         assert [np.asarray(line.get_xdata()).tolist() for line in axes.lines] == 2 * [[1.5e-4, 3e-4], [3e-4]]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1.5", "3"]
     assert legend(figure) == ["10", "4"]
+
+
+def rename(rows, names):
+    """As many predictors as there are names, with the rows of the summary's own."""
+    own = list(SKILLS)
+    return [
+        {**row, "predictor": name, "skill": row["skill"] / (1 + index)}
+        for index, name in enumerate(names)
+        for row in rows
+        if row["predictor"] == own[index % len(own)]
+    ]
+
+
+def outside(figure):
+    """What is drawn, in whole or in part, beyond the figure's edge."""
+    figure.draw_without_rendering()
+    parts = {f"panel {axes.get_title()!r}": axes.get_tightbbox() for axes in figure.axes}
+    parts |= {f"legend {index}": legend.get_window_extent() for index, legend in enumerate(figure.legends)}
+    if figure._suptitle:
+        parts["title"] = figure._suptitle.get_window_extent()
+    left, bottom, right, top = figure.bbox.extents
+    return {
+        name: box.extents.round().tolist()
+        for name, box in parts.items()
+        if box.x0 < left - 1 or box.x1 > right + 1 or box.y0 < bottom - 1 or box.y1 > top + 1
+    }
+
+
+MANY = (*figures.NAMES, "first-again")
+ODD_NAMES = ("tipl", "a_$x_2$", "$", "_hidden", "\\frac{1", "W" * 90, "a name of many words " * 8, "{", "%s #", "<b>")
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_legends_lie_within_the_figure_for_any_number_of_predictors(count):
+    rows = rename(summary(), MANY[:count])
+    table = result_table()
+    table["predictor"] = np.array(MANY[:count])[np.arange(len(table["predictor"])) % count]
+    for figure in (
+        figures.skill_by_step(rows),
+        figures.figure_2(table, rows),
+        figures.spread(rows),
+        figures.skill_by_third(table),
+    ):
+        assert not outside(figure)
+        assert all(axes.get_position().height * figure.get_figheight() > 1.5 for axes in figure.axes), "room is left"
+
+
+@pytest.mark.parametrize("names", [ODD_NAMES, ODD_NAMES[1:3], ("x" * 300,)])
+def test_names_of_any_length_and_letters_are_written_as_they_are(names):
+    rows = rename(summary(), names)
+    table = result_table()
+    table["predictor"] = np.array(names)[np.arange(len(table["predictor"])) % len(names)]
+    for figure in (figures.skill_by_step(rows), figures.figure_2(table, rows), figures.skill_by_third(table)):
+        assert not outside(figure)
+        written = ["".join(words.split()) for words in legend(figure)]
+        assert all("".join(figures.NAMES.get(name, name).split()) in written for name in names)
+
+
+def test_every_figure_and_its_legend_lie_within_its_edges():
+    long = "a_field.with_a_long_name_" * 4
+    cells = [{**cell, long: cell["basis.rank"]} for cell in sweep_cells()]
+    names = {"model.context": "context", long: long}
+    curve = ((10, 20), (0.1, 0.2))
+    env_steps = np.arange(10)
+    drawn = {
+        **all_figures(),
+        "heat": figures.sweep_heat_map(cells, "model.context", long, names, "validation_skill_h10"),
+        "parallel": figures.parallel_coordinates(cells, names, "validation_skill_h10"),
+        "curves": figures.sweep_curves([curve], curve, "learning_rate=0.001 " * 9, 0.1),
+        "contenders": figures.contenders(
+            {name: (env_steps, np.ones((3, 10))) for name in ("10", "4+tipl:gate,reset,both,x0.5")}, "T" * 120
+        ),
+    }
+    assert {name: outside(figure) for name, figure in drawn.items() if outside(figure)} == {}
+
+
+def test_tipl_is_drawn_above_all_others_and_copying_above_the_rest():
+    names = ("ridge", "tipl", "window-floor", "copy-last", "linear", "custom")
+    rows = rename(summary(), names)
+    for axes in (figures.figure_2(result_table(), rows).axes[3], figures.spread(rows).axes[0]):
+        heights = {line.get_color(): line.get_zorder() for line in drawn(axes) if line.get_linestyle() == "-"}
+        order = sorted(heights, key=heights.__getitem__, reverse=True)
+        assert order[:2] == [figures.COLOURS["tipl"], figures.COLOURS["copy-last"]]
+        assert heights[order[0]] > heights[order[1]] > heights[order[2]]
+
+
+def test_a_predictor_without_a_colour_of_its_own_has_the_same_one_in_any_company():
+    def colour(names):
+        lines = figures.skill_by_step(rename(summary(), names)).axes[0].lines
+        return {line.get_label(): line.get_color() for line in lines}["custom"]
+
+    assert colour(("custom",)) == colour(("tipl", "another", "custom")) == colour(("custom", "zebra"))
+    curves = {name: (np.arange(3), np.ones((3, 3))) for name in ("10", "4+x", "4+ridge:gate", "4+custom")}
+    for chosen in (curves, {name: curves[name] for name in ("10", "4+custom")}):
+        *_, custom = figures.contenders(chosen, "").axes[0].lines
+        assert custom.get_color() == colour(("custom",))
+
+
+def test_tipl_far_below_copying_stays_in_the_picture():
+    rows = [{**row, "skill": -465.0} if row["predictor"] == "tipl" else row for row in summary()]
+    figure = figures.skill_by_step(rows)
+    assert figure.axes[0].get_ylim()[0] < -465
+    assert figure.axes[0].get_yscale() == "symlog"
+    assert "-100" in [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert figures.skill_by_step(summary()).axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), None])
+def test_values_that_cannot_be_drawn_leave_the_rest_of_the_picture(value):
+    spoilt = {"skill": value, "wpe": value, "repw": value, "repw_high": value, "returns_spread": value}
+    for names in (("linear",), tuple(SKILLS)):
+        rows = [{**row, **(spoilt if row["predictor"] in names else {})} for row in summary()]
+        for figure in (figures.figure_2(result_table(), rows), figures.skill_by_step(rows), figures.spread(rows)):
+            assert not outside(figure)
+
+
+def test_empty_tables_are_drawn_with_a_word_why():
+    nothing = {name: column[:0] for name, column in result_table().items()}
+    drawn = {
+        "no policies were run": figures.figure_2(nothing, []),
+        "There is no skill to draw": figures.skill_by_step([]),
+        "both TIPL and the ridge": figures.skill_over_ridge([]),
+        "No policies were run": figures.spread([]),
+        "There is no second contender": figures.contender_differences([]),
+        "No learning rates were searched": figures.learning_rates([]),
+        "No weights were restored": figures.reconstruction([]),
+        "No loss was recorded": figures.training_curves([]),
+        "There are no runs": figures.parallel_coordinates([], SWEEP_NAMES),
+    }
+    for words, figure in drawn.items():
+        assert words in said(figure)
+        assert figures.png(figure)
+    assert figures.png(figures.skill_by_phase(nothing))
+
+
+def test_two_trials_have_no_interval_and_the_picture_says_so():
+    rows = [{**row, "trials": 2} | dict.fromkeys(("skill_low", "repw_low"), np.nan) for row in summary()]
+    for figure in (figures.skill_by_step(rows), figures.figure_2(result_table(), rows)):
+        assert "2 test trials: too few for intervals" in said(figure)
+    assert "too few" not in said(figures.skill_by_step([{**row, "trials": 5} for row in summary()]))
+
+
+ODD_SETTINGS = (
+    {"text.usetex": True, "font.family": "serif", "savefig.dpi": 30, "figure.dpi": 300, "savefig.bbox": "tight"},
+    {"axes.titlesize": 40, "axes.grid": True, "lines.linewidth": 9, "xtick.labelsize": 30, "legend.fontsize": 30},
+    {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.facecolor": "k", "text.color": "w"},
+    {"figure.autolayout": True, "axes.unicode_minus": False, "font.size": 25, "savefig.transparent": True},
+    {"axes.formatter.use_mathtext": True, "image.cmap": "gray", "image.origin": "lower", "path.sketch": (1, 100, 2)},
+)
+
+
+def some_figures():
+    cells = figures.sweep_heat_map(sweep_cells(), "model.context", "basis.rank", SWEEP_NAMES)
+    drawn = (figures.figure_2(result_table(), summary()), figures.skill_by_step(summary()), cells)
+    return [figures.png(figure) for figure in (*drawn, figures.learning_curves([]))]
+
+
+@pytest.fixture(scope="module")
+def as_shipped():
+    return some_figures()
+
+
+@pytest.mark.parametrize("settings", ODD_SETTINGS)
+def test_figures_are_the_same_whatever_the_matplotlibrc_says_and_leave_it_as_it_is(settings, as_shipped):
+    with matplotlib.rc_context(settings):
+        before = dict(matplotlib.rcParams.copy())
+        assert some_figures() == as_shipped
+        others = io.BytesIO()
+        figures.skill_by_step(summary()).savefig(
+            others, dpi=figures.DPI, facecolor="white", metadata={"Software": None}
+        )
+        assert others.getvalue() == as_shipped[1], "also where another saves it"
+        assert dict(matplotlib.rcParams.copy()) == before
+        with pytest.raises(KeyError):
+            figures.skill_by_step([{"predictor": "tipl"}])
+        assert dict(matplotlib.rcParams.copy()) == before, "also where drawing fails"
+
+
+def test_importing_and_drawing_start_no_pyplot_and_choose_no_backend(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("backend: svg\ntext.usetex: True\nfont.family: no such font\n")
+    code = (
+        "import sys, matplotlib; before = dict(matplotlib.rcParams.copy()); from tipl_ray import figures; "
+        "figure = figures.training_curves([{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}]); figures.png(figure); "
+        "assert dict(matplotlib.rcParams.copy()) == before; assert matplotlib.get_backend() == 'svg'; "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    root = Path(figures.__file__).parent.parent
+    environment = os.environ | {"MATPLOTLIBRC": str(tmp_path), "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_colours_made_of_names_are_far_from_the_known_ones():
+    known = [np.array(to_rgb(colour)) for colour in figures.COLOURS.values()]
+    for name in ("tipl:gate", "tipl:x0.5", "ridge:both", "custom", "", "ж"):
+        curves = {"10": (np.arange(3), np.ones((3, 3))), f"4+{name or 'x'}": (np.arange(3), np.ones((3, 3)))}
+        made = np.array(to_rgb(figures.contenders(curves, "").axes[0].lines[-1].get_color()))
+        assert min(np.linalg.norm(made - other) for other in known) > 0.25
+
+
+def test_a_narrow_logarithmic_axis_has_more_than_one_number():
+    figure = figures.training_curves([{"step": step, "loss": 1 - 0.005 * step} for step in range(10)])
+    figure.draw_without_rendering()
+    assert len([label for label in figure.axes[0].get_yticklabels() if label.get_text()]) > 2

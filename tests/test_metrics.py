@@ -3,6 +3,8 @@ import pytest
 
 from tipl_ray import metrics
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 RESAMPLING = metrics.Resampling(confidence=0.95, bootstrap=200, seed=0)
 
 
@@ -110,15 +112,47 @@ def test_interval_holds_the_figure_and_is_the_same_for_the_same_seed():
 
 def test_interval_resamples_trials_and_not_windows():
     num_windows = 1000
-    trials = np.repeat([1, 2], num_windows)
-    errors = np.repeat([0.0, 1.0], num_windows)
+    trials = np.repeat([1, 2, 3, 4], num_windows)
+    errors = np.repeat([0.0, 0.0, 1.0, 1.0], num_windows)
     resampling = metrics.Resampling(confidence=0.95, bootstrap=500, seed=0)
-    assert resampling.interval(trials, errors, np.ones(2 * num_windows)) == (0.0, 1.0)
+    assert resampling.interval(trials, errors, np.ones(4 * num_windows)) == (0.0, 1.0)
 
 
-def test_a_single_trial_has_no_interval():
-    row = summary(table_of(num_trials=1))[0]
-    assert np.isnan([row["skill_low"], row["skill_high"], row["repw_low"]]).all()
+@pytest.mark.parametrize("num_trials", [1, 2])
+def test_too_few_trials_have_no_interval_however_many_windows(num_trials):
+    row = summary(table_of(num_trials=num_trials, windows_per_trial=300))[0]
+    assert np.isnan([row["skill_low"], row["skill_high"], row["repw_low"], row["repw_high"]]).all()
+    assert row["skill"] == pytest.approx(0.75)
+    pairs = metrics.compare(two_predictors(num_trials), "tipl", RESAMPLING)
+    assert all(np.isnan(pair["difference_low"]) and pair["trials"] == num_trials for pair in pairs)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_forecast_that_diverged_leaves_no_interval_and_no_warning(value):
+    table = two_predictors()
+    spoilt = (table["predictor"] == "tipl") & (table["trial"] == 41) & (table["step"] == 1)
+    table["squared_error"] = np.where(spoilt, value, table["squared_error"])
+    table["return_predicted"] = np.where(spoilt, value, table["return_predicted"])
+    first, second = (row for row in summary(table) if row["predictor"] == "tipl" and row["step"] < 3)
+    assert not np.isfinite(first["skill"])
+    assert np.isnan([first["skill_low"], first["skill_high"]]).all()
+    assert second["skill"] == pytest.approx(0.75)
+    assert np.isfinite(second["skill_low"])
+    assert not any(np.isfinite(row["difference_low"]) for row in metrics.compare(table, "tipl", RESAMPLING)[:1])
+
+
+def test_seeds_of_which_one_diverged_have_no_deviation():
+    good, lost = table_of(), table_of()
+    lost |= {"predictor_seed": np.ones_like(lost["predictor_seed"]), "squared_error": np.inf * lost["squared_error"]}
+    both = {name: np.concatenate([good[name], lost[name]]) for name in good}
+    assert all(np.isnan(row["skill_over_seeds"]) for row in summary(both))
+
+
+def test_an_interquartile_mean_never_drops_a_nan_without_a_word():
+    assert metrics.interquartile_mean(np.array([1.0, 2.0, 3.0, 10.0])) == 2.5
+    assert np.isnan(metrics.interquartile_mean(np.array([1.0, 2.0, 3.0, np.nan])))
+    assert np.isnan(metrics.interquartile_mean(np.empty((3, 0)))).all()
+    assert metrics.interquartile_mean(np.array([-np.inf, 2.0, 3.0, 10.0])) == 2.5, "the worst quarter is left out"
 
 
 def test_summary_has_one_row_per_predictor_basis_and_step_in_order():

@@ -1,4 +1,5 @@
 import base64
+import html
 import re
 
 import pytest
@@ -45,23 +46,25 @@ def test_skill_above_zero_at_every_step_is_a_yes():
     answer = report.beats_copying(rows("tipl", 0.4, 0.3, 0.2, causal=True))
     assert answer.verdict == "yes"
     assert answer.text == (
-        "It beats copying at h = 1 to 3. Its skill is 0.40 [0.35, 0.45] at h = 1 and 0.20 [0.15, 0.25] at h = 3."
+        "It beats the copy-last baseline at h = 1 to 3. It removes 40% of the copy-last baseline's squared error at "
+        "h = 1 (skill 0.40 [0.35, 0.45]) and 20% at h = 3 (skill 0.20 [0.15, 0.25]). This rests on 5 test trials."
     )
 
 
 def test_an_interval_that_includes_zero_does_not_beat_copying():
     answer = report.beats_copying(rows("tipl", 0.03))
     assert answer.verdict == "no"
-    assert "At h = 1 it does not: the 95% interval of its skill includes 0" in answer.text
+    assert "No significant difference at h = 1: the 95% interval of its skill includes 0" in answer.text
     assert "beats" not in answer.text
 
 
 def test_skill_below_zero_is_said_to_be_worse():
     answer = report.beats_copying(rows("tipl", 0.4, 0.01, -0.2, -0.4), confidence=0.9)
     assert answer.verdict == "partly"
-    assert "It beats copying at h = 1." in answer.text
-    assert "At h = 2 it does not: the 90% interval" in answer.text
-    assert "It is worse than copying at h = 3 and 4." in answer.text
+    assert "It beats the copy-last baseline at h = 1." in answer.text
+    assert "No significant difference at h = 2: the 90% interval" in answer.text
+    assert "It is worse than the copy-last baseline at h = 3 and 4." in answer.text
+    assert "and it adds 40% to the copy-last baseline's squared error at h = 4 (skill -0.40" in answer.text
 
 
 def test_a_basis_that_saw_the_future_is_named_wherever_skill_is_claimed():
@@ -69,11 +72,71 @@ def test_a_basis_that_saw_the_future_is_named_wherever_skill_is_claimed():
     assert "the future included" not in report.beats_copying(rows("tipl", 0.4, basis="raw", causal=True)).text
 
 
-def test_a_single_trial_leaves_the_answer_unknown():
-    alone = [{**item, "skill_low": float("nan"), "skill_high": None} for item in rows("tipl", 0.4)]
-    answer = report.beats_copying(alone)
+def few(predictor, *skills, trials=2, **rest):
+    """Rows without an interval, as of one or two trials."""
+    low = dict.fromkeys(("skill_low", "repw_low"), float("nan"))
+    high = dict.fromkeys(("skill_high", "repw_high"))
+    return [{**item, **low, **high, "trials": trials} for item in rows(predictor, *skills, **rest)]
+
+
+@pytest.mark.parametrize(
+    ("skill", "trials", "verdict", "words"),
+    [
+        (0.4, 2, "yes", "It beats the copy-last baseline at h = 1."),
+        (0.004, 2, "unknown", "too close to call without an interval"),
+        (-0.05, 1, "unknown", "too close to call without an interval"),
+        (-0.3, 1, "no", "It is worse than the copy-last baseline at h = 1."),
+        (-465.0, 1, "no", "It is far worse than the copy-last baseline at h = 1."),
+        (-465.0, 2, "no", "It has 466 times the copy-last baseline's squared error at h = 1 (skill -465)."),
+        (-1.5, 1, "no", "It has 2.5 times the copy-last baseline's squared error at h = 1 (skill -1.50)."),
+        (float("-inf"), 2, "no", "It is far worse than the copy-last baseline at h = 1."),
+        (float("nan"), 2, "unknown", "At h = 1 there is nothing to compare"),
+    ],
+)
+def test_few_trials_are_judged_by_the_size_of_the_difference_and_counted(skill, trials, verdict, words):
+    answer = report.beats_copying(few("tipl", skill, trials=trials))
+    assert (answer.verdict, answer.trials) == (verdict, trials)
+    assert words in answer.text
+    said = "1 test trial" if trials == 1 else "2 test trials"
+    assert answer.text.endswith(f"This rests on {said}, too few for an interval, which takes 3.")
+    assert not re.search(r"\b(nan|inf)\b|too few trials to tell", answer.text)
+
+
+def test_a_small_lead_over_the_ridge_on_two_trials_is_no_yes():
+    pairs = [{**compared("ridge", 1, 0.004), "difference_low": float("nan"), "difference_high": float("nan")}]
+    answer = report.beats(few("tipl", 0.44) + few("ridge", 0.436), "ridge", pairs)
     assert answer.verdict == "unknown"
-    assert answer.text.startswith("At h = 1 there are too few trials to tell. Its skill is 0.40 at h = 1.")
+    assert "within 0.1 of each other, too close to call" in answer.text
+    assert "the difference is +0.004 at h = 1." in answer.text
+    assert report.beats(few("tipl", 0.44) + few("linear", -20.0), "linear").verdict == "yes"
+    far = report.beats(few("tipl", -465.0) + few("ridge", 0.4), "ridge")
+    assert far.verdict == "no"
+    assert "It is far worse than a ridge regression that knows the phase at h = 1." in far.text
+
+
+def test_returns_of_few_trials_are_judged_by_ratio():
+    copied = few("copy-last", 0.0, repw=20.0)
+    for repw, verdict in ((9.0, "yes"), (15.0, "unknown"), (25.0, "unknown"), (41.0, "no")):
+        assert report.returns_closer_than_a_copy(few("tipl", 0.4, repw=repw) + copied).verdict == verdict
+    for repw, verdict in ((5.0, "yes"), (9.0, "unknown"), (11.0, "no")):
+        answer = report.returns_like_the_true_policy(few("tipl", 0.4, repw=repw))
+        assert (answer.verdict, "interval." in answer.text) == (verdict, False)
+
+
+def test_no_answer_writes_a_number_that_is_none():
+    spoilt = [float("nan"), float("inf"), float("-inf"), None, 0.0]
+    names = ("skill", "repw", "repw_noise_floor", "distance", "distance_true", "returns_spread", "beats_last")
+    for value in spoilt:
+        for name in names:
+            made = [
+                line for predictor in ("tipl", "copy-last", "ridge", "svd-floor") for line in few(predictor, 0.3, 0.2)
+            ]
+            summary = [{**line, name: value} for line in made]
+            groups = [{**line, "group": "phase", "value": 0} for line in summary]
+            pairs = [{**compared("ridge", 1, 0.1), "skill_difference": value, "difference_low": float("nan")}]
+            for answer in report.answers(summary, 0.95, pairs, groups):
+                assert answer.text
+                assert not re.search(r"\b(nan|inf|None)\b", answer.text), (name, value, answer.text)
 
 
 def test_without_the_transformer_nothing_is_claimed():
@@ -87,7 +150,7 @@ def test_linear_is_beaten_only_where_intervals_are_apart():
     answer = report.beats(summary, "linear")
     assert answer.verdict == "partly"
     assert "It beats linear extrapolation at h = 1." in answer.text
-    assert "At h = 2 it does not, as far as can be told" in answer.text
+    assert "No significant difference at h = 2: the intervals of their skills overlap." in answer.text
     assert "It is worse than linear extrapolation at h = 3." in answer.text
 
 
@@ -110,7 +173,7 @@ def test_on_the_same_windows_a_small_difference_is_seen_though_intervals_overlap
     answer = report.beats(summary, "ridge", pairs)
     assert answer.verdict == "partly"
     assert "It beats a ridge regression that knows the phase at h = 1." in answer.text
-    assert "At h = 2 it does not, as far as can be told: the interval of the difference includes 0." in answer.text
+    assert "No significant difference at h = 2: the interval of the difference includes 0." in answer.text
     assert "It is worse than a ridge regression that knows the phase at h = 3." in answer.text
     assert "the difference is +0.030 [+0.020, +0.040] at h = 1 and -0.050 [-0.060, -0.040] at h = 3" in answer.text
 
@@ -125,11 +188,13 @@ def test_skill_is_told_by_phase_and_third_and_a_phase_without_any_is_named():
     answer = report.where_it_lies(groups)
     assert answer.verdict == "partly"
     assert "0.02 [-0.03, 0.07] in phase 0" in answer.text
-    assert "In phase 0 it cannot be told from copying." in answer.text
+    assert "In phase 0 there is no significant difference from the copy-last baseline." in answer.text
     assert "0.30 [0.25, 0.35] in the last third" in answer.text
-    assert "It is lowest where an iteration has just closed" in answer.text
+    assert "Skill is lowest where an iteration has just closed" in answer.text
     assert report.where_it_lies(groups[1:]).verdict == "yes"
-    assert "In phase 0 it is worse than copying." in report.where_it_lies([grouped("phase", 0, -0.3)]).text
+    assert (
+        "In phase 0 it is worse than the copy-last baseline." in report.where_it_lies([grouped("phase", 0, -0.3)]).text
+    )
 
 
 def test_every_rival_in_the_table_has_its_question():
@@ -141,7 +206,7 @@ def test_every_rival_in_the_table_has_its_question():
 def test_returns_within_the_noise_floor_are_the_same():
     answer = report.returns_like_the_true_policy(rows("tipl", 0.4, repw=6.0))
     assert answer.verdict == "yes"
-    assert "At h = 1 no difference can be told from the noise of the evaluation." in answer.text
+    assert "No difference beyond the noise of the evaluation at h = 1." in answer.text
     assert "1.0 above the noise floor of 5.0" in answer.text
 
 
@@ -156,7 +221,7 @@ def test_returns_above_the_noise_floor_are_not_the_same():
     ("tipl", "verdict", "words"),
     [
         (10.0, "yes", "They do at h = 1."),
-        (19.0, "no", "At h = 1 they do not, as far as can be told: the intervals of both REPWs overlap."),
+        (19.0, "no", "No significant difference at h = 1: the intervals of both REPWs overlap."),
         (40.0, "no", "They return further from it than the copy at h = 1."),
     ],
 )
@@ -227,8 +292,9 @@ def test_report_escapes_every_value(page):
 
 
 def test_report_holds_answers_tables_configuration_and_captions(page):
-    assert "It beats copying at h = 1." in page
-    assert "At h = 2 it does not" in page
+    assert "It beats the copy-last baseline at h = 1." in page
+    assert "No significant difference at h = 2" in page
+    assert "<small>5 trials</small>" in page
     assert "model.context" in page
     assert report.CAPTIONS["figure_2"][1][:40] in page
     assert page.count('<tr class="tipl">') == 2 * 2
@@ -252,8 +318,85 @@ def test_a_picture_without_a_caption_is_refused(tmp_path):
 def test_policies_as_far_apart_as_the_true_ones_have_kept_their_modes():
     kept = report.modes_are_kept(rows("tipl", 0.4, 0.3))
     assert kept.verdict == "yes"
-    assert "98% of the true policies', and the spread of their returns 90.0 against 100" in kept.text
+    assert "Their distance is 98% of the true ones' at h = 1" in kept.text
+    assert "The spread of their returns is 90.0 against 100 at h = 1" in kept.text
     collapsed = report.modes_are_kept([{**item, "distance": 0.1} for item in rows("tipl", 0.4, 0.3)])
     assert collapsed.verdict == "no"
     assert "At h = 1 and 2 they lie closer together than the true ones" in collapsed.text
     assert report.modes_are_kept([]).verdict == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(0.5, "no"), (0.95, "yes"), (1.08, "yes"), (1.5, "partly"), (2.57, "partly")]
+)
+def test_distances_are_alike_only_within_a_ratio_either_way(ratio, verdict):
+    answer = report.modes_are_kept([{**item, "distance": ratio * 2.0} for item in rows("tipl", 0.4)])
+    assert answer.verdict == verdict
+    assert ("about as far apart" in answer.text) == (verdict == "yes")
+    assert ("further apart than the true ones" in answer.text) == (ratio > 1.2)
+    assert ("2.6 times the true ones'" in answer.text) == (ratio == 2.57)
+
+
+def test_one_window_a_trial_has_no_distance_and_says_so():
+    for nothing in (0.0, None, float("nan")):
+        answer = report.modes_are_kept(
+            [{**item, "distance": nothing, "distance_true": nothing} for item in rows("tipl", 0.4)]
+        )
+        assert answer.verdict == "unknown"
+        assert "no two windows of one trial" in answer.text
+        assert "nan" not in answer.text
+
+
+def written(folder, **rest):
+    summary = rows("tipl", 0.4, 0.3) + rows("copy-last", 0.0, 0.0)
+    given = {
+        "title": "t",
+        "summary": summary,
+        "figures": {},
+        "facts": {},
+        "configuration": {},
+        "commands": {},
+        "files": {},
+    }
+    return report.write_report(folder / "report.html", **(given | rest)).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["<b>&\"'", "[text] {{ 7 * 7 }} {% raw %}", "]]>--><!--", "a/" * 200, "ж 🦾 \u202e"])
+def test_a_storage_of_any_name_is_written_as_it_is(tmp_path, name):
+    page = written(
+        tmp_path,
+        title=name,
+        files={"data set": name},
+        commands={name: name},
+        configuration={"storage": name},
+        facts={name: name},
+    )
+    assert html.unescape(page).count(name) >= 7
+    assert "{{ 7 * 7 }}" in page or "7 * 7" not in name
+    assert "<b>&" not in page
+
+
+def test_a_report_without_policies_run_still_opens_with_an_answer(tmp_path):
+    summary = [
+        {**row, **dict.fromkeys(("repw", "repw_low", "repw_high", "repw_noise_floor", "beats_last", "distance"))}
+        for row in rows("tipl", 0.4) + rows("copy-last", 0.0)
+    ]
+    page = written(tmp_path, summary=summary)
+    first = page.index('<li><span class="verdict')
+    assert page.index("It removes 40% of the copy-last baseline") - first < 1000
+    assert page.count(report.NO_POLICIES) == 2
+    assert "nan" not in page
+    assert written(tmp_path, summary=[]).count(report.NO_POLICIES) == 2
+
+
+def test_nothing_but_tables_and_commands_is_wider_than_a_telephone(tmp_path):
+    page = written(tmp_path, files={"data set": "x" * 500}, commands={"all": "y" * 500})
+    assert page.count("<table") == page.count('<div class="scroll"><table')
+    assert "overflow-x: auto" in page
+    assert "overflow-wrap: anywhere" in page
+    assert "minmax(0, 1fr)" in page
+
+
+def test_steps_other_than_the_usual_ones_are_in_the_short_table_too(tmp_path):
+    summary = [row("tipl", 3, 0.4), row("tipl", 20, 0.2)]
+    assert len(report.format_table(summary).splitlines()) == 4

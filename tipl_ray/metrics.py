@@ -15,6 +15,8 @@ Table = dict[str, NDArray]
 
 GROUP = ("task", "predictor", "basis", "causal", "step")
 """Columns whose values one summary row stands for."""
+MIN_TRIALS = 3
+"""Fewest trials that an interval is made of: of two, a bootstrap knows no more than the two."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,11 +33,12 @@ class Resampling:
         """Percentile interval of sum(numerators) / sum(denominators) under resampling of trials, never of windows.
 
         One entry of each array per window. Windows of a trial resemble each other, so only trials count as independent:
-        of fewer than two the interval is (NaN, NaN). Resamples whose denominators sum to 0 are left out.
+        of fewer than MIN_TRIALS the interval is (NaN, NaN), as where an entry is not finite. Resamples whose
+        denominators sum to 0 are left out.
         """
         _, group = np.unique(trials, return_inverse=True)
         num_trials = int(group.max(initial=-1)) + 1
-        if num_trials < 2:
+        if num_trials < MIN_TRIALS or not (np.isfinite(numerators).all() and np.isfinite(denominators).all()):
             return np.nan, np.nan
         numerators_N = np.bincount(group, weights=numerators)
         denominators_N = np.bincount(group, weights=denominators)
@@ -122,7 +125,7 @@ def summarise(table: Table, resampling: Resampling, trained_on: str) -> list[dic
                 "distance": _mean(group["distance_predicted"]),
                 "distance_true": _mean(group["distance_true"]),
                 "seeds": len(seeds),
-                "skill_over_seeds": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else np.nan,
+                "skill_over_seeds": _deviation(np.array(seeds), ddof=1),
                 "windows": len(trials) // len(seeds),
                 "trials": len(np.unique(trials)),
             }
@@ -136,7 +139,8 @@ def group_skills(table: Table, column: str, resampling: Resampling) -> list[dict
     for values, group in by(table, *GROUP, column):
         named = dict(zip((*GROUP, "value"), values, strict=True))
         shares = {"windows": len(group["trial"]), "displacement_squared": float(group["displacement_squared"].sum())}
-        rows.append({"group": column, **named, **_skill_with_interval(group, resampling), **shares})
+        trials = {"trials": len(np.unique(group["trial"]))}
+        rows.append({"group": column, **named, **_skill_with_interval(group, resampling), **shares, **trials})
     return rows
 
 
@@ -165,6 +169,7 @@ def compare(table: Table, predictor: str, resampling: Resampling) -> list[dict]:
                         "skill_difference": difference,
                         "difference_low": low,
                         "difference_high": high,
+                        "trials": len(np.unique(own["trial"])),
                     }
                 )
     return rows
@@ -172,9 +177,12 @@ def compare(table: Table, predictor: str, resampling: Resampling) -> list[dict]:
 
 def interquartile_mean(values: NDArray) -> NDArray[np.float64]:
     """Mean of the middle half of runs along the last axis, as rliable has it (arXiv 2108.13264): a quarter of the
-    runs, rounded down, is left out at each end."""
+    runs, rounded down, is left out at each end. NaN of no runs, and where one of them is NaN."""
     cut = values.shape[-1] // 4
-    return np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
+    if not values.shape[-1]:
+        return np.full(values.shape[:-1], np.nan)
+    middle = np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
+    return np.where(np.isnan(values).any(axis=-1), np.nan, middle)
 
 
 def stratified_resamples(
@@ -209,8 +217,12 @@ def _skill_with_interval(table: Table, resampling: Resampling) -> dict[str, floa
 
 def _spread(table: Table, column: str) -> float:
     """Standard deviation over the windows run; were it far less than the true policies', modes would have collapsed."""
-    known = table[column][~np.isnan(table[column])]
-    return float(np.std(known)) if len(known) else np.nan
+    return _deviation(table[column][~np.isnan(table[column])], ddof=0)
+
+
+def _deviation(values: NDArray, ddof: int) -> float:
+    """Standard deviation; NaN of too few values, or where one is not finite."""
+    return float(np.std(values, ddof=ddof)) if len(values) > ddof and np.isfinite(values).all() else np.nan
 
 
 def _return_error(table: Table) -> NDArray:

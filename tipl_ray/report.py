@@ -15,9 +15,12 @@ from typing import Any, Literal
 import jinja2
 
 from tipl_ray import config
+from tipl_ray.metrics import MIN_TRIALS
 
 Row = Mapping[str, Any]
 Verdict = Literal["yes", "partly", "no", "unknown"]
+Side = Literal["better", "level", "worse", "far", "unclear", "unknown"]
+"""Where a figure is beside what it is compared with; `level` by its interval, `unclear` where it has none."""
 
 SHORT_STEPS = (1, 2, 5, 10)
 COLUMNS = ("predictor", "basis", "causal", "h", "skill", "WPE", "REPW", "noise floor", "beats last", "windows")
@@ -32,11 +35,18 @@ RIVALS = {
 }
 """Predictors that TIPL is asked to beat, in the order of the questions."""
 FLOORS = ("svd-floor", "window-floor")
-MOST_ALIKE = 0.9
-"""Share of the true policies' distance to each other below which predicted ones are said to be too much alike."""
+CLEAR = 0.1
+"""Difference of skill that is said to be one where there is no interval."""
+TWICE = 2.0
+"""Ratio of two REPWs from which on they are said to differ where there is no interval."""
+FAR = -1.0
+"""Skill, or difference of skill, from which on a predictor is not just worse but far worse: twice the error."""
+ALIKE = 0.9
+"""Ratio of distances, either way round, from which on two of them are said to be about the same."""
 GROUPS = {"phase": "phase", "third": "third of training"}
 THIRDS = ("first", "second", "last")
-NO_FORECASTS = "The table holds no forecast of the Transformer to compare."
+BASELINE = "the copy-last baseline"
+NO_FORECASTS = "The results hold no forecast of the Transformer to compare."
 NO_POLICIES = "No policies were run, so nothing is known about returns."
 
 CAPTIONS = {
@@ -48,8 +58,8 @@ CAPTIONS = {
     ),
     "skill_by_step": (
         "Skill per forward step",
-        "Skill is the share of copying's squared error that a predictor takes away: 1 is perfect, 0 is no better than "
-        "copying the last snapshot, below 0 is worse. Bands are confidence intervals over held-out trials.",
+        "Skill is the share of the copy-last baseline's squared error that a predictor removes: 1 is perfect, 0 is no "
+        "better than copying the last snapshot, below 0 is worse. Bands are confidence intervals over held-out trials.",
     ),
     "skill_over_ridge": (
         "What the Transformer adds to a ridge",
@@ -91,11 +101,12 @@ CAPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """A question that the experiment was made for, and what its numbers say."""
+    """A question that the experiment was made for, what its numbers say, and how many trials that rests on."""
 
     question: str
     verdict: Verdict
     text: str
+    trials: int | None = None
 
 
 def write_report(
@@ -115,8 +126,9 @@ def write_report(
     """Write the report as one HTML file that needs nothing beside it, and return its path.
 
     `figures` maps names of CAPTIONS to PNG files and keeps its order; `facts` are the few figures of the page's head;
-    `configuration` may be nested; `commands` and `files` map what it is to the command or the path. `comparisons` and
-    `groups` are the rows of `metrics.compare` and `metrics.group_skills`.
+    `configuration` may be nested and is printed as it is, so secrets must be out of it; `commands` and `files` map what
+    it is to the command or the path. `comparisons` and `groups` are the rows of `metrics.compare` and
+    `metrics.group_skills`.
     Raises ValueError for a picture that has no caption.
     """
     unknown = [name for name in figures if name not in CAPTIONS]
@@ -175,28 +187,22 @@ def answers(
 def beats_copying(summary: Sequence[Row], confidence: float = 0.95) -> Answer:
     """Whether TIPL's skill lies above 0 with its whole interval, and at which steps."""
     rows = _of(summary, "tipl")
-    better = [step for step, row in rows.items() if _number(row, "skill_low") > 0]
-    worse = [step for step, row in rows.items() if _number(row, "skill_high") < 0]
     verdict, sentences = _judge(
-        rows,
-        better,
-        worse,
-        "skill_low",
-        yes="It beats copying at {steps}.",
-        undecided=f"At {{steps}} it does not: the {confidence:.0%} interval of its skill includes 0.",
-        no="It is worse than copying at {steps}.",
+        {step: _skill_side(row) for step, row in rows.items()},
+        better=f"It beats {BASELINE} at {{steps}}.",
+        level=f"No significant difference at {{steps}}: the {confidence:.0%} interval of its skill includes 0.",
+        unclear=f"At {{steps}} it is within {CLEAR} of {BASELINE}'s skill of 0, too close to call without an interval.",
+        worse=f"It is worse than {BASELINE} at {{steps}}.",
+        far=f"It is far worse than {BASELINE} at {{steps}}.",
     )
-    sentences += _at_both_ends(rows, "Its skill is", lambda row: _with_interval(row, "skill"))
+    sentences += _sizes(rows)
     if any(not row["causal"] for row in rows.values()):
         sentences.append(
             "Its basis was fitted on the whole trajectory, the future included, so this is not yet a forecast that "
             "could be made while a policy is being trained."
         )
-    return Answer(
-        question="Does the Transformer predict weights better than copying the last snapshot?",
-        verdict=verdict,
-        text=" ".join(sentences) or NO_FORECASTS,
-    )
+    question = "Does the Transformer predict weights better than copying the last snapshot?"
+    return _answer(question, verdict, sentences, rows, NO_FORECASTS)
 
 
 def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -> Answer:
@@ -207,25 +213,24 @@ def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -
     theirs, words = _of(summary, rival), RIVALS[rival]
     rows = {step: row for step, row in _of(summary, "tipl").items() if step in theirs}
     paired = {int(row["step"]): row for row in comparisons if row["against"] == rival and row["group"] == "all"}
-    low, high = {}, {}
+    sides: dict[int, Side] = {}
     for step, row in rows.items():
         if step in paired:
-            low[step], high[step] = _number(paired[step], "difference_low"), _number(paired[step], "difference_high")
+            names = ("skill_difference", "difference_low", "difference_high")
+            difference, low, high = (_number(paired[step], name) for name in names)
         else:
-            low[step] = _number(row, "skill_low") - _number(theirs[step], "skill_high")
-            high[step] = _number(row, "skill_high") - _number(theirs[step], "skill_low")
+            difference = _number(row, "skill") - _number(theirs[step], "skill")
+            low = _number(row, "skill_low") - _number(theirs[step], "skill_high")
+            high = _number(row, "skill_high") - _number(theirs[step], "skill_low")
+        sides[step] = _side(difference, low, high)
+    reason = "the interval of the difference includes 0" if paired else "the intervals of their skills overlap"
     verdict, sentences = _judge(
-        rows,
-        [step for step in rows if low[step] > 0],
-        [step for step in rows if high[step] < 0],
-        "skill_low",
-        yes=f"It beats {words} at {{steps}}.",
-        undecided=(
-            "At {steps} it does not, as far as can be told: the interval of the difference includes 0."
-            if paired
-            else "At {steps} it does not, as far as can be told: the intervals of their skills overlap."
-        ),
-        no=f"It is worse than {words} at {{steps}}.",
+        sides,
+        better=f"It beats {words} at {{steps}}.",
+        level=f"No significant difference at {{steps}}: {reason}.",
+        unclear=f"At {{steps}} their skills are within {CLEAR} of each other, too close to call without an interval.",
+        worse=f"It is worse than {words} at {{steps}}.",
+        far=f"It is far worse than {words} at {{steps}}.",
     )
     sentences += _at_both_ends(
         rows,
@@ -238,61 +243,68 @@ def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -
             "On the same windows the difference is",
             _difference,
         )
-    return Answer(
-        question=f"Does it predict weights better than {words}?",
-        verdict=verdict,
-        text=" ".join(sentences) or NO_FORECASTS,
-    )
+    return _answer(f"Does it predict weights better than {words}?", verdict, sentences, rows, NO_FORECASTS)
 
 
 def where_it_lies(groups: Sequence[Row]) -> Answer:
     """In which phases and thirds TIPL's skill one step ahead lies above 0, and where it does not."""
-    own = [row for row in groups if row["predictor"] == "tipl"]
+    own = [row for row in groups if row["predictor"] == "tipl" and math.isfinite(_number(row, "skill"))]
     first = min((row["step"] for row in own), default=1)
     sentences, decided = [], []
     for group, words in GROUPS.items():
         rows = [row for row in own if row["group"] == group and row["step"] == first]
         if not rows:
             continue
-        told = [f"{_with_interval(row, 'skill')} in {_group_name(group, int(row['value']))}" for row in rows]
-        sentences.append(f"By {words}, skill at h = {first} is {_listed(told)}.")
-        worse = [row for row in rows if _number(row, "skill_high") < 0]
-        level = [row for row in rows if not _number(row, "skill_low") > 0 and row not in worse]
-        for some, compared in ((worse, "is worse than"), (level, "cannot be told from")):
-            if some:
-                names = _listed([_group_name(group, int(row["value"])) for row in some])
-                sentences.append(f"In {names} it {compared} copying.")
-        decided += [_number(row, "skill_low") > 0 for row in rows]
+        named = [f"{_with_interval(row, 'skill')} in {_group_name(group, int(row['value']))}" for row in rows]
+        sentences.append(f"By {words}, skill at h = {first} is {_listed(named)}.")
+        sides = [_skill_side(row) for row in rows]
+        compared = {
+            "far": f"it is far worse than {BASELINE}",
+            "worse": f"it is worse than {BASELINE}",
+            "level": f"there is no significant difference from {BASELINE}",
+            "unclear": f"it is too close to {BASELINE} to call without an interval",
+        }
+        for side, finding in compared.items():
+            names = [_group_name(group, int(row["value"])) for row, of in zip(rows, sides, strict=True) if of == side]
+            if names:
+                where = _listed(names) if len(names) < len(rows) or len(rows) == 1 else "all of them"
+                sentences.append(f"In {where} {finding}.")
+        decided += sides
     phases = {
         int(row["value"]): _number(row, "skill") for row in own if row["group"] == "phase" and row["step"] == first
     }
     inside = [value for phase, value in phases.items() if phase]
     if 0 in phases and inside and phases[0] < min(inside):
         sentences.append(
-            "It is lowest where an iteration has just closed and the next one's rollout is not in the weights yet: "
-            "most of what is foretold is the rest of an update on data that the weights have already met."
+            "Skill is lowest where an iteration has just closed and the next one's rollout is not in the weights yet."
         )
-    verdict: Verdict = "unknown" if not decided else "yes" if all(decided) else "partly" if any(decided) else "no"
-    return Answer(
-        question="Does it hold in every phase of a PPO iteration and at every stage of training?",
-        verdict=verdict,
-        text=" ".join(sentences) or NO_FORECASTS,
-    )
+        if max(inside) > 0:
+            sentences.append("Most of what is predicted is the rest of an update on data that the weights have met.")
+    question = "Does it hold in every phase of a PPO iteration and at every stage of training?"
+    return _answer(question, _verdict(decided), sentences, {0: own[0]} if own else {}, NO_FORECASTS)
 
 
 def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
     """How far TIPL's REPW lies above the noise floor: the true policy against itself on other episodes."""
     rows = _run(_of(summary, "tipl"))
-    same = [step for step, row in rows.items() if _number(row, "repw_low") <= _number(row, "repw_noise_floor")]
-    off = [step for step, row in rows.items() if _number(row, "repw_low") > _number(row, "repw_noise_floor")]
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        apart, floor = _number(row, "repw"), _number(row, "repw_noise_floor")
+        low = _number(row, "repw_low")
+        if math.isfinite(low):
+            sides[step] = "worse" if low > floor else "better"
+        else:
+            sides[step] = "better" if apart <= floor else "worse" if apart > TWICE * floor else "unclear"
+    has_interval = any(math.isfinite(_number(row, "repw_low")) for row in rows.values())
     verdict, sentences = _judge(
-        rows,
-        same,
-        off,
-        "repw_low",
-        yes="At {steps} no difference can be told from the noise of the evaluation.",
-        undecided="",
-        no="They do not at {steps}: the difference lies above the noise floor with its whole interval.",
+        sides,
+        better="No difference beyond the noise of the evaluation at {steps}.",
+        unclear="At {steps} the difference is less than twice the noise of the evaluation, too close to call.",
+        worse=(
+            "They do not at {steps}: the difference lies above the noise floor with its whole interval."
+            if has_interval
+            else "They do not at {steps}: the difference is more than twice the noise of the evaluation."
+        ),
     )
     sentences += _at_both_ends(
         rows,
@@ -302,126 +314,166 @@ def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
             f"{_format('repw', _number(row, 'repw_noise_floor'))})"
         ),
     )
-    return Answer(
-        question="Do the predicted policies return what the true ones return?",
-        verdict=verdict,
-        text=" ".join(sentences) or NO_POLICIES,
-    )
+    return _answer("Do the predicted policies return what the true ones return?", verdict, sentences, rows, NO_POLICIES)
 
 
 def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
     """Whether TIPL's REPW lies below copy-last's, their intervals apart, and at which steps."""
     copied = _run(_of(summary, "copy-last"))
     rows = {step: row for step, row in _run(_of(summary, "tipl")).items() if step in copied}
-    better = [step for step, row in rows.items() if _number(row, "repw_high") < _number(copied[step], "repw_low")]
-    worse = [step for step, row in rows.items() if _number(row, "repw_low") > _number(copied[step], "repw_high")]
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        ours, theirs = ([_number(one, f"repw{end}") for end in ("", "_low", "_high")] for one in (row, copied[step]))
+        if math.isfinite(ours[1]) and math.isfinite(theirs[1]):
+            sides[step] = _side(theirs[0] - ours[0], theirs[1] - ours[2], theirs[2] - ours[1], far=-math.inf)
+        else:
+            better, worse = TWICE * ours[0] <= theirs[0], ours[0] >= TWICE * theirs[0]
+            sides[step] = "unclear" if better == worse else "better" if better else "worse"
     verdict, sentences = _judge(
-        rows,
-        better,
-        worse,
-        "repw_low",
-        yes="They do at {steps}.",
-        undecided="At {steps} they do not, as far as can be told: the intervals of both REPWs overlap.",
-        no="They return further from it than the copy at {steps}.",
+        sides,
+        better="They do at {steps}.",
+        level="No significant difference at {steps}: the intervals of both REPWs overlap.",
+        unclear="At {steps} neither is twice the other, too close to call without an interval.",
+        worse="They return further from it than the copy at {steps}.",
     )
     sentences += _at_both_ends(
         rows,
         "REPW is",
-        lambda row: f"{_with_interval(row, 'repw')} against copying's {_with_interval(copied[row['step']], 'repw')}",
+        lambda row: f"{_with_interval(row, 'repw')} against {_with_interval(copied[row['step']], 'repw')} of the copy",
     )
     if rows and math.isfinite(_number(rows[max(rows)], "beats_last")):
         sentences.append(
             f"At h = {max(rows)} the predicted policy returns more than the last snapshot in "
             f"{_number(rows[max(rows)], 'beats_last'):.0%} of windows, ties counted half."
         )
-    return Answer(
-        question="Do they return closer to the true policy than a copy of the last snapshot does?",
-        verdict=verdict,
-        text=" ".join(sentences) or NO_POLICIES,
-    )
+    question = "Do they return closer to the true policy than a copy of the last snapshot does?"
+    nothing = NO_POLICIES if not _run(_of(summary, "tipl")) else "No policies of the copy-last baseline were run."
+    return _answer(question, verdict, sentences, rows, nothing)
 
 
 def modes_are_kept(summary: Sequence[Row]) -> Answer:
     """Whether predicted policies differ among each other as much as the true ones, in returns and in weights."""
-    rows = _run(_of(summary, "tipl"))
-    shares = {
-        step: [
-            _number(row, name) / (_number(row, f"{name}_true") or math.nan) for name in ("returns_spread", "distance")
-        ]
-        for step, row in rows.items()
+    run = _run(_of(summary, "tipl"))
+    shares = {step: _number(row, "distance") / (_number(row, "distance_true") or math.nan) for step, row in run.items()}
+    rows = {step: row for step, row in run.items() if math.isfinite(shares[step])}
+    sides: dict[int, Side] = {
+        step: "worse" if shares[step] < ALIKE else "level" if shares[step] > 1 / ALIKE else "better" for step in rows
     }
     verdict, sentences = _judge(
-        rows,
-        [step for step, (_, apart) in shares.items() if apart >= MOST_ALIKE],
-        [step for step, (_, apart) in shares.items() if apart < MOST_ALIKE],
-        "distance",
-        yes="At {steps} the policies predicted from one trial's windows lie about as far apart as the true ones.",
-        undecided="",
-        no="At {steps} they lie closer together than the true ones, as where modes collapse.",
+        sides,
+        better="At {steps} the policies predicted from one trial's windows are about as far apart as the true ones.",
+        level="At {steps} they are further apart than the true ones: no collapse, but not alike either.",
+        worse="At {steps} they lie closer together than the true ones, as where modes collapse.",
     )
+    if rows and set(sides.values()) == {"level"}:
+        verdict = "partly"
+    sentences += _at_both_ends(rows, "Their distance is", lambda row: f"{_times(shares[row['step']])} the true ones'")
+    spreads = ("returns_spread", "returns_spread_true")
     sentences += _at_both_ends(
-        rows,
-        "Their distance is",
-        lambda row: (
-            f"{shares[row['step']][1]:.0%} of the true policies', and the spread of their returns "
-            f"{_format('repw', _number(row, 'returns_spread'))} against "
-            f"{_format('repw', _number(row, 'returns_spread_true'))}"
-        ),
+        {step: row for step, row in rows.items() if all(math.isfinite(_number(row, name)) for name in spreads)},
+        "The spread of their returns is",
+        lambda row: " against ".join(_format("repw", _number(row, name)) for name in spreads),
     )
-    return Answer(
-        question="Do predicted policies differ as much as true ones, or do its modes collapse?",
-        verdict=verdict,
-        text=" ".join(sentences) or NO_POLICIES,
-    )
+    nothing = "There are no two windows of one trial whose policies differ, so there are no distances." if run else ""
+    question = "Do predicted policies differ as much as true ones, or do its modes collapse?"
+    return _answer(question, verdict, sentences, rows, nothing or NO_POLICIES)
 
 
 def basis_suffices(summary: Sequence[Row], floor: str = "svd-floor") -> Answer:
     """What the basis alone costs: the skill of the true future projected on it, which bounds every predictor."""
-    rows = _of(summary, floor)
-    fit = [step for step, row in rows.items() if _number(row, "skill") >= 0.9]
-    unfit = [step for step, row in rows.items() if _number(row, "skill") <= 0]
+    rows = {step: row for step, row in _of(summary, floor).items() if math.isfinite(_number(row, "skill"))}
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        skill = _number(row, "skill")
+        sides[step] = "better" if skill >= 0.9 else "level" if skill > 0 else "far" if skill <= FAR else "worse"
     verdict, sentences = _judge(
-        rows,
-        fit,
-        unfit,
-        "skill",
-        yes="At {steps} it leaves less than a tenth of copying's error unreachable.",
-        undecided="At {steps} it takes a tenth of copying's error or more out of any predictor's reach.",
-        no="It does not at {steps}: copying the last snapshot is closer than the true future seen through this basis.",
+        sides,
+        better=f"At {{steps}} it leaves less than a tenth of {BASELINE}'s error out of reach.",
+        level=f"At {{steps}} it puts a tenth of {BASELINE}'s error or more out of any predictor's reach.",
+        worse="It does not at {steps}: copying the last snapshot is closer than the true future on this basis.",
+        far="It does not at {steps}: copying the last snapshot is far closer than the true future on this basis.",
     )
-    if verdict == "no" and len(unfit) < len(rows):
+    if verdict == "no" and "level" in sides.values():
         verdict = "partly"
     sentences += _at_both_ends(
-        rows, "The true future, projected on it, has skill", lambda row: _with_interval(row, "skill")
+        rows, "The true future on this basis has skill", lambda row: _with_interval(row, "skill")
     )
-    return Answer(
-        question="Does the basis keep enough of the weights to predict them?",
-        verdict=verdict,
-        text=" ".join(sentences),
-    )
+    nothing = "Nothing moved in the test trials, so there is nothing to keep."
+    return _answer("Does the basis keep enough of the weights to predict them?", verdict, sentences, rows, nothing)
 
 
-def _judge(
-    rows: Mapping[int, Row],
-    good: Sequence[int],
-    bad: Sequence[int],
-    decided_by: str,
-    *,
-    yes: str,
-    undecided: str,
-    no: str,
-) -> tuple[Verdict, list[str]]:
-    """The verdict over all steps, and a sentence for each group of steps: good, undecided, bad, without an interval."""
-    known = [step for step, row in rows.items() if math.isfinite(_number(row, decided_by))]
-    between = [step for step in known if step not in good and step not in bad]
-    blind = [step for step in rows if step not in known]
-    cases = ((good, yes), (between, undecided), (bad, no), (blind, "At {steps} there are too few trials to tell."))
-    sentences = [sentence.format(steps=_steps_text(steps)) for steps, sentence in cases if steps]
-    if not known:
-        return "unknown", sentences
-    if not good:
-        return "no", sentences
-    return "yes" if len(good) == len(rows) else "partly", sentences
+def _side(difference: float, low: float, high: float, far: float = FAR) -> Side:
+    """Which side of 0 a difference is on: by its interval, or, where it has none, by its size."""
+    if not math.isfinite(difference):
+        return "far" if difference == -math.inf else "unknown"
+    if math.isfinite(low) and math.isfinite(high):
+        side: Side = "better" if low > 0 else "worse" if high < 0 else "level"
+    else:
+        side = "better" if difference >= CLEAR else "worse" if difference <= -CLEAR else "unclear"
+    return "far" if side == "worse" and difference <= far else side
+
+
+def _skill_side(row: Row) -> Side:
+    return _side(*(_number(row, name) for name in ("skill", "skill_low", "skill_high")))
+
+
+def _judge(sides: Mapping[int, Side], **sentences: str) -> tuple[Verdict, list[str]]:
+    """The verdict over all steps, and a sentence for each side that some steps are on."""
+    sentences |= {"unknown": "At {steps} there is nothing to compare: no window moved, or the forecasts diverged."}
+    steps = {side: [step for step, of in sides.items() if of == side] for side in sentences}
+    return _verdict(list(sides.values())), [
+        sentence.format(steps=_steps_text(steps[side])) for side, sentence in sentences.items() if steps[side]
+    ]
+
+
+def _verdict(sides: Sequence[Side]) -> Verdict:
+    if not set(sides) - {"unknown", "unclear"}:
+        return "unknown"
+    if "better" not in sides:
+        return "no"
+    return "yes" if set(sides) == {"better"} else "partly"
+
+
+def _answer(question: str, verdict: Verdict, sentences: Sequence[str], rows: Mapping[int, Row], nothing: str) -> Answer:
+    """The answer, with the number of trials that it rests on; `nothing` is said where there are no sentences."""
+    known = [int(row["trials"]) for row in rows.values() if row.get("trials")]
+    if not sentences or not known:
+        return Answer(question=question, verdict=verdict, text=" ".join(sentences) or nothing)
+    trials = max(known)
+    basis = f"This rests on {trials} test trial{'s' * (trials > 1)}"
+    few = f", too few for an interval, which takes {MIN_TRIALS}." if trials < MIN_TRIALS else "."
+    return Answer(question=question, verdict=verdict, text=" ".join([*sentences, basis + few]), trials=trials)
+
+
+def _sizes(rows: Mapping[int, Row]) -> list[str]:
+    """What the first and the last skill are, in words: the share of the baseline's squared error gone, or on top."""
+    known = {step: row for step, row in rows.items() if math.isfinite(_number(row, "skill"))}
+    sentence, latest = "", ""
+    for step in sorted({min(known), max(known)}) if known else ():
+        skill = _number(known[step], "skill")
+        verb, amount, link = (
+            ("has", f"{_number_text(1 - skill)} times", "")
+            if skill <= FAR
+            else ("adds", _percent(-skill), "to ")
+            if skill < 0
+            else ("removes", _percent(skill), "of ")
+        )
+        words = amount if verb == latest else f"it {verb} {amount} {link}{BASELINE}'s squared error"
+        sentence += f"{' and ' * bool(sentence)}{words} at h = {step} (skill {_with_interval(known[step], 'skill')})"
+        latest = verb
+    return [f"{sentence[0].upper()}{sentence[1:]}."] if sentence else []
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.0995 or share == 0 else f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
+
+
+def _number_text(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _times(ratio: float) -> str:
+    return f"{_number_text(ratio)} times" if ratio >= 2 else f"{ratio:.0%} of"
 
 
 def _at_both_ends(rows: Mapping[int, Row], start: str, words: Callable[[Row], str]) -> list[str]:
@@ -437,8 +489,12 @@ def _of(summary: Sequence[Row], predictor: str) -> dict[int, Row]:
 
 def _difference(row: Row) -> str:
     names = ("skill_difference", "difference_low", "difference_high")
-    value, low, high = (f"{round(_number(row, name), 3) + 0.0:+.3f}" for name in names)
-    return f"{value} [{low}, {high}]"
+    value, low, high = (_number(row, name) for name in names)
+    if not math.isfinite(value):
+        return "not known"
+    # Adding 0.0 keeps a rounded -0.000 from being read as worse.
+    words = [f"{round(number, 3) + 0.0:+,.{3 if abs(number) < 10 else 0}f}" for number in (value, low, high)]
+    return f"{words[0]} [{words[1]}, {words[2]}]" if math.isfinite(low) and math.isfinite(high) else words[0]
 
 
 def _group_name(group: str, value: int) -> str:
@@ -458,7 +514,8 @@ def _sorted(summary: Sequence[Row], steps: Sequence[int] | None = None) -> list[
     """Rows by predictor, TIPL first and the others as the summary names them, then by step."""
     named = dict.fromkeys((row["task"], row["predictor"], row["basis"]) for row in summary)
     order = sorted(named, key=lambda line: line[1] != "tipl")
-    chosen = [row for row in summary if steps is None or row["step"] in steps]
+    some = any(row["step"] in steps for row in summary) if steps is not None else False
+    chosen = [row for row in summary if not some or steps is None or row["step"] in steps]
     return sorted(chosen, key=lambda row: (order.index((row["task"], row["predictor"], row["basis"])), row["step"]))
 
 
@@ -491,7 +548,9 @@ def _format(key: str, value: float) -> str:
     if key == "repw":
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
     # Adding 0.0 keeps a rounded -0.00 from being read as worse than copying.
-    return f"{value:.2e}" if key == "wpe" else f"{round(value, 2) + 0.0:.2f}"
+    if key == "wpe":
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{round(value, 2) + 0.0:.2f}"
 
 
 def _above(row: Row) -> str:
