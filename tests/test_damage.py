@@ -391,7 +391,7 @@ CASES = [
     Case(
         what="A commit record is missing before others; the trial is resumed",
         attempt=damage(RECORD, Path.unlink, resume),
-        says="does not follow 1 commits before it",
+        says="a commit record before this one is missing (found 1 of 2)",
         names="trial=3/commit-3.json",
     ),
     Case(
@@ -451,7 +451,7 @@ CASES = [
     Case(
         what="Two records cover the same snapshots",
         attempt=same_range_twice,
-        says="does not follow 2 commits before it",
+        says="its snapshots do not follow those of the 2 commits before it",
         names="trial=3/commit-3.json",
     ),
     Case(

@@ -31,8 +31,14 @@ LEFT_AFTER_SECONDS = 3600.0
 """Age at which a file that is not yet published is taken for left behind: writing one takes far less."""
 REQUESTS_AT_ONCE = 16
 """Requests under way at once where each is a round trip."""
+ATTEMPTS = 9
+"""Times that a request to S3 is made before the storage gives up, about a minute in all with what is waited between
+them; $AWS_MAX_ATTEMPTS goes before."""
 CONFLICTS = 50
 """Conditional puts of one name that may meet another under way before the storage gives up."""
+
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS)
+"""What network and FUSE file systems say that do not know how to sync a folder, and keep its names in their own way."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -48,8 +54,10 @@ class Storage:
     def __init__(self, root: str, temporaries: str = "") -> None:
         """Open without touching anything; `temporaries` is the folder in it for files that are not yet published.
 
-        Raises StoreError where no filesystem answers to the URI.
+        Raises StoreError where no filesystem answers to the URI, or where a file is in the folder's place.
         """
+        if not root:
+            raise StoreError("the storage's name is empty; give a folder or a URI such as s3://bucket/folder")
         self._root = root.rstrip("/")
         self._publisher: _Publisher
         try:
@@ -68,6 +76,7 @@ class Storage:
             ) from error
         if self._is_local:
             self._publisher, self._root = _Folder(self._base, temporaries), self._base
+            _refuse_file(Path(self._base))
 
     @property
     def _is_local(self) -> bool:
@@ -75,12 +84,12 @@ class Storage:
 
     @property
     def filesystem(self) -> tuple[pa_fs.FileSystem, str]:
-        """pyarrow's filesystem and the root's path in it, for who insists on writing by himself."""
+        """pyarrow's filesystem and the root's path in it, for libraries that write through pyarrow themselves."""
         return self._filesystem, self._base
 
     def show(self, path: str) -> str:
         """Full name for an error message."""
-        return f"{self._root}/{path}"
+        return f"{self._root}/{path}".rstrip("/")
 
     def entries(self, folder: str = "") -> dict[str, int | None]:
         """Name -> bytes of the files in a folder, None of the folders in it; empty where there is no folder."""
@@ -357,13 +366,21 @@ class _Bucket:
         if endpoint and "://" not in endpoint:
             endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
         self._endpoint = endpoint
+        self._attempts = int(environment("AWS_MAX_ATTEMPTS") or ATTEMPTS)
+        if self._attempts < 1:
+            raise ValueError(f"$AWS_MAX_ATTEMPTS is {self._attempts}, and is to be at least 1")
         told = options.get("region") or environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
         self._region = told or ("us-east-1" if endpoint else pa_fs.resolve_s3_region(self._bucket))
 
     def reader(self) -> pa_fs.S3FileSystem:
         """The filesystem to read from."""
         scheme, _, host = (self._endpoint or "https://").partition("://")
-        return pa_fs.S3FileSystem(region=self._region, scheme=scheme, endpoint_override=host.rstrip("/") or None)
+        return pa_fs.S3FileSystem(
+            region=self._region,
+            scheme=scheme,
+            endpoint_override=host.rstrip("/") or None,
+            retry_strategy=pa_fs.AwsStandardS3RetryStrategy(max_attempts=self._attempts),
+        )
 
     def refusal(self) -> str | None:
         return self._refusal
@@ -418,7 +435,7 @@ class _Bucket:
         import botocore.session
 
         settings = botocore.config.Config(
-            retries={"mode": "standard", "max_attempts": 5},
+            retries={"mode": "standard", "total_max_attempts": self._attempts},
             # Signed bodies are checked by every S3, the newer checksums by AWS's alone.
             request_checksum_calculation="when_required",
             s3={"payload_signing_enabled": True, "addressing_style": "path" if self._endpoint else "auto"},
@@ -452,9 +469,19 @@ def _make_folder(folder: Path) -> None:
         _sync_folder(folder.parent)
 
 
+def _refuse_file(folder: Path) -> None:
+    """Raises StoreError where a folder cannot be, as it or one above it is a file."""
+    place = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    if place.exists() and not place.is_dir():
+        raise StoreError(f"{folder}: {'' if place == folder else f'{place} '}is a file; choose another folder")
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
