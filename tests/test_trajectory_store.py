@@ -750,9 +750,7 @@ def test_a_lost_trial_is_named_by_whoever_asks_which_there_are_and_can_be_collec
     digest = store.digest()
     change(tmp_path)
     for reader in (store.seeds, store.header):
-        with pytest.raises(StoreError, match=r"trial[ =]4.*(missing|no commit)"):
-            if change is lose_parts_of_trial and reader == store.header:
-                store.verify(4)
+        with pytest.raises(StoreError, match=r"trial[ =]4.*missing"):
             reader()
     store.check_header(HEADER)
     shutil.rmtree(tmp_path / "commits/trial=4", ignore_errors=True)
@@ -768,7 +766,8 @@ def test_a_stray_trial_in_a_sealed_data_set_is_named(tmp_path: Path, parents: tu
     collect(tmp_path / "other", seed=9)
     for parent in parents:
         shutil.copytree(tmp_path / "other" / parent / "trial=9", tmp_path / "data" / parent / "trial=9")
-    for reader in (store.seeds, store.header, *readers_of_all(store).values()):
+    asked: list[Callable[[], object]] = [store.seeds, store.header, *readers_of_all(store).values()]
+    for reader in asked:
         with pytest.raises(
             StoreError, match=r"trial 9 is not of the data set that was sealed.*Move .*_SUCCESS.*collect"
         ):
@@ -897,7 +896,7 @@ def test_a_writer_that_slept_while_another_sealed_leaves_the_seal_and_nothing_el
         store.finish([3], 8)
 
     for index in range(4, 6):
-        sleeper.append(make_snapshot(index, **({} if same else {"learning_rate": 0.5})))
+        sleeper.append(make_snapshot(index, episodic_return=make_snapshot(index).episodic_return if same else 0.5))
     if asleep_before == "nothing":
         go_on_and_seal()
     else:

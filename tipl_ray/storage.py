@@ -68,12 +68,15 @@ class Storage:
             elif "://" in root:
                 self._filesystem, self._base = pa_fs.FileSystem.from_uri(root)
                 self._publisher = _NoPublisher(self._filesystem.type_name)
+                self._root = _without_secrets(self._root)
             else:
                 self._filesystem, self._base = pa_fs.LocalFileSystem(), str(Path(root).absolute())
         except (OSError, ValueError, pa.ArrowException) as error:
+            shown = _without_secrets(root)
             raise StoreError(
-                f"{root}: cannot be opened: {error}; give a folder or a URI such as s3://bucket/folder"
-            ) from error
+                f"{shown}: cannot be opened: {_one_line(error).replace(root, shown)}; give a folder or a URI such as "
+                "s3://bucket/folder"
+            ) from None  # whose text is the URI's
         if self._is_local:
             self._publisher, self._root = _Folder(self._base, temporaries), self._base
             _refuse_file(Path(self._base))
@@ -172,14 +175,14 @@ class Storage:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{self.show(path)}: cannot be listed: {error}; check the storage") from error
+            raise StoreError(f"{self.show(path)}: cannot be listed: {_one_line(error)}; check the storage") from error
 
     @contextlib.contextmanager
     def _refused(self, path: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            cause = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+            cause = "the disk is full" if error.errno == errno.ENOSPC else _one_line(error)
             raise StoreError(
                 f"{self.show(path)}: cannot be written: {cause}. Make room or give access, then run again; what was "
                 "committed before stays readable"
@@ -229,7 +232,7 @@ def read_file(folder: str, name: str) -> bytes:
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{storage.show(name)}: cannot be read: {error}; check the storage") from error
+        raise StoreError(f"{storage.show(name)}: cannot be read: {_one_line(error)}; check the storage") from error
 
 
 def file_exists(folder: str, name: str) -> bool:
@@ -366,9 +369,10 @@ class _Bucket:
         if endpoint and "://" not in endpoint:
             endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
         self._endpoint = endpoint
-        self._attempts = int(environment("AWS_MAX_ATTEMPTS") or ATTEMPTS)
-        if self._attempts < 1:
-            raise ValueError(f"$AWS_MAX_ATTEMPTS is {self._attempts}, and is to be at least 1")
+        attempts = environment("AWS_MAX_ATTEMPTS") or str(ATTEMPTS)
+        if not attempts.isdecimal() or not int(attempts):
+            raise ValueError(f"$AWS_MAX_ATTEMPTS={attempts!r} is not a whole number of at least 1")
+        self._attempts = int(attempts)
         told = options.get("region") or environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
         self._region = told or ("us-east-1" if endpoint else pa_fs.resolve_s3_region(self._bucket))
 
@@ -454,6 +458,17 @@ class _Bucket:
             yield
         except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
             raise OSError(f"{self._endpoint or 'S3'}: {error}") from error
+
+
+def _without_secrets(place: str) -> str:
+    """A place as an error may show it: a URI without its user, password and options."""
+    scheme, mark, address = place.partition("?")[0].partition("://")
+    host, slash, path = address.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if mark else place
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _refuse_outside(root: Path, path: Path) -> None:
