@@ -153,7 +153,7 @@ def sweep(
         raise StoreError(f"{storage}: nothing is there")
     garbage = {*files.leftovers(), *store.garbage(())}
     if unknown := sorted(set(seeds) - set(store.folders())):
-        raise ValueError(f"seeds={unknown}: there are no such trials; there are {list(store.folders())}")
+        raise store.absent(unknown[0])
     for seed in seeds or store.folders():
         try:
             garbage.update(store.garbage((seed,), lost))

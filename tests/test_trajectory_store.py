@@ -934,3 +934,65 @@ def test_a_foreign_file_among_the_parts_is_named(tmp_path: Path) -> None:
 def test_a_layout_with_a_gap_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'log_std'.*offset 7 does not follow offset 6"):
         dataclasses.replace(HEADER, layout=(("hidden.weight", (2, 3), 0), ("log_std", (1,), 7)))
+
+
+ODD_PARENTS = [
+    "plain",
+    "seed=99/learning_rate=0.1",
+    "trial=7/snapshot=1",
+    "weights=/a b",
+    "50%/a%20b",
+    "run[1]",
+    "x*y",
+    "what?",
+    "{a,b}",
+    "it's",
+    'say "hi"',
+]
+
+
+@pytest.mark.parametrize("parent", ODD_PARENTS)
+def test_the_recipes_of_the_docs_give_the_right_rows_wherever_the_storage_is(tmp_path: Path, parent: str) -> None:
+    storage = tmp_path / parent / "data"
+    sealed(storage, (1, 3))
+    for neighbour in ("run1", "xAy", "whatX", "a"):  # what the parents' names match as patterns
+        collect(tmp_path / neighbour / "data", seed=5)
+    text = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(first.replace('"storage/demo"', repr(str(storage))), scope)
+    rows = {
+        "DuckDB": scope["by_duckdb"].to_dict("records"),
+        "Polars": scope["by_polars"].to_dicts(),
+        "pandas": scope["by_pandas"].to_dict("records"),
+        "pyarrow": scope["by_pyarrow"].to_pylist(),
+    }
+    for reader, found in rows.items():
+        assert len(found) == 16, reader
+        for row in found:
+            expected = make_snapshot(row["snapshot"], row["seed"])
+            assert row["seed"] in (1, 3)
+            assert row["learning_rate"] == expected.learning_rate, reader
+            assert np.array_equal(np.array(row["weights"], np.float32), expected.weights), reader
+    exec(second.replace("start=100, stop=200", "start=2, stop=5"), scope)
+    assert scope["trial"].weights_TP.shape == (3, P)
+
+
+def test_the_rows_are_right_by_hive_too_where_no_parent_bears_a_columns_name(tmp_path: Path) -> None:
+    sealed(tmp_path / "year=2026" / "data", (1, 3))
+    query = "select distinct trial, seed from read_parquet(?, hive_partitioning=true) order by seed"
+    pattern = f"{tmp_path}/year=2026/data/trajectories/*/*.parquet"
+    assert duckdb.execute(query, [pattern]).fetchall() == [(1, 1), (3, 3)]
+
+
+def test_polars_and_pyarrow_read_hive_columns_below_the_folder_they_are_given_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "seed=99" / "learning_rate=0.1" / "data"
+    sealed(folder, (1, 3))
+    frame = polars.scan_parquet(folder / "trajectories", hive_partitioning=True).collect()
+    table = pa_dataset.dataset(folder / "trajectories", partitioning="hive").to_table()
+    for seeds, rates in (
+        (frame["seed"], frame["learning_rate"]),
+        (table["seed"].to_pylist(), table["learning_rate"].to_pylist()),
+    ):
+        assert set(seeds) == {1, 3}
+        assert set(rates) == {make_snapshot(index).learning_rate for index in range(8)}

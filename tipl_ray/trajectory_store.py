@@ -279,6 +279,16 @@ class TrajectoryStore:
         listings = self._files.each(self._files.entries, [_folder(_COMMITS, seed) for seed in seeds])
         return tuple(seed for seed, names in zip(seeds, listings, strict=True) if "commit-1.json" in names)
 
+    def absent(self, seed: int) -> StoreError:
+        """The error for a trial without any commit, which says which there are."""
+        if (seal := self.seal()) and seed in seal.seeds:
+            return self._lost([seed])
+        seeds = self.committed()
+        there = (
+            f"there {'is' if len(seeds) == 1 else 'are'} {_trials(seeds)}" if seeds else "no trial is committed there"
+        )
+        return StoreError(f"{self._files.show(_COMMITS)}: there is no trial {seed}; {there}; collect it first")
+
     def progress(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
         """How much of a trial is committed, of `num_snapshots` expected, whatever a seal says.
 
@@ -359,7 +369,7 @@ class TrajectoryStore:
         """
         run = self._verified_run(seed)
         if not run and num_snapshots is None:
-            raise self._absent(seed)
+            raise self.absent(seed)
         progress = _progress(seed, run, num_snapshots)
         if num_snapshots is not None and not progress.complete:
             raise StoreError(
@@ -409,7 +419,7 @@ class TrajectoryStore:
         runs = self._runs(self.committed() if seeds is None else seeds, seal)
         for seed, run in runs.items():
             if not run:
-                raise self._absent(seed)
+                raise self.absent(seed)
         return _digest(runs)
 
     def finish(self, seeds: Sequence[int], num_snapshots: int, verified: Collection[int] = ()) -> None:
@@ -490,7 +500,7 @@ class TrajectoryStore:
         """Raise StoreError unless a trial is the one that the seal names and its folder has nothing else."""
         try:
             if seed not in seal.seeds:
-                raise self._uncounted([seed]) if run else self._absent(seed)
+                raise self._uncounted([seed]) if run else self.absent(seed)
             if not run:
                 raise self._lost([seed])
             if seal.trials is not None:
@@ -572,7 +582,7 @@ class TrajectoryStore:
             try:
                 content = self._files.read(path)
             except FileNotFoundError:
-                raise self._absent(seed) from None
+                raise self.absent(seed) from None
         return self._record(seed, 1, content).header
 
     def _refuse_other(self, seed: int, begun: Header, header: Header) -> None:
@@ -637,7 +647,7 @@ class TrajectoryStore:
         """The unbroken run, at least one commit, its parts known to be there, held to the seal where there is one."""
         run = self._present_run(seed, self.seal())
         if not run:
-            raise self._absent(seed)
+            raise self.absent(seed)
         return run
 
     def _present_run(self, seed: int, seal: Seal | None = None) -> tuple[CommitRecord, ...]:
@@ -763,14 +773,6 @@ class TrajectoryStore:
             if not pattern.fullmatch(name) and not hidden:
                 path = self._files.show(f"{folder}/{name}")
                 raise StoreError(f"{path}: is not the store's, and readers of the folder may take it for data; move it")
-
-    def _absent(self, seed: int) -> StoreError:
-        """The error for a trial without any commit."""
-        seeds = self.committed()
-        there = (
-            f"there {'is' if len(seeds) == 1 else 'are'} {_trials(seeds)}" if seeds else "no trial is committed there"
-        )
-        return StoreError(f"{self._files.show(_COMMITS)}: there is no trial {seed}; {there}; collect it first")
 
     def _read(self, path: str) -> bytes:
         with self._explained(path):
