@@ -664,9 +664,9 @@ def readers_of_all(store: TrajectoryStore) -> dict[str, Callable[[], object]]:
     return {"finished": store.finished, "digest of all": store.digest, "verify_folder": store.verify_folder}
 
 
-def lose_trial(root: Path) -> None:
+def lose_trial(root: Path, seed: int = 4) -> None:
     for parent in ("trajectories", "commits"):
-        shutil.rmtree(root / parent / "trial=4")
+        shutil.rmtree(root / parent / f"trial={seed}")
 
 
 def lose_files_of_trial(root: Path) -> None:
@@ -682,25 +682,25 @@ def lose_records_of_trial(root: Path) -> None:
     shutil.rmtree(root / "commits/trial=4")
 
 
-def lose_last_commit(root: Path) -> None:
-    for pattern in ("commits/trial=4/commit-3.json", "trajectories/trial=4/part-00000004*"):
+def lose_last_commit(root: Path, seed: int = 4) -> None:
+    for pattern in (f"commits/trial={seed}/commit-3.json", f"trajectories/trial={seed}/part-00000004*"):
         files(root, pattern)[0].unlink()
 
 
-def exchange_trial(root: Path) -> None:
+def exchange_trial(root: Path, seed: int = 4) -> None:
     """Put in its place a trial that is whole in itself, of as many snapshots."""
-    lose_trial(root)
-    writer = TrialWriter(TrajectoryStore(str(root)), 4, HEADER)
+    lose_trial(root, seed)
+    writer = TrialWriter(TrajectoryStore(str(root)), seed, HEADER)
     for index in range(8):
-        writer.append(make_snapshot(index, 4, weights=np.zeros(P, np.float32)))
+        writer.append(make_snapshot(index, seed, weights=np.zeros(P, np.float32)))
     seal = (root / "commits/_SUCCESS").read_bytes()
     writer.commit({})
     (root / "commits/_SUCCESS").write_bytes(seal)
 
 
-def add_part(root: Path) -> None:
-    content = files(root, "trial=4/part-00000004*")[0].read_bytes()
-    (root / f"trajectories/trial=4/part-00000008-{'0' * 16}.parquet").write_bytes(content)
+def add_part(root: Path, seed: int = 4) -> None:
+    content = files(root, f"trial={seed}/part-00000004*")[0].read_bytes()
+    (root / f"trajectories/trial={seed}/part-00000008-{'0' * 16}.parquet").write_bytes(content)
 
 
 def add_hidden_part(root: Path) -> None:
