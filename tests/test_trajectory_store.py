@@ -1,6 +1,7 @@
 """What the data set promises: committed rows come back bit for bit, and nothing else is ever seen."""
 
 import dataclasses
+import doctest
 import json
 import os
 import re
@@ -96,6 +97,10 @@ def files(root: Path, pattern: str) -> list[Path]:
 
 def rewrite_record(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_examples_in_docstrings_hold() -> None:
+    assert doctest.testmod(trajectory_store).failed == 0
 
 
 def test_committed_snapshots_come_back_bit_for_bit(tmp_path: Path) -> None:
