@@ -7,8 +7,10 @@
 STORAGE is the folder or URI that the experiment was collected into. Each command explains itself with --help.
 """
 
+import contextlib
 import json
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +21,8 @@ import numpy as np
 import safetensors.numpy
 import tyro
 
-from tipl_ray.config import as_table
-from tipl_ray.storage import Storage, StoreError
+from tipl_ray.config import UserError, as_table
+from tipl_ray.storage import TEMPORARY, Storage, StoreError
 from tipl_ray.terminal import console, format_rows, say
 from tipl_ray.trajectory_store import COLUMNS, Header, TrajectoryStore, TrialProgress
 
@@ -48,8 +50,8 @@ def describe(storage: Root) -> int:
         "trials": f"{len(progress)}, {num_complete} of them complete",
         "snapshots": f"{snapshots:,}, {_number(expected)} in a complete trial",
         "on disk": f"{_size(num_bytes)}, {num_bytes / raw:.3f} of the {_size(raw)} that the weights are raw",
-        "digest": store.digest(seeds),
-        "verified and sealed": "yes" if store.finished() else "no",
+        "digest": "? (see the errors)" if refusals else store.digest(seeds),
+        "verified and sealed": "no longer (see the errors)" if refusals else "yes" if store.seal() else "no",
     }
     if returns := [value for one in progress for value in _last_return(store, one)]:
         lines["last returns"] = f"mean {np.mean(returns):,.1f}, from {min(returns):,.1f} to {max(returns):,.1f}"
@@ -107,17 +109,29 @@ def export(
         raise ValueError(f"output={output} ends neither in .safetensors nor in .npz")
     if output.exists():
         raise ValueError(f"output={output} exists; choose another name")
+    if not output.parent.is_dir():
+        raise ValueError(f"output={output}: there is no folder {output.parent}; make it first, or choose another")
     store = TrajectoryStore(storage)
     header = json.dumps(as_table(store.header([seed])), sort_keys=True)
     names = tuple(dict.fromkeys(("snapshot", *(columns or COLUMNS))))
     trajectory = store.trajectory(seed, names, start, stop)
     arrays = {name: getattr(trajectory, COLUMNS[name]) for name in names}
-    partial = output.with_name(f".partial-{output.name}")
-    if output.suffix == ".npz":
-        np.savez(partial, allow_pickle=False, header=np.array(header), **arrays)
-    else:
-        safetensors.numpy.save_file(arrays, partial, metadata={"header": header, "seed": str(seed)})
-    partial.rename(output)
+    partial = output.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        if output.suffix == ".npz":
+            with partial.open("xb") as file:
+                np.savez(file, allow_pickle=False, header=np.array(header), **arrays)
+        else:
+            safetensors.numpy.save_file(arrays, partial, metadata={"header": header, "seed": str(seed)})
+        partial.rename(output)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StoreError(
+            f"output={output}: cannot be written: {error}. Make room or give access, or choose another folder; nothing "
+            "is left of it"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
     say(f"{output}: {shapes}")
     return 0
@@ -135,7 +149,11 @@ def sweep(
     With it go the files that killed stages left half written beside the data set, once they are an hour old.
     """
     store, files, refusals = TrajectoryStore(storage), Storage(storage), []
+    if not files.entries():
+        raise StoreError(f"{storage}: nothing is there")
     garbage = {*files.leftovers(), *store.garbage(())}
+    if unknown := sorted(set(seeds) - set(store.folders())):
+        raise store.absent(unknown[0])
     for seed in seeds or store.folders():
         try:
             garbage.update(store.garbage((seed,), lost))
@@ -149,24 +167,30 @@ def sweep(
     return _tell(refusals)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; what a user can mend is told in one line."""
     try:
-        return app.cli(description=__doc__)
-    except (StoreError, ValueError) as error:
+        return app.cli(description=__doc__, args=arguments)
+    except (UserError, ValueError) as error:
         return _tell([str(error)])
 
 
 def _survey(
     store: TrajectoryStore, look: Callable[[int], TrialProgress], seeds: Sequence[int] = ()
 ) -> tuple[list[TrialProgress], list[str]]:
-    """Progress of the trials that can be read, at least one, and why the others cannot be."""
+    """Progress of the trials that can be read, at least one, and what is wrong with the others or with the seal."""
     progress, refusals = [], []
-    for seed in seeds or store.seeds():
+    for seed in seeds or store.committed():
         try:
             progress.append(look(seed))
         except StoreError as error:
             refusals.append(str(error))
+    if not seeds:
+        try:
+            store.finished()
+        except StoreError as error:
+            refusals.append(str(error))
+    refusals = list(dict.fromkeys(refusals))
     if not progress:
         raise StoreError("\nerror: ".join(refusals) or f"{store.root}: no trial is committed there; collect first")
     return progress, refusals

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from test_trajectory_store import HEADER, collect, files, truncate
+from test_damage import files_up_to
+from test_trajectory_store import HEADER, collect, files, lose_trial, sealed, truncate
 
 from tipl_ray.trajectory_store import COLUMNS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
+
+from data import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,17 +90,112 @@ def test_an_exported_trial_is_the_trial_and_loads_without_unpickling(tmp_path: P
     assert [path.name for path in files(tmp_path, f"*{suffix}") if path.parent == tmp_path] == [part.name, whole.name]
 
 
-def test_what_export_cannot_do_is_one_line(tmp_path: Path) -> None:
+def one_line(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the command, run in this process, is refused with."""
+    assert main(list(map(str, arguments))) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_what_export_cannot_do_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     collect(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder.npz").mkdir()
     for arguments, complaint in (
         ((3, tmp_path / "x.pickle"), "ends neither in .safetensors nor in .npz"),
         ((3, tmp_path / "x.npz", "--stop", 9), "stop=9 is no range of the 8 snapshots of trial 3"),
-        ((3, tmp_path / "x.npz", "--columns", "weight"), "columns=['weight']"),
-        ((9, tmp_path / "x.npz"), "trial=9"),
+        ((3, tmp_path / "x.npz", "--columns", "wieghts"), "columns=['wieghts']: perhaps 'weights'?"),
+        ((9, tmp_path / "x.npz"), "there is no trial 9; there is trial 3"),
+        ((3, tmp_path / "none" / "x.npz"), f"there is no folder {tmp_path / 'none'}; make it first"),
+        ((3, tmp_path / "file" / "x.npz"), f"there is no folder {tmp_path / 'file'}"),
+        ((3, tmp_path / "folder.npz"), "exists; choose another name"),
+        ((3, Path("/proc/x.npz")), "cannot be written"),
+        ((3, Path("/proc/x.safetensors")), "cannot be written"),
     ):
-        said = run("export", tmp_path, *arguments, status=1)
+        assert complaint in one_line(capfd, "export", tmp_path, *arguments)
+    assert not files(tmp_path, "x.*")
+    assert not files(tmp_path, ".tmp-*")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_an_export_that_finds_no_room_leaves_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    collect(tmp_path / "data")
+    with files_up_to(600):
+        said = one_line(capfd, "export", tmp_path / "data", 3, tmp_path / f"x{suffix}")
+    assert "File too large" in said
+    assert "Make room" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_sealed_data_set_that_lost_a_trial_is_refused_by_name(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sealed(tmp_path)
+    lose_trial(tmp_path)
+    lost = f"error: {tmp_path}/commits/trial=4: trial 4 of this sealed data set is missing. Restore "
+    commands = (("verify",), ("verify", "--seeds", "4"), ("list",), ("describe",), ("export", "4", f"{tmp_path}/x.npz"))
+    for command in commands:
+        assert main([command[0], str(tmp_path), *command[1:]]) == 1
+        out, err = capfd.readouterr()
+        assert err.startswith(lost)
+        assert len(err.splitlines()) == 1
+        if command == ("verify",):
+            assert "2 trials are sound" in out
+        if command == ("list",):
+            assert [line for line in out.splitlines() if " 3 " in line and " 8 " in line]
+    assert main(["verify", str(tmp_path), "--seeds", "3", "5"]) == 0
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", None])
+def test_every_command_says_when_the_seal_is_damaged_or_a_stray_trial_is_there(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: bytes | None
+) -> None:
+    sealed(tmp_path / "data")
+    if damage is None:
+        collect(tmp_path / "other", seed=9)
+        for parent in ("trajectories", "commits"):
+            (tmp_path / "other" / parent / "trial=9").rename(tmp_path / "data" / parent / "trial=9")
+    else:
+        (tmp_path / "data/commits/_SUCCESS").write_bytes(damage)
+    for command in ("verify", "list", "describe"):
+        assert main([command, str(tmp_path / "data")]) == 1
+        (line,) = capfd.readouterr().err.splitlines()
+        assert ("trial 9" in line) if damage is None else ("_SUCCESS: is no seal" in line)
+        assert "collect again" in line
+
+
+def test_a_trial_that_never_was_is_refused_with_those_that_are(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sealed(tmp_path)
+    for command in ("verify", "sweep"):
+        said = one_line(capfd, command, tmp_path, "--seeds", 9)
+        assert "no trial 9; there are trials 3-5" in said
+
+
+@pytest.mark.parametrize("command", ["describe", "list", "verify", "sweep", "export"])
+def test_a_storage_that_cannot_be_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "empty").mkdir()
+    for storage, complaint in (
+        (tmp_path / "file", "is a file; choose another folder"),
+        (tmp_path / "file" / "deep", "is a file; choose another folder"),
+        (tmp_path / "none", ""),
+        (tmp_path / "empty", ""),
+        ("", "name is empty"),
+        ("floppy://disk", "Unrecognized filesystem type"),
+        ("s3://", "names no bucket"),
+        ("s3://me:secret@bucket/x", "carries credentials"),
+    ):
+        more = (3, tmp_path / "x.npz") if command == "export" else ()
+        said = one_line(capfd, command, storage, *more)
         assert complaint in said
-        assert len(said.splitlines()) == 1
+        assert "secret" not in said
 
 
 def test_sweep_lists_first_and_deletes_when_told_but_never_a_trial_that_lost_its_records(tmp_path: Path) -> None:

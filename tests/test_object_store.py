@@ -23,13 +23,18 @@ Put = Callable[[int, dict[str, str]], None]
 """What to do with the n-th put that carries data, and its headers; counted from 1."""
 
 
+Answer = Callable[[int, str], int | None]
+"""Status to answer the n-th request with, method and path, in the real one's place; None asks the real one."""
+
+
 class Proxy(http.server.ThreadingHTTPServer):
     """An S3 endpoint between the store and the real one, which meddles with puts."""
 
     def __init__(self, target: str) -> None:
         super().__init__(("127.0.0.1", 0), _Forward)
         self.target = target
-        self.num_puts = 0
+        self.num_puts = self.num_requests = 0
+        self.answer: Answer = lambda number, request: None
         self.before: Put = lambda number, headers: None
         self.after: Put = lambda number, headers: None
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -48,7 +53,13 @@ class _Forward(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = dict(self.headers.items())
         counts = self.command == "PUT" and len(body) > 0
+        self.server.num_requests += 1
         try:
+            if status := self.server.answer(self.server.num_requests, f"{self.command} {self.path}"):
+                self.send_response_only(status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if counts:
                 self.server.num_puts += 1
                 self.server.before(self.server.num_puts, headers)
@@ -249,3 +260,72 @@ def test_a_missing_and_an_altered_object_are_named(server: str) -> None:
     client.delete_object(Bucket=BUCKET, Key=f"{prefix}/{part}")
     with pytest.raises(StoreError, match=rf"^s3://{BUCKET}/{prefix}/{part}: is missing"):
         store.trajectory(3)
+
+
+def fail_every(nth: int) -> Answer:
+    """Every n-th request is answered 500, 503 or not at all, in turn."""
+
+    def answer(number: int, request: str) -> int | None:
+        if number % nth:
+            return None
+        kind = number // nth % 3
+        if kind == 0:
+            raise ConnectionAbortedError
+        return (500, 503)[kind - 1]
+
+    return answer
+
+
+@pytest.mark.parametrize("nth", [10, 4])
+def test_an_endpoint_that_fails_now_and_then_costs_time_and_nothing_else(
+    proxy: Proxy, tmp_path: Path, nth: int
+) -> None:
+    root = new_root(proxy.endpoint)
+    proxy.answer = fail_every(nth)
+    store = collect_into(root, stops=(1, 8))
+    store.finish([3], 8)
+    local = collect(tmp_path, stops=(1, 8))
+    assert store.finished()
+    assert (store.seeds(), store.header(), store.digest()) == ((3,), HEADER, local.digest())
+    np.testing.assert_array_equal(store.trajectory(3).weights_TP, local.trajectory(3).weights_TP)
+    assert proxy.num_requests > 3 * nth
+
+
+@pytest.mark.parametrize("request_of", ["list-type=2", ".parquet"])
+def test_a_request_that_fails_three_times_in_a_row_is_made_again(proxy: Proxy, request_of: str) -> None:
+    store = collect_into(new_root(proxy.endpoint), stops=(2,))
+    failed: list[str] = []
+
+    def answer(number: int, request: str) -> int | None:
+        if request_of in request and len(failed) < 3:
+            failed.append(request)
+            return 500
+        return None
+
+    proxy.answer = answer
+    assert len(store.trajectory(3).snapshots_T) == 2
+    assert len(failed) == 3
+
+
+def test_an_endpoint_that_always_fails_is_one_line_that_names_the_file(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = new_root(proxy.endpoint)
+    collect_into(root, stops=(2,))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    store = TrajectoryStore(root)
+    failing: list[str] = []
+    proxy.answer = lambda number, request: 500 if failing[0] in request else None
+    for part, complaint in (("list-type=2", "cannot be listed"), (".parquet", "cannot be read")):
+        failing[:] = [part]
+        with pytest.raises(StoreError, match=rf"^s3://[^ ]+: {complaint}: .*(check|connection)") as caught:
+            store.trajectory(3)
+        assert "\n" not in str(caught.value)
+        assert "delete" not in str(caught.value)
+
+
+@pytest.mark.parametrize("attempts", ["0", "many"])
+def test_a_number_of_attempts_that_cannot_be_is_refused(attempts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", attempts)
+    with pytest.raises(StoreError, match=rf"s3://bucket/x: cannot be opened: .*MAX_ATTEMPTS='{attempts}' is not"):
+        TrajectoryStore("s3://bucket/x?endpoint_override=http://127.0.0.1:9")

@@ -1,13 +1,16 @@
 """Whole files under one root: what holds in a folder holds in a bucket."""
 
+import contextlib
 import doctest
+import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +163,70 @@ def test_an_endpoint_that_is_not_there_is_one_error_that_names_the_file(
         write_file(nowhere, "a.bin", b"")
     with pytest.raises(StoreError, match=r"^s3://bucket/folder/a\.bin: cannot be listed: .*check the storage"):
         file_exists(nowhere, "a.bin")
+
+
+@pytest.mark.parametrize("unknown", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_a_folder_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unknown: int
+) -> None:
+    with failing_fsync(monkeypatch, of_folders=True, code=unknown):
+        Storage(str(tmp_path / "new")).write("folder/name", b"mine")
+        assert Storage(str(tmp_path / "new")).put_if_absent("folder/once", b"mine")
+    assert read_file(str(tmp_path / "new/folder"), "name") == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("of_folders", "code", "complaint"),
+    [
+        (False, errno.EINVAL, "Invalid argument"),
+        (True, errno.EIO, "Input/output error"),
+        (True, errno.ENOSPC, "the disk is full"),
+        (False, errno.ENOSPC, "the disk is full"),
+    ],
+)
+def test_a_sync_that_fails_in_earnest_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_folders: bool, code: int, complaint: str
+) -> None:
+    with (
+        failing_fsync(monkeypatch, of_folders, code),
+        pytest.raises(StoreError, match=rf"name: cannot be written: .*{complaint}"),
+    ):
+        Storage(str(tmp_path)).write("name", b"mine")
+
+
+@contextlib.contextmanager
+def failing_fsync(patch: pytest.MonkeyPatch, of_folders: bool, code: int) -> Iterator[None]:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_folders:
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    with patch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        yield
+
+
+@pytest.mark.parametrize("name", ["file", "file/deep/er", "link"])
+def test_a_file_in_a_storages_place_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to("file")
+    for place in (str(tmp_path / name), (tmp_path / name).as_uri()):
+        with pytest.raises(StoreError, match=r"^/.*(file|link):? is a file; choose another folder"):
+            Storage(place)
+
+
+def test_a_storage_without_a_name_is_refused() -> None:
+    with pytest.raises(StoreError, match="name is empty; give a folder"):
+        Storage("")
+
+
+@pytest.mark.parametrize(
+    "uri", ["floppy://me:secret@host/x?token=secret", "s3://bucket/x?token=secret", "gs://b?x=secret"]
+)
+def test_no_secret_of_a_uri_is_in_an_error(uri: str) -> None:
+    with pytest.raises(StoreError, match="cannot be opened") as caught:
+        Storage(uri)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None

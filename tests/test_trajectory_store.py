@@ -1,8 +1,11 @@
 """What the data set promises: committed rows come back bit for bit, and nothing else is ever seen."""
 
 import dataclasses
+import doctest
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +97,10 @@ def files(root: Path, pattern: str) -> list[Path]:
 
 def rewrite_record(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_examples_in_docstrings_hold() -> None:
+    assert doctest.testmod(trajectory_store).failed == 0
 
 
 def test_committed_snapshots_come_back_bit_for_bit(tmp_path: Path) -> None:
@@ -270,7 +277,7 @@ def test_a_broken_run_of_commits_shows_only_what_comes_before_the_break(tmp_path
         with pytest.raises(StoreError, match=r"commit-3\.json.*sweep"):
             refused()
     before = files(tmp_path, "*.*")
-    with pytest.raises(StoreError, match=r"commit-3\.json: lies beyond the 1 commits of trial 3.*lost"):
+    with pytest.raises(StoreError, match=r"commit-3\.json: is beyond the 1 commits of trial 3.*lost"):
         store.sweep()
     assert files(tmp_path, "*.*") == before
     store.sweep(lost=True)
@@ -284,11 +291,12 @@ def test_a_trial_whose_records_are_lost_is_swept_only_when_told(tmp_path: Path, 
     collect(tmp_path, seed=4)
     for path in files(tmp_path / "commits/trial=3", lost) + files(tmp_path / "commits/trial=3", "state-*"):
         path.unlink()
-    with pytest.raises(StoreError, match=rf"trial=3/{named}.*: lies beyond .* trial 3.*seem to be lost"):
+    with pytest.raises(StoreError, match=rf"trial=3/{named}.*: is beyond .* trial 3.*seem to be lost"):
         store.sweep()
     assert len(files(tmp_path, "trial=3/part-*")) == 3
     assert store.sweep([4]) == ()
-    store.finish([4], 8)
+    with pytest.raises(StoreError, match=r"trial=3.*(seem to be lost|has 1 of 8 snapshots)"):
+        store.finish([4], 8)
     assert len(store.sweep(lost=True)) >= 2
     assert store.verify(4, 8).complete
 
@@ -607,15 +615,312 @@ def test_success_is_written_only_when_every_trial_is_whole(tmp_path: Path) -> No
     commit_snapshots(writer, 5, seed=4)
     with pytest.raises(StoreError, match="trial 4 has 5 of 8 snapshots"):
         store.finish([3, 4], 8)
-    with pytest.raises(StoreError, match="trial 5 has 0 of 8 snapshots"):
-        store.finish([3, 5], 8)
+    with pytest.raises(StoreError, match=r"trial 4, which is none of this experiment's, has 5 of 8 .*another storage"):
+        store.finish([3], 8)
     assert not store.finished()
     commit_snapshots(writer, 8, seed=4)
+    with pytest.raises(StoreError, match="trial 5 has 0 of 8 snapshots"):
+        store.finish([3, 5], 8)
     store.finish([4, 3], 8)
     assert store.finished()
     mark = json.loads((tmp_path / "commits/_SUCCESS").read_text())
+    assert mark.pop("trials").keys() == {"3", "4"}
     assert mark == {"seeds": [3, 4], "num_snapshots": 8, "digest": store.digest()}
     commit_snapshots(TrialWriter(store, 5, HEADER), 1, seed=5)
+    assert not store.finished()
+
+
+def test_a_seal_takes_in_whole_trials_that_were_there_before(tmp_path: Path) -> None:
+    for seed in (3, 4):
+        collect(tmp_path, seed=seed)
+    store = collect(tmp_path, seed=5)
+    store.finish([5], 8)
+    assert store.seeds() == (3, 4, 5)
+    assert store.finished()
+
+
+def sealed(root: Path, seeds: tuple[int, ...] = (3, 4, 5)) -> TrajectoryStore:
+    for seed in seeds:
+        collect(root, seed=seed)
+    store = TrajectoryStore(str(root))
+    store.finish(seeds, 8)
+    return store
+
+
+def with_seal_of_before(root: Path) -> None:
+    """Leave the seal as earlier versions wrote it."""
+    path = root / "commits/_SUCCESS"
+    seal = json.loads(path.read_text())
+    del seal["trials"]
+    path.write_text(json.dumps(seal, indent=2))
+
+
+def readers(store: TrajectoryStore, seed: int) -> dict[str, Callable[[], object]]:
+    """Whatever reads one trial of a data set."""
+    return {
+        "trajectory": lambda: store.trajectory(seed),
+        "weights": lambda: store.weights(seed),
+        "verify": lambda: store.verify(seed),
+        "digest": lambda: store.digest([seed]),
+    }
+
+
+def readers_of_all(store: TrajectoryStore) -> dict[str, Callable[[], object]]:
+    return {"finished": store.finished, "digest of all": store.digest, "verify_folder": store.verify_folder}
+
+
+def lose_trial(root: Path, seed: int = 4) -> None:
+    for parent in ("trajectories", "commits"):
+        shutil.rmtree(root / parent / f"trial={seed}")
+
+
+def lose_files_of_trial(root: Path) -> None:
+    for path in files(root, "trial=4/*"):
+        path.unlink()
+
+
+def lose_parts_of_trial(root: Path) -> None:
+    shutil.rmtree(root / "trajectories/trial=4")
+
+
+def lose_records_of_trial(root: Path) -> None:
+    shutil.rmtree(root / "commits/trial=4")
+
+
+def lose_last_commit(root: Path, seed: int = 4) -> None:
+    for pattern in (f"commits/trial={seed}/commit-3.json", f"trajectories/trial={seed}/part-00000004*"):
+        files(root, pattern)[0].unlink()
+
+
+def exchange_trial(root: Path, seed: int = 4) -> None:
+    """Put in its place a trial that is whole in itself, of as many snapshots."""
+    lose_trial(root, seed)
+    writer = TrialWriter(TrajectoryStore(str(root)), seed, HEADER)
+    for index in range(8):
+        writer.append(make_snapshot(index, seed, weights=np.zeros(P, np.float32)))
+    seal = (root / "commits/_SUCCESS").read_bytes()
+    writer.commit({})
+    (root / "commits/_SUCCESS").write_bytes(seal)
+
+
+def add_part(root: Path, seed: int = 4) -> None:
+    content = files(root, f"trial={seed}/part-00000004*")[0].read_bytes()
+    (root / f"trajectories/trial={seed}/part-00000008-{'0' * 16}.parquet").write_bytes(content)
+
+
+def add_hidden_part(root: Path) -> None:
+    (root / "trajectories/trial=4/._part.parquet").write_bytes(b"PAR1")
+
+
+@pytest.mark.parametrize("seal_of_before", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lose_trial,
+        lose_files_of_trial,
+        lose_parts_of_trial,
+        lose_records_of_trial,
+        lose_last_commit,
+        exchange_trial,
+        add_part,
+        add_hidden_part,
+    ],
+)
+def test_readers_hold_each_trial_to_its_seal_and_leave_the_others_alone(
+    tmp_path: Path, change: Callable[[Path], None], seal_of_before: bool
+) -> None:
+    store = sealed(tmp_path)
+    digests = {seed: store.digest([seed]) for seed in (3, 5)}
+    if seal_of_before:
+        with_seal_of_before(tmp_path)
+        assert store.finished()
+    change(tmp_path)
+    # A seal of before knows no trial's digest, so that the exchange is seen only in the digest of all.
+    one = {} if seal_of_before and change is exchange_trial else readers(store, 4)
+    names = r"_SUCCESS: .*digest=" if not one else r"trial[ =]4"
+    for reader in {**one, **readers_of_all(store)}.values():
+        with pytest.raises(StoreError, match=names) as caught:
+            reader()
+        assert "\n" not in str(caught.value)
+    for seed, digest in digests.items():
+        assert store.digest([seed]) == digest
+        assert store.trajectory(seed).weights_TP.shape == (8, P)
+
+
+@pytest.mark.parametrize("change", [lose_trial, lose_files_of_trial, lose_parts_of_trial, lose_records_of_trial])
+def test_a_lost_trial_is_named_by_whoever_asks_which_there_are_and_can_be_collected_again(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    store = sealed(tmp_path)
+    digest = store.digest()
+    change(tmp_path)
+    for reader in (store.seeds, store.header):
+        with pytest.raises(StoreError, match=r"trial[ =]4.*missing"):
+            reader()
+    store.check_header(HEADER)
+    shutil.rmtree(tmp_path / "commits/trial=4", ignore_errors=True)
+    collect(tmp_path, seed=4)
+    assert not store.finished()
+    store.finish([3, 4, 5], 8)
+    assert store.digest() == digest
+
+
+@pytest.mark.parametrize("parents", [("trajectories", "commits"), ("trajectories",), ("commits",)])
+def test_a_stray_trial_in_a_sealed_data_set_is_named(tmp_path: Path, parents: tuple[str, ...]) -> None:
+    store = sealed(tmp_path / "data")
+    collect(tmp_path / "other", seed=9)
+    for parent in parents:
+        shutil.copytree(tmp_path / "other" / parent / "trial=9", tmp_path / "data" / parent / "trial=9")
+    asked: list[Callable[[], object]] = [store.seeds, store.header, *readers_of_all(store).values()]
+    for reader in asked:
+        with pytest.raises(
+            StoreError, match=r"trial 9 is not of the data set that was sealed.*Move .*_SUCCESS.*collect"
+        ):
+            reader()
+    assert len(store.trajectory(3).snapshots_T) == 8
+    (tmp_path / "data/commits/_SUCCESS").unlink()
+    if len(parents) == 2:
+        store.finish([3, 4, 5], 8)
+        assert store.seeds() == (3, 4, 5, 9)
+
+
+@pytest.mark.parametrize("name", ["mine.parquet", "_mine.parquet", "trial=03/a.parquet", "_old/trial=3/a.parquet"])
+def test_nothing_foreign_is_among_the_trials_of_a_sealed_data_set(tmp_path: Path, name: str) -> None:
+    store = sealed(tmp_path)
+    path = tmp_path / "trajectories" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"PAR1")
+    for reader in (store.seeds, *readers_of_all(store).values()):
+        with pytest.raises(StoreError, match=rf"{name.split('/')[0]}: is not the store's.*move it"):
+            reader()
+
+
+def test_what_other_readers_skip_may_be_among_the_trials(tmp_path: Path) -> None:
+    store = sealed(tmp_path)
+    for name in (".DS_Store", "_notes", "trial=3/.nfs0123"):
+        (tmp_path / "trajectories" / name).write_bytes(b"")
+    (tmp_path / "trajectories/trial=9").mkdir()
+    assert store.finished()
+    assert store.seeds() == (3, 4, 5)
+
+
+@pytest.mark.parametrize("seal_of_before", [False, True])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda seal: b"",
+        lambda seal: seal[:40],
+        lambda seal: b"[]",
+        lambda seal: b"\xff\xfe",
+        lambda seal: b"[" * 100_000,
+        lambda seal: seal.replace(b'"num_snapshots": 8', b'"num_snapshots": 9'),
+        lambda seal: seal.replace(b'"num_snapshots": 8', b'"num_snapshots": "8"'),
+        lambda seal: re.sub(rb"    4,", rb"", seal, count=1),
+        lambda seal: re.sub(rb"    3,", rb"    3,\n    3,", seal, count=1),
+        lambda seal: re.sub(rb'"digest": "....', rb'"digest": "0000', seal),
+        lambda seal: seal.replace(b'"digest"', b'"hash"'),
+    ],
+)
+def test_a_damaged_seal_is_one_line_with_the_way_out(
+    tmp_path: Path, edit: Callable[[bytes], bytes], seal_of_before: bool
+) -> None:
+    store, path = sealed(tmp_path), tmp_path / "commits/_SUCCESS"
+    if seal_of_before:
+        with_seal_of_before(tmp_path)
+    digest = store.digest()
+    assert edit(path.read_bytes()) != path.read_bytes()
+    path.write_bytes(edit(path.read_bytes()))
+    for reader in (store.finished, store.digest):
+        with pytest.raises(StoreError) as caught:
+            reader()
+        assert re.search("(Restore|Move) .*, or delete .* and collect again", str(caught.value))
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    store.finish([3, 4, 5], 8)
+    assert store.digest() == digest
+
+
+def test_a_trial_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    store = sealed(tmp_path)
+    for unsealed in (False, True):
+        if unsealed:
+            (tmp_path / "commits/_SUCCESS").unlink()
+        for reader in (*readers(store, 9).values(), lambda: store.header([9])):
+            with pytest.raises(StoreError, match="there is no trial 9; there are trials 3-5"):
+                reader()
+    with pytest.raises(StoreError, match="there is no trial 9; no trial is committed there"):
+        TrajectoryStore(str(tmp_path / "empty")).trajectory(9)
+
+
+def test_reading_while_an_extension_takes_the_seal_away_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = sealed(tmp_path)
+    real = store.committed
+
+    def extend_meanwhile() -> tuple[int, ...]:
+        monkeypatch.undo()
+        collect(tmp_path, seed=9)
+        return real()
+
+    monkeypatch.setattr(store, "committed", extend_meanwhile)
+    assert store.seeds() == (3, 4, 5, 9)
+
+
+def write_for(store: TrajectoryStore, path_part: str, then: Callable[[], None]) -> None:
+    """Let something happen once, right before the store's next write whose path has this in it."""
+    publisher = store._files._publisher
+    real = {name: getattr(publisher, name) for name in ("write", "put_if_absent", "delete")}
+
+    def sleeping(name: str) -> Callable[..., Any]:
+        def call(path: str, *data: Any) -> Any:
+            if path_part in path:
+                for each, function in real.items():
+                    setattr(publisher, each, function)
+                then()
+            return real[name](path, *data)
+
+        return call
+
+    for name in real:
+        setattr(publisher, name, sleeping(name))
+
+
+@pytest.mark.parametrize("asleep_before", ["nothing", "part-", "state-", "commit-"])
+@pytest.mark.parametrize("same", [True, False])
+def test_a_writer_that_slept_while_another_sealed_leaves_the_seal_and_nothing_else(
+    tmp_path: Path, asleep_before: str, same: bool
+) -> None:
+    collect(tmp_path, stops=(1, 4))
+    sleeper_store, store = (TrajectoryStore(str(tmp_path)) for _ in range(2))
+    sleeper, other = TrialWriter(sleeper_store, 3, HEADER), TrialWriter(store, 3, HEADER)
+
+    def go_on_and_seal() -> None:
+        commit_snapshots(other, 6)
+        commit_snapshots(other, 8)
+        store.finish([3], 8)
+
+    for index in range(4, 6):
+        sleeper.append(make_snapshot(index, episodic_return=make_snapshot(index).episodic_return if same else 0.5))
+    if asleep_before == "nothing":
+        go_on_and_seal()
+    else:
+        write_for(sleeper_store, asleep_before, go_on_and_seal)
+    with pytest.raises(StoreError, match=r"commit-3\.json: another writer holds trial 3"):
+        sleeper.commit(make_state(6 if same else 5))
+    assert store.finished()
+    assert store.verify(3, 8).complete
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    undisturbed = tmp_path / "undisturbed"
+    collect(undisturbed, stops=(1, 4, 6, 8)).finish([3], 8)
+    assert left == {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*") if path.is_file()}
+
+
+def test_a_writer_that_extends_a_sealed_data_set_unseals_it_before_its_part_is_there(tmp_path: Path) -> None:
+    store, seals = sealed(tmp_path), []
+    write_for(store, "trial=9/part-", lambda: seals.append((tmp_path / "commits/_SUCCESS").exists()))
+    commit_snapshots(TrialWriter(store, 9, HEADER), 2, seed=9)
+    assert seals == [False]
     assert not store.finished()
 
 
@@ -634,3 +939,65 @@ def test_a_foreign_file_among_the_parts_is_named(tmp_path: Path) -> None:
 def test_a_layout_with_a_gap_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'log_std'.*offset 7 does not follow offset 6"):
         dataclasses.replace(HEADER, layout=(("hidden.weight", (2, 3), 0), ("log_std", (1,), 7)))
+
+
+ODD_PARENTS = [
+    "plain",
+    "seed=99/learning_rate=0.1",
+    "trial=7/snapshot=1",
+    "weights=/a b",
+    "50%/a%20b",
+    "run[1]",
+    "x*y",
+    "what?",
+    "{a,b}",
+    "it's",
+    'say "hi"',
+]
+
+
+@pytest.mark.parametrize("parent", ODD_PARENTS)
+def test_the_recipes_of_the_docs_give_the_right_rows_wherever_the_storage_is(tmp_path: Path, parent: str) -> None:
+    storage = tmp_path / parent / "data"
+    sealed(storage, (1, 3))
+    for neighbour in ("run1", "xAy", "whatX", "a"):  # what the parents' names match as patterns
+        collect(tmp_path / neighbour / "data", seed=5)
+    text = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(first.replace('"storage/demo"', repr(str(storage))), scope)
+    rows = {
+        "DuckDB": scope["by_duckdb"].to_dict("records"),
+        "Polars": scope["by_polars"].to_dicts(),
+        "pandas": scope["by_pandas"].to_dict("records"),
+        "pyarrow": scope["by_pyarrow"].to_pylist(),
+    }
+    for reader, found in rows.items():
+        assert len(found) == 16, reader
+        for row in found:
+            expected = make_snapshot(row["snapshot"], row["seed"])
+            assert row["seed"] in (1, 3)
+            assert row["learning_rate"] == expected.learning_rate, reader
+            assert np.array_equal(np.array(row["weights"], np.float32), expected.weights), reader
+    exec(second.replace("start=100, stop=200", "start=2, stop=5"), scope)
+    assert scope["trial"].weights_TP.shape == (3, P)
+
+
+def test_the_rows_are_right_by_hive_too_where_no_parent_bears_a_columns_name(tmp_path: Path) -> None:
+    sealed(tmp_path / "year=2026" / "data", (1, 3))
+    query = "select distinct trial, seed from read_parquet(?, hive_partitioning=true) order by seed"
+    pattern = f"{tmp_path}/year=2026/data/trajectories/*/*.parquet"
+    assert duckdb.execute(query, [pattern]).fetchall() == [(1, 1), (3, 3)]
+
+
+def test_polars_and_pyarrow_read_hive_columns_below_the_folder_they_are_given_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "seed=99" / "learning_rate=0.1" / "data"
+    sealed(folder, (1, 3))
+    frame = polars.scan_parquet(folder / "trajectories", hive_partitioning=True).collect()
+    table = pa_dataset.dataset(folder / "trajectories", partitioning="hive").to_table()
+    for seeds, rates in (
+        (frame["seed"], frame["learning_rate"]),
+        (table["seed"].to_pylist(), table["learning_rate"].to_pylist()),
+    ):
+        assert set(seeds) == {1, 3}
+        assert set(rates) == {make_snapshot(index).learning_rate for index in range(8)}

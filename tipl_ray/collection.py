@@ -178,8 +178,7 @@ def collect(
     store = TrajectoryStore(experiment.storage_path)
     engine = choose_engine(experiment.collect.engine, experiment.ppo)
     header = trial_header(experiment, engine)
-    if store.seeds() and store.header().config_hash != header.config_hash:
-        TrialWriter(store, store.seeds()[0], header)  # refuses, and says what differs
+    store.check_header(header)
     seeds = pending_seeds(experiment, store)
     if seeds:
         if engine == "cuda" and not ray.cluster_resources().get("GPU"):

@@ -31,8 +31,14 @@ LEFT_AFTER_SECONDS = 3600.0
 """Age at which a file that is not yet published is taken for left behind: writing one takes far less."""
 REQUESTS_AT_ONCE = 16
 """Requests under way at once where each is a round trip."""
+ATTEMPTS = 9
+"""Times that a request to S3 is made before the storage gives up, about a minute in all with what is waited between
+them; $AWS_MAX_ATTEMPTS goes before."""
 CONFLICTS = 50
 """Conditional puts of one name that may meet another under way before the storage gives up."""
+
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS)
+"""What network and FUSE file systems say that do not know how to sync a folder, and keep its names in their own way."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -48,8 +54,10 @@ class Storage:
     def __init__(self, root: str, temporaries: str = "") -> None:
         """Open without touching anything; `temporaries` is the folder in it for files that are not yet published.
 
-        Raises StoreError where no filesystem answers to the URI.
+        Raises StoreError where no filesystem answers to the URI, or where a file is in the folder's place.
         """
+        if not root:
+            raise StoreError("the storage's name is empty; give a folder or a URI such as s3://bucket/folder")
         self._root = root.rstrip("/")
         self._publisher: _Publisher
         try:
@@ -60,14 +68,18 @@ class Storage:
             elif "://" in root:
                 self._filesystem, self._base = pa_fs.FileSystem.from_uri(root)
                 self._publisher = _NoPublisher(self._filesystem.type_name)
+                self._root = _without_secrets(self._root)
             else:
                 self._filesystem, self._base = pa_fs.LocalFileSystem(), str(Path(root).absolute())
         except (OSError, ValueError, pa.ArrowException) as error:
+            shown = _without_secrets(root)
             raise StoreError(
-                f"{root}: cannot be opened: {error}; give a folder or a URI such as s3://bucket/folder"
-            ) from error
+                f"{shown}: cannot be opened: {_one_line(error).replace(root, shown)}; give a folder or a URI such as "
+                "s3://bucket/folder"
+            ) from None  # whose text is the URI's
         if self._is_local:
             self._publisher, self._root = _Folder(self._base, temporaries), self._base
+            _refuse_file(Path(self._base))
 
     @property
     def _is_local(self) -> bool:
@@ -75,12 +87,12 @@ class Storage:
 
     @property
     def filesystem(self) -> tuple[pa_fs.FileSystem, str]:
-        """pyarrow's filesystem and the root's path in it, for who insists on writing by himself."""
+        """pyarrow's filesystem and the root's path in it, for libraries that write through pyarrow themselves."""
         return self._filesystem, self._base
 
     def show(self, path: str) -> str:
         """Full name for an error message."""
-        return f"{self._root}/{path}"
+        return f"{self._root}/{path}".rstrip("/")
 
     def entries(self, folder: str = "") -> dict[str, int | None]:
         """Name -> bytes of the files in a folder, None of the folders in it; empty where there is no folder."""
@@ -163,14 +175,14 @@ class Storage:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{self.show(path)}: cannot be listed: {error}; check the storage") from error
+            raise StoreError(f"{self.show(path)}: cannot be listed: {_one_line(error)}; check the storage") from error
 
     @contextlib.contextmanager
     def _refused(self, path: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            cause = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+            cause = "the disk is full" if error.errno == errno.ENOSPC else _one_line(error)
             raise StoreError(
                 f"{self.show(path)}: cannot be written: {cause}. Make room or give access, then run again; what was "
                 "committed before stays readable"
@@ -220,7 +232,7 @@ def read_file(folder: str, name: str) -> bytes:
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{storage.show(name)}: cannot be read: {error}; check the storage") from error
+        raise StoreError(f"{storage.show(name)}: cannot be read: {_one_line(error)}; check the storage") from error
 
 
 def file_exists(folder: str, name: str) -> bool:
@@ -357,13 +369,22 @@ class _Bucket:
         if endpoint and "://" not in endpoint:
             endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
         self._endpoint = endpoint
+        attempts = environment("AWS_MAX_ATTEMPTS") or str(ATTEMPTS)
+        if not attempts.isdecimal() or not int(attempts):
+            raise ValueError(f"$AWS_MAX_ATTEMPTS={attempts!r} is not a whole number of at least 1")
+        self._attempts = int(attempts)
         told = options.get("region") or environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
         self._region = told or ("us-east-1" if endpoint else pa_fs.resolve_s3_region(self._bucket))
 
     def reader(self) -> pa_fs.S3FileSystem:
         """The filesystem to read from."""
         scheme, _, host = (self._endpoint or "https://").partition("://")
-        return pa_fs.S3FileSystem(region=self._region, scheme=scheme, endpoint_override=host.rstrip("/") or None)
+        return pa_fs.S3FileSystem(
+            region=self._region,
+            scheme=scheme,
+            endpoint_override=host.rstrip("/") or None,
+            retry_strategy=pa_fs.AwsStandardS3RetryStrategy(max_attempts=self._attempts),
+        )
 
     def refusal(self) -> str | None:
         return self._refusal
@@ -418,7 +439,7 @@ class _Bucket:
         import botocore.session
 
         settings = botocore.config.Config(
-            retries={"mode": "standard", "max_attempts": 5},
+            retries={"mode": "standard", "total_max_attempts": self._attempts},
             # Signed bodies are checked by every S3, the newer checksums by AWS's alone.
             request_checksum_calculation="when_required",
             s3={"payload_signing_enabled": True, "addressing_style": "path" if self._endpoint else "auto"},
@@ -439,6 +460,17 @@ class _Bucket:
             raise OSError(f"{self._endpoint or 'S3'}: {error}") from error
 
 
+def _without_secrets(place: str) -> str:
+    """A place as an error may show it: a URI without its user, password and options."""
+    scheme, mark, address = place.partition("?")[0].partition("://")
+    host, slash, path = address.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if mark else place
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _refuse_outside(root: Path, path: Path) -> None:
     """Raises OSError where links lead out of the storage: neither reads nor writes follow them."""
     if not (target := path.resolve()).is_relative_to(root.resolve()):
@@ -452,9 +484,19 @@ def _make_folder(folder: Path) -> None:
         _sync_folder(folder.parent)
 
 
+def _refuse_file(folder: Path) -> None:
+    """Raises StoreError where a folder cannot be, as it or one above it is a file."""
+    place = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    if place.exists() and not place.is_dir():
+        raise StoreError(f"{folder}: {'' if place == folder else f'{place} '}is a file; choose another folder")
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)

@@ -9,6 +9,9 @@ Knows how trials are laid out, published and verified under one storage root; kn
 A part counts once a commit record names it, and a commit record counts while records 1, 2, ... n have no gap and their
 snapshots follow each other from 0. Everything else is garbage, which readers do not see and `sweep` deletes.
 
+`_SUCCESS` is the seal: what the data set was when every trial was whole. While it is there, whoever reads holds the
+trials to it, and nothing uncounted may be in the trials' folders, which other readers take as they are.
+
 How files are put under the root, a folder or a bucket's prefix, `storage` knows.
 
 Shapes: T snapshots, P policy weights, O observation entries.
@@ -16,6 +19,7 @@ Shapes: T snapshots, P policy weights, O observation entries.
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import itertools
@@ -44,11 +48,16 @@ ROW_GROUP_BYTES = 8 * 2**20
 """Raw weights per row group at most: what reading a single snapshot costs."""
 
 _TRAJECTORIES, _COMMITS = "trajectories", "commits"
-_SUCCESS = "_SUCCESS"
+_SEAL = f"{_COMMITS}/_SUCCESS"
 _TRIAL_FOLDER = re.compile(r"trial=(0|[1-9][0-9]*)")
 _PART_NAME = re.compile(r"part-([0-9]{8,})-[0-9a-f]{16}\.parquet")
 _COMMIT_NAME = re.compile(r"commit-([1-9][0-9]*)\.json")
 _STATE_NAME = re.compile(r"state-([1-9][0-9]*)-[0-9a-f]{16}\.safetensors")
+
+_LOST = "restore what is missing, or delete what is left of it with `python jobs/data.py sweep STORAGE --lost --delete`"
+_NOT_COMPARED = ("versions.torch", "versions.numpy")
+_DIFFERENCES = 5
+"""Fields that an error names at most."""
 
 _Count = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 _Bytes = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
@@ -191,8 +200,29 @@ class TrialProgress:
     """All the expected snapshots are committed; False where no number was expected."""
 
 
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Seal:
+    """What a data set was when every trial was whole: _SUCCESS. One that contradicts itself cannot be built."""
+
+    seeds: tuple[_Bytes, ...]
+    """Seeds of all its trials, ascending."""
+    num_snapshots: _Count
+    """Snapshots of a complete trial."""
+    digest: str
+    """See `TrajectoryStore.digest`."""
+    trials: dict[int, str] | None = None
+    """Seed -> digest of that trial and of num_snapshots. Seals of earlier versions have None: there the number of
+    snapshots is all that a single trial can be held to."""
+
+    def __post_init__(self) -> None:
+        if self.seeds != tuple(sorted(set(self.seeds))) or (self.trials and sorted(self.trials) != list(self.seeds)):
+            raise ValueError(f"seeds={list(self.seeds)} are not the seeds of its trials, ascending")
+
+
 _Runs = dict[int, tuple[CommitRecord, ...]]
 _RECORD = pydantic.TypeAdapter(CommitRecord)
+_SEAL_RECORD = pydantic.TypeAdapter(Seal)
 
 _SCALARS = {
     "seed": pa.int64(),
@@ -228,14 +258,42 @@ class TrajectoryStore:
         # Not yet published files lie among the commits, where no Parquet reader looks.
         self._files = Storage(root, temporaries=_COMMITS)
 
+    def seal(self) -> Seal | None:
+        """What the data set was sealed as; None where it is not sealed. Raises StoreError for a damaged seal."""
+        content = self._seal_content()
+        try:
+            return None if content is None else _SEAL_RECORD.validate_json(content, strict=True)
+        except pydantic.ValidationError as error:
+            raise self._broken_seal(f"is no seal: {_complaints(error, 'seal')}") from error
+
     def seeds(self) -> tuple[int, ...]:
-        """Seeds of the trials with at least one commit, ascending."""
+        """Seeds of the trials, ascending. Raises StoreError where they are not those that a seal names."""
+        seal, seeds = self.seal(), self.committed()
+        if seal:
+            self._hold_seeds(seal, seeds)
+        return seeds
+
+    def committed(self) -> tuple[int, ...]:
+        """Seeds of the trials with at least one commit, ascending, whatever a seal says: where a collection goes on."""
         seeds = self._trial_seeds(_COMMITS)
         listings = self._files.each(self._files.entries, [_folder(_COMMITS, seed) for seed in seeds])
         return tuple(seed for seed, names in zip(seeds, listings, strict=True) if "commit-1.json" in names)
 
+    def absent(self, seed: int) -> StoreError:
+        """The error for a trial without any commit, which says which there are."""
+        if (seal := self.seal()) and seed in seal.seeds:
+            return self._lost([seed])
+        seeds = self.committed()
+        there = (
+            f"there {'is' if len(seeds) == 1 else 'are'} {_trials(seeds)}" if seeds else "no trial is committed there"
+        )
+        return StoreError(f"{self._files.show(_COMMITS)}: there is no trial {seed}; {there}; collect it first")
+
     def progress(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
-        """How much of a trial is committed, of `num_snapshots` expected. Raises StoreError as `trajectory` does."""
+        """How much of a trial is committed, of `num_snapshots` expected, whatever a seal says.
+
+        Raises StoreError for a damaged commit record and for a part that is missing or cut short.
+        """
         return _progress(seed, self._present_run(seed), num_snapshots)
 
     def progress_of(self, seeds: Sequence[int], num_snapshots: int | None = None) -> list[TrialProgress]:
@@ -247,18 +305,24 @@ class TrajectoryStore:
         return tuple(sorted({*self._trial_seeds(_COMMITS), *self._trial_seeds(_TRAJECTORIES)}))
 
     def header(self, seeds: Sequence[int] | None = None) -> Header:
-        """The header that all trials share, or some of them. Raises StoreError where there is none, or two differ."""
-        seeds = self.seeds() if seeds is None else seeds
-        contents = self._files.each(self._read, [_commit_path(seed, 1) for seed in seeds])
-        headers = {seed: self._record(seed, 1, content).header for seed, content in zip(seeds, contents, strict=True)}
+        """The header that all trials share, or some of them.
+
+        Raises StoreError where there is none, where two differ, and as `seeds` does.
+        """
+        headers = self._headers(self.seeds() if seeds is None else seeds)
         if not headers:
             raise StoreError(f"{self._files.show(_COMMITS)}: no trial is committed there; collect first")
         first = min(headers)
         for seed, header in headers.items():
             if header.config_hash != headers[first].config_hash:
-                complaint = _disagreement(header, headers[first], f"trial {first}")
-                raise self._damaged(_commit_path(seed, 1), complaint)
+                complaint = f"is not of trial {first}'s configuration: {_differences(header, headers[first])}"
+                raise self._damaged(_commit_path(seed, 1), complaint, "Move the trial to a storage of its own")
         return headers[first]
+
+    def check_header(self, header: Header) -> None:
+        """Raise StoreError, saying what differs, where a trial there was begun with another configuration."""
+        for seed, begun in self._headers(self.committed()).items():
+            self._refuse_other(seed, begun, header)
 
     def trajectory(
         self, seed: int, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
@@ -267,18 +331,17 @@ class TrajectoryStore:
 
         Reads the row groups that hold the range and no others, one at a time, comparing each page's checksum; only
         `verify` finds all damage. Raises ValueError for a column or a range that the trial does not have, StoreError
-        for what is missing or seen to be damaged.
+        for what is missing or seen to be damaged, and for a trial that is not as the data set was sealed.
         """
-        run = self._present_run(seed)
-        if not run:
-            raise self._uncommitted(seed)
+        run = self._held_run(seed)
         num_snapshots = run[-1].last_snapshot + 1
         stop = num_snapshots if stop is None else stop
         if not 0 <= start <= stop <= num_snapshots:
             raise ValueError(f"start={start}, stop={stop} is no range of the {num_snapshots} snapshots of trial {seed}")
         names = tuple(COLUMNS) if columns is None else tuple(dict.fromkeys(("snapshot", *columns)))
         if unknown := [name for name in names if name not in COLUMNS]:
-            raise ValueError(f"columns={unknown} are not among {sorted(COLUMNS)}")
+            nearest = difflib.get_close_matches(unknown[0], COLUMNS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"columns={unknown}: perhaps {nearest!r}? There are {', '.join(COLUMNS)}")
         needed = [record for record in run if record.first_snapshot < stop and start <= record.last_snapshot]
         # Footers first: a record's word alone is no reason to ask for memory.
         footers = list(self._files.each(functools.partial(self._footer, seed), needed))
@@ -291,20 +354,23 @@ class TrajectoryStore:
         return Trajectory(seed=seed, **{field: arrays[name] for name, field in COLUMNS.items()})
 
     def weights(self, seed: int) -> "StoredWeights":
-        """The weights of a trial, read when they are asked for, and no more of them than asked. Raises StoreError."""
-        run = self._present_run(seed)
-        if not run:
-            raise self._uncommitted(seed)
-        return StoredWeights(self, seed, run)
+        """The weights of a trial, read when they are asked for, and no more of them than asked.
+
+        Raises StoreError as `trajectory` does.
+        """
+        return StoredWeights(self, seed, self._held_run(seed))
 
     def verify(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
         """Compare every digest, range, schema and number of a trial with its commit records; reads everything.
 
         A trial that is being written may be verified; what is committed meanwhile is too.
-        Raises StoreError naming the first file that is not what its record says, or that should not lie there, or,
-        where `num_snapshots` is given, the trial that does not have as many.
+        Raises StoreError naming the first file that is not what its record says, or that should not be there, or
+        the trial that is not as the data set was sealed, or that does not have `num_snapshots`, where given, or any.
         """
-        progress = _progress(seed, self._verified_run(seed), num_snapshots)
+        run = self._verified_run(seed)
+        if not run and num_snapshots is None:
+            raise self.absent(seed)
+        progress = _progress(seed, run, num_snapshots)
         if num_snapshots is not None and not progress.complete:
             raise StoreError(
                 f"{self._files.show(_folder(_COMMITS, seed))}: trial {seed} has {progress.num_snapshots} of "
@@ -319,9 +385,13 @@ class TrajectoryStore:
         return progress
 
     def verify_folder(self) -> None:
-        """Verify that nothing foreign lies among the trials and that all share one header. Raises StoreError."""
-        self._refuse_foreign(_TRAJECTORIES, _TRIAL_FOLDER)
+        """Verify that nothing foreign is among the trials, that all share one header, and that a seal holds.
+
+        Raises StoreError.
+        """
+        self._refuse_foreign(_TRAJECTORIES, self._files.entries(_TRAJECTORIES), _TRIAL_FOLDER)
         self.header()
+        self.finished()
 
     def garbage(self, seeds: Sequence[int] | None = None, lost: bool = False) -> tuple[str, ...]:
         """What no unbroken run of commit records names, of all trials or of some: names of the store's own kind.
@@ -339,24 +409,151 @@ class TrajectoryStore:
         return self._delete(self.garbage(seeds, lost))
 
     def digest(self, seeds: Sequence[int] | None = None) -> str:
-        """Identity of the data set: digest of the seeds and their parts' SHA-256, in whatever order it was written."""
-        return _digest(self._runs(self.seeds() if seeds is None else seeds))
+        """Identity of the data set: digest of the seeds and their parts' SHA-256, in whatever order it was written.
+
+        Raises StoreError for a trial that is not there, and where a seal does not hold for what is asked about.
+        """
+        seal = self.seal()
+        if seal and (seeds is None or set(seeds) == set(seal.seeds)):
+            return _digest(self._hold_all(seal))
+        runs = self._runs(self.committed() if seeds is None else seeds, seal)
+        for seed, run in runs.items():
+            if not run:
+                raise self.absent(seed)
+        return _digest(runs)
 
     def finish(self, seeds: Sequence[int], num_snapshots: int, verified: Collection[int] = ()) -> None:
-        """Mark the data set as whole: verify every trial but those that the caller says were, sweep, write `_SUCCESS`.
+        """Seal the data set: verify every trial but those that the caller says were, sweep, write `_SUCCESS`.
 
-        Raises as `verify` does.
+        Trials that are there beside the expected ones are sealed with them, as other readers of the folder take them
+        too. Raises StoreError as `verify` does, and for one of these that is not complete.
         """
+        for seed in sorted(set(self.committed()) - set(seeds)):
+            if not (progress := self.progress(seed, num_snapshots)).complete:
+                raise StoreError(
+                    f"{self._files.show(_folder(_COMMITS, seed))}: trial {seed}, which is none of this experiment's, "
+                    f"has {progress.num_snapshots} of {num_snapshots} snapshots, and readers of the folder would take "
+                    "it for data. Collect it to its end with an experiment that has it, choose another storage, or "
+                    f"delete {self._folders_of(seed)}"
+                )
+        seeds = sorted({*seeds, *self.committed()})
         self.verify_all([seed for seed in seeds if seed not in verified], num_snapshots)
         # Each record is read once: where that is a round trip, it is what sealing takes.
-        runs = self._runs(seeds)
+        runs = self._runs({*seeds, *self.folders()})
         self._delete(self._garbage(runs, lost=False))
-        mark = {"seeds": sorted(seeds), "num_snapshots": num_snapshots, "digest": _digest(runs)}
-        self._files.write(f"{_COMMITS}/{_SUCCESS}", json.dumps(mark, indent=2).encode())
+        runs = {seed: runs[seed] for seed in seeds}
+        seal = Seal(
+            seeds=tuple(seeds),
+            num_snapshots=num_snapshots,
+            digest=_digest(runs),
+            trials={seed: _trial_digest(num_snapshots, seed, run) for seed, run in runs.items()},
+        )
+        self._files.write(_SEAL, json.dumps(config.as_table(seal), indent=2).encode())
 
     def finished(self) -> bool:
-        """Whether `finish` has marked the data set as whole and nothing was committed since."""
-        return _SUCCESS in self._files.entries(_COMMITS)
+        """Whether the data set is sealed. Raises StoreError where it is, and is not what it was when it was sealed."""
+        seal = self.seal()
+        if seal:
+            self._hold_all(seal)
+        return seal is not None
+
+    def _seal_content(self) -> bytes | None:
+        try:
+            return self._files.read(_SEAL)
+        except FileNotFoundError:
+            return None
+        except (OSError, pa.ArrowException) as error:
+            cause = " ".join(str(error).split())
+            raise StoreError(f"{self._files.show(_SEAL)}: cannot be read: {cause}; check the storage") from error
+
+    def _hold_all(self, seal: Seal) -> _Runs:
+        """The runs of a sealed data set, held to the seal."""
+        self._hold_seeds(seal, self.committed())
+        runs = self._runs(seal.seeds, seal)
+        if (digest := _digest(runs)) != seal.digest:
+            complaint = (
+                f"says digest={seal.digest}, and the data's is {digest}: a trial was exchanged or the seal edited"
+            )
+            self._break(seal, self._broken_seal(complaint))
+        return runs
+
+    def _hold_seeds(self, seal: Seal, committed: Sequence[int]) -> None:
+        """Raise StoreError unless the trials are those that the seal names and nothing else is among them."""
+        entries = self._files.entries(_TRAJECTORIES)
+        folders = self._trial_seeds(_TRAJECTORIES, entries)
+        if lost := [seed for seed in seal.seeds if seed not in committed or seed not in folders]:
+            self._break(seal, self._lost(lost))
+        # A folder without files is what sweeping leaves.
+        uncounted = [
+            seed
+            for seed in sorted({*committed, *folders} - set(seal.seeds))
+            if seed in committed or self._files.entries(_folder(_TRAJECTORIES, seed))
+        ]
+        if uncounted:
+            self._break(seal, self._uncounted(uncounted))
+        try:
+            self._refuse_foreign(_TRAJECTORIES, entries, _TRIAL_FOLDER)
+        except StoreError as error:
+            self._break(seal, error)
+
+    def _hold(self, seal: Seal, seed: int, run: Sequence[CommitRecord], entries: dict[str, int | None]) -> None:
+        """Raise StoreError unless a trial is the one that the seal names and its folder has nothing else."""
+        try:
+            if seed not in seal.seeds:
+                raise self._uncounted([seed]) if run else self.absent(seed)
+            if not run:
+                raise self._lost([seed])
+            if seal.trials is not None:
+                kept = seal.trials[seed] == _trial_digest(seal.num_snapshots, seed, run)
+            else:
+                kept = _progress(seed, run, seal.num_snapshots).complete
+            if not kept:
+                self._refuse_stray_records(seed, run)
+                complaint = f"its {run[-1].last_snapshot + 1} snapshots are not those that the data set was sealed with"
+                raise self._damaged(_folder(_COMMITS, seed), complaint, "Restore the trial")
+            counted = {record.part for record in run}
+            strays = {name: size for name, size in entries.items() if name not in counted}
+            self._refuse_foreign(_folder(_TRAJECTORIES, seed), strays, _PART_NAME)
+            for name in filter(_PART_NAME.fullmatch, strays):
+                path = self._files.show(f"{_folder(_TRAJECTORIES, seed)}/{name}")
+                raise StoreError(
+                    f"{path}: no commit record names it, and other readers of this sealed data set take it for data; "
+                    "delete it with `python jobs/data.py sweep STORAGE --delete`"
+                )
+        except StoreError as error:
+            self._break(seal, error)
+
+    def _break(self, seal: Seal, error: StoreError) -> None:
+        """Raise the error, unless the seal is another by now: then it is a writer's work that was seen half done."""
+        if self.seal() == seal:
+            raise error
+
+    def _broken_seal(self, complaint: str) -> StoreError:
+        return StoreError(
+            f"{self._files.show(_SEAL)}: {complaint}. Restore what was there, or delete this file and collect again, "
+            "which verifies every trial and seals the data set anew"
+        )
+
+    def _lost(self, seeds: Sequence[int]) -> StoreError:
+        return StoreError(
+            f"{self._files.show(_folder(_COMMITS, seeds[0]))}: {_trials(seeds)} of this sealed data set "
+            f"{'is' if len(seeds) == 1 else 'are'} missing. Restore {self._folders_of(*seeds)}, or collect again; "
+            "other trials stay as they are"
+        )
+
+    def _uncounted(self, seeds: Sequence[int]) -> StoreError:
+        return StoreError(
+            f"{self._files.show(_folder(_COMMITS, seeds[0]))}: {_trials(seeds)} "
+            f"{'is' if len(seeds) == 1 else 'are'} not of the data set that was sealed here, and other readers take it "
+            f"for data. Move {self._folders_of(*seeds)} away, or delete {self._files.show(_SEAL)} and collect again, "
+            "which verifies every trial and seals the data set anew"
+        )
+
+    def _folders_of(self, *seeds: int) -> str:
+        folders = [
+            self._files.show(_folder(parent, seed)) for seed in seeds[:1] for parent in (_TRAJECTORIES, _COMMITS)
+        ]
+        return " and ".join(folders) + (" and those of the others" if len(seeds) > 1 else "")
 
     def _garbage(self, runs: _Runs, lost: bool) -> tuple[str, ...]:
         garbage = [f"{_COMMITS}/{name}" for name in self._files.sizes(_COMMITS) if name.startswith(TEMPORARY)]
@@ -369,10 +566,32 @@ class TrajectoryStore:
             self._files.delete(path)
         return paths
 
-    def _runs(self, seeds: Iterable[int]) -> _Runs:
-        """Each trial's run of commit records, by seed, ascending."""
+    def _runs(self, seeds: Iterable[int], seal: Seal | None = None) -> _Runs:
+        """Each trial's run of commit records, by seed, ascending, held to a seal."""
         seeds = sorted(set(seeds))
-        return dict(zip(seeds, self._files.each(self._run, seeds), strict=True))
+        run = functools.partial(self._present_run, seal=seal) if seal else self._run
+        return dict(zip(seeds, self._files.each(run, seeds), strict=True))
+
+    def _headers(self, seeds: Sequence[int]) -> dict[int, Header]:
+        """The headers that trials were begun with."""
+        return dict(zip(seeds, self._files.each(self._header, seeds), strict=True))
+
+    def _header(self, seed: int) -> Header:
+        path = _commit_path(seed, 1)
+        with self._explained(path):
+            try:
+                content = self._files.read(path)
+            except FileNotFoundError:
+                raise self.absent(seed) from None
+        return self._record(seed, 1, content).header
+
+    def _refuse_other(self, seed: int, begun: Header, header: Header) -> None:
+        if begun.config_hash != header.config_hash:
+            raise StoreError(
+                f"{self._files.show(_commit_path(seed, 1))}: trial {seed} was begun with another configuration: "
+                f"{_differences(begun, header)}. Choose another storage, or run the experiment that began it; if "
+                f"nobody needs the trial, delete {self._folders_of(seed)}"
+            )
 
     def _garbage_of(self, seed: int, run: Sequence[CommitRecord], lost: bool) -> list[str]:
         if not lost:
@@ -381,8 +600,9 @@ class TrajectoryStore:
         kept |= {_part_path(seed, record) for record in run} | {_state_path(seed, record) for record in run[-1:]}
         return sorted(set(self._own_files(seed)) - kept)
 
-    def _trial_seeds(self, parent: str) -> list[int]:
-        matches = map(_TRIAL_FOLDER.fullmatch, self._files.folders(parent))
+    def _trial_seeds(self, parent: str, entries: dict[str, int | None] | None = None) -> list[int]:
+        entries = self._files.entries(parent) if entries is None else entries
+        matches = (_TRIAL_FOLDER.fullmatch(name) for name, size in entries.items() if size is None)
         return sorted(int(match[1]) for match in matches if match)
 
     def _own_files(self, seed: int) -> list[str]:
@@ -399,8 +619,7 @@ class TrajectoryStore:
         try:
             record = _RECORD.validate_json(content, strict=True)
         except pydantic.ValidationError as error:
-            complaints = [f"{'.'.join(map(str, item['loc'])) or 'record'}: {item['msg']}" for item in error.errors()]
-            raise self._damaged(path, "is no commit record: " + "; ".join(complaints)) from error
+            raise self._damaged(path, f"is no commit record: {_complaints(error, 'record')}") from error
         if record.commit != number:
             raise self._damaged(path, f"says commit={record.commit}")
         return record
@@ -416,7 +635,7 @@ class TrajectoryStore:
             if record.first_snapshot != (run[-1].last_snapshot + 1 if run else 0):
                 break
             if run and record.config_hash != run[0].config_hash:
-                complaint = _disagreement(record.header, run[0].header, "commit-1.json")
+                complaint = f"is not of commit 1's configuration: {_differences(record.header, run[0].header)}"
                 raise self._damaged(_commit_path(seed, record.commit), complaint)
             if run and record.num_observations != run[0].num_observations:
                 complaint = f"num_observations={record.num_observations} is not commit 1's {run[0].num_observations}"
@@ -424,8 +643,15 @@ class TrajectoryStore:
             run.append(record)
         return tuple(run)
 
-    def _present_run(self, seed: int) -> tuple[CommitRecord, ...]:
-        """The unbroken run, its parts known to lie there in full size."""
+    def _held_run(self, seed: int) -> tuple[CommitRecord, ...]:
+        """The unbroken run, at least one commit, its parts known to be there, held to the seal where there is one."""
+        run = self._present_run(seed, self.seal())
+        if not run:
+            raise self.absent(seed)
+        return run
+
+    def _present_run(self, seed: int, seal: Seal | None = None) -> tuple[CommitRecord, ...]:
+        """The unbroken run, its parts known to be there in full size, held to a seal."""
         run = self._run(seed)
         entries = self._files.entries(_folder(_TRAJECTORIES, seed))
         for record in run:
@@ -439,12 +665,14 @@ class TrajectoryStore:
                 )
                 complaint = f"{found} where commit {record.commit} says {record.part_bytes} bytes"
                 raise self._damaged(_part_path(seed, record), complaint)
+        if seal:
+            self._hold(seal, seed, run, entries)
         return run
 
     def _verified_run(self, seed: int) -> tuple[CommitRecord, ...]:
         verified = 0
         while True:
-            run = self._present_run(seed)
+            run = self._present_run(seed, self.seal())
             try:
                 for record in run[verified:]:
                     self._verify_part(seed, record)
@@ -452,7 +680,8 @@ class TrajectoryStore:
                 self._refuse_stray_records(seed, run)
                 if run:
                     self._state(seed, run[-1])
-                self._refuse_foreign(_folder(_TRAJECTORIES, seed), _PART_NAME)
+                folder = _folder(_TRAJECTORIES, seed)
+                self._refuse_foreign(folder, self._files.entries(folder), _PART_NAME)
                 return run
             except StoreError:
                 # A writer that goes on adds a record and takes the state before it away.
@@ -515,10 +744,11 @@ class TrajectoryStore:
     def _refuse_stray_records(self, seed: int, run: Sequence[CommitRecord]) -> None:
         matches = map(_COMMIT_NAME.fullmatch, self._files.entries(_folder(_COMMITS, seed)))
         if stray := [number for match in matches if match and (number := int(match[1])) > len(run)]:
-            raise StoreError(
-                f"{self._files.show(_commit_path(seed, min(stray)))}: does not follow {len(run)} commits before it; "
-                "restore what is missing, or sweep it away as lost"
-            )
+            number = min(stray)
+            complaint = f"a commit record before this one is missing (found {len(run)} of {number - 1})"
+            if number == len(run) + 1:
+                complaint = f"its snapshots do not follow those of the {len(run)} commits before it"
+            raise StoreError(f"{self._files.show(_commit_path(seed, number))}: {complaint}; {_LOST}")
 
     def _refuse_lost(self, seed: int, run: Sequence[CommitRecord]) -> None:
         """A crash leaves at most the next commit's part and state; what lies beyond was committed once."""
@@ -532,18 +762,17 @@ class TrajectoryStore:
                 or (part and int(part[1]) > next_snapshot)
             ):
                 raise StoreError(
-                    f"{self._files.show(path)}: lies beyond the {len(run)} commits of trial {seed}, so commit records "
-                    "of it seem to be lost; restore them, or sweep it away as lost"
+                    f"{self._files.show(path)}: is beyond the {len(run)} commits of trial {seed}, so commit records of "
+                    f"it seem to be lost; {_LOST}"
                 )
 
-    def _refuse_foreign(self, folder: str, pattern: re.Pattern[str]) -> None:
-        for name in self._files.entries(folder):
-            if not pattern.fullmatch(name) and not name.startswith((".", "_")):
+    def _refuse_foreign(self, folder: str, entries: dict[str, int | None], pattern: re.Pattern[str]) -> None:
+        for name, size in entries.items():
+            # Hidden files are left alone, but for those that DuckDB and Polars read all the same.
+            hidden = name.startswith((".", "_")) and size is not None and not name.lower().endswith(".parquet")
+            if not pattern.fullmatch(name) and not hidden:
                 path = self._files.show(f"{folder}/{name}")
                 raise StoreError(f"{path}: is not the store's, and readers of the folder may take it for data; move it")
-
-    def _uncommitted(self, seed: int) -> StoreError:
-        return StoreError(f"{self._files.show(_folder(_COMMITS, seed))}: no commit of trial {seed}; collect it first")
 
     def _read(self, path: str) -> bytes:
         with self._explained(path):
@@ -555,15 +784,20 @@ class TrajectoryStore:
         try:
             yield
         except (OSError, pa.ArrowException, safetensors.SafetensorError, UnicodeDecodeError) as error:
-            raise self._damaged(path, f"cannot be read: {' '.join(str(error).split())}") from error
+            complaint = f"cannot be read: {' '.join(str(error).split())}"
+            if isinstance(error, PermissionError) or "AWS Error" in complaint:
+                # What cannot be reached need not be damaged.
+                way_out = "give access to it, or check the connection, and run again"
+                raise StoreError(f"{self._files.show(path)}: {complaint}; {way_out}") from error
+            raise self._damaged(path, complaint) from error
 
     def _damaged(self, path: str, complaint: str, way_out: str = "Restore the file") -> StoreError:
         """The error for a file of a trial that is not what it should be."""
-        trial = path.split("/")[1]
-        folders = " and ".join(self._files.show(f"{parent}/{trial}") for parent in (_TRAJECTORIES, _COMMITS))
+        match = _TRIAL_FOLDER.fullmatch(path.split("/")[1])
+        assert match, "it is a trial's"
         return StoreError(
-            f"{self._files.show(path)}: {complaint}. {way_out}, or delete {folders} and collect again; other trials "
-            "stay as they are"
+            f"{self._files.show(path)}: {complaint}. {way_out}, or delete {self._folders_of(int(match[1]))} and "
+            "collect again; other trials stay as they are"
         )
 
 
@@ -597,12 +831,11 @@ class TrialWriter:
         Raises StoreError where the store cannot tell two writers apart, the trial was begun with another
         configuration, its parts or last state are damaged, or a commit record lies beyond the run.
         """
-        self._files, self._seed, self._header = store._files, seed, header
+        self._store, self._files, self._seed, self._header = store, store._files, seed, header
         self._files.check_put_if_absent()
         run = store._present_run(seed)
-        if run and run[0].config_hash != header.config_hash:
-            complaint = _disagreement(run[0].header, header, "this run")
-            raise store._damaged(_commit_path(seed, 1), complaint, way_out="Choose another storage")
+        if run:
+            store._refuse_other(seed, run[0].header, header)
         store._refuse_stray_records(seed, run)
         self._last = run[-1] if run else None
         self._state = store._state(seed, run[-1]) if run else None
@@ -649,21 +882,43 @@ class TrialWriter:
             raise StoreError(f"trial {self._seed}: no snapshot was appended since the last commit")
         part, state_file = _encode_part(self._header, self._buffer), _encode_state(state)
         record, before = self._record(part, state_file), self._last
-        self._files.delete(f"{_COMMITS}/{_SUCCESS}")
+        self._unseal(record)
         self._files.write(_part_path(self._seed, record), part)
         self._files.write(_state_path(self._seed, record), state_file)
-        path = _commit_path(self._seed, record.commit)
-        # The loser deletes nothing: equal snapshots have equal names, so its files may be the winner's.
-        if not self._files.put_if_absent(path, _json(record)):
-            raise StoreError(
-                f"{self._files.show(path)}: another writer holds trial {self._seed} and made commit {record.commit}; "
-                "end one of the two runs on this storage"
-            )
+        if not self._files.put_if_absent(_commit_path(self._seed, record.commit), _json(record)):
+            self._withdraw(record)
+            raise self._beaten(record)
         self._last, self._buffer = record, []
         self._state = {name: array.copy() for name, array in state.items()}
         if before:
             self._files.delete(_state_path(self._seed, before))
         return record
+
+    def _unseal(self, record: CommitRecord) -> None:
+        """Take the seal away before anything is there that it does not name; raise StoreError where the commit is.
+
+        Whoever seals a data set has all its commits before. So a writer that finds a seal and not the commit that it is
+        about to make is the one who goes on, and one that slept while another went on leaves the other's seal alone.
+        """
+        if self._store._seal_content() is not None:
+            if self._files.exists(_commit_path(self._seed, record.commit)):
+                raise self._beaten(record)
+            self._files.delete(_SEAL)
+
+    def _withdraw(self, record: CommitRecord) -> None:
+        """Delete what was written for a commit that another writer made, unless its record names the same files."""
+        path = _commit_path(self._seed, record.commit)
+        winner = self._store._record(self._seed, record.commit, self._store._read(path))
+        if winner.part != record.part:
+            self._files.delete(_part_path(self._seed, record))
+        if winner.state != record.state or self._files.exists(_commit_path(self._seed, record.commit + 1)):
+            self._files.delete(_state_path(self._seed, record))
+
+    def _beaten(self, record: CommitRecord) -> StoreError:
+        return StoreError(
+            f"{self._files.show(_commit_path(self._seed, record.commit))}: another writer holds trial {self._seed} and "
+            f"made commit {record.commit}; end one of the two runs on this storage"
+        )
 
     def _record(self, part: memoryview, state_file: bytes) -> CommitRecord:
         commit = self._last.commit + 1 if self._last else 1
@@ -709,6 +964,10 @@ def _digest(runs: _Runs) -> str:
     return config.digest([[seed, [record.part_sha256 for record in run]] for seed, run in runs.items()])
 
 
+def _trial_digest(num_snapshots: int, seed: int, run: Sequence[CommitRecord]) -> str:
+    return config.digest(num_snapshots, seed, [record.part_sha256 for record in run])
+
+
 def _progress(seed: int, run: Sequence[CommitRecord], num_snapshots: int | None) -> TrialProgress:
     committed = run[-1].last_snapshot + 1 if run else 0
     return TrialProgress(
@@ -748,12 +1007,45 @@ def _json(table: Header | CommitRecord) -> bytes:
     return json.dumps(config.as_table(table), sort_keys=True).encode()
 
 
-def _disagreement(header: Header, other: Header, whose: str) -> str:
-    """One clause on what differs between a header and that of another, by dotted field."""
-    left, right = (dict(config.flat(config.as_table(one))) for one in (header, other))
-    hashes = f"config hash {header.config_hash} is not {whose}'s {other.config_hash}"
-    fields = [name for name in sorted({*left, *right}) if left.get(name) != right.get(name)]
-    return "; ".join([hashes, *(f"{name}={left.get(name)!r} there, {right.get(name)!r} here" for name in fields)])
+def _differences(header: Header, other: Header) -> str:
+    """What counts and differs between a header and another, by dotted field, the first few of them."""
+    left, right = (
+        {name: value for name, value in config.flat(config.as_table(one)) if name not in _NOT_COMPARED}
+        for one in (header, other)
+    )
+    names = [name for name in sorted({*left, *right}, key=_rank) if left.get(name) != right.get(name)]
+    shown = [f"{name}={_short(left.get(name))} there, {_short(right.get(name))} here" for name in names[:_DIFFERENCES]]
+    return "; ".join(shown + ([f"and {len(names) - len(shown)} more"] if len(names) > len(shown) else []))
+
+
+def _rank(field: str) -> tuple[bool, bool, str]:
+    """The task before what follows from it."""
+    return field != "task", field == "layout", field
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _trials(seeds: Sequence[int]) -> str:
+    """Trials as a person lists them.
+
+    >>> _trials([3]), _trials([1, 2, 3, 7])
+    ('trial 3', 'trials 1-3, 7')
+    """
+    ranges: list[list[int]] = []
+    for seed in sorted(seeds):
+        if ranges and seed == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], seed]
+        else:
+            ranges.append([seed])
+    words = ["-".join(map(str, one)) for one in ranges]
+    return f"trial{'s' if len(seeds) > 1 else ''} {', '.join(words)}"
+
+
+def _complaints(error: pydantic.ValidationError, whole: str) -> str:
+    return "; ".join(f"{'.'.join(map(str, item['loc'])) or whole}: {item['msg']}" for item in error.errors())
 
 
 def _schema(header: Header, num_observations: int) -> pa.Schema:
