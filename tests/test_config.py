@@ -82,14 +82,14 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
         (["--split.test-trials", "14"], "leaves no trial to train on"),
         (["--collect.total-env-steps", "100"], "collect.total_env_steps=100 is less than one iteration"),
         (["--collect.epochs-per-snapshot", "3"], "collect.epochs_per_snapshot=3 does not divide ppo.num_epochs=10"),
-        (["--collect.num-trials", "0"], "collect.num_trials=0 is below 1"),
+        (["--collect.num-trials", "0"], "collect.num_trials=0 is outside [1, 100000]"),
         (["--train.batch-size", "65", "--train.num-workers", "2"], "train.num_workers=2 does not divide"),
         (["--basis.centred", "--basis.deltas"], "exclude each other"),
         (["--evaluate.extra-horizons", "5", "20"], "evaluate.extra_horizons=(5, 20) do not rise from beyond"),
-        (["--preset", "mine"], "preset='mine' is not one of ['causal', 'paper']"),
+        (["--preset", "mine"], "preset='mine' is not one of causal, paper"),
         (
             ["--experiment", "nowhere.toml"],
-            "nowhere.toml: no such file; in jobs/experiments there are: accelerate, demo",
+            f"nowhere.toml: no such file; in {CHECKOUT}/jobs/experiments there are: accelerate, demo",
         ),
     ],
 )
