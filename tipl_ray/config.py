@@ -590,14 +590,13 @@ class Experiment:
         return self
 
     def _check_trials(self, jobs: Collection[str]) -> None:
-        steps = [self.collect.total_env_steps] if set(jobs) - {"accelerate"} else []
+        steps = {f"collect.total_env_steps={self.collect.total_env_steps}": self.collect.total_env_steps}
         if "accelerate" in jobs:
-            at = [int(task.partition("@")[2] or self.collect.total_env_steps) for task in self.accelerate.tasks]
-            steps += at
-        if min(steps) < self.ppo.num_steps:
-            raise ValueError(
-                f"collect.total_env_steps={min(steps)} is less than one iteration of ppo.num_steps={self.ppo.num_steps}"
-            )
+            given = [task.partition("@") for task in self.accelerate.tasks]
+            steps |= {f"accelerate.tasks={task}@{count}": int(count) for task, _, count in given if count}
+        for where, count in steps.items():
+            if count < self.ppo.num_steps:
+                raise ValueError(f"{where} is less than one iteration of ppo.num_steps={self.ppo.num_steps}")
         if set(jobs) - {"accelerate"} and self.ppo.num_epochs % self.collect.epochs_per_snapshot:
             raise ValueError(
                 f"collect.epochs_per_snapshot={self.collect.epochs_per_snapshot} does not divide "
@@ -734,16 +733,22 @@ def load_experiment(path: str | Path, preset: str | None = None) -> Experiment:
     given = table.get("preset", "paper") if preset is None else preset
     if given not in PRESETS:
         raise ValueError(f"{path}: {no_such('preset', given, sorted(PRESETS))}")
-    table["preset"] = given
-    own = {name: _section(path, table.pop(name, {}), name) for name in PRESETS}[given]
-    for section in PRESETS[given] | own:
+    own = {name: _section(path, table.pop(name, {}), name) for name in PRESETS}
+    # The sections for other presets are not used, and may not be wrong either.
+    return {name: _with_preset(path, table, name, own[name]) for name in PRESETS}[given]
+
+
+def _with_preset(path: Path, table: dict[str, Any], preset: str, own: dict[str, Any]) -> Experiment:
+    """The experiment of a file's sections, a preset and the file's sections for that preset."""
+    built = {"name": path.stem, **table, "preset": preset}
+    for section in PRESETS[preset] | own:
         parts = (
-            PRESETS[given].get(section, {}),
+            PRESETS[preset].get(section, {}),
             _section(path, table.get(section, {}), section),
-            _section(path, own.get(section, {}), f"{given}.{section}"),
+            _section(path, own.get(section, {}), f"{preset}.{section}"),
         )
-        table[section] = {key: value for part in parts for key, value in part.items()}
-    return _build({"name": path.stem, **table}, str(path))
+        built[section] = {key: value for part in parts for key, value in part.items()}
+    return _build(built, str(path))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -886,8 +891,9 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
     for task, field in tasks.items():
         module, _, name = task.rpartition(":")
         if not module and name not in gymnasium.registry:
-            known = [spec.id for spec in gymnasium.registry.values() if "mujoco" in str(spec.entry_point)]
-            raise no_such(field, name, sorted(known))
+            known = sorted(spec.id for spec in gymnasium.registry.values() if "mujoco" in str(spec.entry_point))
+            near = _nearest(name, known) or f"; MuJoCo's are {', '.join(known)}"
+            raise ValueError(f"{field}={name!r} is no task of gymnasium{near}")
     if "train" in jobs or "evaluate" in jobs:
         for storage in experiment.train.data:
             _check_folder("train.data", storage)
@@ -971,7 +977,7 @@ def _options(arguments: Sequence[str]) -> list[str]:
         section, dot, field = option.removeprefix("--").replace("-", "_").rpartition(".")
         field = f"{section}{dot}{field.removeprefix('no_')}"
         if field in said:
-            raise ValueError(f"{option} is given twice: {' '.join(arguments)}")
+            raise ValueError(f"{option} is given twice")
         said.append(field)
     return said
 
@@ -1111,7 +1117,7 @@ def _check_contender(contender: str) -> None:
             "epochs"
         )
     if plus and predictor not in known:
-        raise no_such(f"accelerate.contenders: the predictor of {contender!r}", predictor, known)
+        raise no_such(f"accelerate.contenders: {contender!r}: predictor", predictor, known)
     given = options.split(",") if options else []
     _check_once(f"accelerate.contenders: {contender!r}", "options", given)
     for option in given:

@@ -156,10 +156,14 @@ def connected_to_ray() -> Iterator[None]:
             _start(address)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            where = "on this machine" if address == "local" else f"at RAY_ADDRESS={address}"
+            if address == "local":
+                raise ClusterError(
+                    f"Ray cannot be started on this machine: {reason}; it wants room and a short name of its folder, "
+                    "RAY_TMPDIR (now /tmp unless TMPDIR is set), room in /dev/shm, and free ports"
+                ) from error
             raise ClusterError(
-                f"Ray cannot be started {where}: {reason}; set RAY_TMPDIR to a folder with a short name and room, or "
-                "RAY_ADDRESS to a cluster that runs"
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}; start it, give another address, or unset "
+                "RAY_ADDRESS for one on this machine"
             ) from error
         # Only now: Ray has a handler of its own for SIGTERM, which `ray job stop` and batch systems send.
         with _interruptible(signal.SIGTERM):

@@ -59,7 +59,9 @@ def parse_over(arguments: Sequence[str]) -> dict[str, Any]:
         if not equals or not field.strip() or not text.strip():
             raise ValueError(f"--over {argument}: give FIELD=VALUE,VALUE,... or FIELD=log(LOW,HIGH)")
         if field.strip() in over:
-            raise ValueError(f"--over {field.strip()} is given twice: {over[field.strip()]} and {text.strip()}")
+            raise ValueError(
+                f"--over {field.strip()} is given twice: give its values in one, --over {field.strip()}=VALUE,VALUE"
+            )
         values = text.strip()
         over[field.strip()] = values if "(" in values else [value.strip() for value in values.split(",")]
     return over
