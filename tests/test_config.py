@@ -243,7 +243,7 @@ def test_no_number_of_any_section_is_nan_or_infinite_or_beyond_what_is_stored(pa
         elif isinstance(value, int) and not isinstance(value, bool):
             wrong = (-1, 2**31, 10**30)
         for one in wrong:
-            changed = dataclasses.replace(section, **{field.name: one})  # type: ignore[type-var]
+            changed = dataclasses.replace(section, **{field.name: one})
             with pytest.raises(ValueError, match=rf"{part}\.{field.name}"):
                 dataclasses.replace(experiment, **{part: changed}).check()
 

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -111,3 +114,41 @@ def test_a_signal_ends_a_job_as_ctrl_c_does_unless_it_is_ignored(number: signal.
             os.kill(os.getpid(), number)
     finally:
         signal.signal(number, before)
+
+
+WORK = """
+import sys, time
+from pathlib import Path
+from tipl_ray.jobs import connected_to_ray, exit_status
+from tipl_ray.terminal import ProgressView
+with exit_status(), connected_to_ray(), ProgressView() as view:
+    Path("begun").touch()
+    try:
+        while True:
+            view.show([], "at work")
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        Path("told").touch()
+        raise
+"""
+
+
+def test_a_closed_terminal_ends_a_job_and_leaves_no_process(tmp_path: Path) -> None:
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(tmp_path)
+        os.environ.update({"PYTHONPATH": str(CHECKOUT), "TERM": "xterm"})
+        os.environ.pop("RAY_ADDRESS", None)
+        os.execv(sys.executable, [sys.executable, "-c", WORK])
+    try:
+        said = b""
+        while not (tmp_path / "begun").exists():
+            said += os.read(terminal, 65536) if select.select([terminal], [], [], 0.1)[0] else b""
+        started = psutil.Process(process).children(recursive=True)
+    finally:
+        os.close(terminal)
+        _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 130, said
+    assert (tmp_path / "told").exists()
+    assert len(started) >= 2
+    assert psutil.wait_procs(started, timeout=60)[1] == []

@@ -165,6 +165,7 @@ CASES = [
         attempt=job("collect", "--storage", "$TIPL_STORAGE/d"),
         variables={"TIPL_STORAGE": ""},
     ),
+    Case(what="A storage lacks a slash", attempt=job("collect", "--storage", "s3:/bucket/d")),
     Case(what="A storage is in the home of nobody", attempt=job("collect", "--storage", "~nobody-here/d")),
     Case(
         what="A file is in the way of the storage",

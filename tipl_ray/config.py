@@ -680,6 +680,8 @@ def absolute_storage(storage: str) -> str:
     """A folder as an absolute path, a URI as given. Raises ValueError for the home of a user that is not known."""
     if "://" in storage:
         return storage
+    if slip := re.match(r"(s3|gs|gcs|abfss?|hdfs|file|https?):/*", storage):
+        raise ValueError(f"storage={storage!r} is neither a folder nor a URI: did you mean {slip[1]}://...?")
     try:
         return str(Path(storage).expanduser().absolute())
     except RuntimeError as error:

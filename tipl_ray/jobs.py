@@ -19,7 +19,7 @@ import ray
 import ray.exceptions
 
 from tipl_ray.config import CHECKOUT, Experiment, UserError, check_places, forget_empty_variables
-from tipl_ray.storage import local_folder
+from tipl_ray.storage import Storage, local_folder
 from tipl_ray.tasks import find_task
 from tipl_ray.tracking import Tracker
 
@@ -50,7 +50,6 @@ LOST = (
     ray.exceptions.ActorUnschedulableError,
     ray.exceptions.AuthenticationError,
     ray.exceptions.RpcError,
-    ray.exceptions.RaySystemError,
 )
 """What Ray says of processes, nodes and room that it has lost."""
 
@@ -62,19 +61,24 @@ class ClusterError(UserError):
 def check_job(experiment: Experiment) -> None:
     """Raise ValueError for a task that is not known and for a storage that would be lost with a submitted job.
 
-    Raises UserError for a storage that cannot be written.
+    Raises UserError for a storage that cannot be written, StoreError for one that nothing answers to.
     """
     find_task(experiment.collect.task)
     check_places(experiment)
+    Storage(experiment.storage_path)
     folder = local_folder(experiment.storage_path)
-    # Ray runs the entry point in its copy of what was submitted.
-    thrown_away = [CHECKOUT, *([Path.cwd()] if "runtime_resources" in Path.cwd().parts else [])]
-    if SUBMITTED in os.environ and folder and any(folder.is_relative_to(one) for one in thrown_away):
+    if SUBMITTED in os.environ and folder and any(folder.is_relative_to(one) for one in _thrown_away()):
         problem = "is not set" if experiment.storage is None else f"lies in it, {experiment.storage!r}"
         raise ValueError(
             f"the checkout that a submitted job runs in is thrown away with the job, and storage {problem}: give "
             "--storage, a folder that all nodes see, or a bucket"
         )
+
+
+def _thrown_away() -> list[Path]:
+    """Folders that go with a submitted job: the checkout, and Ray's copy of what was submitted, which it runs in."""
+    here = Path.cwd()
+    return [CHECKOUT, here] if "runtime_resources" in here.parts else [CHECKOUT]
 
 
 def open_tracker(experiment: Experiment) -> Tracker:
