@@ -698,29 +698,26 @@ def default_storage(name: str) -> str:
     return str((CHECKOUT if in_checkout() else Path.cwd()) / "storage" / name)
 
 
-def experiments_folder() -> Path:
-    """The folder of the experiments that are found by their names: beside the running job, else in the checkout."""
-    beside = Path(sys.argv[0]).absolute().parent / "experiments"
-    return beside if beside.is_dir() else CHECKOUT / "jobs" / "experiments"
+def named_experiments() -> dict[str, Path]:
+    """The experiments that are found by their names: those beside the running job, then the checkout's."""
+    folders = (CHECKOUT / "jobs" / "experiments", Path(sys.argv[0]).absolute().parent / "experiments")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
 
 
-def find_experiment(named: str | Path, option: str = "--experiment") -> Path:
+def find_experiment(given: str | Path, option: str = "--experiment") -> Path:
     """The file of an experiment: a path, or a name, or jobs/experiments/NAME.toml from wherever a job is started.
 
-    Raises FileNotFoundError naming the option, or IsADirectoryError.
+    Raises FileNotFoundError naming the option and the experiments that there are, or IsADirectoryError.
     """
-    path, folder = Path(named), experiments_folder()
-    candidates = [path]
-    if path.parent in (Path(), Path("jobs", "experiments")):
-        candidates += [folder / path.name, folder / f"{path.name}.toml", CHECKOUT / path]
-    for candidate in candidates:
-        if candidate.exists() and not candidate.is_dir():
-            return candidate
+    path, known = Path(given), named_experiments()
+    if path.exists() and not path.is_dir():
+        return path
+    if path.parent in (Path(), Path("jobs", "experiments")) and path.name.removesuffix(".toml") in known:
+        return known[path.name.removesuffix(".toml")]
     if path.is_dir():
-        raise IsADirectoryError(f"{option} {named}: is a folder, not an experiment's file")
-    known = sorted(file.stem for file in folder.glob("*.toml"))
-    near = _nearest(path.stem, known)
-    raise FileNotFoundError(f"{option} {named}: no such file; in {folder} there are: {', '.join(known)}{near}")
+        raise IsADirectoryError(f"{option} {given}: is a folder, not an experiment's file")
+    near = _nearest(path.stem, list(known))
+    raise FileNotFoundError(f"{option} {given}: no such file, and no name of {', '.join(known)}{near}")
 
 
 def load_experiment(path: str | Path, preset: str | None = None) -> Experiment:
@@ -784,7 +781,8 @@ def parse_arguments(
     forget_empty_variables()
     with refused():
         said = _options(arguments)
-        path = find_experiment(take_option(arguments, "--experiment") or experiment)
+        given = take_option(arguments, "--experiment")
+        path = find_experiment(given) if given else named_experiments().get(experiment) or find_experiment(experiment)
         # The preset decides what the other fields' defaults are, wherever it stands among them.
         loaded = load_experiment(path, take_option(arguments, "--preset"))
     usage = (
@@ -818,11 +816,23 @@ def refused() -> Iterator[None]:
 def forget_empty_variables() -> None:
     """Unset what is set to nothing among the variables that this package, Ray and MLflow take a place from."""
     for name in (
-        *("HOME", "TMPDIR", "TMP", "TEMP", "XDG_CACHE_HOME", "RAY_ADDRESS", "RAY_TMPDIR", "RAY_AUTH_MODE"),
+        *(
+            "HOME",
+            "TMPDIR",
+            "TMP",
+            "TEMP",
+            "XDG_CACHE_HOME",
+            "XDG_CONFIG_HOME",
+            "RAY_ADDRESS",
+            "RAY_TMPDIR",
+            "RAY_AUTH_MODE",
+        ),
         *("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION"),
         *("FORCE_COLOR", "NO_COLOR"),
     ):
-        if os.environ.get(name) == "":
+        value = os.environ.get(name)
+        # By the convention, a relative XDG_CACHE_HOME is none either.
+        if value == "" or (value and name.startswith("XDG_") and not Path(value).is_absolute()):
             del os.environ[name]
 
 
