@@ -2,7 +2,9 @@
 
     python jobs/accelerate.py
     python jobs/accelerate.py --accelerate.tasks HalfCheetah-v4 --accelerate.contenders 10 4 4+ridge
-    ray job submit --working-dir . -- python jobs/accelerate.py --storage /shared/tipl/accelerate
+    ray job submit --working-dir . -- python jobs/accelerate.py \\
+        --storage s3://bucket/accelerate --tracking.uri http://mlflow:5000 \\
+        --accelerate.predictors-storage s3://bucket/inverted_pendulum
 
 Predictors are fitted on the trials that jobs/collect.py left in another experiment's storage, and TIPL is the model
 that jobs/train.py --preset causal left there. The same command again goes on where it stopped, or says that all is
@@ -14,15 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tipl_ray.config import CHECKOUT, parse_arguments
+from tipl_ray.config import parse_arguments
 
 
 def main() -> None:
     """Read the experiment, then load what runs it: --help is instant."""
-    arguments = sys.argv[1:]
-    if not any(argument.split("=")[0] == "--experiment" for argument in arguments):
-        arguments = ["--experiment", str(CHECKOUT / "jobs" / "experiments" / "accelerate.toml"), *arguments]
-    experiment = parse_arguments(__doc__, arguments)
+    experiment = parse_arguments(__doc__, jobs=["accelerate"], experiment="accelerate")
     from tipl_ray.acceleration import run_acceleration
 
     run_acceleration(experiment)

@@ -1,7 +1,9 @@
 """Collect: seeded PPO trials at once on Ray actors, their policy weights streamed to Parquet.
 
     python jobs/collect.py --experiment jobs/experiments/demo.toml
-    ray job submit --working-dir . -- python jobs/collect.py --experiment jobs/experiments/demo.toml
+    ray job submit --working-dir . -- python jobs/collect.py \\
+        --experiment jobs/experiments/demo.toml \\
+        --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
 The same command again goes on where it stopped, or says that all is done.
 """
@@ -13,13 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tipl_ray.config import parse_arguments
 
+STAGES = ["collect"]
+
 
 def main() -> None:
     """Read the experiment, then load what runs it: --help is instant."""
-    experiment = parse_arguments(__doc__)
+    experiment = parse_arguments(__doc__, jobs=STAGES)
     from tipl_ray.stages import run_stages
 
-    run_stages(experiment, ["collect"])
+    run_stages(experiment, STAGES)
 
 
 if __name__ == "__main__":

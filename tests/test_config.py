@@ -1,16 +1,21 @@
 """Configuration: what is read, what is refused, and in which words."""
 
+import dataclasses
 import doctest
+import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tipl_ray import config
+from tipl_ray import config, contenders, forecasting
 from tipl_ray.config import (
     CHECKOUT,
+    JOBS,
     Basis,
     Experiment,
     Model,
@@ -82,14 +87,14 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
         (["--split.test-trials", "14"], "leaves no trial to train on"),
         (["--collect.total-env-steps", "100"], "collect.total_env_steps=100 is less than one iteration"),
         (["--collect.epochs-per-snapshot", "3"], "collect.epochs_per_snapshot=3 does not divide ppo.num_epochs=10"),
-        (["--collect.num-trials", "0"], "collect.num_trials=0 is below 1"),
+        (["--collect.num-trials", "0"], "collect.num_trials=0 is outside [1, 100000]"),
         (["--train.batch-size", "65", "--train.num-workers", "2"], "train.num_workers=2 does not divide"),
         (["--basis.centred", "--basis.deltas"], "exclude each other"),
         (["--evaluate.extra-horizons", "5", "20"], "evaluate.extra_horizons=(5, 20) do not rise from beyond"),
-        (["--preset", "mine"], "preset='mine' is not one of ['causal', 'paper']"),
+        (["--preset", "mine"], "preset='mine' is not one of causal, paper"),
         (
             ["--experiment", "nowhere.toml"],
-            "nowhere.toml: no such file; in jobs/experiments there are: accelerate, demo",
+            "nowhere.toml: no such file, and no name of accelerate, demo",
         ),
     ],
 )
@@ -165,3 +170,218 @@ def test_help_explains_every_option_at_once() -> None:
     assert "Widths of the policy's two hidden layers" in shown
     assert "--experiment FILE" in shown
     assert time.monotonic() - begin < 30
+
+
+def test_the_names_of_predictors_are_those_that_there_are() -> None:
+    kinds = [forecasting.Predictor]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert set(config.PREDICTORS) == {kind.name for kind in kinds if hasattr(kind, "name")}
+    assert set(config.COMBINATIONS) == set(forecasting.COMBINATIONS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("10", "4+ridge", "4+tipl:gate,x0.5", "4+dmd:both,reset", "4+first-again:x2"),
+        *("", "x", "4+", "4+rigde", "4+ridge:gat", "10:gate", "4+ridge:x", "-4", "4 + ridge"),
+    ],
+)
+def test_contenders_are_refused_on_the_command_line_as_they_are_read(name: str) -> None:
+    def accepts(check: Any) -> bool:
+        try:
+            check()
+        except ValueError:
+            return False
+        return True
+
+    accelerate = dataclasses.replace(config.Accelerate(), contenders=("10", name))
+    distinct = dataclasses.replace(accelerate, contenders=(name,))
+    assert accepts(distinct.check) == accepts(lambda: contenders.Contender.parse(name))
+
+
+FOUR = ["--collect.num-trials", "4"]
+SHORT = ["--experiment", "smoke", "--model.context", "80"]
+SEEDS = ["--experiment", "accelerate", "--collect.num-trials", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taken", "refused"),
+    [
+        (FOUR, ["collect"], ["train", "evaluate", "sweep"]),
+        (SHORT, ["collect"], ["train", "evaluate", "sweep"]),
+        (SEEDS, ["collect", "accelerate"], ["train", "evaluate", "sweep"]),
+        (["--evaluate.run-policies-of", "svd-floor"], ["collect", "train", "sweep"], ["evaluate"]),
+        (["--sweep.metric", "skill_h50"], ["collect", "train", "evaluate", "accelerate"], ["sweep"]),
+        (["--experiment", "accelerate", "--collect.num-trials", "10000"], ["collect"], ["accelerate"]),
+    ],
+)
+def test_a_job_is_refused_for_what_it_reads_and_not_for_what_others_read(
+    arguments: list[str], taken: list[str], refused: list[str]
+) -> None:
+    for job in taken:
+        experiment = parse_arguments("A job.", arguments, jobs=[job])
+        assert from_table(as_table(experiment)) == experiment
+    for job in refused:
+        with pytest.raises(SystemExit):
+            parse_arguments("A job.", arguments, jobs=[job])
+        with pytest.raises(SystemExit):
+            parse_arguments("A job.", arguments, jobs=["collect", job])
+    with pytest.raises(SystemExit):
+        parse_arguments("A job.", arguments)
+
+
+@pytest.mark.parametrize("part", [name for name, default in vars(Experiment).items() if name in Experiment.__slots__])
+def test_no_number_of_any_section_is_nan_or_infinite_or_beyond_what_is_stored(part: str) -> None:
+    experiment = Experiment(name="any")
+    section = getattr(experiment, part)
+    for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
+        value = getattr(section, field.name)
+        wrong: tuple[Any, ...] = ()
+        if isinstance(value, float):
+            wrong = (float("nan"), float("inf"), -float("inf"))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            wrong = (-1, 2**31, 10**30)
+        for one in wrong:
+            changed = dataclasses.replace(section, **{field.name: one})
+            with pytest.raises(ValueError, match=rf"{part}\.{field.name}"):
+                dataclasses.replace(experiment, **{part: changed}).check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "job", "words"),
+    [
+        (["--train.seed", "3"], "collect", "note: --train.seed has no effect: collect does not read it"),
+        (["--preset", "paper"], "collect", "note: --preset has no effect: collect does not read it"),
+        (["--basis.rank", "3"], "train", "note: --basis.rank has no effect: basis.kind=window fits no Temporal SVD"),
+        (["--evaluate.episodes=3"], "train", "note: --evaluate.episodes has no effect: train does not read it"),
+        (["--jump.gate"], "collect", "note: --jump.gate has no effect: without jump.predictor"),
+        (["--sweep.num-samples", "3"], "sweep", "note: --sweep.num-samples has no effect: a grid has every"),
+        (["--train.use-gpu"], "sweep", "note: --train.use-gpu has no effect: sweep.gpus_per_trial gives"),
+        (["--collect.task", "Hopper-v4"], "accelerate", "note: --collect.task has no effect: accelerate.tasks names"),
+        (["--train.seed", "3", "--evaluate.seed", "1", "--name", "mine"], "evaluate", ""),
+    ],
+)
+def test_what_is_said_and_changes_nothing_is_told(
+    arguments: list[str], job: str, words: str, capsys: pytest.CaptureFixture
+) -> None:
+    parse_arguments("A job.", arguments, jobs=[job])
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.splitlines()) == (1 if words else 0)
+
+
+def test_every_section_is_read_by_some_job() -> None:
+    read = {field.partition(".")[0] for fields in JOBS.values() for field in fields}
+    assert read | {"name", "storage", "tracking"} == {field.name for field in dataclasses.fields(Experiment)}
+
+
+@pytest.mark.parametrize("name", ["demo", "run-1", "run_1.2", "lr=0.1", "Größe", "実験-3", "हिन्दी", "_mine", "a+b@c,d"])
+def test_names_that_all_take_are_taken(name: str) -> None:
+    dataclasses.replace(Experiment(name=name), tracking=config.Tracking(experiment=name)).check()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".", "..", "-x", ".x", "x.", "x ", " x", "", "a/b", "a\\b", "a:b", "a b", "a'b", 'a"b', "a`b", "a$b", "a*"),
+        *(
+            "a\nb",
+            "a\0b",
+            "a\x1b[2Jb",
+            "a\u202eb",
+            "a\u200fb",
+            "a\u2028b",
+            "a\ud800b",
+            "x" * 101,
+            "é" * 51,
+            "a<b",
+            "a%b",
+            "a|b",
+        ),
+    ],
+)
+def test_names_that_anyone_may_misread_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="name="):
+        Experiment(name=name).check()
+    if " " not in name.strip() and "/" not in name:
+        with pytest.raises(ValueError, match=r"tracking\.experiment="):
+            dataclasses.replace(Experiment(name="a"), tracking=config.Tracking(experiment=name)).check()
+
+
+def test_a_password_in_an_address_is_not_repeated() -> None:
+    address = "http://ada:secret@host/\n"
+    for experiment in (
+        Experiment(name="a", storage=address),
+        Experiment(name="a", tracking=config.Tracking(uri=address)),
+    ):
+        with pytest.raises(ValueError, match=r"//\*\*\*@host") as caught:
+            experiment.check()
+        assert "secret" not in str(caught.value)
+
+
+def test_an_experiment_is_found_by_its_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+    for name in ("smoke", "smoke.toml", "jobs/experiments/smoke.toml"):
+        assert load_experiment(name) == whole
+    (tmp_path / "smoke.toml").write_text("name = 'mine'")
+    assert load_experiment("smoke.toml").name == "mine"
+    with pytest.raises(FileNotFoundError, match="did you mean smoke"):
+        load_experiment("elsewhere/smoke.toml")
+
+
+def test_a_storage_means_the_same_to_workers_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = parse_arguments("A job.", ["--storage", "mine"])
+    monkeypatch.chdir("/")
+    assert experiment.storage_path == str(tmp_path / "mine")
+
+
+def test_an_installed_package_keeps_its_data_in_the_working_directory_and_finds_experiments_beside_the_jobs(
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(CHECKOUT / "tipl_ray", tmp_path / "site-packages" / "tipl_ray")
+    shutil.copytree(CHECKOUT / "jobs", tmp_path / "work" / "jobs")
+    (tmp_path / "work" / "mine.toml").write_text("")
+    script = tmp_path / "work" / "jobs" / "where.py"
+    script.write_text(
+        "import sys; from tipl_ray.config import parse_arguments\n"
+        "print(parse_arguments('Where.', jobs=['collect']).storage_path)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site-packages")}
+
+    def storage(*arguments: str) -> str:
+        command = [sys.executable, str(script), *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=tmp_path / "work", env=environment
+        )
+        return done.stdout.strip()
+
+    assert storage() == str(tmp_path / "work" / "storage" / "demo")
+    assert storage("--experiment", "mine.toml") == str(tmp_path / "work" / "storage" / "mine")
+    assert storage("--experiment", "smoke", "--storage", "here") == str(tmp_path / "work" / "here")
+    assert not (tmp_path / "site-packages" / "storage").exists()
+
+
+def test_variables_that_are_empty_are_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TMPDIR", "RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which says that there are none
+    parse_arguments("A job.", [])
+    assert not {"TMPDIR", "RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL"} & set(os.environ)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize("job", ["collect", "train", "evaluate", "pipeline", "sweep", "accelerate"])
+def test_the_command_that_each_job_says_to_submit_is_one_that_it_takes(job: str) -> None:
+    described = (CHECKOUT / "jobs" / f"{job}.py").read_text().split('"""')[1].replace("\\\\\n", "")
+    (submitted,) = [line for line in described.splitlines() if "ray job submit" in line]
+    words = submitted.split(" -- python ")[1].split()
+    assert words[0] == f"jobs/{job}.py"
+    assert "--storage" in words
+    assert "--tracking.uri" in words
+    stages = ["collect", "train", "evaluate"] if job == "pipeline" else [job]
+    default = "accelerate" if job == "accelerate" else "demo"
+    experiment = parse_arguments("A job.", words[1:], jobs=stages, experiment=default)
+    assert experiment.storage_path.startswith("s3://")

@@ -1,12 +1,21 @@
 """What a job prints."""
 
+import contextlib
 import doctest
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from tipl_ray import terminal
-from tipl_ray.terminal import ProgressView
+from tipl_ray.config import CHECKOUT
+from tipl_ray.terminal import ProgressView, format_rows
 
 
 def test_examples_in_docstrings_hold() -> None:
@@ -23,3 +32,73 @@ def test_progress_does_not_flood_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
             view.show([{"trials": "1-4"}], f"{number} done")
     assert 3 <= len(said) <= 12
     assert said[0] == "0 done"
+
+
+ROWS = [{"trials": "1-2, 5-7", "env steps": "1,000,000 of 2,000,000", "mean return": "1234.5", "left": "1 h 02 min"}]
+SUMMARY = "collect: 3 of 50 trials done, 1,234,567 of 40,000,000 env steps, 92,240 env steps/s on 2 actors, 12 min left"
+SCRIPT = f"""
+from tipl_ray.terminal import ProgressView, log_event, say
+with ProgressView() as view:
+    view.show([], "evaluate: nothing to show in columns yet, but that is no reason to show nothing: 12 of 34 tasks")
+    log_event("start", actor=1)
+    view.show({ROWS!r}, {SUMMARY!r})
+    say("done")
+"""
+
+
+def shown(columns: int, **environment: str) -> str:
+    """What a terminal of so many columns is sent."""
+    process, terminal = pty.fork()
+    if not process:
+        os.environ.update({"TERM": "xterm", "COLUMNS": str(columns), **environment, "PYTHONPATH": str(CHECKOUT)})
+        os.execv(sys.executable, [sys.executable, "-c", SCRIPT])
+    parts = []
+    with contextlib.suppress(OSError):  # the other side is closed
+        while part := os.read(terminal, 65536):
+            parts.append(part)
+    os.waitpid(process, 0)
+    os.close(terminal)
+    return b"".join(parts).decode()
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_nothing_is_cropped_on_a_terminal(columns: int) -> None:
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(columns)).replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= columns
+    words = " ".join(" ".join(lines).split())
+    assert SUMMARY in words
+    assert "no reason to show nothing: 12 of 34 tasks" in words
+    if columns >= 80:
+        assert "1,000,000 of 2,000,000" in words
+    assert "event=" not in words
+
+
+MOVES = re.compile(r"\x1b\[(\?25|[0-9]*[ABCDHJK])")
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}, {"FORCE_COLOR": "3", "TERM": "xterm"}]
+)
+def test_a_file_gets_lines_and_nothing_that_moves_the_cursor(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-c", SCRIPT]
+    variables = {**os.environ, "PYTHONPATH": str(CHECKOUT), **environment}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
+    assert not MOVES.search(said)
+    assert "event=start actor=1" in said
+    assert "12 of 34 tasks" in said
+
+
+def test_a_terminal_that_cannot_move_its_cursor_is_a_file() -> None:
+    said = shown(80, TERM="dumb")
+    assert not MOVES.search(said)
+    assert "event=start actor=1" in said
+    assert MOVES.search(shown(80, NO_COLOR="1"))
+
+
+def test_cells_are_text_whatever_brackets_they_have() -> None:
+    drawn = Console(width=60, file=io.StringIO(), force_terminal=False)
+    rows = [{"[data]": "storage/[text]/x", "value": "[bold]1[/bold]"}, {"[data]": "[/]", "value": "a\x1b[2Jb\u202e"}]
+    drawn.print(format_rows(rows, title="[title] of it"))
+    said = drawn.file.getvalue()  # type: ignore[attr-defined]
+    for text in ("[data]", "storage/[text]/x", "[bold]1[/bold]", "[/]", "a\\x1b[2Jb\\u202e", "[title] of it"):
+        assert text in said

@@ -27,7 +27,7 @@ import ray
 
 from tipl_ray import contenders, figures
 from tipl_ray.collection import GroupCollector
-from tipl_ray.config import CHECKOUT, Experiment, as_table, digest, load_experiment
+from tipl_ray.config import Experiment, as_table, digest, load_experiment
 from tipl_ray.contenders import TIPL, Contender, Finished, Unit, filled
 from tipl_ray.forecasting import load_predictor
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
@@ -90,9 +90,8 @@ def run_acceleration(experiment: Experiment) -> None:
 def source_experiment(experiment: Experiment) -> Experiment:
     """The experiment that predictors come from. Raises FileNotFoundError or ValueError where there is none such."""
     settings = experiment.accelerate
-    path = Path(settings.predictors_from)
-    source = load_experiment(path if path.is_absolute() else CHECKOUT / path, preset="causal")
-    return dataclasses.replace(source, storage=settings.predictors_storage or source.storage).check()
+    source = load_experiment(settings.predictors_from, preset="causal")
+    return dataclasses.replace(source, storage=settings.predictors_storage or source.storage).check("train")
 
 
 def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[Contender]) -> dict[str, str]:

@@ -4,15 +4,19 @@ Knows nothing of Ray, torch or MLflow, so that `--help` is instant. Everything t
 The defaults are the paper's (Section 4.1) and, where the paper is silent, what docs/declared.md says.
 """
 
+import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,6 +29,42 @@ class UserError(RuntimeError):
 
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+"""The folder that this package lies in: the checkout, or, where it is installed, site-packages."""
+LARGEST = 2**31 - 1
+"""Most that a whole number may be: what the data set's columns and every library's seeds hold."""
+MAX_NAME_BYTES = 100
+
+COMBINATIONS = (
+    "copy-last",
+    "linear",
+    "damped",
+    "window-linear",
+    "ridge",
+    "first-again",
+    "rank-1",
+    "rank-1-from-last",
+    "dmd",
+)
+"""Names of the predictors that one small file holds: those that jumps can be made by, beside `tipl`."""
+PREDICTORS = (*COMBINATIONS, "context-ridge", "mean-trajectory", "ridge-elsewhere", "tipl", "svd-floor", "window-floor")
+"""Names of the predictors in the result table. Here, because forecasting.py loads torch."""
+
+JOBS: dict[str, tuple[str, ...]] = {
+    "collect": ("collect", "ppo", "jump"),
+    "train": (
+        *("preset", "collect", "ppo", "jump", "split", "basis", "model", "train"),
+        *("evaluate.horizon", "evaluate.extra_horizons"),
+    ),
+    "evaluate": ("preset", "collect", "ppo", "jump", "split", "basis", "model", "train", "evaluate"),
+    "sweep": (
+        *("preset", "collect", "ppo", "jump", "split", "basis", "model", "train", "sweep"),
+        *("evaluate.horizon", "evaluate.extra_horizons"),
+    ),
+    "accelerate": ("collect", "ppo", "accelerate", "evaluate.confidence"),
+}
+"""What each job reads of an experiment, beside its name, its storage and where it is tracked."""
+LEARNING = ("train", "evaluate", "sweep")
+"""Jobs that cut the trials in three and look at them through the model's context."""
 
 
 @pydantic.with_config(extra="forbid")
@@ -60,8 +100,10 @@ class Ppo:
         return self.num_steps // self.num_minibatches
 
     def check(self) -> None:
-        _at_least("ppo", self, num_steps=1, num_minibatches=1, num_epochs=1)
+        _between("ppo", self, 1, 10_000_000, "num_steps", "num_minibatches")
+        _between("ppo", self, 1, 10_000, "num_epochs")
         _between("ppo", self, 0.0, 1.0, "gamma", "gae_lambda")
+        _between("ppo", self, 0.0, 1e6, "entropy_coefficient", "value_coefficient")
         _positive("ppo", self, "learning_rate", "adam_epsilon", "clip_coefficient", "max_gradient_norm")
         if self.num_steps % self.num_minibatches or self.minibatch_size < 2:
             raise ValueError(
@@ -108,16 +150,19 @@ class Collect:
         _at_least(
             "collect",
             self,
-            num_trials=1,
+            total_env_steps=1,
             first_seed=0,
             epochs_per_snapshot=1,
             iterations_per_commit=1,
             trials_per_actor=0,
             physics_threads=1,
         )
+        _between("collect", self, 1, 100_000, "num_trials")
+        _check_last_seed("collect", "first_seed", self.first_seed, self.num_trials)
         for field in ("policy_hidden", "critic_hidden"):
-            if len(getattr(self, field)) != 2 or min(getattr(self, field)) < 1:
-                raise ValueError(f"collect.{field}={getattr(self, field)} is not two widths of at least 1")
+            widths = getattr(self, field)
+            if len(widths) != 2 or min(widths) < 1 or max(widths) > 16_384:
+                raise ValueError(f"collect.{field}={widths} is not two widths from 1 to 16384")
 
 
 @pydantic.with_config(extra="forbid")
@@ -141,7 +186,7 @@ class Jump:
     """Refuse a jump that goes further per snapshot than this many times the context's longest displacement."""
 
     def check(self) -> None:
-        _at_least("jump", self, horizon=1)
+        _between("jump", self, 1, 10_000, "horizon")
         _positive("jump", self, "damping", "limit")
 
 
@@ -209,7 +254,9 @@ class Model:
     """Basis `window`: what tells the model how far the trial has come: its share of snapshots, or PPO's annealing."""
 
     def check(self) -> None:
-        _at_least("model", self, context=2, embedding=1, layers=1, heads=1)
+        _at_least("model", self, context=2)
+        _between("model", self, 1, 65_536, "embedding", "heads")
+        _between("model", self, 1, 1_000, "layers")
         _between("model", self, 0.0, 0.95, "dropout")
         if self.embedding % self.heads:
             raise ValueError(f"model.heads={self.heads} does not divide model.embedding={self.embedding}")
@@ -255,18 +302,13 @@ class Train:
     """One GPU per worker."""
 
     def check(self) -> None:
-        _at_least(
-            "train",
-            self,
-            num_steps=1,
-            steps_per_iteration=1,
-            batch_size=1,
-            warmup_steps=0,
-            num_workers=1,
-            seed=0,
-            num_seeds=1,
-        )
+        _at_least("train", self, num_steps=1, steps_per_iteration=1, warmup_steps=0, seed=0)
+        _between("train", self, 1, 1_000_000, "batch_size")
+        _between("train", self, 1, 10_000, "num_workers", "num_seeds")
+        _check_last_seed("train", "seed", self.seed, self.num_seeds)
         _positive("train", self, "learning_rate", "max_gradient_norm")
+        _between("train", self, 0.0, 1e6, "weight_decay")
+        _check_once("train", "data", [absolute_storage(storage) for storage in self.data])
         _between("train", self, 0.0, 1.0, "joined_windows")
         if self.batch_size % self.num_workers:
             raise ValueError(f"train.num_workers={self.num_workers} does not divide train.batch_size={self.batch_size}")
@@ -303,13 +345,21 @@ class Evaluate:
         return (*range(1, self.horizon + 1), *self.extra_horizons)
 
     def check(self) -> None:
-        _at_least("evaluate", self, horizon=1, windows_per_trial=1, episodes=1, bootstrap=1, seed=0)
+        _at_least("evaluate", self, windows_per_trial=1, seed=0)
+        _between("evaluate", self, 1, 10_000, "horizon")
+        _between("evaluate", self, 1, 1_000_000, "episodes", "bootstrap")
         _between("evaluate", self, 0.5, 0.999, "confidence")
+        for name in self.run_policies_of:
+            if name not in PREDICTORS:
+                raise no_such("evaluate.run_policies_of", name, PREDICTORS)
+        _check_once("evaluate", "run_policies_of", self.run_policies_of)
         extra = (self.horizon, *self.extra_horizons)
         if list(extra) != sorted(set(extra)):
             raise ValueError(
                 f"evaluate.extra_horizons={self.extra_horizons} do not rise from beyond evaluate.horizon={self.horizon}"
             )
+        if extra[-1] > 10_000:
+            raise ValueError(f"evaluate.extra_horizons={self.extra_horizons} go beyond 10000")
 
 
 @pydantic.with_config(extra="forbid")
@@ -350,12 +400,30 @@ class Accelerate:
     """Bootstrap resamples over trials behind each confidence interval."""
 
     def check(self) -> None:
-        _at_least("accelerate", self, search_trials=1, units_at_once=0, bootstrap=1)
+        _at_least("accelerate", self, search_first_seed=0, units_at_once=0)
+        _between("accelerate", self, 1, 100_000, "search_trials")
+        _between("accelerate", self, 1, 1_000_000, "bootstrap")
+        _check_last_seed("accelerate", "search_first_seed", self.search_first_seed, self.search_trials)
         for field in ("tasks", "contenders", "learning_rates"):
             if not getattr(self, field):
                 raise ValueError(f"accelerate.{field} is empty")
+            _check_once("accelerate", field, getattr(self, field))
+        for task in self.tasks:
+            name, at, steps = task.partition("@")
+            if not name or (at and not (steps.isdecimal() and 1 <= int(steps) <= LARGEST)):
+                raise ValueError(
+                    f"accelerate.tasks: {task!r} is not TASK or TASK@STEPS, with environment steps from 1 to {LARGEST}"
+                )
+        for contender in self.contenders:
+            _check_contender(contender)
         if list(self.learning_rates) != sorted(set(self.learning_rates)) or self.learning_rates[0] <= 0:
             raise ValueError(f"accelerate.learning_rates={self.learning_rates} do not rise from above 0")
+
+    @property
+    def predictors(self) -> dict[str, int]:
+        """Update epochs of each contender that jumps, by its name."""
+        plans = {name: name.partition(":")[0].partition("+") for name in self.contenders}
+        return {name: int(epochs) for name, (epochs, _, predictor) in plans.items() if predictor}
 
 
 @pydantic.with_config(extra="forbid")
@@ -367,6 +435,12 @@ class Tracking:
     """MLflow tracking URI; none takes $MLFLOW_TRACKING_URI, else a sqlite file in the storage."""
     experiment: str | None = None
     """MLflow experiment; none takes the experiment's name."""
+
+    def check(self) -> None:
+        if self.experiment is not None:
+            # Databricks' experiments are paths, /Users/me/mine.
+            for part in self.experiment.removeprefix("/").split("/"):
+                _check_name("tracking.experiment", self.experiment, part, " ")
 
 
 @pydantic.with_config(extra="forbid")
@@ -401,8 +475,12 @@ class Sweep:
     """Seed of the `optuna` search."""
 
     def check(self) -> None:
-        _at_least("sweep", self, num_samples=1, max_concurrent_trials=0, cpus_per_trial=1, seed=0)
-        _between("sweep", self, 0.0, float("inf"), "gpus_per_trial")
+        _at_least("sweep", self, max_concurrent_trials=0, seed=0)
+        _between("sweep", self, 1, 1_000_000, "num_samples")
+        _between("sweep", self, 1, 10_000, "cpus_per_trial")
+        _between("sweep", self, 0.0, 10_000.0, "gpus_per_trial")
+        if self.gpus_per_trial > 1 and not self.gpus_per_trial.is_integer():
+            raise ValueError(f"sweep.gpus_per_trial={self.gpus_per_trial} is neither a part of one GPU nor whole GPUs")
 
 
 @pydantic.with_config(extra="forbid")
@@ -413,7 +491,8 @@ class Experiment:
     name: str
     """Name of the experiment, and of its folder in the default storage."""
     storage: str | None = None
-    """Folder or URI for everything that the stages leave; none is storage/<name> in the checkout, which git ignores."""
+    """Folder or URI for everything that the stages leave; none is storage/<name> in the checkout, which git ignores,
+    or, where this package is installed, in the working directory."""
     preset: Literal["causal", "paper"] = "paper"
     """Set of defaults for basis, model and training: `paper` is the paper's Transformer on its Temporal SVD, `causal`
     our own on the basis `window`. The file's sections [causal.train], [paper.train] and so on hold for one of them."""
@@ -432,9 +511,7 @@ class Experiment:
     @property
     def storage_path(self) -> str:
         """Absolute folder, or the URI as given: Ray changes the working directory of its workers."""
-        if self.storage is None:
-            return str(CHECKOUT / "storage" / self.name)
-        return absolute_storage(self.storage)
+        return default_storage(self.name) if self.storage is None else absolute_storage(self.storage)
 
     @property
     def num_iterations(self) -> int:
@@ -481,23 +558,57 @@ class Experiment:
             dataclasses.replace(self, train=dataclasses.replace(self.train, seed=seed, num_seeds=1)) for seed in seeds
         )
 
-    def check(self) -> Self:
-        """Refuse what cannot run. Raises ValueError naming the field, the value and the limit."""
-        if not self.name or any(letter in self.name for letter in "/\\ "):
-            raise ValueError(f"name={self.name!r} is not a folder's name")
+    def check(self, *jobs: str) -> Self:
+        """Refuse what these jobs of `JOBS` cannot run; of none, what any of them cannot.
+
+        Raises ValueError naming the field, the value and the limit.
+        """
+        self.check_fields()
+        wanted = jobs or tuple(JOBS)
+        self._check_trials(wanted)
+        if set(wanted) & set(LEARNING):
+            self._check_learning()
+        if "evaluate" in wanted and self.evaluate.run_policies_of:
+            self._check_policies_run()
+        if "sweep" in wanted:
+            metrics = ["skill", *(f"skill_h{step}" for step in self.evaluate.steps)]
+            if self.sweep.metric not in metrics:
+                raise no_such("sweep.metric", self.sweep.metric, metrics)
+        if "accelerate" in wanted:
+            self._check_acceleration()
+        return self
+
+    def check_fields(self) -> Self:
+        """Refuse values that no job can use. Raises ValueError naming the field, the value and the limit."""
+        _check_values("", self)
+        _check_name("name", self.name, self.name)
         for field in dataclasses.fields(self):
-            if hasattr(part := getattr(self, field.name), "check"):
+            part = getattr(self, field.name)
+            if hasattr(part, "check"):
+                _check_values(f"{field.name}.", part)
                 part.check()
-        if self.collect.total_env_steps < self.ppo.num_steps:
-            raise ValueError(
-                f"collect.total_env_steps={self.collect.total_env_steps} is less than one iteration of "
-                f"ppo.num_steps={self.ppo.num_steps}"
-            )
-        if self.ppo.num_epochs % self.collect.epochs_per_snapshot:
+        return self
+
+    def _check_trials(self, jobs: Collection[str]) -> None:
+        steps = {f"collect.total_env_steps={self.collect.total_env_steps}": self.collect.total_env_steps}
+        if "accelerate" in jobs:
+            given = [task.partition("@") for task in self.accelerate.tasks]
+            steps |= {f"accelerate.tasks={task}@{count}": int(count) for task, _, count in given if count}
+        for where, count in steps.items():
+            if count < self.ppo.num_steps:
+                raise ValueError(f"{where} is less than one iteration of ppo.num_steps={self.ppo.num_steps}")
+        if set(jobs) - {"accelerate"} and self.ppo.num_epochs % self.collect.epochs_per_snapshot:
             raise ValueError(
                 f"collect.epochs_per_snapshot={self.collect.epochs_per_snapshot} does not divide "
                 f"ppo.num_epochs={self.ppo.num_epochs}"
             )
+        if self.num_snapshots > LARGEST:
+            raise ValueError(
+                f"collect.total_env_steps={self.collect.total_env_steps} gives {self.num_snapshots} snapshots a trial, "
+                f"more than {LARGEST}"
+            )
+
+    def _check_learning(self) -> None:
         held_out = self.split.validation_trials + self.split.test_trials
         if held_out >= self.collect.num_trials:
             raise ValueError(
@@ -517,7 +628,31 @@ class Experiment:
                 f"model.context={self.model.context} + forward step {furthest} of evaluate = {needed} displacements "
                 f"exceed the {self.num_snapshots - 1} of a trial"
             )
-        return self
+
+    def _check_policies_run(self) -> None:
+        missing = {"svd-floor" if self.basis.kind == "window" else "window-floor"}
+        if not self.train.data:
+            missing.add("ridge-elsewhere")
+        if missing.issuperset(self.evaluate.run_policies_of):
+            raise ValueError(
+                f"evaluate.run_policies_of={self.evaluate.run_policies_of} are no predictors of "
+                f"basis.kind={self.basis.kind!r}{'' if self.train.data else ' without train.data'}"
+            )
+
+    def _check_acceleration(self) -> None:
+        settings, reported = self.accelerate, self.collect.seeds
+        searched = range(settings.search_first_seed, settings.search_first_seed + settings.search_trials)
+        if reported[0] <= searched[-1] and searched[0] <= reported[-1]:
+            raise ValueError(
+                f"accelerate.search_first_seed={searched[0]} and accelerate.search_trials={len(searched)} take some of "
+                f"the seeds {reported[0]} to {reported[-1]}, which are reported"
+            )
+        for contender in settings.contenders:
+            if int(re.split("[+:]", contender)[0]) % self.collect.epochs_per_snapshot:
+                raise ValueError(
+                    f"collect.epochs_per_snapshot={self.collect.epochs_per_snapshot} does not divide the epochs of "
+                    f"accelerate.contenders {contender!r}"
+                )
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -542,74 +677,337 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def absolute_storage(storage: str) -> str:
-    """A folder as an absolute path, a URI as given."""
-    return storage if "://" in storage else str(Path(storage).expanduser().absolute())
+    """A folder as an absolute path, a URI as given. Raises ValueError for the home of a user that is not known."""
+    if "://" in storage:
+        return storage
+    if slip := re.match(r"(s3|gs|gcs|abfss?|hdfs|file|https?):/*", storage):
+        raise ValueError(f"storage={storage!r} is neither a folder nor a URI: did you mean {slip[1]}://...?")
+    try:
+        return str(Path(storage).expanduser().absolute())
+    except RuntimeError as error:
+        raise ValueError(f"storage={storage!r}: {error}") from error
+
+
+def in_checkout() -> bool:
+    """Whether this package lies in a clone of its repository, and is not installed."""
+    return (CHECKOUT / "pyproject.toml").is_file() and (CHECKOUT / "jobs").is_dir()
+
+
+def default_storage(name: str) -> str:
+    """Where an experiment is kept that names no storage: below the checkout, else below the working directory."""
+    return str((CHECKOUT if in_checkout() else Path.cwd()) / "storage" / name)
+
+
+def named_experiments() -> dict[str, Path]:
+    """The experiments that are found by their names: those beside the running job, then the checkout's."""
+    folders = (CHECKOUT / "jobs" / "experiments", Path(sys.argv[0]).absolute().parent / "experiments")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
+
+
+def find_experiment(given: str | Path, option: str = "--experiment") -> Path:
+    """The file of an experiment: a path, or a name, or jobs/experiments/NAME.toml from wherever a job is started.
+
+    Raises FileNotFoundError naming the option and the experiments that there are, or IsADirectoryError.
+    """
+    path, known = Path(given), named_experiments()
+    if path.exists() and not path.is_dir():
+        return path
+    if path.parent in (Path(), Path("jobs", "experiments")) and path.name.removesuffix(".toml") in known:
+        return known[path.name.removesuffix(".toml")]
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {given}: is a folder, not an experiment's file")
+    near = _nearest(path.stem, list(known))
+    raise FileNotFoundError(f"{option} {given}: no such file, and no name of {', '.join(known)}{near}")
 
 
 def load_experiment(path: str | Path, preset: str | None = None) -> Experiment:
     """Read an experiment's TOML file, unchecked; a preset given here takes the place of the file's.
 
     What is later overrides what is before: the dataclasses' defaults, the preset, the file's sections, its sections for
-    this preset. Raises FileNotFoundError, or ValueError naming the key for what is not TOML, an unknown key or a wrong
-    type.
+    this preset. Raises OSError where there is no such file, or ValueError naming the key for what is not TOML, an
+    unknown key or a wrong type.
     """
-    path = Path(path)
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in (CHECKOUT / "jobs" / "experiments").glob("*.toml")))
-        raise FileNotFoundError(f"--experiment {path}: no such file; in jobs/experiments there are: {known}")
-    try:
-        table = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {error}") from error
-    table["preset"] = preset = preset or table.get("preset", "paper")
-    if preset not in PRESETS:
-        raise ValueError(f"{path}: preset={preset!r} is not one of {sorted(PRESETS)}")
-    own = {name: table.pop(name, {}) for name in PRESETS}[preset]
+    path = find_experiment(path)
+    table = _read_toml(path)
+    given = table.get("preset", "paper") if preset is None else preset
+    if given not in PRESETS:
+        raise ValueError(f"{path}: {no_such('preset', given, sorted(PRESETS))}")
+    own = {name: _section(path, table.pop(name, {}), name) for name in PRESETS}
+    # The sections for other presets are not used, and may not be wrong either.
+    return {name: _with_preset(path, table, name, own[name]) for name in PRESETS}[given]
+
+
+def _with_preset(path: Path, table: dict[str, Any], preset: str, own: dict[str, Any]) -> Experiment:
+    """The experiment of a file's sections, a preset and the file's sections for that preset."""
+    built = {"name": path.stem, **table, "preset": preset}
     for section in PRESETS[preset] | own:
-        table[section] = {**PRESETS[preset].get(section, {}), **table.get(section, {}), **own.get(section, {})}
-    return _build({"name": path.stem, **table}, str(path))
+        parts = (
+            PRESETS[preset].get(section, {}),
+            _section(path, table.get(section, {}), section),
+            _section(path, own.get(section, {}), f"{preset}.{section}"),
+        )
+        built[section] = {key: value for part in parts for key, value in part.items()}
+    return _build(built, str(path))
 
 
-def parse_arguments(description: str, arguments: list[str] | None = None) -> Experiment:
+def _read_toml(path: Path) -> dict[str, Any]:
+    text = ""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        # It says where, and not what stands there.
+        line = re.search(r"at line (\d+)", str(error))
+        shown = f": {text.splitlines()[int(line[1]) - 1].strip()!r}" if line else ""
+        raise ValueError(f"{path} is not TOML: {error}{shown}") from error
+
+
+def _section(path: Path, value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {name}={value!r} is not a section: write [{name}] and its fields below it")
+    return value
+
+
+def parse_arguments(
+    description: str, arguments: list[str] | None = None, *, jobs: Sequence[str] = (), experiment: str = "demo"
+) -> Experiment:
     """The experiment of a command line: `--experiment FILE` and `--preset NAME` first, then any field of it by name.
 
-    Exits with status 2 and one line on standard error where the file or a field is refused.
+    It is checked for these jobs of `JOBS`, or for all; without `--experiment` it is the one of the name given here.
+    Exits with one line on standard error: status 2 where the file or a field is refused, 1 where nothing can be written
+    where it says. What was said and changes nothing in these jobs is told in a line.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    path = take_option(arguments, "--experiment") or str(CHECKOUT / "jobs" / "experiments" / "demo.toml")
-    try:
+    forget_empty_variables()
+    with refused():
+        said = _options(arguments)
+        given = take_option(arguments, "--experiment")
+        path = find_experiment(given) if given else named_experiments().get(experiment) or find_experiment(experiment)
         # The preset decides what the other fields' defaults are, wherever it stands among them.
         loaded = load_experiment(path, take_option(arguments, "--preset"))
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    usage = f"{description}\n\n--experiment FILE   TOML file with the experiment, read first; now {path}"
-    experiment = tyro.cli(Experiment, default=loaded, args=arguments, description=usage)
+    usage = (
+        f"{description}\n\n--experiment FILE   TOML file with the experiment, or its name; it is read first\n"
+        f"                    (default: {path})"
+    )
+    parsed = tyro.cli(Experiment, default=loaded, args=arguments, description=usage)
+    with refused():
+        parsed = _with_places(parsed).check(*jobs)
+        _check_named(parsed, jobs or tuple(JOBS))
+    for option, why in _without_effect(parsed, jobs or tuple(JOBS), said):
+        print(f"note: {option} has no effect: {why}", file=sys.stderr)
     try:
-        return dataclasses.replace(experiment, storage=_with_variables(experiment.storage)).check()
-    except ValueError as error:
+        check_places(parsed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    return parsed
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """Exit with status 2 and one line on standard error where a command line or an experiment's file is refused."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
-def _with_variables(storage: str | None) -> str | None:
-    """With $NAME as the environment has it: `ray job submit` quotes its command, so that no shell has seen to that."""
-    expanded = os.path.expandvars(storage) if storage else storage
-    if expanded and (unknown := re.search(r"\$\{?(\w+)", expanded)):
-        raise ValueError(f"storage={storage!r}: the environment of the job has no {unknown[1]}")
-    return expanded
+def forget_empty_variables() -> None:
+    """Unset what is set to nothing among the variables that this package, Ray and MLflow take a place from."""
+    for name in (
+        *(
+            "HOME",
+            "TMPDIR",
+            "TMP",
+            "TEMP",
+            "XDG_CACHE_HOME",
+            "XDG_CONFIG_HOME",
+            "RAY_ADDRESS",
+            "RAY_TMPDIR",
+            "RAY_AUTH_MODE",
+        ),
+        *("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION"),
+        *("FORCE_COLOR", "NO_COLOR"),
+    ):
+        value = os.environ.get(name)
+        # By the convention, a relative XDG_CACHE_HOME is none either.
+        if value == "" or (value and name.startswith("XDG_") and not Path(value).is_absolute()):
+            del os.environ[name]
+
+
+def check_places(experiment: Experiment) -> None:
+    """Raise UserError, before anything is loaded, where a job could write neither its storage nor temporary files."""
+    if "://" not in experiment.storage_path and (problem := unwritable(Path(experiment.storage_path))):
+        raise UserError(f"storage {experiment.storage_path} cannot be written: {problem}; give another --storage")
+    folder = os.environ.get("TMPDIR")
+    if folder and (problem := "no such folder" if not Path(folder).is_dir() else unwritable(Path(folder))):
+        raise UserError(f"TMPDIR={folder} cannot be written: {problem}; unset TMPDIR, or set it to another folder")
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why a folder can be neither written nor made; None where it can."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        if not there.is_dir():
+            return f"{there} is no folder"
+        if os.statvfs(there).f_flag & os.ST_RDONLY:
+            return f"{there} lies on a file system that is read-only"
+        return None if os.access(there, os.W_OK | os.X_OK) else f"no right to write in {there}"
+    except OSError as error:
+        return error.strerror
+
+
+def _with_places(experiment: Experiment) -> Experiment:
+    """With $NAME in its folders as the environment has it, and its own storage wherever a worker stands."""
+    settings = experiment.accelerate
+    storage = _with_variables("storage", experiment.storage)
+    if storage is not None or not in_checkout():
+        storage = dataclasses.replace(experiment, storage=storage).storage_path
+    data = tuple(str(_with_variables("train.data", one)) for one in experiment.train.data)
+    predictors = _with_variables("accelerate.predictors_storage", settings.predictors_storage)
+    jump = _with_variables("jump.predictor", experiment.jump.predictor)
+    return dataclasses.replace(
+        experiment,
+        storage=storage,
+        train=dataclasses.replace(experiment.train, data=data),
+        accelerate=dataclasses.replace(settings, predictors_storage=predictors),
+        jump=dataclasses.replace(experiment.jump, predictor=jump),
+    )
+
+
+def _with_variables(field: str, place: str | None) -> str | None:
+    """As the environment has it: `ray job submit` quotes its command, so that no shell has seen to that."""
+    if place is None:
+        return None
+    _check_text(field, place)
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        # Set to nothing is not set: the rest would be a place at the root.
+        if not os.environ.get(name):
+            raise ValueError(f"{field}={_shown(place)}: the environment of the job has no {name}")
+        return os.environ[name]
+
+    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, place)
+
+
+def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
+    """Refuse names of tasks, files and folders that there are not, for these jobs, before anything is loaded."""
+    # A third of a second, which --help does not wait for.
+    import gymnasium
+
+    tasks = {experiment.collect.task: "collect.task"} if set(jobs) - {"accelerate"} else {}
+    if "accelerate" in jobs:
+        tasks |= {task.partition("@")[0]: "accelerate.tasks" for task in experiment.accelerate.tasks}
+    for task, field in tasks.items():
+        module, _, name = task.rpartition(":")
+        if not module and name not in gymnasium.registry:
+            known = sorted(spec.id for spec in gymnasium.registry.values() if "mujoco" in str(spec.entry_point))
+            near = _nearest(name, known) or f"; MuJoCo's are {', '.join(known)}"
+            raise ValueError(f"{field}={name!r} is no task of gymnasium{near}")
+    if "train" in jobs or "evaluate" in jobs:
+        for storage in experiment.train.data:
+            _check_folder("train.data", storage)
+    if "collect" in jobs and experiment.jump.predictor is not None:
+        _check_folder("jump.predictor", experiment.jump.predictor)
+    if "accelerate" in jobs and experiment.accelerate.predictors:
+        settings = experiment.accelerate
+        path = find_experiment(settings.predictors_from, "accelerate.predictors_from")
+        source = load_experiment(path, preset="causal").check_fields()
+        size = source.collect.epochs_per_snapshot
+        for contender, epochs in settings.predictors.items():
+            skipped = source.ppo.num_epochs - epochs
+            if skipped < size or skipped % size or epochs % size:
+                raise ValueError(
+                    f"accelerate.contenders: {contender!r} leaves {skipped} of {source.ppo.num_epochs} epochs to a "
+                    f"predictor of snapshots that are {size} epochs apart"
+                )
+        if settings.predictors_storage is not None:
+            _check_folder("accelerate.predictors_storage", settings.predictors_storage)
+
+
+def _check_folder(field: str, place: str) -> None:
+    folder = Path(absolute_storage(place))
+    if "://" not in place and not folder.is_dir():
+        siblings = [one.name for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
+        raise ValueError(f"{field}={place!r}: there is no folder {folder}{_nearest(folder.name, siblings)}")
+
+
+def _without_effect(experiment: Experiment, jobs: Sequence[str], said: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Options of a command line that change nothing in these jobs, each with the reason."""
+    read = ("name", "storage", "tracking", *(field for job in jobs for field in JOBS[job]))
+    settings, window = experiment.accelerate, experiment.basis.kind == "window"
+    reasons: dict[str, str] = {}
+
+    def none_of(section: str, fields: Sequence[str], why: str) -> None:
+        reasons.update({f"{section}.{field}": why for field in fields})
+
+    if window or experiment.basis.kind == "raw":
+        none_of("basis", ("rank", "centred", "deltas"), f"basis.kind={experiment.basis.kind} fits no Temporal SVD")
+    if not window:
+        none_of("model", ("phase", "clock"), "it is for basis.kind=window")
+        none_of("train", ("joined_windows",), "it is for basis.kind=window")
+    if experiment.jump.predictor is None:
+        fields = [field.name for field in dataclasses.fields(Jump) if field.name != "predictor"]
+        none_of("jump", fields, "without jump.predictor there are no jumps")
+    if not experiment.evaluate.run_policies_of:
+        fields = ["windows_per_trial", "episodes", "sampled_actions"]
+        none_of("evaluate", fields, "evaluate.run_policies_of is empty, so that no policy is run")
+    if experiment.sweep.search == "grid":
+        none_of("sweep", ("num_samples", "seed"), "a grid has every combination once")
+    if list(jobs) == ["sweep"]:
+        none_of("train", ("use_gpu",), "sweep.gpus_per_trial gives the runs of a sweep GPUs")
+        none_of("train", ("num_seeds",), "the runs of a sweep have one seed each; vary train.seed")
+    if list(jobs) == ["accelerate"]:
+        none_of("collect", ("task",), "accelerate.tasks names the tasks")
+        none_of("collect", ("trials_per_actor",), "all trials of a contender are one stack")
+        none_of("ppo", ("num_epochs",), "each contender names its own")
+        none_of("ppo", ("learning_rate",), "each contender's is chosen from accelerate.learning_rates")
+        if not settings.predictors:
+            none_of("accelerate", ("predictors_from", "predictors_storage"), "no contender has a predictor")
+    for field in said:
+        option = f"--{field.replace('_', '-')}"
+        if field in reasons:
+            yield option, reasons[field]
+        elif not any(field == one or field.startswith(f"{one}.") for one in read) and _is_field(experiment, field):
+            yield option, f"{' and '.join(jobs)} does not read it"
+
+
+def _is_field(experiment: Experiment, field: str) -> bool:
+    """Whether an option is an experiment's, and not the job's own."""
+    return field in dict(flat(as_table(experiment))) or field == "preset"
+
+
+def _options(arguments: Sequence[str]) -> list[str]:
+    """Fields that a command line sets, in its order. Raises ValueError for one that is set twice."""
+    said: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("--") or argument == "--":
+            continue
+        option = argument.partition("=")[0]
+        section, dot, field = option.removeprefix("--").replace("-", "_").rpartition(".")
+        field = f"{section}{dot}{field.removeprefix('no_')}"
+        if field in said:
+            raise ValueError(f"{option} is given twice")
+        said.append(field)
+    return said
 
 
 def take_option(arguments: list[str], option: str) -> str | None:
-    """Remove an option from a command line and return its value."""
+    """Remove an option from a command line and return its value. Raises ValueError where it has none."""
     for position, argument in enumerate(arguments):
-        if argument == option and position + 1 < len(arguments):
-            value = arguments[position + 1]
-            del arguments[position : position + 2]
-            return value
-        if argument.startswith(f"{option}="):
-            del arguments[position]
-            return argument.removeprefix(f"{option}=")
+        if argument == option:
+            value = arguments[position + 1] if position + 1 < len(arguments) else ""
+            taken = 2
+        elif argument.startswith(f"{option}="):
+            value, taken = argument.removeprefix(f"{option}="), 1
+        else:
+            continue
+        if not value or value.startswith("--"):
+            raise ValueError(f"{option} is given without its value")
+        del arguments[position : position + taken]
+        return value
     return None
 
 
@@ -633,7 +1031,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def from_table(table: dict[str, Any]) -> Experiment:
     """The experiment that `as_table` wrote down."""
-    return _build(table, "table").check()
+    return _build(table, "table").check_fields()
 
 
 def digest(*parts: Any) -> str:
@@ -650,16 +1048,113 @@ def _adapter() -> pydantic.TypeAdapter[Experiment]:
 
 def _build(table: dict[str, Any], where: str) -> Experiment:
     try:
-        return _adapter().validate_python(table)
+        # By way of JSON, in which a list may be a tuple, and true no number.
+        return _adapter().validate_json(json.dumps(table, default=str), strict=True)
     except pydantic.ValidationError as error:
         complaints = []
         for item in error.errors():
             field = ".".join(map(str, item["loc"]))
-            message = (
-                "unknown key" if item["type"] in ("unexpected_keyword_argument", "extra_forbidden") else item["msg"]
-            )
+            message = item["msg"]
+            if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                message = f"unknown key{_nearest(field, _fields())}"
             complaints.append(f"{field}={item['input']!r}: {message}")
         raise ValueError(f"{where}: " + "; ".join(complaints)) from error
+
+
+@functools.cache
+def _fields() -> tuple[str, ...]:
+    """Every section, and every field by its dotted name."""
+    experiment = Experiment(name="any")
+    sections = [field.name for field in dataclasses.fields(experiment)]
+    return tuple(dict.fromkeys([*sections, *(name for name, _ in flat(as_table(experiment)))]))
+
+
+def no_such(field: str, name: str, known: Sequence[str]) -> ValueError:
+    """The error for a name that there is not: it gives those that there are, and the nearest."""
+    return ValueError(f"{field}={name!r} is not one of {', '.join(known)}{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    folded = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    return f"; did you mean {folded[near[0]]}?" if near else ""
+
+
+def _check_values(section: str, config: Any) -> None:
+    """What holds for every field: numbers are finite, whole ones fit 32 bits, text has letters only, and some."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, str):
+                _check_text(f"{section}{field.name}", one)
+            elif isinstance(one, int) and abs(one) > LARGEST:
+                raise ValueError(f"{section}{field.name}={one} is beyond {LARGEST}")
+            elif isinstance(one, float) and not math.isfinite(one):
+                raise ValueError(f"{section}{field.name}={one} is not a finite number")
+
+
+def _check_text(field: str, text: str) -> None:
+    if not text.strip():
+        raise ValueError(f"{field}={text!r} is empty: give a value, or leave it out")
+    for letter in text:
+        if unicodedata.category(letter) in ("Cc", "Cs"):
+            raise ValueError(f"{field}={_shown(text)} holds {letter!r}, which is no letter of a name or a path")
+
+
+def _check_name(field: str, whole: str, name: str, also: str = "") -> None:
+    """A name for a folder, a shell's word, an MLflow experiment, a registered model and a web page, all at once."""
+    allowed = f"-_.+=@,{also}"
+    for letter in name:
+        # Letters, the marks on them, digits: all else means something to someone.
+        if unicodedata.category(letter)[0] not in "LMN" and letter not in allowed:
+            raise ValueError(
+                f"{field}={whole!r} holds {letter!r}: give letters, digits and {' '.join(allowed).strip()}"
+            )
+    if not name or (name[0] != "_" and unicodedata.category(name[0])[0] not in "LN"):
+        raise ValueError(f"{field}={whole!r} does not begin with a letter, a digit or _")
+    if name[-1] in ". ":
+        raise ValueError(f"{field}={whole!r} ends in {name[-1]!r}, which some would leave out")
+    if len(whole.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"{field}={whole[:20]!r}... has {len(whole.encode())} bytes, more than {MAX_NAME_BYTES}")
+
+
+def _check_contender(contender: str) -> None:
+    """EPOCHS or EPOCHS+PREDICTOR[:OPTION,...], as contenders.py reads it."""
+    plan, colon, options = contender.partition(":")
+    epochs, plus, predictor = plan.partition("+")
+    known = (*COMBINATIONS, "tipl")
+    if not epochs.isdecimal() or not 1 <= int(epochs) <= 10_000 or (colon and not (predictor and options)):
+        raise ValueError(
+            f"accelerate.contenders: {contender!r} is not EPOCHS or EPOCHS+PREDICTOR[:OPTION,...], with 1 to 10000 "
+            "epochs"
+        )
+    if plus and predictor not in known:
+        raise no_such(f"accelerate.contenders: {contender!r}: predictor", predictor, known)
+    given = options.split(",") if options else []
+    _check_once(f"accelerate.contenders: {contender!r}", "options", given)
+    for option in given:
+        damping = re.fullmatch(r"x(\d+\.?\d*|\.\d+)", option)
+        if option not in ("gate", "reset", "both") and not (damping and 0 < float(damping[1]) <= 1e6):
+            raise ValueError(
+                f"accelerate.contenders: {contender!r}: {option!r} is not gate, reset, both or xDAMPING, above 0"
+                f"{_nearest(option, ('gate', 'reset', 'both'))}"
+            )
+
+
+def _check_last_seed(section: str, field: str, first: int, count: int) -> None:
+    if first + count - 1 > LARGEST:
+        raise ValueError(f"{section}.{field}={first}: the last of {count} seeds is beyond {LARGEST}")
+
+
+def _check_once(section: str, field: str, values: Sequence[Any]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{section}.{field} holds {value!r} twice")
+
+
+def _shown(place: str) -> str:
+    """A place in an error, without the user and password that a URI may carry."""
+    return repr(re.sub(r"(?<=//)[^/@]*(?=@)", "***", place))
 
 
 def _at_least(section: str, config: Any, **limits: int) -> None:
@@ -676,5 +1171,6 @@ def _between(section: str, config: Any, low: float, high: float, *fields: str) -
 
 def _positive(section: str, config: Any, *fields: str) -> None:
     for field in fields:
-        if not 0 < getattr(config, field) < float("inf"):
+        # What float32 holds.
+        if not 1e-37 < getattr(config, field) < 1e37:
             raise ValueError(f"{section}.{field}={getattr(config, field)} is not a positive number")

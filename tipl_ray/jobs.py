@@ -4,33 +4,81 @@ Knows nothing of what a job does.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 
+import pyarrow as pa
 import ray
+import ray.exceptions
 
-from tipl_ray.config import CHECKOUT, Experiment, UserError
-from tipl_ray.storage import local_folder
+from tipl_ray.config import CHECKOUT, Experiment, UserError, check_places, forget_empty_variables
+from tipl_ray.storage import Storage, local_folder
 from tipl_ray.tasks import find_task
 from tipl_ray.tracking import Tracker
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray gives to the entry point of a submitted job alone."""
+ANSWER_SECONDS = 10.0
+"""Time that a cluster has to answer at $RAY_ADDRESS; Ray itself waits for two minutes, and then ends the process."""
+WAYS_OUT = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there; the same command goes on where it stopped"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "give a place that can be written"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files, ulimit -n"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "give another place, or move what is in the way"),
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+"""What a user can do about an OSError."""
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.OwnerDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.OutOfDiskError,
+    ray.exceptions.ObjectStoreFullError,
+    ray.exceptions.RuntimeEnvSetupError,
+    ray.exceptions.TaskUnschedulableError,
+    ray.exceptions.ActorUnschedulableError,
+    ray.exceptions.AuthenticationError,
+    ray.exceptions.RpcError,
+)
+"""What Ray says of processes, nodes and room that it has lost."""
+
+
+class ClusterError(UserError):
+    """Ray cannot be started here, or nobody answers at $RAY_ADDRESS."""
 
 
 def check_job(experiment: Experiment) -> None:
-    """Raise ValueError for a task that is not known and for a storage that would be lost with a submitted job."""
+    """Raise ValueError for a task that is not known and for a storage that would be lost with a submitted job.
+
+    Raises UserError for a storage that cannot be written, StoreError for one that nothing answers to.
+    """
     find_task(experiment.collect.task)
+    check_places(experiment)
+    Storage(experiment.storage_path)
     folder = local_folder(experiment.storage_path)
-    if SUBMITTED in os.environ and folder and folder.is_relative_to(CHECKOUT):
+    if SUBMITTED in os.environ and folder and any(folder.is_relative_to(one) for one in _thrown_away()):
         problem = "is not set" if experiment.storage is None else f"lies in it, {experiment.storage!r}"
         raise ValueError(
             f"the checkout that a submitted job runs in is thrown away with the job, and storage {problem}: give "
             "--storage, a folder that all nodes see, or a bucket"
         )
+
+
+def _thrown_away() -> list[Path]:
+    """Folders that go with a submitted job: the checkout, and Ray's copy of what was submitted, which it runs in."""
+    here = Path.cwd()
+    return [CHECKOUT, here] if "runtime_resources" in here.parts else [CHECKOUT]
 
 
 def open_tracker(experiment: Experiment) -> Tracker:
@@ -42,39 +90,136 @@ def open_tracker(experiment: Experiment) -> Tracker:
 @contextlib.contextmanager
 def exit_status() -> Iterator[None]:
     """A job's way out: status 1 and one line on standard error for what the user can mend, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8's shows a path all the same
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on from what is committed", file=sys.stderr)
         raise SystemExit(130) from None
-    except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError as error:  # `| head` has seen enough; Python would try to write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from error
+    except Exception as error:
+        line = in_one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def in_one_line(error: BaseException) -> str | None:
+    """What the user can mend, with the way out; None for a bug of ours, whose traceback is needed."""
+    error = _cause(error)
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, UserError | ValueError):
+        return str(error)
+    if isinstance(error, OSError):
+        place = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else first
+        return f"{place}; {WAYS_OUT[error.errno]}" if error.errno in WAYS_OUT else place
+    if isinstance(error, LOST) and not getattr(error, "actor_init_failed", False):
+        return f"Ray: {first} The same command goes on from what is committed"
+    if isinstance(error, MemoryError) or _is(error, "torch", "OutOfMemoryError"):
+        return f"out of memory: {first}; give less at a time, or a machine with more"
+    if isinstance(error, pa.ArrowException) and not isinstance(error, TypeError | KeyError):
+        return first
+    if _is(error, "sqlalchemy.exc", "SQLAlchemyError") or _is(error, "mlflow.exceptions", "MlflowException"):
+        return f"MLflow: {first}; the same command goes on once that is mended"
+    return None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a worker raised, out of all that Ray wraps it in on its way here."""
+    wrapped: BaseException | None = error
+    while wrapped is not None:
+        error = wrapped
+        failures = getattr(error, "worker_failures", None) or {}  # Ray Train's
+        inner = [getattr(error, name, None) for name in ("cause", "controller_failure", "_base_exc")]
+        wrapped = next((one for one in (*inner, *failures.values()) if isinstance(one, BaseException)), None)
+    return error
+
+
+def _is(error: BaseException, module: str, name: str) -> bool:
+    """Whether it is an error of a library that may not have been loaded."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(error, kind)
 
 
 @contextlib.contextmanager
 def connected_to_ray() -> Iterator[None]:
-    """The cluster of $RAY_ADDRESS, as in a submitted job; else a local one that ends with the job."""
+    """The cluster of $RAY_ADDRESS, as in a submitted job; else a local one that ends with the job.
+
+    Raises ClusterError where there is none.
+    """
+    forget_empty_variables()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if "RAY_ADDRESS" in os.environ:
+    address = os.environ.get("RAY_ADDRESS", "local")
+    with _interruptible(signal.SIGHUP):
+        try:
+            _start(address)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if address == "local":
+                raise ClusterError(
+                    f"Ray cannot be started on this machine: {reason}; it wants room and a short name of its folder, "
+                    "RAY_TMPDIR (now /tmp unless TMPDIR is set), room in /dev/shm, and free ports"
+                ) from error
+            raise ClusterError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}; start it, give another address, or unset "
+                "RAY_ADDRESS for one on this machine"
+            ) from error
+        # Only now: Ray has a handler of its own for SIGTERM, which `ray job stop` and batch systems send.
+        with _interruptible(signal.SIGTERM):
+            try:
+                yield
+            finally:
+                ray.shutdown()
+
+
+def _start(address: str) -> None:
+    if address != "local":
+        _check_that_it_answers(address)
         ray.init()
-    else:
-        # A local cluster is this process' own. A token, which Ray would write into the home, belongs to real ones.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        paths = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-        # What matters of the workers' output comes as exceptions; the rest is Ray Train missing the dashboard.
-        # By default Ray would join whatever cluster last ran on this machine, or wait for one that died.
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": paths}},
-        )
-    # SIGTERM, which `ray job stop` and batch systems send, ends the job as Ctrl-C does: actors gone, MLflow told.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return
+    # A local cluster is this process' own. A token, which Ray would write into the home, belongs to real ones.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    paths = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    # What matters of the workers' output comes as exceptions; the rest is Ray Train missing the dashboard.
+    # By default Ray would join whatever cluster last ran on this machine, or wait for one that died.
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )
+
+
+def _check_that_it_answers(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():  # all else Ray knows better
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+
+
+@contextlib.contextmanager
+def _interruptible(number: signal.Signals) -> Iterator[None]:
+    """A signal ends the job as Ctrl-C does, actors gone and MLflow told, unless it is ignored, as below nohup."""
+    if signal.getsignal(number) == signal.SIG_IGN:
+        yield
+        return
+    terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            # It comes twice, from the kernel and from the shell; and what is still said has no terminal to go to.
+            signal.signal(number, signal.SIG_IGN)
+            for terminal in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
     try:
         yield
     finally:
-        ray.shutdown()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)

@@ -25,6 +25,7 @@ FIXED = {
 TOKENS = ("raw", "trial", "shared")
 UNUSED = {"basis.rank": ("raw", "window"), "model.clock": TOKENS, "model.phase": TOKENS}
 """Fields that mean nothing on some bases."""
+MAX_COMBINATIONS = 10_000
 RANGE = re.compile(r"(log|uniform)\(([^,()]+),([^,()]+)\)")
 
 Candidate = dict[str, Any]
@@ -57,6 +58,10 @@ def parse_over(arguments: Sequence[str]) -> dict[str, Any]:
         field, equals, text = argument.partition("=")
         if not equals or not field.strip() or not text.strip():
             raise ValueError(f"--over {argument}: give FIELD=VALUE,VALUE,... or FIELD=log(LOW,HIGH)")
+        if field.strip() in over:
+            raise ValueError(
+                f"--over {field.strip()} is given twice: give its values in one, --over {field.strip()}=VALUE,VALUE"
+            )
         values = text.strip()
         over[field.strip()] = values if "(" in values else [value.strip() for value in values.split(",")]
     return over
@@ -77,6 +82,9 @@ def make_space(experiment: config.Experiment) -> Space:
             raise ValueError(
                 f"sweep.over.{ranges[0]} is a range, which a grid has no end to: give --sweep.search optuna"
             )
+    combinations = math.prod(2 if isinstance(entry, Range) else len(entry) for entry in space.values())
+    if combinations > MAX_COMBINATIONS:
+        raise ValueError(f"sweep.over makes {combinations} combinations, more than {MAX_COMBINATIONS}")
     children = [with_fields(experiment, candidate) for candidate in corners(space)]
     kinds = {child.basis.kind for child in children}
     for field in space:
@@ -101,7 +109,7 @@ def with_fields(experiment: config.Experiment, candidate: Mapping[str, Any]) -> 
     for field, value in candidate.items():
         section, name = field.split(".")
         table[section][name] = value
-    return config.from_table(table)
+    return config.from_table(table).check("train")
 
 
 def field_types(experiment: config.Experiment) -> dict[str, type]:

@@ -1,18 +1,22 @@
 """What a job says on the terminal: lines, and one table of progress that redraws itself where it can.
 
-In a log file, where nothing can be redrawn, the progress is one line now and then. Knows nothing of what is reported.
+In a log file, where nothing can be redrawn, the progress is one line now and then. Colours follow NO_COLOR and
+FORCE_COLOR; what moves the cursor goes to a terminal alone. Knows nothing of what is reported.
 """
 
 import datetime
 import json
+import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 LOG_INTERVAL = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
@@ -25,16 +29,21 @@ def say(message: str) -> None:
     console.print(message, markup=False)
 
 
+def redraws() -> bool:
+    """Whether what was printed can be redrawn: on a terminal that moves its cursor, whatever FORCE_COLOR says."""
+    return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
+
+
 def log_event(name: str, **fields: object) -> None:
     """Log one event in one line, time=... event=name key=value ...; on a terminal nothing, the table shows it there."""
-    if not console.is_terminal:
+    if not redraws():
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         say(" ".join([f"time={now}", f"event={name}", *(f"{key}={_word(value)}" for key, value in fields.items())]))
 
 
 def _word(value: object) -> str:
     text = str(value)
-    return json.dumps(text) if " " in text or '"' in text else text
+    return json.dumps(text) if any(letter in text for letter in ' "\n\r') else text
 
 
 def duration(seconds: float) -> str:
@@ -50,22 +59,38 @@ def duration(seconds: float) -> str:
     return f"{int(seconds)} s"
 
 
+def plain(text: str) -> str:
+    r"""A text whose control and direction marks are written out: none of it moves a cursor or turns a line around.
+
+    >>> plain("a[b]\x1b[2J")
+    'a[b]\\x1b[2J'
+    """
+    return "".join(
+        letter.encode("unicode_escape").decode() if unicodedata.category(letter) in ("Cc", "Cf") else letter
+        for letter in text
+    )
+
+
 def format_rows(rows: Iterable[Mapping[str, str]], title: str | None = None) -> Table:
-    """Rows of equal keys as a table, numbers and all, headed by the keys."""
+    """Rows of equal keys as a table, numbers and all, headed by the keys; text as it is, whatever brackets it has."""
     rows = list(rows)
-    table = Table(title=title, title_justify="left", header_style="bold")
+    heading = None if title is None else Text(plain(title))
+    table = Table(title=heading, title_justify="left", header_style="bold")
     for column, key in enumerate(rows[0] if rows else ()):
-        table.add_column(key, justify="left" if column == 0 else "right")
+        table.add_column(Text(plain(key)), justify="left" if column == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(Text(plain(cell)) for cell in row.values()))
     return table
 
 
 class ProgressView:
-    """A table that is redrawn in place on a terminal; elsewhere its summary, one line every LOG_INTERVAL seconds."""
+    """A summary and a table that are redrawn in place on a terminal; elsewhere the summary, every LOG_INTERVAL seconds.
+
+    What does not fit the terminal's width is wrapped.
+    """
 
     def __init__(self) -> None:
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._live = Live(console=console, auto_refresh=False, transient=True) if redraws() else None
         self._last_line = 0.0
 
     def __enter__(self) -> Self:
@@ -82,7 +107,10 @@ class ProgressView:
     def show(self, rows: Iterable[Mapping[str, str]], summary: str) -> None:
         """Bring the view up to date."""
         if self._live:
-            self._live.update(format_rows(rows, title=summary), refresh=True)
+            rows = list(rows)
+            # Said outright, because the console wraps nothing.
+            line = Text(plain(summary), overflow="fold", no_wrap=False)
+            self._live.update(Group(line, format_rows(rows)) if rows else line, refresh=True)
         elif time.monotonic() - self._last_line >= LOG_INTERVAL:
             self._last_line = time.monotonic()
             say(summary)

@@ -1,0 +1,267 @@
+"""Surroundings that do not fit and values that cannot be, each with what the user then reads.
+
+python tests/test_surroundings.py writes the table into docs/surroundings.md. A row more is a `Case` more.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import io
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tipl_ray.config import CHECKOUT
+from tipl_ray.jobs import connected_to_ray, exit_status
+
+PAGE = CHECKOUT / "docs" / "surroundings.md"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """Something that is not as it should be, tried in an empty folder that is the working directory."""
+
+    what: str
+    attempt: Callable[[], object]
+    """What a user does. It exits with status 1 or 2, and what it says on standard error is the row."""
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Environment variables beside those that are there."""
+
+
+def job(name: str, *arguments: str) -> Callable[[], object]:
+    """A job's own script with a command line; it is refused before it loads anything."""
+
+    def attempt() -> None:
+        script = str(CHECKOUT / "jobs" / f"{name}.py")
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
+
+    return attempt
+
+
+def with_file(name: str, text: str, then: Callable[[], object]) -> Callable[[], object]:
+    """Write a file, then what the user does."""
+
+    def attempt() -> None:
+        Path(name).write_text(text)
+        then()
+
+    return attempt
+
+
+def mine(text: str) -> Callable[[], object]:
+    """An experiment's file, and a job on it."""
+    return with_file("mine.toml", text, job("collect", "--experiment", "mine.toml"))
+
+
+def fails(error: Exception) -> Callable[[], object]:
+    """What a job makes of an error in the middle of its work."""
+
+    def attempt() -> None:
+        with exit_status():
+            raise error
+
+    return attempt
+
+
+def connect() -> None:
+    with exit_status(), connected_to_ray():
+        raise AssertionError("there is no cluster")
+
+
+CASES = [
+    Case(what="A predictor is misspelt", attempt=job("pipeline", "--evaluate.run-policies-of", "tpil")),
+    Case(
+        what="No predictor named is one of the basis",
+        attempt=job("evaluate", "--evaluate.run-policies-of", "svd-floor"),
+    ),
+    Case(what="A task is misspelt", attempt=job("collect", "--collect.task", "HalfCheeta-v4")),
+    Case(
+        what="One of the acceleration's tasks is misspelt",
+        attempt=job("accelerate", "--accelerate.tasks", "Hopper-v4", "Wolker2d-v4@100000"),
+    ),
+    Case(
+        what="A contender's predictor is misspelt",
+        attempt=job("accelerate", "--accelerate.contenders", "10", "4+rigde"),
+    ),
+    Case(
+        what="A contender's option is misspelt",
+        attempt=job("accelerate", "--accelerate.contenders", "10", "4+ridge:gat"),
+    ),
+    Case(
+        what="A contender leaves no epochs to its predictor",
+        attempt=job("accelerate", "--accelerate.contenders", "10", "10+ridge"),
+    ),
+    Case(
+        what="The search would take seeds that are reported",
+        attempt=job("accelerate", "--accelerate.search-first-seed", "100"),
+    ),
+    Case(
+        what="The experiment that predictors come from is misspelt",
+        attempt=job("accelerate", "--accelerate.predictors-from", "inverted_pendulm"),
+    ),
+    Case(what="A sweep's metric is none", attempt=job("sweep", "--sweep.metric", "skil_h1")),
+    Case(
+        what="A sweep's metric is of a step that is not predicted", attempt=job("sweep", "--sweep.metric", "skill_h11")
+    ),
+    Case(what="A sweep's field is misspelt", attempt=job("sweep", "--over", "model.contxt=10,20")),
+    Case(
+        what="A sweep's field is given twice",
+        attempt=job("sweep", "--over", "model.layers=1", "--over", "model.layers=2"),
+    ),
+    Case(
+        what="A sweep has more combinations than anyone can run",
+        attempt=job(
+            "sweep",
+            *("--over", f"model.context={','.join(map(str, range(2, 200)))}"),
+            *("--over", f"train.seed={','.join(map(str, range(200)))}"),
+        ),
+    ),
+    Case(what="A preset is misspelt", attempt=job("train", "--preset", "papr")),
+    Case(what="A preset is empty", attempt=job("train", "--preset=")),
+    Case(what="A preset is given twice", attempt=job("train", "--preset", "paper", "--preset", "causal")),
+    Case(what="A field is given twice", attempt=job("train", "--train.seed", "1", "--train.seed=2")),
+    Case(what="An experiment is misspelt", attempt=job("collect", "--experiment", "dmeo")),
+    Case(what="An experiment is a folder", attempt=job("collect", "--experiment", ".")),
+    Case(what="`--experiment` stands at the end", attempt=job("collect", "--experiment")),
+    Case(what="A file's key is misspelt", attempt=mine("[collect]\nnum_trails = 4\n")),
+    Case(what="A file's section is misspelt", attempt=mine("[colect]\nnum_trials = 4\n")),
+    Case(what="A file's section for the other preset is misspelt", attempt=mine("[causal.tain]\nnum_steps = 4\n")),
+    Case(what="A file has a key twice", attempt=mine("[collect]\nnum_trials = 4\nnum_trials = 8\n")),
+    Case(what="A file has true for a number", attempt=mine("[collect]\nnum_trials = true\n")),
+    Case(what="A file has text for a section", attempt=mine("causal = 'yes'\n")),
+    Case(what="A file is nested 10,000 deep", attempt=mine(f"name = {'[' * 10_000}")),
+    Case(what="A data set to train on is not there", attempt=job("train", "--train.data", "storage/hoper")),
+    Case(what="A predictor to jump by is not there", attempt=job("collect", "--jump.predictor", "models/none")),
+    Case(what="A number is NaN", attempt=job("train", "--ppo.entropy-coefficient", "nan")),
+    Case(what="A number is infinite", attempt=job("train", "--train.weight-decay", "inf")),
+    Case(what="A coefficient is negative", attempt=job("collect", "--ppo.value-coefficient", "-0.5")),
+    Case(what="A seed is negative", attempt=job("train", "--train.seed", "-1")),
+    Case(what="A seed has more than 31 bits", attempt=job("collect", "--collect.first-seed", "2147483648")),
+    Case(what="The last seed has more than 31 bits", attempt=job("collect", "--collect.first-seed", "2147483640")),
+    Case(what="Trials without end", attempt=job("collect", "--collect.num-trials", "1000000000000")),
+    Case(what="A GPU and a half", attempt=job("sweep", "--sweep.gpus-per-trial", "1.5")),
+    Case(what="A name is `..`", attempt=job("collect", "--name", "..")),
+    Case(what="A name holds a colon", attempt=job("collect", "--name", "run:1")),
+    Case(what="A name holds a quote", attempt=job("collect", "--name", "ada's")),
+    Case(what="A name turns the text around", attempt=job("collect", "--name", "a\u202eb")),
+    Case(what="A name holds a new line", attempt=job("collect", "--name", "a\nb")),
+    Case(what="A name has 300 letters", attempt=job("collect", "--name", "a" * 300)),
+    Case(what="An MLflow experiment leads upwards", attempt=job("collect", "--tracking.experiment", "../mine")),
+    Case(
+        what="An experiment's file has a name that is none",
+        attempt=with_file("run:1.toml", "", job("collect", "--experiment", "run:1.toml")),
+    ),
+    Case(what="A storage is empty", attempt=job("collect", "--storage", "")),
+    Case(what="A storage holds a new line", attempt=job("collect", "--storage", "a\nb")),
+    Case(
+        what="A storage names a variable that is empty",
+        attempt=job("collect", "--storage", "$TIPL_STORAGE/d"),
+        variables={"TIPL_STORAGE": ""},
+    ),
+    Case(what="A storage lacks a slash", attempt=job("collect", "--storage", "s3:/bucket/d")),
+    Case(what="A storage is in the home of nobody", attempt=job("collect", "--storage", "~nobody-here/d")),
+    Case(
+        what="A file is in the way of the storage",
+        attempt=with_file("file", "", job("collect", "--storage", "file/d")),
+    ),
+    Case(
+        what="A file is in the way of an acceleration's storage",
+        attempt=with_file("file", "", job("accelerate", "--storage", "file/d/e")),
+    ),
+    Case(
+        what="The folder for temporary files is not there",
+        attempt=job("collect", "--storage", "d"),
+        variables={"TMPDIR": "/nowhere/tmp"},
+    ),
+    Case(what="Nobody answers at RAY_ADDRESS", attempt=connect, variables={"RAY_ADDRESS": "127.0.0.1:1"}),
+    Case(
+        what="The disk is full while a job writes",
+        attempt=fails(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "d/models/x")),
+    ),
+    Case(
+        what="The file system is read-only",
+        attempt=fails(OSError(errno.EROFS, os.strerror(errno.EROFS), "d/models/x")),
+    ),
+]
+
+
+def said_by(case: Case, folder: Path) -> tuple[object, str]:
+    """Exit status, and what is said on standard error, with the places of this machine named as in the table."""
+    before, arguments, variables = Path.cwd(), sys.argv, dict(os.environ)
+    said = io.StringIO()
+    os.chdir(folder)
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ |= case.variables
+    try:
+        with (
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(io.StringIO()),
+            pytest.raises(SystemExit) as end,
+        ):
+            case.attempt()
+    finally:
+        os.chdir(before)
+        sys.argv = arguments
+        os.environ.clear()
+        os.environ.update(variables)
+    text = said.getvalue().strip().replace(f"{folder}/", "").replace(f"{CHECKOUT}/", "")
+    return end.value.code, text
+
+
+def row(case: Case, folder: Path) -> str:
+    status, text = said_by(case, folder)
+    assert status in (1, 2)
+    return f"| {case.what} | {text.replace('|', '/')} |"
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.what)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+def test_what_does_not_fit_is_one_line_and_as_the_page_says(case: Case, tmp_path: Path) -> None:
+    line = row(case, tmp_path)
+    assert line.startswith(f"| {case.what} | error: ")
+    assert len(line.splitlines()) == 1
+    assert "Traceback" not in line
+    assert line in PAGE.read_text().splitlines()
+
+
+def test_the_page_has_no_row_that_nobody_made() -> None:
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in rows[1:]] == [case.what for case in CASES]
+
+
+def test_nothing_is_left_where_a_job_was_refused(tmp_path: Path) -> None:
+    refused: list[Any] = [case for case in CASES if "storage" in case.what]
+    for number, case in enumerate(refused):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        said_by(case, folder)
+        assert [path.name for path in folder.iterdir()] in ([], ["file"])
+
+
+def main() -> None:
+    """Write docs/surroundings.md."""
+    lines = ["| what happened | what the user reads |", "|---|---|"]
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            lines.append(row(case, Path(folder).resolve()))
+    text = (
+        "# Surroundings and values that do not fit, and what the user then reads\n\n"
+        "Made by doing each of it: `python tests/test_surroundings.py`. Every line is a test, of both columns. A "
+        "command line or an experiment's file that is refused ends with status 2, before anything is loaded, all else "
+        "with status 1. What goes wrong with data is in [damage.md](damage.md).\n\n"
+    )
+    PAGE.write_text(text + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
