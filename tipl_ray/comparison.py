@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from tipl_ray import figures
+from tipl_ray.config import redacted
 from tipl_ray.search_space import short_names
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
 
@@ -186,14 +187,19 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Fi
 
 
 def page(title: str, rows: Sequence[Row], metric: str, drawn: Mapping[str, Figure], source: str) -> str:
-    """One HTML page that needs nothing beside it."""
+    """One HTML page that needs nothing beside it; `source` is MLflow's URI, of which no password is shown."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     pictures = {
         name: f"data:image/png;base64,{base64.b64encode(figures.png(figure)).decode()}"
         for name, figure in drawn.items()
     }
     return environment.from_string(PAGE).render(
-        title=title, rows=table(rows, metric), pictures=pictures, captions=CAPTIONS, metric=metric, source=source
+        title=title,
+        rows=table(rows, metric),
+        pictures=pictures,
+        captions=CAPTIONS,
+        metric=metric,
+        source=redacted(source),
     )
 
 

@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
 import pydantic
 import tyro
@@ -363,8 +364,10 @@ class Accelerate:
 class Tracking:
     """Where MLflow keeps its records."""
 
-    uri: str | None = None
-    """MLflow tracking URI; none takes $MLFLOW_TRACKING_URI, else a sqlite file in the storage."""
+    # Neither a traceback nor --help shows it: it may carry a password.
+    uri: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = dataclasses.field(default=None, repr=False)
+    """MLflow tracking URI; none takes $MLFLOW_TRACKING_URI, else a sqlite file in the storage. A password in it is
+    shown and kept nowhere."""
     experiment: str | None = None
     """MLflow experiment; none takes the experiment's name."""
 
@@ -485,6 +488,14 @@ class Experiment:
         """Refuse what cannot run. Raises ValueError naming the field, the value and the limit."""
         if not self.name or any(letter in self.name for letter in "/\\ "):
             raise ValueError(f"name={self.name!r} is not a folder's name")
+        places = [("storage", self.storage), ("jump.predictor", self.jump.predictor)]
+        places += [("accelerate.predictors_storage", self.accelerate.predictors_storage)]
+        for named, place in places + [("train.data", storage) for storage in self.train.data]:
+            if place and redacted(place) != place:
+                raise ValueError(
+                    f"{named}={redacted(place)!r} carries credentials, which every log would show, or an option that "
+                    "is none of endpoint_override, scheme and region: give credentials by the environment or a profile"
+                )
         for field in dataclasses.fields(self):
             if hasattr(part := getattr(self, field.name), "check"):
                 part.check()
@@ -614,8 +625,63 @@ def take_option(arguments: list[str], option: str) -> str | None:
 
 
 def as_table(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A configuration as plain JSON types, fit to be published: its URIs are `redacted`."""
+    return _published(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+SHOWN_OPTIONS = (
+    "endpoint_override",
+    "scheme",
+    "region",
+    "host",
+    "port",
+    "user",
+    "dbname",
+    "sslmode",
+    "charset",
+    "driver",
+)
+"""Options of a URI that hold no secret; the values of others are not shown."""
+
+
+def redacted(uri: str) -> str:
+    """The URI as it may be shown, logged and written: *** for its password or token and for options not known harmless.
+
+    >>> redacted("postgresql://me:secret@host/runs?sslmode=require&sslpassword=secret")
+    'postgresql://me:***@host/runs?sslmode=require&sslpassword=***'
+    >>> redacted("https://token@host:5000"), redacted("sqlite:////data/a:b@c.db"), redacted("s3://bucket/run@2")
+    ('https://***@host:5000', 'sqlite:////data/a:b@c.db', 's3://bucket/run@2')
+    """
+    scheme, place = re.fullmatch(r"([A-Za-z][\w+.-]*:/+)?(.*)", uri, re.DOTALL).groups("")  # type: ignore[union-attr]
+    user, at = "", ""
+    if 0 < scheme.count("/") < 3 or (not scheme and not place.startswith("/")):
+        before_options = place.partition("?")[0]
+        # A password may hold any sign, the question mark too: what follows a colon is one unless it is a port.
+        odd = "@" in place and re.match(r"[^/:@]*:(?!\d+(/|$))", before_options)
+        user, at, place = place.rpartition("@") if odd or "@" in before_options else ("", "", place)
+    if ":" in user:
+        user = f"{user.partition(':')[0]}:***"
+    elif scheme.lower().startswith("http") and at:
+        user = "***"
+    if scheme:
+        place, mark, options = place.partition("?")
+        place += mark + re.sub(r"([^&;=]+)(=?)([^&;]*)", _shown_option, options)
+    return f"{scheme}{user}{at}{place}"
+
+
+def _shown_option(option: re.Match[str]) -> str:
+    name, equals, value = option.groups()
+    if not equals or name not in SHOWN_OPTIONS:
+        return f"{name}=***" if equals else "***"
+    return f"{name}={value if redacted(unquote(value)) == unquote(value) else redacted(unquote(value))}"
+
+
+def _published(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {name: _published(value) for name, value in part.items()}
+    if isinstance(part, list):
+        return [_published(value) for value in part]
+    return redacted(part) if isinstance(part, str) and ":/" in part else part
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -658,7 +724,7 @@ def _build(table: dict[str, Any], where: str) -> Experiment:
             message = (
                 "unknown key" if item["type"] in ("unexpected_keyword_argument", "extra_forbidden") else item["msg"]
             )
-            complaints.append(f"{field}={item['input']!r}: {message}")
+            complaints.append(f"{field}={_published(item['input'])!r}: {message}")
         raise ValueError(f"{where}: " + "; ".join(complaints)) from error
 
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pa_fs
 
-from tipl_ray.config import UserError
+from tipl_ray.config import UserError, redacted
 
 TEMPORARY = ".tmp-"
 """How the names begin of files that are not yet published; a killed process leaves them behind."""
@@ -50,7 +50,7 @@ class Storage:
 
         Raises StoreError where no filesystem answers to the URI.
         """
-        self._root = root.rstrip("/")
+        self._root = redacted(root).rstrip("/")
         self._publisher: _Publisher
         try:
             if root.startswith("s3://"):
@@ -63,9 +63,11 @@ class Storage:
             else:
                 self._filesystem, self._base = pa_fs.LocalFileSystem(), str(Path(root).absolute())
         except (OSError, ValueError, pa.ArrowException) as error:
+            shown = redacted(root)
             raise StoreError(
-                f"{root}: cannot be opened: {error}; give a folder or a URI such as s3://bucket/folder"
-            ) from error
+                f"{shown}: cannot be opened: {str(error).replace(root, shown)}; give a folder or a URI such as "
+                "s3://bucket/folder"
+            ) from (error if shown == root else None)
         if self._is_local:
             self._publisher, self._root = _Folder(self._base, temporaries), self._base
 
@@ -354,6 +356,11 @@ class _Bucket:
         endpoint = (
             options.get("endpoint_override") or environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL")
         )
+        if endpoint and redacted(endpoint) != endpoint:
+            raise StoreError(
+                f"the S3 endpoint {redacted(endpoint)} carries credentials, which every log would show; give them by "
+                "the environment or a profile"
+            )
         if endpoint and "://" not in endpoint:
             endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
         self._endpoint = endpoint

@@ -126,7 +126,7 @@ def run_sweep(experiment: config.Experiment) -> None:
     else:
         with connected_to_ray(), tracker.run(plan.name, key, tags=run_tags(experiment)) as parent:
             _sweep(plan, tracker, parent)
-    say(f"MLflow: {ui_command(tracker.uri)}")
+    say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
 def make_plan(experiment: config.Experiment) -> Plan:
