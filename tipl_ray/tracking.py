@@ -58,6 +58,8 @@ LOCATIONS = (
     ("model_versions", "storage_location"),
 )
 """Columns of MLflow's database that say where artifacts are."""
+DATABASE_ATTEMPTS = 4
+"""Times that a database is asked for its tables, over a second, before it is taken for away."""
 LOCK_SECONDS = 60.0
 """How long an sqlite file may be held by others."""
 REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
@@ -148,12 +150,12 @@ class Tracker:
         Raises TrackingError, within seconds and naming the URI, where the store cannot be used.
         """
         uri = resolve_uri(uri, storage_path)
-        client = _client(uri)
         if file := _sqlite_file(uri):
             with _as_tracking_error(uri):
                 _make_database(file)
                 _follow_artifacts(file, local_folder(storage_path))
         with _impatient():
+            client = _client(uri)
             tracker = cls(client, uri, _experiment_id(client, uri, experiment_name, storage_path))
             tracker._end_dead_runs()
         return tracker
@@ -372,8 +374,8 @@ def open_to_read(uri: str | None, storage_path: str) -> tuple[MlflowClient, str]
                 raise TrackingError(
                     f"{file}: nothing is recorded there; give --storage or --uri of an MLflow with runs"
                 )
-    client = _client(uri)
     with _impatient():
+        client = _client(uri)
         client.search_experiments(max_results=1)
     return client, uri
 
@@ -402,6 +404,17 @@ class _Client:
 
 
 def _client(uri: str) -> MlflowClient:
+    with _as_tracking_error(uri):
+        client = _quiet_mlflow().MlflowClient(uri)
+    from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+
+    # By the ids of runs, it remembers where artifacts go; a storage and its copy have the same runs.
+    _artifact_repos_cache.clear()
+    return cast("MlflowClient", _Client(client, uri))
+
+
+def _quiet_mlflow() -> Any:
+    """MLflow, imported so that it says nothing and sends nothing."""
     # Read at import: without it, MLflow sends usage data out of a cluster that may have no way out.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
@@ -409,13 +422,12 @@ def _client(uri: str) -> MlflowClient:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     # It logs, with a traceback and the URI, what it raises, which is told once and without its secrets here.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    with _as_tracking_error(uri):
-        return cast("MlflowClient", _Client(mlflow.MlflowClient(uri), uri))
+    return mlflow
 
 
 @contextlib.contextmanager
 def _as_tracking_error(uri: str) -> Iterator[None]:
-    import mlflow
+    mlflow = _quiet_mlflow()
     import sqlalchemy.exc
 
     try:
@@ -442,8 +454,9 @@ def _without_secrets(text: str, uri: str) -> str:
     text = re.sub(r"[\w+.-]+:/\S+", lambda found: redacted(found[0]), text.replace(uri, shown))
     hidden = re.fullmatch("(.*)".join(map(re.escape, shown.split("***"))), uri, re.DOTALL)
     for secret in hidden.groups() if hidden else ():
-        parts = [part for part in re.split(r"[@/?#:&]", secret) if len(part) > 2]
-        for part in (secret, urllib.parse.unquote(secret), *parts):
+        known = (secret, urllib.parse.unquote(secret))
+        parts = [part for whole in known for part in re.split(r"[@/?#:&=;]", whole) if len(part) > 2]
+        for part in (*known, *parts):
             if part:
                 text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "***", text)
     return text
@@ -628,12 +641,16 @@ def _artifact_location(uri: str, storage_path: str) -> str | None:
 @contextlib.contextmanager
 def _impatient() -> Iterator[None]:
     """MLflow's patience with a server cut from minutes to seconds, where the user has not set it."""
+    import mlflow.store.db.utils as databases
+
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
     ours = {name: value for name, value in limits.items() if name not in os.environ}
     os.environ.update(ours)
+    attempts, databases.MAX_RETRY_COUNT = databases.MAX_RETRY_COUNT, DATABASE_ATTEMPTS
     try:
         yield
     finally:
+        databases.MAX_RETRY_COUNT = attempts
         for name in ours:
             del os.environ[name]
 
