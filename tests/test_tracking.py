@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from pathlib import Path
 
 import mlflow.data
 import numpy as np
@@ -396,7 +395,9 @@ def test_a_storage_that_is_moved_or_copied_is_gone_on_with_where_it_is(way, plac
     assert len(list(new.rglob("curve.png"))) == 1
     (registered,) = client.search_model_versions("name = 'tipl-moved'")
     (data,) = client.get_run(run.run_id).inputs.dataset_inputs
-    assert registered.source == f"{(new / 'mlflow-artifacts').as_uri()}/{run.run_id}/model"
+    artifacts = client.get_run(run.run_id).info.artifact_uri
+    assert artifacts.startswith(f"{(new / 'mlflow-artifacts').as_uri()}/{run.run_id}")
+    assert registered.source == f"{artifacts}/model"
     assert json.loads(data.dataset.source) == {"uri": f"{new}/trajectories"}
     assert client.get_run(run.run_id).data.tags["model_folder"] == f"{new}/models/0123"
     assert client.get_experiment(elsewhere).artifact_location == "s3://bucket/mlflow-artifacts"

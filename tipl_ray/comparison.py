@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-BEST_TAG = "best"
+BEST_TAG, DIVERGED_TAG = "best", "diverged"
 SEED = "train.seed"
 """The field whose values are repetitions, not choices."""
 
@@ -111,9 +111,19 @@ def varied(rows: Sequence[Row]) -> list[str]:
 
 
 def by_metric(rows: Sequence[Row], metric: str, less: bool = False) -> list[Row]:
-    """The best runs first, those with the most of a metric, or the least; those without it last."""
+    """The best runs first, those with the most of a metric, or the least; those without it, or that diverged, last."""
     sign = -1 if less else 1
-    return sorted(rows, key=lambda row: sign * row.metrics.get(metric, -sign * math.inf), reverse=True)
+
+    def rank(row: Row) -> tuple[bool, float]:
+        figure = sign * row.metrics.get(metric, -sign * math.inf)
+        return not diverged(row), -math.inf if math.isnan(figure) else figure
+
+    return sorted(rows, key=rank, reverse=True)
+
+
+def diverged(row: Row) -> bool:
+    """Whether a training diverged: whatever it had reached before, its model is the worst."""
+    return row.tags.get(DIVERGED_TAG) == "true"
 
 
 def best(rows: Sequence[Row], metric: str) -> Row | None:
@@ -134,12 +144,18 @@ def table(rows: Sequence[Row], metric: str) -> list[dict[str, str]]:
         {
             **({} if told else {"run": row.name}),
             **{names[field]: row.parameters.get(field, "") for field in fields},
-            metric: number(row.metrics.get(metric)),
+            metric: "" if diverged(row) else number(row.metrics.get(metric)),
             **{title: number(row.metrics.get(name)) for name, title in shown.items()},
-            "status": "best" if row.tags.get(BEST_TAG) == "true" else row.status.lower(),
+            "status": _status(row),
         }
         for row in rows
     ]
+
+
+def _status(row: Row) -> str:
+    if diverged(row):
+        return "diverged"
+    return "best" if row.tags.get(BEST_TAG) == "true" else row.status.lower()
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -157,7 +173,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Figure]:
     """Heat map of two fields, parallel coordinates of all, and curves over training; what the runs have to show."""
-    known = [row for row in rows if metric in row.metrics]
+    known = [row for row in rows if metric in row.metrics and not diverged(row)]
     fields = [field for field in varied(known) if all(field in row.parameters for row in known)]
     cells = [
         {

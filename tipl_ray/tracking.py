@@ -209,10 +209,10 @@ class Tracker:
         """End a run that `start` gave."""
         self.client.set_terminated(run.run_id, status)
 
-    def register(self, name: str, run_id: str, description: str) -> str:
+    def register(self, name: str, run_id: str, description: str, tags: Mapping[str, str] | None = None) -> str:
         """Make the model that a run has logged the newest version of a registered model; its version.
 
-        A run's model is registered once, however often this is called.
+        A run's model is registered once, however often this is called. The tags are the version's.
         """
         for version in self.client.search_model_versions(f"run_id = '{run_id}'"):
             if version.name == name:
@@ -220,7 +220,8 @@ class Tracker:
         with contextlib.suppress(AlreadyThereError):  # another sweep has made it
             self.client.create_registered_model(name)
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
-        return str(self.client.create_model_version(name, source, run_id, description=description).version)
+        created = self.client.create_model_version(name, source, run_id, dict(tags or {}), description=description)
+        return str(created.version)
 
     def _end_dead_runs(self) -> None:
         for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
@@ -560,24 +561,27 @@ def _follow_artifacts(file: Path, storage: Path | None) -> None:
 
 def _moves(database: sqlite3.Connection, file: Path, places: Sequence[Path]) -> dict[str, str]:
     """Old and new URI of each folder of artifacts that has come along."""
-    moves = {}
-    for number, location in database.execute("SELECT experiment_id, artifact_location FROM experiments").fetchall():
+    moves, known = {}, False
+    found = database.execute("SELECT experiment_id, ifnull(artifact_location, '') FROM experiments ORDER BY 1")
+    for number, location in found.fetchall():
         # MLflow's first experiment records where the file was made, or moved to.
         recorded = location.removesuffix("/0") if number == 0 else None
         if not str(recorded or location).endswith(f"/{ARTIFACTS}") or not location.startswith("file:"):
             continue
-        old = _folder_of(recorded or location)
+        old, known = _folder_of(recorded or location), known or recorded is not None
         if any(_same(old, place) for place in places):
             continue
         if recorded:
             moves[recorded] = places[0].as_uri()
             continue
+        if location in moves:
+            continue
         runs = database.execute("SELECT run_uuid FROM runs WHERE experiment_id = ?", (number,)).fetchall()
         along = [place for place in places if any(place.joinpath(run).is_dir() for (run,) in runs)]
-        if not along and len(places) == 1 and not old.parent.exists():
+        if not along and not known and len(places) == 1 and not old.parent.exists():
             along = [*places]
         if along:
-            moves.setdefault(location, along[0].as_uri())
+            moves[location] = along[0].as_uri()
     return moves
 
 
