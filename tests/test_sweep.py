@@ -174,17 +174,17 @@ def test_compare_reads_a_sweep_from_mlflow_alone(finished: Path, tmp_path: Path)
 def test_the_page_on_sweeps_loads_the_registered_model_as_it_says(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # MLflow sets it
     (snippet,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs" / "sweeps.md").read_text(), re.DOTALL)
     ours = {"storage/demo": str(finished), "tipl-demo": "tipl-smoke", "[100, 200]": "[20, 30]"}
     for theirs, own in ours.items():
         assert theirs in snippet
         snippet = snippet.replace(theirs, own)
-    before, names = mlflow.get_tracking_uri(), {}
+    names: dict = {}
     try:
         exec(snippet, names)
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(None)
     assert names["forecast_BHP"].shape == (2, 5, 13)
 
 
