@@ -252,6 +252,19 @@ def test_a_child_that_diverged_is_the_worst_whatever_it_had_reached() -> None:
     assert cells["3"] == ("0.5", "finished")
 
 
+def test_what_compare_could_not_write_or_keep_is_refused_at_once(tmp_path: Path) -> None:
+    job = [sys.executable, "jobs/compare.py", "--storage", str(tmp_path)]
+    for options, words in {
+        ("--best", "-1"): "error: --best -1 is below 0",
+        ("--output", str(tmp_path / "none" / "a.html")): f"cannot be made: {tmp_path / 'none'} is no folder",
+        ("--csv", str(tmp_path)): "is a folder; name a file",
+    }.items():
+        said = subprocess.run([*job, *options], capture_output=True, text=True, timeout=300)
+        assert said.returncode == 2
+        assert words in said.stderr
+        assert said.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_training_that_diverges_ends_nothing_but_itself(tmp_path: Path) -> None:
     collect(tmp_path)

@@ -1,7 +1,9 @@
+import contextlib
 import dataclasses
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -9,7 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
 
 import mlflow.data
 import numpy as np
@@ -402,7 +403,7 @@ def test_a_storage_that_is_moved_or_copied_is_gone_on_with_where_it_is(way, plac
     assert client.get_run(run.run_id).data.tags["model_folder"] == f"{new}/models/0123"
     assert client.get_experiment(elsewhere).artifact_location == "s3://bucket/mlflow-artifacts"
     assert client.get_experiment(beside).artifact_location == f"file://{tmp_path}/old/d2/mlflow-artifacts"
-    with closing(sqlite3.connect(new / "mlflow.db")) as database:
+    with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as database:
         dump = "\n".join(database.iterdump())
     assert f"{old}/" not in dump, "nothing names the old place"
 
@@ -414,7 +415,7 @@ def test_a_storage_of_before_the_place_was_recorded_is_followed_by_its_runs(stor
     old, new = tmp_path / "old", tmp_path / "new"
     shutil.copytree(storage, old)
     log_all(old)
-    with closing(sqlite3.connect(old / "mlflow.db")) as database, database:
+    with contextlib.closing(sqlite3.connect(old / "mlflow.db")) as database, database:
         database.execute("UPDATE experiments SET artifact_location = '/cwd/mlruns/0' WHERE experiment_id = 0")
     before = files_of(old)
     shutil.copytree(old, new)
@@ -488,12 +489,12 @@ def test_a_job_that_is_killed_while_it_makes_the_database_can_be_run_again(tmp_p
         job.send_signal(signal.SIGKILL)
         job.communicate()
     finished(opening(tmp_path, "key"))
-    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def whole_schema(storage):
-    with closing(sqlite3.connect(storage / "mlflow.db")) as database:
+    with contextlib.closing(sqlite3.connect(storage / "mlflow.db")) as database:
         return dict(database.execute("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL").fetchall())
 
 
@@ -501,7 +502,7 @@ def whole_schema(storage):
 def test_a_half_made_database_is_made_anew(share, storage, tracker, tmp_path):
     """As MLflow leaves it where it is killed, or has no room: some of its tables, and no experiment."""
     statements = whole_schema(storage)
-    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
         for statement in list(statements.values())[: int(share * len(statements))]:
             database.execute(statement)
     if share == 0.0:
@@ -514,12 +515,38 @@ def test_a_half_made_database_is_made_anew(share, storage, tracker, tmp_path):
     assert set(whole_schema(tmp_path)) == set(statements)
 
 
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """As on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_without_room_a_job_ends_in_one_line_and_with_room_it_goes_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with files_no_larger_than(100_000), pytest.raises(tracking.TrackingError, match="Make room there or give access"):
+        tracking.Tracker.open(None, "pendulum", str(tmp_path))
+    tracker = tracking.Tracker.open(None, "pendulum", str(tmp_path))
+    run = tracker.start("train", "no room")
+    size = (tmp_path / "mlflow.db").stat().st_size
+    with files_no_larger_than(size), pytest.raises(tracking.TrackingError, match="Make room there or give access"):
+        run.log_history("loss", range(20_000), [1.0] * 20_000)
+    again = tracker.start("train", "no room")
+    again.log_history("loss", range(3_000), [1.0] * 3_000)
+    assert [step for step, _ in history(tracker, again, "loss")] == list(range(3_000))
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 def test_a_database_with_anything_in_it_is_left_as_it_is(tmp_path):
-    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
         database.execute("CREATE TABLE notes (line)")
         database.execute("INSERT INTO notes VALUES ('mine')")
     tracking._make_database(tmp_path / "mlflow.db")
-    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         assert database.execute("SELECT * FROM notes").fetchall() == [("mine",)]
 
 
@@ -579,6 +606,12 @@ def test_whatever_goes_wrong_in_a_call_is_one_line_with_a_way_out(storage, tmp_p
     assert "\n" not in str(told.value)
     with pytest.raises(tracking.TrackingError, match=r"^MLflow at sqlite:.* refuses: "):
         comparison.choose(tracker.client, [], None, "no query =", "skill")
+    with tracker.run("train", "a metric") as measured:
+        measured.log_metrics({"skill": 0.5, "skill_h1": 0.7})
+    with pytest.raises(
+        ValueError, match=r"^by='skil_h1': none of these 1 runs has this metric; near it are skill_h1, "
+    ):
+        comparison.choose(tracker.client, [measured.run_id], None, None, "skil_h1")
     run = tracker.start("train", "no room")
     shutil.rmtree(tmp_path / "d" / "mlflow-artifacts", ignore_errors=True)
     (tmp_path / "d" / "mlflow-artifacts").touch()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import dataclasses
+import difflib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -54,20 +55,35 @@ def choose(
 ) -> tuple[str, list[Row]]:
     """The runs that a person asks for, and what they are called together; see jobs/compare.py.
 
-    Raises ValueError where there are none.
+    Raises ValueError where there are none, or none that has the metric.
     """
     if run_ids:
-        return "Chosen runs", [as_row(client.get_run(run_id)) for run_id in run_ids]
-    experiment_ids = [experiment.experiment_id for experiment in client.search_experiments()]
-    if query is not None:
-        found = search(client, experiment_ids, query)
-        rows = [row for row in found if row.status == "FINISHED" and metric in row.metrics]
-        if not rows:
-            raise ValueError(
-                f"query={query!r} finds {len(found)} runs, of which none has ended with a metric {metric!r}"
-            )
-        return f"Runs with {query}" if query else "Runs", rows
+        title, rows = "Chosen runs", [as_row(client.get_run(run_id)) for run_id in run_ids]
+    elif query is not None:
+        title, rows = _found(client, query, metric)
+    else:
+        title, rows = _children(client, parent)
+    if not any(metric in row.metrics for row in rows):
+        known = sorted({name for row in rows for name in row.metrics if not name.startswith("system/")})
+        near = difflib.get_close_matches(metric, known, n=3, cutoff=0.0) or ["none at all"]
+        raise ValueError(
+            f"by={metric!r}: none of these {len(rows)} runs has this metric; near it are {', '.join(near)}"
+        )
+    return title, rows
+
+
+def _found(client: MlflowClient, query: str, metric: str) -> tuple[str, list[Row]]:
+    found = search(client, [experiment.experiment_id for experiment in client.search_experiments()], query)
+    rows = [row for row in found if row.status == "FINISHED" and metric in row.metrics]
+    if not rows:
+        raise ValueError(f"query={query!r} finds {len(found)} runs, of which none has ended with a metric {metric!r}")
+    return f"Runs with {query}" if query else "Runs", rows
+
+
+def _children(client: MlflowClient, parent: str | None) -> tuple[str, list[Row]]:
+    """Those of the newest sweep where no parent is given."""
     if parent is None:
+        experiment_ids = [experiment.experiment_id for experiment in client.search_experiments()]
         sweeps = search(client, experiment_ids, f"tags.`{KEY_TAG}` LIKE 'sweep-%'")
         newest = [row for row in sweeps if PARENT_TAG not in row.tags][-1:]
         if not newest:
