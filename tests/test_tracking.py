@@ -356,6 +356,37 @@ def test_an_error_of_a_server_or_a_database_does_not_quote_the_password(kind, pa
     assert not any(tmp_path.iterdir())
 
 
+def test_a_server_that_is_reached_by_a_password_keeps_and_prints_none(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", raising=False)
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/kept"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.2)
+        tracker = tracking.Tracker.open(f"http://someone:S3CRET@127.0.0.1:{port}", "pendulum", str(tmp_path / "d"))
+        smoke = load_experiment(config.CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+        with tracker.run("train", "a key") as run:
+            run.log_parameters(as_table(dataclasses.replace(smoke, tracking=config.Tracking(uri=tracker.uri))))
+            run.log_figure(Figure(), "curve")
+            run.log_dataset("trials", "0123", str(tmp_path))
+        with pytest.raises(tracking.TrackingError, match="refuses") as refused:
+            tracker.client.get_run("none")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+    assert "S3CRET" not in str(refused.value) + "".join(capfd.readouterr())
+    kept = files_of(tmp_path)
+    assert any(path.name == "curve.png" for path in kept)
+    assert not [path for path, content in kept.items() if b"S3CRET" in content]
+
+
 def files_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

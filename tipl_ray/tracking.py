@@ -405,6 +405,9 @@ class _Client:
 
 
 def _client(uri: str) -> MlflowClient:
+    if redacted(uri) != uri:
+        # Where a run ends on a server, MLflow prints its address, whole.
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     with _as_tracking_error(uri):
         client = _quiet_mlflow().MlflowClient(uri)
     from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
