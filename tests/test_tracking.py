@@ -663,6 +663,8 @@ def test_names_of_any_letters_are_found_again_and_registered(name, storage, tmp_
     with tracker.run(f"train {name}", f"train {name}".replace("'", "")) as run:
         run.log_model_folder(tmp_path)
     assert tracking.Tracker.open(None, name, str(storage)).experiment_id == tracker.experiment_id
-    assert tracker.find(f"train {name}".replace("'", "")).run_id == run.run_id
+    found = tracker.find(f"train {name}".replace("'", ""))
+    assert found is not None
+    assert found.run_id == run.run_id
     assert tracker.register(f"tipl-{name}", run.run_id, name) == "1"
     assert tracker.register(f"tipl-{name}", run.run_id, name) == "1"
