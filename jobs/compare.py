@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from tipl_ray.config import CHECKOUT
+from tipl_ray.config import CHECKOUT, absolute_storage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,17 +45,31 @@ class Comparison:
     csv: Path | None = None
     """CSV file with the fields that differ and every metric of the runs, in full."""
 
+    def check(self) -> None:
+        """Raises ValueError for what could not be done once all is read."""
+        if self.best < 0:
+            raise ValueError(f"--best {self.best} is below 0; 0 keeps all")
+        for option, file in (("--output", self.output), ("--csv", self.csv)):
+            if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+                problem = "is a folder" if file.is_dir() else f"cannot be made: {file.parent} is no folder"
+                raise ValueError(f"{option} {file} {problem}; name a file in a folder that is there")
+
 
 def main() -> None:
     """Read, compare, tell."""
     chosen = tyro.cli(Comparison, description=__doc__)
+    try:
+        chosen.check()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     from tipl_ray import comparison
     from tipl_ray.jobs import exit_status
     from tipl_ray.terminal import console, format_rows, say
     from tipl_ray.tracking import open_to_read
 
     with exit_status():
-        client, uri = open_to_read(chosen.uri, str(Path(chosen.storage).absolute()))
+        client, uri = open_to_read(chosen.uri, absolute_storage(chosen.storage))
         title, rows = comparison.choose(client, chosen.runs, chosen.parent, chosen.query, chosen.by)
         rows = comparison.by_metric(rows, chosen.by, chosen.less)[: chosen.best or None]
         console.print(format_rows(comparison.table(rows, chosen.by), title=f"{title}, by {chosen.by}"))

@@ -315,7 +315,7 @@ def test_a_password_in_an_address_is_not_repeated() -> None:
         Experiment(name="a", storage=address),
         Experiment(name="a", tracking=config.Tracking(uri=address)),
     ):
-        with pytest.raises(ValueError, match=r"//\*\*\*@host") as caught:
+        with pytest.raises(ValueError, match=r"//ada:\*\*\*@host") as caught:
             experiment.check()
         assert "secret" not in str(caught.value)
 

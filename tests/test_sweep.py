@@ -21,7 +21,7 @@ import pytest
 from trajectories import write_trials
 
 from tipl_ray import comparison, search_space, stages, sweep
-from tipl_ray.config import CHECKOUT, Experiment, Sweep, load_experiment
+from tipl_ray.config import CHECKOUT, Experiment, Sweep, Train, load_experiment
 from tipl_ray.model import is_complete, load_model
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
 from tipl_ray.training import model_folder
@@ -169,6 +169,145 @@ def test_compare_reads_a_sweep_from_mlflow_alone(finished: Path, tmp_path: Path)
     read = list(csv.DictReader(table.open()))
     assert [float(row["skill_h1"]) for row in read] == pytest.approx(skills, rel=1e-3)
     assert [(row["basis.rank"], row["model.context"]) for row in read] == [(rank, context) for rank, context, _ in rows]
+
+
+def test_the_page_on_sweeps_loads_the_registered_model_as_it_says(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # MLflow sets it
+    (snippet,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs" / "sweeps.md").read_text(), re.DOTALL)
+    ours = {"storage/demo": str(finished), "tipl-demo": "tipl-smoke", "[100, 200]": "[20, 30]"}
+    for theirs, own in ours.items():
+        assert theirs in snippet
+        snippet = snippet.replace(theirs, own)
+    names: dict = {}
+    try:
+        exec(snippet, names)
+    finally:
+        mlflow.set_tracking_uri("")
+    assert names["forecast_BHP"].shape == (2, 5, 13)
+
+
+def test_a_best_child_that_is_worse_than_copying_says_so_wherever_it_is_named(finished: Path) -> None:
+    client, parent, children = sweep_of(finished)
+    (version,) = client.search_model_versions("name = 'tipl-smoke'")
+    (best,) = (child for child in children if child.run_id == version.run_id)
+    worse = parent.metrics["skill"] < 0
+    assert ("worse than copying the last snapshot" in str(version.description)) == worse
+    assert (version.tags.get("worse_than_copying") == "true") == worse
+    assert (best.tags.get("worse_than_copying") == "true") == worse
+
+
+def test_a_copy_of_a_finished_sweep_is_found_finished_and_shows_its_own_pictures(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    shutil.copytree(finished, tmp_path / "copy")
+    sweep.run_sweep(experiment(tmp_path / "copy"))
+    assert "found it finished, 4 children" in capsys.readouterr().out
+    _, parent, children = sweep_of(tmp_path / "copy")
+    artifacts = client_of(tmp_path / "copy").get_run(parent.run_id).info.artifact_uri
+    assert artifacts.startswith((tmp_path / "copy" / "mlflow-artifacts").as_uri())
+    assert all(is_complete(child.tags["model_folder"]) for child in children)
+    assert all(child.tags["model_folder"].startswith(str(tmp_path)) for child in children)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_scheduler_that_could_end_nothing_is_refused_and_without_one_few_steps_are_enough(finished: Path) -> None:
+    for num_steps, per_iteration in ((20, 20), (200, 10_000), (1, 2)):
+        few = dataclasses.replace(
+            experiment(finished, scheduler="asha"),
+            train=Train(num_steps=num_steps, steps_per_iteration=per_iteration, warmup_steps=0),
+        )
+        words = (
+            f"train.steps_per_iteration={per_iteration} steps, and none has so many before its end, train.num_steps="
+        )
+        with pytest.raises(ValueError, match=re.escape(words)):
+            sweep.make_plan(few)
+        none = dataclasses.replace(few, sweep=dataclasses.replace(few.sweep, scheduler="none"))
+        assert sweep.make_plan(none).num_children == 4
+    some = dataclasses.replace(few, train=Train(num_steps=25, steps_per_iteration=20, warmup_steps=0))
+    assert sweep._asha(sweep.make_plan(some)) is not None
+
+
+def test_a_child_that_diverged_is_the_worst_whatever_it_had_reached() -> None:
+    def child(name: str, skill: float | None, diverged: bool = False) -> comparison.Row:
+        return comparison.Row(
+            run_id=name,
+            name=name,
+            status="FAILED" if diverged else "FINISHED",
+            parameters={"train.learning_rate": name},
+            metrics={} if skill is None else {"skill": skill},
+            tags={comparison.DIVERGED_TAG: "true"} if diverged else {},
+        )
+
+    rows = [child("10", 0.9, diverged=True), child("1", -300.0), child("2", None), child("3", 0.5), child("4", np.nan)]
+    for less in (False, True):
+        names = [row.name for row in comparison.by_metric(rows, "skill", less)]
+        assert names[-1] == "10"
+        assert names[:2] == (["1", "3"] if less else ["3", "1"])
+    assert comparison.best(rows, "skill") == rows[3]
+    cells = {cell["run"]: (cell["skill"], cell["status"]) for cell in comparison.table(rows, "skill")}
+    assert cells["10"] == ("", "diverged")
+    assert cells["3"] == ("0.5", "finished")
+
+
+def test_what_compare_could_not_write_or_keep_is_refused_at_once(tmp_path: Path) -> None:
+    job = [sys.executable, "jobs/compare.py", "--storage", str(tmp_path)]
+    for options, words in {
+        ("--best", "-1"): "error: --best -1 is below 0",
+        ("--output", str(tmp_path / "none" / "a.html")): f"cannot be made: {tmp_path / 'none'} is no folder",
+        ("--csv", str(tmp_path)): "is a folder; name a file",
+    }.items():
+        said = subprocess.run([*job, *options], capture_output=True, text=True, timeout=300)
+        assert said.returncode == 2
+        assert words in said.stderr
+        assert said.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_training_that_diverges_ends_nothing_but_itself(tmp_path: Path) -> None:
+    collect(tmp_path)
+    command = [*JOB, "--storage", str(tmp_path), "--over=train.learning_rate=1e-3,1e30", "--over=model.context=4"]
+    command += ["--sweep.search", "optuna", "--sweep.num-samples", "3", "--sweep.scheduler", "asha"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    _, parent, children = sweep_of(tmp_path)
+    status = {child.parameters["train.learning_rate"]: child.tags.get("diverged") for child in children}
+    assert status == {"0.001": None, "1e+30": "true"}
+    assert "diverged" in result.stdout
+    assert parent.status == "FINISHED"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("trainer", ["tune", "ray-train"])
+def test_a_sweep_that_is_killed_and_moved_goes_on_at_its_new_place(trainer: str, tmp_path: Path) -> None:
+    old, new = tmp_path / "old" / "d", tmp_path / "new" / "d"
+    old.mkdir(parents=True)
+    collect(old)
+    told = ["--over=basis.rank=3", "--train.num-steps=400", "--sweep.trainer", trainer]
+    job = subprocess.Popen([*JOB, "--storage", str(old), *told], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if trainer == "tune":
+        wait_for_checkpoints(old, 3, job)
+    else:
+        deadline = time.monotonic() + 400
+        while len(list(old.glob("training/*/checkpoint_*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    time.sleep(5)  # Ray's own processes end after their driver
+    new.parent.mkdir()
+    old.rename(new)
+    old.parent.rmdir()
+    result = subprocess.run([*JOB, "--storage", str(new), *told], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not old.parent.exists(), [str(path) for path in old.rglob("*")]
+    client, parent, (child,) = sweep_of(new)
+    assert (parent.status, child.status) == ("FINISHED", "FINISHED")
+    assert [step for step, _ in points(client, child, "skill")] == list(range(20, 401, 20))
+    assert child.tags["model_folder"].startswith(str(new))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,13 @@
+import contextlib
+import dataclasses
+import json
 import os
+import random
+import resource
+import shutil
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -9,7 +17,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tipl_ray import tracking
+from tipl_ray import comparison, config, tracking
+from tipl_ray.config import as_table, load_experiment, redacted
+from tipl_ray.storage import Storage, StoreError
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +236,435 @@ def test_ui_command_quotes_the_store_and_stays_on_this_machine():
     command = tracking.ui_command("sqlite:////a storage/mlflow.db")
     assert "'sqlite:////a storage/mlflow.db'" in command
     assert command.endswith("--host 127.0.0.1")
+
+
+def test_an_experiment_opens_on_the_page_of_its_runs(tracker):
+    command = tracking.ui_command(tracker.uri, tracker.experiment_id)
+    assert command.endswith(f"/#/experiments/{tracker.experiment_id}/runs?workflowType=machine_learning")
+    assert tracker.client.get_experiment(tracker.experiment_id).tags["mlflow.experimentKind"] == KIND
+    server = tracking.ui_command("http://mlflow:5000", "7")
+    assert server.endswith("-m webbrowser http://mlflow:5000'/#/experiments/7/runs?workflowType=machine_learning'")
+
+
+KIND = "custom_model_development"
+
+
+def test_an_experiment_without_a_kind_is_given_one_and_another_is_left_to_its_owner(tracker, storage):
+    for name, tags, kind in (("before", {}, KIND), ("theirs", {"mlflow.experimentKind": "regression"}, "regression")):
+        number = tracker.client.create_experiment(name, (storage / "mlflow-artifacts").as_uri(), tags)
+        assert tracking.Tracker.open(None, name, str(storage)).experiment_id == number
+        assert tracker.client.get_experiment(number).tags["mlflow.experimentKind"] == kind
+
+
+SECRETS = (
+    "postgresql://me:S3CRET@host/runs",
+    "postgresql+psycopg2://me:S3CRET%40x@host:5432/runs?sslmode=require",
+    "postgresql://me:p@S3CRET@host/runs",
+    "postgresql://me:p/S3CRET@host/runs",
+    "postgresql://me:p?S3CRET@host/runs?sslmode=require",
+    "postgresql:///runs?user=me&password=S3CRET&host=host",
+    "mysql+pymysql://me:S3CRET@host/runs?ssl_key=S3CRET",
+    "mssql+pyodbc:///?odbc_connect=PWD%3DS3CRET",
+    "https://S3CRET@host:5000",
+    "https://me:S3CRET@host:5000/mlflow",
+    "http:/me:S3CRET@host",
+    "me:S3CRET@host/runs",
+    "http://host/?S3CRET",
+    "s3://id:S3CRET@bucket/folder",
+    "s3://bucket/folder?access_key=id&secret_key=S3CRET",
+    "s3://bucket/folder?region=eu&session_token=S3CRET",
+    "s3://bucket/folder?endpoint_override=http://id:S3CRET@host:9000",
+    "s3://bucket/folder?endpoint_override=http%3A%2F%2Fid%3AS3CRET%40host",
+)
+
+
+@pytest.mark.parametrize("uri", SECRETS)
+def test_no_secret_of_a_uri_is_shown(uri, monkeypatch):
+    assert "S3CRET" not in redacted(uri)
+    assert redacted(redacted(uri)) == redacted(uri)
+    for environment in ("", uri):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
+        assert "S3CRET" not in tracking.ui_command(uri) + tracking.ui_command(uri, "1")
+    if uri.startswith("s3:"):
+        return
+    quoted = f"could not reach {uri}/api, {uri.partition('://')[2]}: 'S3CRET@host' is no host, nor is it S3CRET"
+    assert "S3CRET" not in tracking._without_secrets(quoted, uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "databricks",
+        "databricks://profile",
+        "http://mlflow:5000",
+        "http://[::1]:5000/mlflow",
+        "postgresql://me@host:5432/runs?sslmode=require",
+        "sqlite:////data/a:b@c/mlflow.db",
+        "s3://bucket/run@2?endpoint_override=http://127.0.0.1:9000&region=eu-west-1",
+        "/data/me:and@you",
+        "relative/a:b",
+        "file:///data/me:and@you",
+    ],
+)
+def test_a_uri_without_a_secret_is_shown_as_it_is(uri):
+    assert redacted(uri) == uri
+
+
+@pytest.mark.parametrize("uri", SECRETS)
+def test_a_published_configuration_has_no_secret(uri):
+    smoke = load_experiment(config.CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+    experiment = dataclasses.replace(smoke, tracking=config.Tracking(uri=uri))
+    assert "S3CRET" not in repr(experiment)
+    if "://" not in uri:
+        return  # is refused as a folder before anything is published
+    assert "S3CRET" not in json.dumps(as_table(experiment))
+    row = comparison.Row(run_id="r", name="rank=1", status="FINISHED", parameters={}, metrics={"skill": 0.1}, tags={})
+    assert "S3CRET" not in comparison.page("t", [row], "skill", {}, uri)
+
+
+@pytest.mark.parametrize("uri", [uri for uri in SECRETS if uri.startswith("s3:")])
+def test_a_storage_that_carries_credentials_is_refused_without_quoting_them(uri):
+    smoke = load_experiment(config.CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+    for changed in (
+        dataclasses.replace(smoke, storage=uri),
+        dataclasses.replace(smoke, jump=config.Jump(predictor=uri)),
+        dataclasses.replace(smoke, accelerate=config.Accelerate(predictors_storage=uri)),
+        dataclasses.replace(smoke, train=config.Train(data=("/data", uri)), basis=config.Basis(kind="window")),
+    ):
+        with pytest.raises(ValueError, match="carries credentials") as refused:
+            changed.check()
+        assert "S3CRET" not in str(refused.value)
+    with pytest.raises(StoreError) as not_opened:
+        Storage(uri)
+    with pytest.raises(tracking.TrackingError) as no_place:
+        tracking.resolve_uri("", uri)
+    assert "S3CRET" not in f"{not_opened.value} {no_place.value}"
+
+
+@pytest.mark.parametrize("password", ["S3CRET", "p%40S3CRET", "p@S3CRET", "p/S3CRET"])
+@pytest.mark.parametrize("kind", ["http", "postgresql"])
+def test_an_error_of_a_server_or_a_database_does_not_quote_the_password(kind, password, tmp_path):
+    if kind == "postgresql":
+        pytest.importorskip("psycopg2")
+    start = time.perf_counter()
+    with pytest.raises(tracking.TrackingError, match=r"MLflow cannot be used at tracking.uri=.*\*\*\*") as told:
+        tracking.Tracker.open(f"{kind}://someone:{password}@127.0.0.1:1/runs", "pendulum", str(tmp_path))
+    assert time.perf_counter() - start < 30
+    assert "S3CRET" not in str(told.value)
+    assert told.value.__cause__ is None, "a traceback would quote it"
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_server_that_is_reached_by_a_password_keeps_and_prints_none(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", raising=False)
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/kept"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.2)
+        tracker = tracking.Tracker.open(f"http://someone:S3CRET@127.0.0.1:{port}", "pendulum", str(tmp_path / "d"))
+        smoke = load_experiment(config.CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+        with tracker.run("train", "a key") as run:
+            run.log_parameters(as_table(dataclasses.replace(smoke, tracking=config.Tracking(uri=tracker.uri))))
+            run.log_figure(Figure(), "curve")
+            run.log_dataset("trials", "0123", str(tmp_path))
+        with pytest.raises(tracking.TrackingError, match="refuses") as refused:
+            tracker.client.get_run("none")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+    assert "S3CRET" not in str(refused.value) + "".join(capfd.readouterr())
+    kept = files_of(tmp_path)
+    assert any(path.name == "curve.png" for path in kept)
+    assert not [path for path, content in kept.items() if b"S3CRET" in content]
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def log_all(storage, size=1.0):
+    """A run with a picture and a registered model; the same run whenever it is called."""
+    tracker = tracking.Tracker.open(None, "moved", str(storage))
+    with tracker.run("train", "a key") as run:
+        run.log_figure(Figure(figsize=(size, size)), "curve")
+        run.log_model_folder(storage / "weights")
+        run.log_dataset("trials", "0123", f"{storage}/trajectories")
+        run.set_tags({"model_folder": f"{storage}/models/0123"})
+    return tracker, run, tracker.register("tipl-moved", run.run_id, "")
+
+
+@pytest.mark.parametrize("way", ["moved", "copied"])
+@pytest.mark.parametrize("place", ["elsewhere/a new place", "100% größer/#1"])
+def test_a_storage_that_is_moved_or_copied_is_gone_on_with_where_it_is(way, place, storage, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    old, new = tmp_path / "old" / "d", tmp_path / place
+    (storage / "weights").mkdir(exist_ok=True)
+    (storage / "weights" / "model.json").write_text("{}")
+    shutil.copytree(storage, old)  # already this is a copy
+    first, run, version = log_all(old)
+    elsewhere = first.client.create_experiment("elsewhere", "s3://bucket/mlflow-artifacts")
+    beside = first.client.create_experiment("beside", f"file://{tmp_path}/old/d2/mlflow-artifacts")
+    before = files_of(old)
+    new.parent.mkdir(parents=True)
+    shutil.copytree(old, new)
+    if way == "moved":
+        shutil.rmtree(old.parent)
+    again, run_again, version_again = log_all(new, size=2.0)
+    assert (run_again.run_id, version_again) == (run.run_id, version)
+    assert files_of(old.parent) == (before if way == "copied" else {})
+    client = again.client
+    pictures = [file.path for file in client.list_artifacts(run.run_id, "figures")]
+    assert pictures == ["figures/curve.png"]
+    assert len(list(new.rglob("curve.png"))) == 1
+    (registered,) = client.search_model_versions("name = 'tipl-moved'")
+    (data,) = client.get_run(run.run_id).inputs.dataset_inputs
+    artifacts = client.get_run(run.run_id).info.artifact_uri
+    assert artifacts.startswith(f"{(new / 'mlflow-artifacts').as_uri()}/{run.run_id}")
+    assert registered.source == f"{artifacts}/model"
+    assert json.loads(data.dataset.source) == {"uri": f"{new}/trajectories"}
+    assert client.get_run(run.run_id).data.tags["model_folder"] == f"{new}/models/0123"
+    assert client.get_experiment(elsewhere).artifact_location == "s3://bucket/mlflow-artifacts"
+    assert client.get_experiment(beside).artifact_location == f"file://{tmp_path}/old/d2/mlflow-artifacts"
+    with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as database:
+        dump = "\n".join(database.iterdump())
+    assert f"{old}/" not in dump, "nothing names the old place"
+
+
+def test_a_storage_of_before_the_place_was_recorded_is_followed_by_its_runs(storage, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (storage / "weights").mkdir(exist_ok=True)
+    (storage / "weights" / "model.json").write_text("{}")
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(storage, old)
+    log_all(old)
+    with contextlib.closing(sqlite3.connect(old / "mlflow.db")) as database, database:
+        database.execute("UPDATE experiments SET artifact_location = '/cwd/mlruns/0' WHERE experiment_id = 0")
+    before = files_of(old)
+    shutil.copytree(old, new)
+    tracker, run, _ = log_all(new, size=2.0)
+    assert files_of(old) == before
+    assert tracker.client.get_run(run.run_id).info.artifact_uri.startswith((new / "mlflow-artifacts").as_uri())
+
+
+def test_artifacts_of_an_sqlite_file_of_its_own_are_beside_it(storage, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(storage, tmp_path / "records")
+    uri = f"sqlite:///{tmp_path}/records/mlflow.db"
+    for name in ("one", "two"):
+        tracker = tracking.Tracker.open(uri, "shared", str(tmp_path / name))
+        location = tracker.client.get_experiment(tracker.experiment_id).artifact_location
+        assert location == (tmp_path / "records" / "mlflow-artifacts").as_uri()
+        assert not (tmp_path / name).exists()
+
+
+OPENING_PROGRAM = """
+import sys
+from tipl_ray import tracking
+print("ready", flush=True)
+sys.stdin.readline()
+with tracking.Tracker.open(None, "pendulum", sys.argv[1]).run("collect", sys.argv[2]) as run:
+    run.log_metrics({"return": 17.0}, step=1)
+print(run.run_id)
+"""
+
+
+def opening(storage, key):
+    return subprocess.Popen(
+        [sys.executable, "-c", OPENING_PROGRAM, str(storage), key],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process):
+    out, errors = process.communicate("\n", timeout=300)
+    assert process.returncode == 0, errors
+    assert errors == ""
+    return out.split()[-1]
+
+
+def test_two_jobs_that_come_first_at_once_share_one_database_that_is_whole(tmp_path):
+    jobs = [opening(tmp_path, key) for key in ("one", "two")]
+    for job in jobs:
+        assert job.stdout.readline() == "ready\n"
+    for job in jobs:
+        job.stdin.write("\n")
+        job.stdin.flush()
+    runs = {finished(job) for job in jobs}
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("pendulum")
+    assert experiment is not None
+    assert {run.info.run_id for run in client.search_runs([experiment.experiment_id])} == runs
+    assert len(runs) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db"]
+
+
+def test_a_job_that_is_killed_while_it_makes_the_database_can_be_run_again(tmp_path):
+    moments = random.Random(3)
+    for _ in range(2):
+        job = opening(tmp_path, "key")
+        assert job.stdout.readline() == "ready\n"
+        job.stdin.write("\n")
+        job.stdin.flush()
+        time.sleep(moments.uniform(0.5, 8))
+        job.send_signal(signal.SIGKILL)
+        job.communicate()
+    finished(opening(tmp_path, "key"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def whole_schema(storage):
+    with contextlib.closing(sqlite3.connect(storage / "mlflow.db")) as database:
+        return dict(database.execute("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL").fetchall())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
+def test_a_half_made_database_is_made_anew(share, storage, tracker, tmp_path):
+    """As MLflow leaves it where it is killed, or has no room: some of its tables, and no experiment."""
+    statements = whole_schema(storage)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        for statement in list(statements.values())[: int(share * len(statements))]:
+            database.execute(statement)
+    if share == 0.0:
+        (tmp_path / "mlflow.db").touch()
+    with pytest.raises(tracking.TrackingError, match=r"mlflow\.db: nothing is recorded there"):
+        tracking.open_to_read(None, str(tmp_path))
+    made = tracking.Tracker.open(None, "pendulum", str(tmp_path))
+    with made.run("collect", "key"):
+        pass
+    assert set(whole_schema(tmp_path)) == set(statements)
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """As on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_without_room_a_job_ends_in_one_line_and_with_room_it_goes_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with files_no_larger_than(100_000), pytest.raises(tracking.TrackingError, match="Make room there or give access"):
+        tracking.Tracker.open(None, "pendulum", str(tmp_path))
+    tracker = tracking.Tracker.open(None, "pendulum", str(tmp_path))
+    run = tracker.start("train", "no room")
+    size = (tmp_path / "mlflow.db").stat().st_size
+    with files_no_larger_than(size), pytest.raises(tracking.TrackingError, match="Make room there or give access"):
+        run.log_history("loss", range(20_000), [1.0] * 20_000)
+    again = tracker.start("train", "no room")
+    again.log_history("loss", range(3_000), [1.0] * 3_000)
+    assert [step for step, _ in history(tracker, again, "loss")] == list(range(3_000))
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_database_with_anything_in_it_is_left_as_it_is(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("CREATE TABLE notes (line)")
+        database.execute("INSERT INTO notes VALUES ('mine')")
+    tracking._make_database(tmp_path / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        assert database.execute("SELECT * FROM notes").fetchall() == [("mine",)]
+
+
+def test_only_a_process_that_can_be_seen_from_here_is_taken_for_dead(tracker, storage):
+    own, number = tracking._namespace(), os.getpid()
+    started = tracking._started(number)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    processes = {
+        "alive": f"{own} {number} {started}",
+        "dead": f"{own} {dead.pid} 17",
+        "its number has another": f"{own} {number} 17",
+        "another container of this host": f"{own}0 {dead.pid} 17",
+        "of an earlier version": f"{socket.gethostname()}:{dead.pid}",
+        "nonsense": "  ",
+        "no number": f"{own} ten 17",
+    }
+    runs = {what: tracker.start("collect", what, tags={}) for what in processes}
+    for what, process in processes.items():
+        runs[what].set_tags({tracking.PROCESS_TAG: process})
+    tracking.Tracker.open(None, "pendulum", str(storage))
+    status = {what: tracker.client.get_run(run.run_id).info.status for what, run in runs.items()}
+    assert [what for what in status if status[what] == "KILLED"] == ["dead", "its number has another"]
+    for run in runs.values():
+        tracker.end(run, "FINISHED")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "databricks",
+        "databricks-uc",
+        "databricks://profile",
+        "uc:http://127.0.0.1:1",
+        "arn:aws:sagemaker:eu-west-1:1:mlflow-app/a",
+        "postgresql+psycopg2://me@host/runs",
+        "sqlite+pysqlite:////data/mlflow.db",
+        "https://mlflow",
+    ],
+)
+def test_every_scheme_of_mlflows_own_passes(uri):
+    assert tracking.resolve_uri(uri, "/storage") == uri
+
+
+def test_an_empty_uri_is_none(monkeypatch):
+    for given in ("", None):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+        assert tracking.resolve_uri(given, "/storage") == "sqlite:////storage/mlflow.db"
+
+
+def test_whatever_goes_wrong_in_a_call_is_one_line_with_a_way_out(storage, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(storage, tmp_path / "d")
+    tracker = tracking.Tracker.open(None, "pendulum", str(tmp_path / "d"))
+    with pytest.raises(tracking.TrackingError, match=r"^MLflow at sqlite:.* refuses: .*nonsense") as told:
+        comparison.choose(tracker.client, ["nonsense"], None, None, "skill")
+    assert "\n" not in str(told.value)
+    with pytest.raises(tracking.TrackingError, match=r"^MLflow at sqlite:.* refuses: "):
+        comparison.choose(tracker.client, [], None, "no query =", "skill")
+    with tracker.run("train", "a metric") as measured:
+        measured.log_metrics({"skill": 0.5, "skill_h1": 0.7})
+    with pytest.raises(
+        ValueError, match=r"^by='skil_h1': none of these 1 runs has this metric; near it are skill_h1, "
+    ):
+        comparison.choose(tracker.client, [measured.run_id], None, None, "skil_h1")
+    run = tracker.start("train", "no room")
+    shutil.rmtree(tmp_path / "d" / "mlflow-artifacts", ignore_errors=True)
+    (tmp_path / "d" / "mlflow-artifacts").touch()
+    with pytest.raises(tracking.TrackingError, match=r"Make room there or give access, and run again"):
+        run.log_figure(Figure(), "curve")
+    with pytest.raises(ZeroDivisionError), tracker.run("train", "lost"):  # noqa: PT012
+        (tmp_path / "d" / "mlflow.db").write_bytes(b"not a database, by any means" * 100_000)
+        _ = 1 / 0
+    with pytest.raises(tracking.TrackingError, match=r"MLflow cannot be used at tracking\.uri='sqlite:"):
+        run.log_metrics({"loss": 1.0})
+
+
+@pytest.mark.parametrize("name", ["größe 100%", "日本", "a'b", "_x_%s"])
+def test_names_of_any_letters_are_found_again_and_registered(name, storage, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "model.json").write_text("{}")
+    tracker = tracking.Tracker.open(None, name, str(storage))
+    with tracker.run(f"train {name}", f"train {name}".replace("'", "")) as run:
+        run.log_model_folder(tmp_path)
+    assert tracking.Tracker.open(None, name, str(storage)).experiment_id == tracker.experiment_id
+    found = tracker.find(f"train {name}".replace("'", ""))
+    assert found is not None
+    assert found.run_id == run.run_id
+    assert tracker.register(f"tipl-{name}", run.run_id, name) == "1"
+    assert tracker.register(f"tipl-{name}", run.run_id, name) == "1"

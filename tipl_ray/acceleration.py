@@ -84,7 +84,8 @@ def run_acceleration(experiment: Experiment) -> None:
                 run.log_parameters({"accelerate": as_table(experiment.accelerate), "ppo": as_table(experiment.ppo)})
                 finished, searched = _run_units(plan, named, tracker, run)
                 _report(plan, finished, searched, join(experiment.storage_path, "accelerations", key), run)
-            say(f"accelerate: {duration(time.monotonic() - begin)}; MLflow: {ui_command(tracker.uri)}")
+            say(f"accelerate: {duration(time.monotonic() - begin)}")
+            say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
 def source_experiment(experiment: Experiment) -> Experiment:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import dataclasses
+import difflib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from tipl_ray import figures
+from tipl_ray.config import redacted
 from tipl_ray.search_space import short_names
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-BEST_TAG = "best"
+BEST_TAG, DIVERGED_TAG = "best", "diverged"
 SEED = "train.seed"
 """The field whose values are repetitions, not choices."""
 
@@ -53,20 +55,35 @@ def choose(
 ) -> tuple[str, list[Row]]:
     """The runs that a person asks for, and what they are called together; see jobs/compare.py.
 
-    Raises ValueError where there are none.
+    Raises ValueError where there are none, or none that has the metric.
     """
     if run_ids:
-        return "Chosen runs", [as_row(client.get_run(run_id)) for run_id in run_ids]
-    experiment_ids = [experiment.experiment_id for experiment in client.search_experiments()]
-    if query is not None:
-        found = search(client, experiment_ids, query)
-        rows = [row for row in found if row.status == "FINISHED" and metric in row.metrics]
-        if not rows:
-            raise ValueError(
-                f"query={query!r} finds {len(found)} runs, of which none has ended with a metric {metric!r}"
-            )
-        return f"Runs with {query}" if query else "Runs", rows
+        title, rows = "Chosen runs", [as_row(client.get_run(run_id)) for run_id in run_ids]
+    elif query is not None:
+        title, rows = _found(client, query, metric)
+    else:
+        title, rows = _children(client, parent)
+    if not any(metric in row.metrics for row in rows):
+        known = sorted({name for row in rows for name in row.metrics if not name.startswith("system/")})
+        near = difflib.get_close_matches(metric, known, n=3, cutoff=0.0) or ["none at all"]
+        raise ValueError(
+            f"by={metric!r}: none of these {len(rows)} runs has this metric; near it are {', '.join(near)}"
+        )
+    return title, rows
+
+
+def _found(client: MlflowClient, query: str, metric: str) -> tuple[str, list[Row]]:
+    found = search(client, [experiment.experiment_id for experiment in client.search_experiments()], query)
+    rows = [row for row in found if row.status == "FINISHED" and metric in row.metrics]
+    if not rows:
+        raise ValueError(f"query={query!r} finds {len(found)} runs, of which none has ended with a metric {metric!r}")
+    return f"Runs with {query}" if query else "Runs", rows
+
+
+def _children(client: MlflowClient, parent: str | None) -> tuple[str, list[Row]]:
+    """Those of the newest sweep where no parent is given."""
     if parent is None:
+        experiment_ids = [experiment.experiment_id for experiment in client.search_experiments()]
         sweeps = search(client, experiment_ids, f"tags.`{KEY_TAG}` LIKE 'sweep-%'")
         newest = [row for row in sweeps if PARENT_TAG not in row.tags][-1:]
         if not newest:
@@ -110,9 +127,19 @@ def varied(rows: Sequence[Row]) -> list[str]:
 
 
 def by_metric(rows: Sequence[Row], metric: str, less: bool = False) -> list[Row]:
-    """The best runs first, those with the most of a metric, or the least; those without it last."""
+    """The best runs first, those with the most of a metric, or the least; those without it, or that diverged, last."""
     sign = -1 if less else 1
-    return sorted(rows, key=lambda row: sign * row.metrics.get(metric, -sign * math.inf), reverse=True)
+
+    def rank(row: Row) -> tuple[bool, float]:
+        figure = sign * row.metrics.get(metric, -sign * math.inf)
+        return not diverged(row), -math.inf if math.isnan(figure) else figure
+
+    return sorted(rows, key=rank, reverse=True)
+
+
+def diverged(row: Row) -> bool:
+    """Whether a training diverged: whatever it had reached before, its model is the worst."""
+    return row.tags.get(DIVERGED_TAG) == "true"
 
 
 def best(rows: Sequence[Row], metric: str) -> Row | None:
@@ -133,12 +160,18 @@ def table(rows: Sequence[Row], metric: str) -> list[dict[str, str]]:
         {
             **({} if told else {"run": row.name}),
             **{names[field]: row.parameters.get(field, "") for field in fields},
-            metric: number(row.metrics.get(metric)),
+            metric: "" if diverged(row) else number(row.metrics.get(metric)),
             **{title: number(row.metrics.get(name)) for name, title in shown.items()},
-            "status": "best" if row.tags.get(BEST_TAG) == "true" else row.status.lower(),
+            "status": _status(row),
         }
         for row in rows
     ]
+
+
+def _status(row: Row) -> str:
+    if diverged(row):
+        return "diverged"
+    return "best" if row.tags.get(BEST_TAG) == "true" else row.status.lower()
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -156,7 +189,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Figure]:
     """Heat map of two fields, parallel coordinates of all, and curves over training; what the runs have to show."""
-    known = [row for row in rows if metric in row.metrics]
+    known = [row for row in rows if metric in row.metrics and not diverged(row)]
     fields = [field for field in varied(known) if all(field in row.parameters for row in known)]
     cells = [
         {
@@ -186,14 +219,19 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Fi
 
 
 def page(title: str, rows: Sequence[Row], metric: str, drawn: Mapping[str, Figure], source: str) -> str:
-    """One HTML page that needs nothing beside it."""
+    """One HTML page that needs nothing beside it; `source` is MLflow's URI, of which no password is shown."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     pictures = {
         name: f"data:image/png;base64,{base64.b64encode(figures.png(figure)).decode()}"
         for name, figure in drawn.items()
     }
     return environment.from_string(PAGE).render(
-        title=title, rows=table(rows, metric), pictures=pictures, captions=CAPTIONS, metric=metric, source=source
+        title=title,
+        rows=table(rows, metric),
+        pictures=pictures,
+        captions=CAPTIONS,
+        metric=metric,
+        source=redacted(source),
     )
 
 

@@ -19,6 +19,7 @@ import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
 import pydantic
 import tyro
@@ -431,8 +432,10 @@ class Accelerate:
 class Tracking:
     """Where MLflow keeps its records."""
 
-    uri: str | None = None
-    """MLflow tracking URI; none takes $MLFLOW_TRACKING_URI, else a sqlite file in the storage."""
+    # Neither a traceback nor --help shows it: it may carry a password.
+    uri: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = dataclasses.field(default=None, repr=False)
+    """MLflow tracking URI; none takes $MLFLOW_TRACKING_URI, else a sqlite file in the storage. A password in it is
+    shown and kept nowhere."""
     experiment: str | None = None
     """MLflow experiment; none takes the experiment's name."""
 
@@ -582,6 +585,14 @@ class Experiment:
         """Refuse values that no job can use. Raises ValueError naming the field, the value and the limit."""
         _check_values("", self)
         _check_name("name", self.name, self.name)
+        places = [("storage", self.storage), ("jump.predictor", self.jump.predictor)]
+        places += [("accelerate.predictors_storage", self.accelerate.predictors_storage)]
+        for named, place in places + [("train.data", storage) for storage in self.train.data]:
+            if place and redacted(place) != place:
+                raise ValueError(
+                    f"{named}={redacted(place)!r} carries credentials, which every log would show, or an option that "
+                    "is none of endpoint_override, scheme and region: give credentials by the environment or a profile"
+                )
         for field in dataclasses.fields(self):
             part = getattr(self, field.name)
             if hasattr(part, "check"):
@@ -886,7 +897,7 @@ def _with_variables(field: str, place: str | None) -> str | None:
         name = match[1] or match[2]
         # Set to nothing is not set: the rest would be a place at the root.
         if not os.environ.get(name):
-            raise ValueError(f"{field}={_shown(place)}: the environment of the job has no {name}")
+            raise ValueError(f"{field}={redacted(place)!r}: the environment of the job has no {name}")
         return os.environ[name]
 
     return re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, place)
@@ -1012,8 +1023,63 @@ def take_option(arguments: list[str], option: str) -> str | None:
 
 
 def as_table(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A configuration as plain JSON types, fit to be published: its URIs are `redacted`."""
+    return _published(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+SHOWN_OPTIONS = (
+    "endpoint_override",
+    "scheme",
+    "region",
+    "host",
+    "port",
+    "user",
+    "dbname",
+    "sslmode",
+    "charset",
+    "driver",
+)
+"""Options of a URI that hold no secret; the values of others are not shown."""
+
+
+def redacted(uri: str) -> str:
+    """The URI as it may be shown, logged and written: *** for its password or token and for options not known harmless.
+
+    >>> redacted("postgresql://me:secret@host/runs?sslmode=require&sslpassword=secret")
+    'postgresql://me:***@host/runs?sslmode=require&sslpassword=***'
+    >>> redacted("https://token@host:5000"), redacted("sqlite:////data/a:b@c.db"), redacted("s3://bucket/run@2")
+    ('https://***@host:5000', 'sqlite:////data/a:b@c.db', 's3://bucket/run@2')
+    """
+    scheme, place = re.fullmatch(r"([A-Za-z][\w+.-]*:/+)?(.*)", uri, re.DOTALL).groups("")  # type: ignore[union-attr]
+    user, at = "", ""
+    if 0 < scheme.count("/") < 3 or (not scheme and not place.startswith("/")):
+        before_options = place.partition("?")[0]
+        # A password may hold any sign, the question mark too: what follows a colon is one unless it is a port.
+        odd = "@" in place and re.match(r"[^/:@]*:(?!\d+(/|$))", before_options)
+        user, at, place = place.rpartition("@") if odd or "@" in before_options else ("", "", place)
+    if ":" in user:
+        user = f"{user.partition(':')[0]}:***"
+    elif scheme.lower().startswith("http") and at:
+        user = "***"
+    if scheme:
+        place, mark, options = place.partition("?")
+        place += mark + re.sub(r"([^&;=]+)(=?)([^&;]*)", _shown_option, options)
+    return f"{scheme}{user}{at}{place}"
+
+
+def _shown_option(option: re.Match[str]) -> str:
+    name, equals, value = option.groups()
+    if not equals or name not in SHOWN_OPTIONS:
+        return f"{name}=***" if equals else "***"
+    return f"{name}={value if redacted(unquote(value)) == unquote(value) else redacted(unquote(value))}"
+
+
+def _published(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {name: _published(value) for name, value in part.items()}
+    if isinstance(part, list):
+        return [_published(value) for value in part]
+    return redacted(part) if isinstance(part, str) and ":/" in part else part
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -1057,7 +1123,7 @@ def _build(table: dict[str, Any], where: str) -> Experiment:
             message = item["msg"]
             if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 message = f"unknown key{_nearest(field, _fields())}"
-            complaints.append(f"{field}={item['input']!r}: {message}")
+            complaints.append(f"{field}={_published(item['input'])!r}: {message}")
         raise ValueError(f"{where}: " + "; ".join(complaints)) from error
 
 
@@ -1098,7 +1164,7 @@ def _check_text(field: str, text: str) -> None:
         raise ValueError(f"{field}={text!r} is empty: give a value, or leave it out")
     for letter in text:
         if unicodedata.category(letter) in ("Cc", "Cs"):
-            raise ValueError(f"{field}={_shown(text)} holds {letter!r}, which is no letter of a name or a path")
+            raise ValueError(f"{field}={redacted(text)!r} holds {letter!r}, which is no letter of a name or a path")
 
 
 def _check_name(field: str, whole: str, name: str, also: str = "") -> None:
@@ -1150,11 +1216,6 @@ def _check_once(section: str, field: str, values: Sequence[Any]) -> None:
     for value in values:
         if values.count(value) > 1:
             raise ValueError(f"{section}.{field} holds {value!r} twice")
-
-
-def _shown(place: str) -> str:
-    """A place in an error, without the user and password that a URI may carry."""
-    return repr(re.sub(r"(?<=//)[^/@]*(?=@)", "***", place))
 
 
 def _at_least(section: str, config: Any, **limits: int) -> None:

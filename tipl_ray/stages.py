@@ -189,7 +189,7 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
         with connected_to_ray(), _pipeline(experiment, tracker) as context:
             for name in names:
                 STAGES[name](context)
-        say(f"MLflow: {ui_command(tracker.uri)}")
+        say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
 @contextlib.contextmanager

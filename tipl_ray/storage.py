@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pa_fs
 
-from tipl_ray.config import UserError
+from tipl_ray.config import UserError, redacted
 
 TEMPORARY = ".tmp-"
 """How the names begin of files that are not yet published; a killed process leaves them behind."""
@@ -58,7 +58,7 @@ class Storage:
         """
         if not root:
             raise StoreError("the storage's name is empty; give a folder or a URI such as s3://bucket/folder")
-        self._root = root.rstrip("/")
+        self._root = redacted(root).partition("?")[0].rstrip("/")
         self._publisher: _Publisher
         try:
             if root.startswith("s3://"):
@@ -68,11 +68,10 @@ class Storage:
             elif "://" in root:
                 self._filesystem, self._base = pa_fs.FileSystem.from_uri(root)
                 self._publisher = _NoPublisher(self._filesystem.type_name)
-                self._root = _without_secrets(self._root)
             else:
                 self._filesystem, self._base = pa_fs.LocalFileSystem(), str(Path(root).absolute())
         except (OSError, ValueError, pa.ArrowException) as error:
-            shown = _without_secrets(root)
+            shown = redacted(root)
             raise StoreError(
                 f"{shown}: cannot be opened: {_one_line(error).replace(root, shown)}; give a folder or a URI such as "
                 "s3://bucket/folder"
@@ -366,6 +365,11 @@ class _Bucket:
         endpoint = (
             options.get("endpoint_override") or environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL")
         )
+        if endpoint and redacted(endpoint) != endpoint:
+            raise StoreError(
+                f"the S3 endpoint {redacted(endpoint)} carries credentials, which every log would show; give them by "
+                "the environment or a profile"
+            )
         if endpoint and "://" not in endpoint:
             endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
         self._endpoint = endpoint
@@ -458,13 +462,6 @@ class _Bucket:
             yield
         except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
             raise OSError(f"{self._endpoint or 'S3'}: {error}") from error
-
-
-def _without_secrets(place: str) -> str:
-    """A place as an error may show it: a URI without its user, password and options."""
-    scheme, mark, address = place.partition("?")[0].partition("://")
-    host, slash, path = address.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if mark else place
 
 
 def _one_line(error: Exception) -> str:

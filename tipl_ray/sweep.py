@@ -57,6 +57,8 @@ CURVES = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps
 REDUCTION_FACTOR = 3
 """One in so many children goes on at each rung of ASHA."""
 CHILD_SECTIONS = ("basis", "split", "model", "train")
+WORSE = {"worse_than_copying": "true"}
+"""Tag of a best child, and of its registered model, that is further off than the last snapshot is."""
 MAX_TAG_LETTERS = 500
 MAX_FAILURES = 3
 """Times that a child whose process or node was lost is started again."""
@@ -126,7 +128,7 @@ def run_sweep(experiment: config.Experiment) -> None:
     else:
         with connected_to_ray(), tracker.run(plan.name, key, tags=run_tags(experiment)) as parent:
             _sweep(plan, tracker, parent)
-    say(f"MLflow: {ui_command(tracker.uri)}")
+    say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
 def make_plan(experiment: config.Experiment) -> Plan:
@@ -143,6 +145,14 @@ def make_plan(experiment: config.Experiment) -> Plan:
         raise ValueError(
             f"train.num_workers={experiment.train.num_workers} needs sweep.trainer='ray-train': with "
             f"{experiment.sweep.trainer!r} a child trains in one process"
+        )
+    if experiment.sweep.scheduler == "asha" and all(
+        child.train.steps_per_iteration >= child.train.num_steps for child in children
+    ):
+        raise ValueError(
+            f"sweep.scheduler='asha' compares children every train.steps_per_iteration="
+            f"{experiment.train.steps_per_iteration} steps, and none has so many before its end, train.num_steps="
+            f"{experiment.train.num_steps}: lower train.steps_per_iteration, or leave the scheduler out"
         )
     if experiment.train.data:
         raise ValueError(f"train.data={experiment.train.data}: a sweep trains on the data set of its own storage")
@@ -237,14 +247,6 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
         run_child, table=config.as_table(plan.experiment), reduced=dict(reduced), longest=plan.longest
     )
     searcher = OptunaSearch(metric=settings.metric, mode="max", seed=settings.seed)
-    scheduler = ASHAScheduler(
-        time_attr="step",
-        metric=settings.metric,
-        mode="max",
-        max_t=max(child.train.num_steps for child in plan.children),
-        grace_period=min(child.train.steps_per_iteration for child in plan.children),
-        reduction_factor=REDUCTION_FACTOR,
-    )
     filesystem, path = Storage(join(plan.experiment.storage_path, "sweeps")).filesystem
     driving = settings.trainer == "ray-train"
     analysis = tune.run(
@@ -255,7 +257,7 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
         config={field: _domain(entry, settings.search) for field, entry in plan.space.items()},
         num_samples=1 if settings.search == "grid" else settings.num_samples,
         search_alg=searcher if settings.search == "optuna" else None,
-        scheduler=scheduler if settings.scheduler == "asha" else None,
+        scheduler=_asha(plan) if settings.scheduler == "asha" else None,
         # Ray Train asks for its workers' resources itself; Ray Tune wants something, if only a byte.
         resources_per_trial={"memory": 1}
         if driving
@@ -272,6 +274,19 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
         verbose=0,
     )
     return list(analysis.trials)
+
+
+def _asha(plan: Plan) -> ASHAScheduler:
+    """Ends a child early where others had more of the metric after as many steps."""
+    longest = max(child.train.num_steps for child in plan.children)
+    return ASHAScheduler(
+        time_attr="step",
+        metric=plan.experiment.sweep.metric,
+        mode="max",
+        max_t=longest,
+        grace_period=min(longest, *(child.train.steps_per_iteration for child in plan.children)),
+        reduction_factor=REDUCTION_FACTOR,
+    )
 
 
 def _fitting(experiment: config.Experiment) -> int:
@@ -367,6 +382,7 @@ def _judged(judge: Judge, training: Training, data: TrainingData) -> dict[str, f
 
 def _named(skill_H: np.ndarray, steps: Sequence[int], name: str) -> dict[str, float]:
     """Skills under the names that MLflow and Tune know them by: their mean over forward steps, and each one."""
+    skill_H = np.where(np.isnan(skill_H), -np.inf, skill_H)  # of errors beyond all numbers: Tune cannot order NaN
     return {name: float(skill_H.mean())} | {f"{name}_h{h}": float(s) for h, s in zip(steps, skill_H, strict=True)}
 
 
@@ -441,6 +457,8 @@ class SweepLog(tune.Callback):
             run.set_tags(
                 {"ended_early": f"{self.plan.experiment.sweep.scheduler}, after {history[-1]['step']:,} steps"}
             )
+        if "error" in result:
+            run.set_tags({comparison.DIVERGED_TAG: "true"})
         if "error" in result or status == Trial.ERROR:
             run.set_tags({"error": str(result.get("error") or trial.get_error())[:MAX_TAG_LETTERS]})
         if whole:
@@ -481,15 +499,19 @@ class SweepLog(tune.Callback):
         rows = [
             {
                 "child": describe(trial.config),
-                "": trial.status.lower(),
+                "": "diverged" if "error" in result else trial.status.lower(),
                 "step": f"{result.get('step', 0):,}",
-                metric: comparison.number(result.get(metric)),
+                metric: "" if "error" in result else comparison.number(result.get(metric)),
                 "ridge": comparison.number(result.get("levels", {}).get(f"ridge_{metric}")),
             }
             for trial, result in zip(trials, results, strict=True)
         ]
         done = sum(trial.is_finished() for trial in trials)
-        known = [(result[metric], row["child"]) for result, row in zip(results, rows, strict=True) if metric in result]
+        known = [
+            (result[metric], row["child"])
+            for result, row in zip(results, rows, strict=True)
+            if metric in result and "error" not in result
+        ]
         best = max(known, default=None)
         told = f", best {best[1]} with {metric} {comparison.number(best[0])}" if best else ""
         self.view.show(
@@ -511,7 +533,9 @@ def last_checkpoint(plan: Plan, trial: Trial) -> tune.Checkpoint:
     """Where a child stood when it last reported: Ray Tune's own, or the one that Ray Train has told it of."""
     path = (trial.last_result or {}).get(CHECKPOINT_PATH_KEY)
     if path is not None:
-        return tune.Checkpoint(path, filesystem=Storage(plan.experiment.storage_path).filesystem[0])
+        # It is absolute, and the storage may have been moved since.
+        filesystem, folder = Storage(join(plan.experiment.storage_path, "training")).filesystem
+        return tune.Checkpoint("/".join([folder, *path.rstrip("/").split("/")[-2:]]), filesystem=filesystem)
     assert trial.checkpoint is not None, "every iteration reports a checkpoint"
     return trial.checkpoint
 
@@ -530,8 +554,12 @@ def _crown(plan: Plan, tracker: Tracker, parent: Run, best: comparison.Row, tria
         run.log_model_folder(join(checkpoint, "model"), loader="tipl_ray.serving")
     run.set_tags({comparison.BEST_TAG: "true"})
     told = f"{best.name}: {metric} {best.metrics[metric]:.4f}, ridge {best.metrics[f'ridge_{metric}']:.4f}"
+    worse = best.metrics[metric] < 0
+    if worse:
+        told += ", worse than copying the last snapshot"
+        run.set_tags(WORSE)
     name = f"tipl-{plan.experiment.name}"
-    version = tracker.register(name, best.run_id, f"Best of {plan.name}. {told}")
+    version = tracker.register(name, best.run_id, f"Best of {plan.name}. {told}", WORSE if worse else None)
     parent.log_metrics({name: best.metrics[name] for name in (metric, f"ridge_{metric}")})
     parent.set_tags(
         {"best_child": best.name, "best_run_id": best.run_id, "registered_model": f"models:/{name}/{version}"}

@@ -3,27 +3,35 @@
 Knows MLflow 3.17 through MlflowClient alone (no active run, no global tracking URI) and imports it inside functions:
 it takes seconds. Knows nothing of what is logged. A metric's timestamp is a function of its step and a step keeps the
 first value it was given, so logging again after a restart changes nothing.
+
+An sqlite file and its artifacts lie side by side, and go on wherever they have been moved or copied to.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import getpass
 import io
 import json
 import logging
 import math
 import os
+import re
 import shlex
 import socket
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tipl_ray import config
+from tipl_ray.config import redacted
 from tipl_ray.storage import join, local_folder
 
 if TYPE_CHECKING:
@@ -34,7 +42,29 @@ if TYPE_CHECKING:
 KEY_TAG = "tipl_ray.key"
 PROCESS_TAG = "tipl_ray.process"
 PARENT_TAG = "mlflow.parentRunId"
-MODEL_FOLDER = "model"
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+"""What MLflow's pages know an experiment of models by; without it they open on a view for language models."""
+PAGE = "/#/experiments/{}/runs?workflowType=machine_learning"
+"""An experiment's runs with their metrics, among MLflow's pages."""
+MODEL_FOLDER, ARTIFACTS = "model", "mlflow-artifacts"
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+WORDS = ("databricks", "databricks-uc")
+"""Tracking URIs of MLflow's own that have no scheme."""
+LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Columns of MLflow's database that say where artifacts are."""
+DATABASE_ATTEMPTS = 4
+"""Times that a database is asked for its tables, over a second, before it is taken for away."""
+LOCK_SECONDS = 60.0
+"""How long an sqlite file may be held by others."""
+REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
+"""What MLflow answers where it is well, and what it is asked for is not."""
+NO_ROOM_OR_ACCESS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG)
 
 MAX_PARAMETER_LETTERS = 6000
 MAX_DIGEST_LETTERS = 36
@@ -47,7 +77,7 @@ class TrackingError(config.UserError):
 
 
 def resolve_uri(uri: str | None, storage_path: str) -> str:
-    """The tracking URI: the given one, else $MLFLOW_TRACKING_URI, else a sqlite file in the storage.
+    """The tracking URI: the given one, else $MLFLOW_TRACKING_URI, else a sqlite file in the storage; "" is none.
 
     Raises TrackingError for what would not outlive the job: a file store, a relative sqlite path.
     """
@@ -56,28 +86,43 @@ def resolve_uri(uri: str | None, storage_path: str) -> str:
         folder = local_folder(storage_path)
         if folder is None:
             raise TrackingError(
-                f"tracking.uri is not set and storage={storage_path!r} is no local folder, so no sqlite file can lie "
-                "there: start an MLflow server and set --tracking.uri or MLFLOW_TRACKING_URI to it"
+                f"tracking.uri is not set and storage={redacted(storage_path)!r} is no local folder, so no sqlite file "
+                "can lie there: start an MLflow server and set --tracking.uri or MLFLOW_TRACKING_URI to it"
+            )
+        if "?" in str(folder):
+            raise TrackingError(
+                f"storage={str(folder)!r} holds a question mark, at which the URI of an sqlite file ends: rename the "
+                "folder, or set --tracking.uri or MLFLOW_TRACKING_URI"
             )
         return f"sqlite:///{folder / 'mlflow.db'}"
-    if urllib.parse.urlsplit(uri).scheme in ("", "file"):
+    if _scheme(uri) in ("", "file") and uri not in WORDS:
         raise TrackingError(
-            f"tracking.uri={uri!r} is a folder, which MLflow refuses since 3.17: give sqlite:////absolute/mlflow.db or "
-            "the http:// address of a server"
+            f"tracking.uri={redacted(uri)!r} is a folder, which MLflow refuses since 3.17: give "
+            "sqlite:////absolute/mlflow.db or the http:// address of a server"
         )
-    if uri.startswith("sqlite:") and not uri.startswith("sqlite:////"):
+    if _scheme(uri).startswith("sqlite") and not re.match(r"[\w+]+:////", uri):
         raise TrackingError(
-            f"tracking.uri={uri!r} is relative to the working directory, which a Ray job throws away: give four "
-            "slashes and an absolute path, sqlite:////absolute/mlflow.db"
+            f"tracking.uri={redacted(uri)!r} is relative to the working directory, which a Ray job throws away: give "
+            "four slashes and an absolute path, sqlite:////absolute/mlflow.db"
         )
     return uri
 
 
-def ui_command(uri: str) -> str:
-    """The shell command that opens MLflow's pages on this store, for this machine only."""
-    if uri.startswith(("http://", "https://")):
-        return f"{shlex.quote(sys.executable)} -m webbrowser {shlex.quote(uri)}"
-    return f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {shlex.quote(uri)} --host 127.0.0.1"
+def ui_command(uri: str, experiment_id: str | None = None) -> str:
+    """The shell command that opens MLflow's pages on this store, for this machine only; no password is in it.
+
+    With an experiment it names the page of its runs.
+    """
+    shown = shlex.quote(redacted(uri))
+    if shown != shlex.quote(uri) and uri == os.environ.get("MLFLOW_TRACKING_URI"):
+        shown = '"$MLFLOW_TRACKING_URI"'
+    page = PAGE.format(experiment_id) if experiment_id else ""
+    if _scheme(uri) in ("http", "https"):
+        return f"{shlex.quote(sys.executable)} -m webbrowser {shown}{shlex.quote(page) if page else ''}"
+    if not _scheme(uri).startswith(DATABASES):
+        return f"the pages of {shown}"
+    command = f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {shown} --host 127.0.0.1"
+    return f"{command}  # then http://127.0.0.1:5000{page}" if page else command
 
 
 def source_tags(folder: Path = config.CHECKOUT) -> dict[str, str]:
@@ -105,12 +150,15 @@ class Tracker:
         Raises TrackingError, within seconds and naming the URI, where the store cannot be used.
         """
         uri = resolve_uri(uri, storage_path)
-        if uri.startswith("sqlite:"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        with _usable(uri) as client:
+        if file := _sqlite_file(uri):
+            with _as_tracking_error(uri):
+                _make_database(file)
+                _follow_artifacts(file, local_folder(storage_path))
+        with _impatient():
+            client = _client(uri)
             tracker = cls(client, uri, _experiment_id(client, uri, experiment_name, storage_path))
             tracker._end_dead_runs()
-            return tracker
+        return tracker
 
     @contextlib.contextmanager
     def run(
@@ -123,11 +171,9 @@ class Tracker:
         run = self.start(name, key, parent=parent, tags=tags)
         try:
             yield run
-        except KeyboardInterrupt:
-            self.end(run, "KILLED")
-            raise
-        except BaseException:
-            self.end(run, "FAILED")
+        except BaseException as error:
+            with contextlib.suppress(TrackingError):  # what ended the block is what the user has to hear of
+                self.end(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         self.end(run, "FINISHED")
 
@@ -135,7 +181,7 @@ class Tracker:
         """As `run`, for runs that do not end where a block does: the caller ends each by `end`."""
         if "'" in key:
             raise ValueError(f"key={key!r} holds a quote, which MLflow's search cannot look up")
-        own = {KEY_TAG: key, PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"}
+        own = {KEY_TAG: key, PROCESS_TAG: " ".join([_namespace(), str(os.getpid()), _started(os.getpid()) or ""])}
         tags = {**source_tags(), **(tags or {}), **own}
         if parent is not None:
             tags[PARENT_TAG] = parent.run_id
@@ -163,25 +209,26 @@ class Tracker:
         """End a run that `start` gave."""
         self.client.set_terminated(run.run_id, status)
 
-    def register(self, name: str, run_id: str, description: str) -> str:
+    def register(self, name: str, run_id: str, description: str, tags: Mapping[str, str] | None = None) -> str:
         """Make the model that a run has logged the newest version of a registered model; its version.
 
-        A run's model is registered once, however often this is called.
+        A run's model is registered once, however often this is called. The tags are the version's.
         """
-        import mlflow
-
         for version in self.client.search_model_versions(f"run_id = '{run_id}'"):
             if version.name == name:
                 return str(version.version)
-        with contextlib.suppress(mlflow.MlflowException):  # another sweep has made it
+        with contextlib.suppress(AlreadyThereError):  # another sweep has made it
             self.client.create_registered_model(name)
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
-        return str(self.client.create_model_version(name, source, run_id, description=description).version)
+        created = self.client.create_model_version(name, source, run_id, dict(tags or {}), description=description)
+        return str(created.version)
 
     def _end_dead_runs(self) -> None:
         for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
-            host, _, process = run.data.tags.get(PROCESS_TAG, "").rpartition(":")
-            if host == socket.gethostname() and not _alive(int(process)):
+            namespace, _, process = run.data.tags.get(PROCESS_TAG, "").partition(" ")
+            number, _, started = process.partition(" ")
+            # Of a process elsewhere, be it in another container of this very host, nothing can be known from here.
+            if namespace == _namespace() and number.isdecimal() and _started(int(number)) not in (started, ""):
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
 
@@ -320,77 +367,324 @@ class Run:
 def open_to_read(uri: str | None, storage_path: str) -> tuple[MlflowClient, str]:
     """A client of an MLflow that is there, and its URI; nothing is created. Raises TrackingError as `Tracker.open`."""
     uri = resolve_uri(uri, storage_path)
-    file = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:") and not file.is_file():
-        raise TrackingError(f"{file}: no such file; give --storage or --uri of an MLflow that has runs")
-    with _usable(uri) as client:
+    if file := _sqlite_file(uri):
+        if not file.is_file():
+            raise TrackingError(f"{file}: no such file; give --storage or --uri of an MLflow that has runs")
+        with _as_tracking_error(uri):
+            if not _holds_anything(file):
+                raise TrackingError(
+                    f"{file}: nothing is recorded there; give --storage or --uri of an MLflow with runs"
+                )
+    with _impatient():
+        client = _client(uri)
         client.search_experiments(max_results=1)
-        return client, uri
+    return client, uri
 
 
-@contextlib.contextmanager
-def _usable(uri: str) -> Iterator[MlflowClient]:
-    """A client, and what goes wrong with it within seconds as one TrackingError."""
+class AlreadyThereError(TrackingError):
+    """MLflow has one of that name already."""
+
+
+class _Client:
+    """MLflow's client, of which whatever goes wrong in any call is one TrackingError."""
+
+    def __init__(self, client: MlflowClient, uri: str) -> None:
+        self._client, self._uri = client, uri
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        if not callable(method):
+            return method
+
+        @functools.wraps(method)
+        def call(*arguments: Any, **named: Any) -> Any:
+            with _as_tracking_error(self._uri):
+                return method(*arguments, **named)
+
+        return call
+
+
+def _client(uri: str) -> MlflowClient:
+    if redacted(uri) != uri:
+        # Where a run ends on a server, MLflow prints its address, whole.
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    with _as_tracking_error(uri):
+        client = _quiet_mlflow().MlflowClient(uri)
+    from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+
+    # By the ids of runs, it remembers where artifacts go; a storage and its copy have the same runs.
+    _artifact_repos_cache.clear()
+    return cast("MlflowClient", _Client(client, uri))
+
+
+def _quiet_mlflow() -> Any:
+    """MLflow, imported so that it says nothing and sends nothing."""
     # Read at import: without it, MLflow sends usage data out of a cluster that may have no way out.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
-    import sqlalchemy.exc
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    # It logs, with a traceback and the URI, what it raises, which is told once and without its secrets here.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    return mlflow
+
+
+@contextlib.contextmanager
+def _as_tracking_error(uri: str) -> Iterator[None]:
+    mlflow = _quiet_mlflow()
+    import sqlalchemy.exc
+
     try:
-        with _impatient():
-            yield mlflow.MlflowClient(uri)
-    except (mlflow.MlflowException, sqlalchemy.exc.SQLAlchemyError, ImportError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrackingError(
-            f"MLflow cannot be used at tracking.uri={uri!r}: {reason}. Start that server, or set --tracking.uri or "
-            "MLFLOW_TRACKING_URI to another"
-        ) from error
+        yield
+    except (mlflow.MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, ImportError, OSError) as error:
+        reason = _without_secrets((str(error).splitlines() or [type(error).__name__])[0], uri)
+        shown, code = redacted(uri), getattr(error, "error_code", None)
+        if code in REFUSALS:
+            kind = AlreadyThereError if code == "RESOURCE_ALREADY_EXISTS" else TrackingError
+            trouble = kind(f"MLflow at {shown} refuses: {reason}")
+        else:
+            here = _sqlite_file(uri) or getattr(error, "errno", None) in NO_ROOM_OR_ACCESS
+            way_out = "Make room there or give access, and run again" if here else "Start that server"
+            trouble = TrackingError(
+                f"MLflow cannot be used at tracking.uri={shown!r}: {reason}. {way_out}, or set --tracking.uri or "
+                "MLFLOW_TRACKING_URI to another"
+            )
+        raise trouble from (error if shown == uri else None)
+
+
+def _without_secrets(text: str, uri: str) -> str:
+    """A text that may quote the URI, its password, or the part of it that was taken for something else."""
+    shown = redacted(uri)
+    text = re.sub(r"[\w+.-]+:/\S+", lambda found: redacted(found[0]), text.replace(uri, shown))
+    hidden = re.fullmatch("(.*)".join(map(re.escape, shown.split("***"))), uri, re.DOTALL)
+    for secret in hidden.groups() if hidden else ():
+        known = (secret, urllib.parse.unquote(secret))
+        parts = [part for whole in known for part in re.split(r"[@/?#:&=;]", whole) if len(part) > 2]
+        for part in (*known, *parts):
+            if part:
+                text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "***", text)
+    return text
+
+
+def _scheme(uri: str) -> str:
+    found = re.match(r"([A-Za-z][\w+.-]*):", uri)
+    return found[1].lower() if found else ""
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of an sqlite URI; None for any other."""
+    if _scheme(uri).partition("+")[0] != "sqlite":
+        return None
+    return Path(uri.partition(":///")[2].partition("?")[0])
+
+
+def _connected(file: Path) -> contextlib.closing[sqlite3.Connection]:
+    return contextlib.closing(sqlite3.connect(file, timeout=LOCK_SECONDS, isolation_level=None))
+
+
+def _holds_anything(file: Path) -> bool:
+    """Whether an sqlite file has rows in any table, the numbers of schemas aside; MLflow's has, once it is whole."""
+    with _connected(file) as database:
+        return bool(_filled_tables(database))
+
+
+def _tables(database: sqlite3.Connection, kind: str = "table") -> list[str]:
+    found = database.execute("SELECT name FROM sqlite_master WHERE type = ? AND name NOT LIKE 'sqlite_%'", (kind,))
+    return [name for (name,) in found]
+
+
+def _filled_tables(database: sqlite3.Connection) -> list[str]:
+    # Of those that MLflow's migrations leave rows in before it is whole: its version, and the name of the workspace.
+    tables = [name for name in _tables(database) if name not in ("alembic_version", "workspaces")]
+    return [name for name in tables if database.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone()]
+
+
+def _make_database(file: Path) -> None:
+    """Give an sqlite file MLflow's tables, all at once, where there is none, or one that was left half made.
+
+    MLflow makes them aside, for it takes seconds and many steps, and they are copied in one transaction: whoever is
+    killed, or has no room, leaves nothing, and of two at once the second finds the first's.
+    """
+    if file.is_file() and _holds_anything(file):
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    statements = _fresh_database((file.parent / ARTIFACTS).as_uri())
+    with _connected(file) as database, _transaction(database):
+        if _filled_tables(database):
+            return
+        for kind in ("view", "table"):
+            for name in _tables(database, kind):
+                database.execute(f'DROP {kind} "{name}"')
+        for statement in statements:
+            database.execute(statement)
+
+
+def _fresh_database(artifacts: str) -> list[str]:
+    """The SQL of an MLflow database with nothing in it but the experiment that MLflow always has."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with tempfile.TemporaryDirectory(prefix="tipl-mlflow-") as folder:
+        file = Path(folder, "mlflow.db")
+        store = SqlAlchemyStore(f"sqlite:///{file}", artifacts)
+        store.engine.dispose()
+        with _connected(file) as database:
+            return list(database.iterdump())[1:-1]  # without its BEGIN and COMMIT
+
+
+@contextlib.contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):  # sqlite may have done so itself
+            database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
+
+
+def _follow_artifacts(file: Path, storage: Path | None) -> None:
+    """Where an sqlite file was moved or copied with its artifacts, have it say where they are now.
+
+    Only what was beside the file, or in the storage, is changed: experiments that keep artifacts elsewhere go on to.
+    """
+    places = [folder / ARTIFACTS for folder in dict.fromkeys((file.parent, storage or file.parent))]
+    with _connected(file) as database:
+        if not _moves(database, file, places):
+            return
+        with _transaction(database):
+            for old, new in _moves(database, file, places).items():
+                for table, column in LOCATIONS:
+                    _rebase(database, table, column, old, new)
+                old_folder, new_folder = (str(_folder_of(uri).parent) for uri in (old, new))
+                _rebase(database, "tags", "value", old_folder, new_folder, "key = 'model_folder'")
+                quoted = [json.dumps({"uri": folder}).removesuffix('"}') for folder in (old_folder, new_folder)]
+                _rebase(database, "datasets", "dataset_source", *quoted)
+
+
+def _moves(database: sqlite3.Connection, file: Path, places: Sequence[Path]) -> dict[str, str]:
+    """Old and new URI of each folder of artifacts that has come along."""
+    moves, known = {}, False
+    found = database.execute("SELECT experiment_id, ifnull(artifact_location, '') FROM experiments ORDER BY 1")
+    for number, location in found.fetchall():
+        # MLflow's first experiment records where the file was made, or moved to.
+        recorded = location.removesuffix("/0") if number == 0 else None
+        if not str(recorded or location).endswith(f"/{ARTIFACTS}") or not location.startswith("file:"):
+            continue
+        old, known = _folder_of(recorded or location), known or recorded is not None
+        if any(_same(old, place) for place in places):
+            continue
+        if recorded:
+            moves[recorded] = places[0].as_uri()
+            continue
+        if location in moves:
+            continue
+        runs = database.execute("SELECT run_uuid FROM runs WHERE experiment_id = ?", (number,)).fetchall()
+        along = [place for place in places if any(place.joinpath(run).is_dir() for (run,) in runs)]
+        if not along and not known and len(places) == 1 and not old.parent.exists():
+            along = [*places]
+        if along:
+            moves[location] = along[0].as_uri()
+    return moves
+
+
+def _rebase(database: sqlite3.Connection, table: str, column: str, old: str, new: str, where: str = "1") -> None:
+    if table in _tables(database):
+        database.execute(
+            f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+            f"WHERE {where} AND ({column} = ? OR substr({column}, 1, ?) = ?)",
+            (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+        )
+
+
+def _folder_of(uri: str) -> Path:
+    return Path(urllib.parse.unquote(urllib.parse.urlsplit(uri).path))
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one == other or one.samefile(other)
+    except OSError:
+        return False
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str, storage_path: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # A server keeps artifacts where it was told to; a bare database would put them into the working directory.
-        location = None if uri.startswith(("http://", "https://")) else _artifact_location(uri, storage_path)
-        return client.create_experiment(name, artifact_location=location)
+        try:
+            return client.create_experiment(name, _artifact_location(uri, storage_path), {KIND_TAG: KIND})
+        except AlreadyThereError:  # another job was first
+            experiment = client.get_experiment_by_name(name)
+            assert experiment is not None, "MLflow has just named it"
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"tracking.experiment={name!r} was deleted in MLflow at {uri!r}: restore it there, or give another name"
+            f"tracking.experiment={name!r} was deleted in MLflow at {redacted(uri)!r}: restore it there, or give "
+            "another name"
         )
+    location = experiment.artifact_location or ""
+    if location.startswith("file:") and location != _artifact_location(uri, storage_path):
+        folder = _folder_of(location)
+        if _scheme(uri).startswith(DATABASES) and not folder.parent.exists():
+            raise TrackingError(
+                f"tracking.experiment={name!r} of MLflow at {redacted(uri)!r} keeps its artifacts in {folder}, and "
+                f"{folder.parent} is not there any more: bring it back, or give another --tracking.experiment"
+            )
+    if KIND_TAG not in experiment.tags:
+        client.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)
     return experiment.experiment_id
 
 
-def _artifact_location(uri: str, storage_path: str) -> str:
-    folder = local_folder(storage_path)
-    if folder is None and uri.startswith("sqlite:"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent
+def _artifact_location(uri: str, storage_path: str) -> str | None:
+    """Where a bare database has its artifacts: it would put them into the working directory. A server knows itself."""
+    if not _scheme(uri).startswith(DATABASES):
+        return None
+    file = _sqlite_file(uri)
+    folder = file.parent if file else local_folder(storage_path)
     if folder is None:
-        return join(storage_path, "mlflow-artifacts").partition("?")[0]
-    return (folder / "mlflow-artifacts").as_uri()
+        return join(storage_path, ARTIFACTS).partition("?")[0]
+    return (folder / ARTIFACTS).as_uri()
 
 
 @contextlib.contextmanager
 def _impatient() -> Iterator[None]:
     """MLflow's patience with a server cut from minutes to seconds, where the user has not set it."""
+    import mlflow.store.db.utils as databases
+
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
     ours = {name: value for name, value in limits.items() if name not in os.environ}
     os.environ.update(ours)
+    attempts, databases.MAX_RETRY_COUNT = databases.MAX_RETRY_COUNT, DATABASE_ATTEMPTS
     try:
         yield
     finally:
+        databases.MAX_RETRY_COUNT = attempts
         for name in ours:
             del os.environ[name]
 
 
-def _alive(process: int) -> bool:
+@functools.cache
+def _namespace() -> str:
+    """Within which a process is known by its number: a container, since the machine was started. No two have one."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # no Linux
+        return re.sub(r"\s", "-", socket.gethostname())
+
+
+def _started(process: int) -> str | None:
+    """When a process was started, for its number may become another's; None where it is dead, "" where nobody says."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        # The 22nd word; the second, the program's name, may hold spaces and brackets.
+        state, *words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else words[18]
     try:
         os.kill(process, 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        return None
+    except (OSError, OverflowError):
+        pass
+    return ""
 
 
 def _user() -> str:
