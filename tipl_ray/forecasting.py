@@ -38,7 +38,7 @@ from tipl_ray.model import (
     read_model_file,
     understood,
 )
-from tipl_ray.storage import Storage, file_exists, join, publish, read_file, read_published
+from tipl_ray.storage import Storage, file_exists, join, last_name, publish, read_file, read_published
 from tipl_ray.temporal_svd import FittedBasis, basis_of
 
 FORECAST_BYTES = 256 * 2**20
@@ -662,9 +662,9 @@ def find_predictor(folder: str) -> str:
     )
 
 
-def _models_below(storage: str) -> list[str]:
-    folders = (join(storage, "models", name) for name in sorted(Storage(join(storage, "models")).folders()))
-    return [folder for folder in folders if is_complete(folder)]
+def _models_below(folder: str) -> list[str]:
+    parent = folder if last_name(folder) == "models" else join(folder, "models")
+    return [model for name in sorted(Storage(parent).folders()) if is_complete(model := join(parent, name))]
 
 
 def _basis(about: Mapping[str, Any]) -> str | None:

@@ -312,7 +312,8 @@ class ModuleJumps:
 
     def record(self) -> None:
         """Take a snapshot of the module's weights. Raises ValueError where nothing is trained any more."""
-        self._history.record(_flat(self._follow()))
+        trained = self._follow()
+        self._history.record(_flat(trained))
         self.recorded += 1
 
     def jump(self, progress: float, learning_rate: float | None = None) -> bool:
