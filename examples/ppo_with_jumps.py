@@ -1,24 +1,27 @@
 """PPO in one plain file, after CleanRL's `ppo_continuous_action.py`, with and without jumps: the lines marked J.
 
     python examples/ppo_with_jumps.py --epochs 10
-    python examples/ppo_with_jumps.py --predictor storage/demo/models/*
+    python examples/ppo_with_jumps.py --predictor storage/demo
 
 A predictor is a model that was trained with `--preset causal`, or what `forecasting.save_predictor` wrote. With one,
 each iteration runs four update epochs, records the policy after the second and the fourth, and jumps to where the tenth
-would have led.
+would have led. Each takes a minute or two on one core.
 """
 
 import argparse
+import time
 
 import gymnasium
 import numpy as np
 import torch
 from torch import nn
 
+from tipl_ray.config import Jump, UserError  # J
 from tipl_ray.forecasting import load_predictor  # J
 from tipl_ray.jumps import ModuleJumps  # J
 
 GAMMA, GAE_LAMBDA, CLIP, NUM_MINIBATCHES = 0.99, 0.95, 0.2, 32
+SECONDS_PER_LINE = 5.0
 
 
 class Policy(nn.Module):
@@ -47,15 +50,16 @@ def network(inputs: int, outputs: int, head_gain: float) -> nn.Sequential:
 def main() -> None:
     """Train one policy and print its mean return now and then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="InvertedPendulum-v4")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--predictor", help="folder of a predictor; without one there are no jumps")
-    parser.add_argument("--iterations", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=2048, help="environment steps per iteration")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--task", default="InvertedPendulum-v4", help="gymnasium id (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=4, help="update epochs run per iteration (default: %(default)s)")
+    parser.add_argument("--predictor", help="a storage with one model, or a predictor's folder (default: no jumps)")
+    parser.add_argument("--iterations", type=int, default=50, help="rollouts, each with updates (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2048, help="environment steps a rollout (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="Adam's first, annealed to 0 (default: 3e-4)")
+    parser.add_argument("--seed", type=int, default=1, help="of networks, noise and task (default: %(default)s)")
     settings = parser.parse_args()
 
+    torch.set_num_threads(1)  # networks this small are four times slower on two
     torch.manual_seed(settings.seed)
     environment: gymnasium.Env = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make(settings.task))
     environment = gymnasium.wrappers.NormalizeObservation(gymnasium.wrappers.ClipAction(environment))
@@ -64,8 +68,16 @@ def main() -> None:
     policy, critic = Policy(*sizes), network(sizes[0], 1, 1.0)
     parameters = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, eps=1e-5)
-    jumps = ModuleJumps(policy, load_predictor(settings.predictor)) if settings.predictor else None  # J
+    jumps = None  # J
+    if settings.predictor:  # J
+        try:  # J
+            predictor = load_predictor(settings.predictor)  # J
+            snapshots_left_out = predictor.question.snapshots_per_iteration - settings.epochs // 2  # J
+            jumps = ModuleJumps(policy, predictor, Jump(horizon=snapshots_left_out))  # J
+        except (UserError, ValueError) as refusal:  # J
+            parser.error(f"--predictor {settings.predictor} --epochs {settings.epochs}: {refusal}")  # J
 
+    begin = said = time.monotonic()
     observation = environment.reset(seed=settings.seed)[0]
     steps, returns = settings.steps, [float("nan")]
     for iteration in range(settings.iterations):
@@ -109,9 +121,13 @@ def main() -> None:
         if jumps:  # J
             jumps.jump(progress=iteration / settings.iterations)  # J
 
-        if iteration % 10 == 9 or iteration == settings.iterations - 1:
+        now, done = time.monotonic(), iteration + 1
+        if done == 1 or done == settings.iterations or now - said > SECONDS_PER_LINE:
+            said = now
             taken = f", {jumps.taken} jumps taken, {jumps.refused} refused" if jumps else ""
-            print(f"{(iteration + 1) * steps:,} env steps: mean return {np.nanmean(returns[-20:]):.1f}{taken}")
+            left = (now - begin) / done * (settings.iterations - done)
+            mean_return = np.nanmean(returns[-20:]) if len(returns) > 1 else np.nan
+            print(f"{done * steps:,} env steps: mean return {mean_return:.1f}{taken}, {left:.0f} s left", flush=True)
 
 
 if __name__ == "__main__":

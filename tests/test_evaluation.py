@@ -1,14 +1,19 @@
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from trajectories import write_trials
 
 from tipl_ray import config, evaluation, metrics
 from tipl_ray.forecasting import CopyLast, Predictor, Starts, Trial, Weights, save_fitted
-from tipl_ray.gram import Question
+from tipl_ray.gram import Contexts, Question
 from tipl_ray.model import WindowTransformer
+from tipl_ray.storage import StoreError, publish
 from tipl_ray.trajectory_store import Snapshot, TrajectoryStore, TrialWriter
 
 
@@ -151,3 +156,130 @@ def test_a_predictor_that_is_given_the_truth_has_skill_1_and_the_true_policies_r
     copied = {name: column[table["predictor"] == "copy-last"] for name, column in table.items()}
     assert metrics.skill(copied) == 0.0
     np.testing.assert_array_equal(copied["return_predicted"][run], copied["return_last"][run])
+
+
+RESAMPLING = metrics.Resampling(confidence=0.95, bootstrap=10, seed=0)
+
+
+def whole_table(settings: config.Experiment, models: list[str]) -> metrics.Table:
+    fitted = evaluation.fit_predictors(settings, models)
+    errors = evaluation.forecast_errors(settings, models, fitted, 4)
+    return evaluation._join(
+        errors, evaluation.forecast_returns(settings, models, fitted, 4, evaluation.run_starts(settings))
+    )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("still", [(1, 2, 3, 4), (4,), (1, 2, 3)])
+def test_trials_that_stand_still_have_no_skill_and_break_nothing(still: tuple[int, ...], tmp_path: Path):
+    trials = {seed: trajectory(seed, scale=0.0 if seed in still else 1.0) + np.float32(0.1) for seed in (1, 2, 3, 4)}
+    write_trials(tmp_path, trials)
+    settings = experiment(tmp_path)
+    table = whole_table(settings, write_models(tmp_path))
+    rows = metrics.summarise(table, RESAMPLING, trained_on="Line-v0")
+    copied = [row for row in rows if row["predictor"] == "copy-last"]
+    if 4 in still:
+        assert all(np.isnan(row["skill"]) for row in rows)
+        assert [row["wpe"] for row in copied] == [row["repw"] for row in copied] == [0.0, 0.0, 0.0]
+    else:
+        assert [row["skill"] for row in copied] == [0.0, 0.0, 0.0]
+    assert all(np.isfinite(list(row.values())[2:]).all() for row in evaluation.reconstruction_rows(settings, 4))
+
+
+def test_a_predictor_that_is_not_finite_anywhere_has_no_figure_instead_of_a_good_one(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """MuJoCo would start a policy of NaN again and again, and return something."""
+
+    class Failing(CopyLast):
+        name = "tipl"
+
+        def coefficients(self, contexts: Contexts) -> np.ndarray:
+            found = super().coefficients(contexts).copy()
+            found[contexts.progress_B > 0.5, 1] = np.nan
+            return found
+
+    monkeypatch.setattr(
+        evaluation, "make_predictors", lambda question, folders, elsewhere: [CopyLast(question), Failing(question)]
+    )
+    monkeypatch.chdir(storage)
+    rows = metrics.summarise(whole_table(experiment(storage), ["none"]), RESAMPLING, trained_on="Line-v0")
+    figures = {
+        row["step"]: [row[name] for name in ("skill", "repw", "beats_last")]
+        for row in rows
+        if row["predictor"] == "tipl"
+    }
+    assert np.isnan(figures[2]).all()
+    assert np.isfinite(figures[1] + figures[5]).all()
+    assert not (storage / "MUJOCO_LOG.TXT").exists()
+
+
+def test_the_callers_threads_are_as_many_as_before(storage: Path):
+    torch.set_num_threads(2)
+    evaluation.fit_predictors(experiment(storage), write_models(storage))
+    assert torch.get_num_threads() == 2
+
+
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def unrecorded(path: Path) -> None:
+    """As an earlier version left it."""
+    (path.parent / "results.sha256").unlink()
+
+
+def unrecorded_and_empty(path: Path) -> None:
+    unrecorded(path)
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", ["results.parquet", "reconstruction.json"])
+@pytest.mark.parametrize(
+    ("damage", "believed"),
+    [
+        (one_bit, False),
+        (Path.unlink, False),
+        (lambda path: path.write_bytes(b""), False),
+        (unrecorded, True),
+        (unrecorded_and_empty, False),
+    ],
+)
+def test_an_evaluation_that_is_there_is_believed_if_it_is_the_one_that_was_made(
+    name: str, damage: Callable[[Path], None], believed: bool, tmp_path: Path
+):
+    folder = str(tmp_path / "evaluation")
+    assert not evaluation.is_evaluated(folder)
+    files = {"results.parquet": evaluation._as_parquet({"step": np.arange(3)}), "reconstruction.json": b"[]"}
+    publish(folder, files, evaluation.RECORD_FILE)
+    assert evaluation.is_evaluated(folder)
+    damage(tmp_path / "evaluation" / name)
+    assert evaluation.is_evaluated(folder) == believed
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    ray.init("local", num_cpus=1, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def test_a_damaged_evaluation_is_computed_again_to_the_same_bytes_and_a_damaged_model_refused(
+    cluster: None, storage: Path, capsys: pytest.CaptureFixture[str]
+):
+    settings, models = experiment(storage), write_models(storage)
+    settings = dataclasses.replace(settings, evaluate=dataclasses.replace(settings.evaluate, run_policies_of=()))
+    folder = Path(evaluation.evaluate(settings, models).folder)
+    made = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "damaged" not in capsys.readouterr().out
+    one_bit(folder / "results.parquet")
+    (folder / "summary.csv").unlink()
+    evaluation.evaluate(settings, models)
+    assert f"evaluate: the results in {folder} are damaged, and are computed again" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
+    one_bit(Path(models[0]) / "model.safetensors")
+    with pytest.raises(StoreError, match=r"model\.safetensors: is damaged"):
+        evaluation.evaluate(settings, models)

@@ -1,6 +1,8 @@
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,15 +33,20 @@ from tipl_ray.forecasting import (
     WindowFloor,
     WindowLinear,
     WindowTipl,
+    find_predictor,
     load_fitted,
+    load_predictor,
     load_tipl,
     make_predictors,
     phase_moments,
+    predictor_digest,
     save_fitted,
+    save_predictor,
 )
 from tipl_ray.gram import Contexts, Question, future_sums, make_band
 from tipl_ray.model import CONTEXT_PENALTIES, CausalTransformer, Normaliser, WindowTransformer
-from tipl_ray.temporal_svd import fit_basis
+from tipl_ray.storage import StoreError
+from tipl_ray.temporal_svd import fit_basis, fit_shared_basis
 
 STEPS = (1, 2, 3, 5)
 QUESTION = Question(context=6, steps=STEPS, snapshots_per_iteration=5)
@@ -435,3 +442,89 @@ def test_a_model_that_was_trained_for_another_question_is_refused():
             TrialBasis(config.Basis(rank=3)),
             Normaliser(mean_D=np.zeros(3, np.float32), deviation_D=np.ones(3, np.float32)),
         ).forecast(trial(trajectory()), STARTS)
+
+
+def saved_ridge(folder: Path) -> Path:
+    """A fitted ridge regression as `save_predictor` leaves it."""
+    ridge = Ridge(QUESTION)
+    ridge.fitted = {"coefficients_QHK": np.full((5, len(QUESTION.steps), QUESTION.context), 0.1)}
+    save_predictor(ridge, str(folder), {"trained_on": "Line-v0"})
+    return folder
+
+
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["predictor.safetensors", "predictor.json"])
+@pytest.mark.parametrize("damage", [one_bit, lambda path: path.write_bytes(b"")])
+def test_a_predictor_that_is_not_the_one_saved_is_refused_in_one_line(
+    name: str, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    saved_ridge(tmp_path)
+    damage(tmp_path / name)
+    with pytest.raises(
+        StoreError, match=f"{name}: is damaged: its SHA-256 is not the one in predictor.sha256; restore"
+    ):
+        load_predictor(str(tmp_path))
+
+
+def test_a_predictor_of_an_earlier_version_has_no_record_and_is_loaded_if_it_is_one(tmp_path: Path) -> None:
+    saved_ridge(tmp_path)
+    (tmp_path / "predictor.sha256").unlink()
+    assert load_predictor(str(tmp_path)).name == "ridge"
+    (tmp_path / "predictor.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"predictor\.safetensors: is missing"):
+        load_predictor(str(tmp_path))
+    (tmp_path / "predictor.json").write_text('{"name": "rigde"}')
+    with pytest.raises(StoreError, match=r"predictor\.json: is not understood"):
+        load_predictor(str(tmp_path))
+
+
+def test_a_shared_basis_that_is_not_the_one_saved_is_refused(tmp_path: Path) -> None:
+    basis = fit_shared_basis(
+        [np.random.default_rng(seed).standard_normal((9, 7)).astype(np.float32) for seed in (1, 2)], 3
+    )
+    normaliser = Normaliser(mean_D=np.zeros(3, np.float32), deviation_D=np.ones(3, np.float32))
+    about = {"basis": {"kind": "shared", "rank": 3}, "normaliser": normaliser.as_table()}
+    model = CausalTransformer(config.Model(context=4, embedding=8, layers=1), 3, 9)
+    model.save(str(tmp_path), about, {"basis.safetensors": basis.to_bytes()})
+    assert load_tipl(str(tmp_path), QUESTION).basis == "shared"
+    one_bit(tmp_path / "basis.safetensors")
+    with pytest.raises(StoreError, match=r"basis\.safetensors: is damaged"):
+        load_tipl(str(tmp_path), QUESTION)
+
+
+def trained(storage: Path, name: str, **fields: Any) -> str:
+    """The folder of a model as training leaves it, of an experiment with some fields changed."""
+    settings = config.Experiment(name="line", basis=config.Basis(kind=fields.pop("kind", "window")), **fields)
+    about = {
+        "experiment": config.as_table(settings),
+        "basis": config.as_table(settings.basis),
+        "metrics": {"validation_skill": 0.25},
+    }
+    size = config.Model(context=4, embedding=8, layers=1)
+    WindowTransformer(size, (1, 2, 3), 5).save(str(storage / "models" / name), about)
+    return str(storage / "models" / name)
+
+
+def test_a_storages_one_model_that_can_jump_is_found_and_several_are_listed_by_what_differs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds neither a saved predictor nor a model of the basis `window`$"):
+        load_predictor(str(tmp_path))
+    trained(tmp_path, "0", kind="trial")
+    (tmp_path / "models" / "half_made").mkdir()
+    with pytest.raises(ValueError, match=r"of its 1 models none is of that basis \(train with --preset causal\)"):
+        load_predictor(str(tmp_path))
+    first = trained(tmp_path, "1")
+    for place in (str(tmp_path), str(tmp_path / "models"), first):
+        assert find_predictor(place) == first
+        assert load_predictor(place).name == "tipl"
+    assert predictor_digest(str(tmp_path)) == predictor_digest(first)
+    second = trained(tmp_path, "2", train=config.Train(seed=7), preset="causal")
+    with pytest.raises(ValueError, match="holds 2 models; name the folder of one") as refused:
+        load_predictor(str(tmp_path))
+    assert f"{first} (preset=paper, train.seed=0, one-step skill 0.250 in validation)" in str(refused.value)
+    assert f"{second} (preset=causal, train.seed=7, one-step skill 0.250 in validation)" in str(refused.value)
+    assert find_predictor(second) == second

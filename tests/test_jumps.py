@@ -1,10 +1,16 @@
 """Jumps on real tiny trials: what they do to weights, and what they must not do to anything else."""
 
+import copy
 import dataclasses
 import io
+import math
+import pickle
+import random
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,13 +138,14 @@ def test_a_modules_jump_is_the_predictors_own_forecast(
     jumps = ModuleJumps(module, predictor, Jump(limit=1e6))
     jumps._history = History(weights_TP[0], 10)
     for weights_P in weights_TP[1:18]:
-        jumps._set_weights(weights_P)
+        with torch.no_grad():
+            module.weight.copy_(torch.from_numpy(weights_P))
         jumps.record()
     jumps.recorded = 2
     jumps.jump(progress=17 / (len(weights_TP) - 1), learning_rate=1.0)
     forecast_P = predictor.forecast(Trial(weights_TP=weights_TP, band=band(weights_TP)), np.array([17]))[0, 2]
     moved = np.abs(forecast_P - weights_TP[17]).max()
-    np.testing.assert_allclose(jumps._weights(), forecast_P, atol=1e-4 * moved + 1e-7)
+    np.testing.assert_allclose(module.weight.detach().numpy()[0], forecast_P, atol=1e-4 * moved + 1e-7)
 
 
 @pytest.mark.parametrize("engine", ENGINES[-1:])
@@ -371,3 +378,325 @@ def test_the_wrong_number_of_snapshots_is_refused_with_both_numbers() -> None:
         jumps.jump(progress=0.0)
     with pytest.raises(ValueError, match="exceeds the predictor's forward steps"):
         ModuleJumps(nn.Linear(2, 1), Ridge(QUESTION), Jump(horizon=4))
+
+
+def jumped(module: nn.Module, jumps: ModuleJumps, step: complex = 0.01, names: str = "") -> bool:
+    """Two snapshots and a jump of a module whose trained parameters of some name all move by one step at a time."""
+    for _ in range(2):
+        move(module, step, names)
+        jumps.record()
+    return jumps.jump(progress=0.1)
+
+
+def move(module: nn.Module, step: complex = 0.01, names: str = "") -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and names in name:
+                parameter.add_(step if parameter.is_complex() else step.real)
+
+
+def bits(module: nn.Module) -> dict[str, bytes]:
+    """Every parameter and buffer, to the bit."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {
+        name: tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()
+    }
+
+
+class One(nn.Module):
+    """A module of one parameter."""
+
+    def __init__(self, *shape: int, start: complex, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(shape, start, dtype=dtype))
+
+
+class Mixed(nn.Module):
+    """What modules hold beside float32 weights that are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128):
+            name = str(dtype).replace("torch.", "of_")
+            self.register_parameter(name, nn.Parameter(torch.full((3,), 1.1, dtype=dtype)))
+        self.zeros = nn.Parameter(torch.tensor([-0.0, 0.0, -1e-42]))
+        self.constant = nn.Parameter(torch.tensor([math.pi], dtype=torch.float64), requires_grad=False)
+        self.masked = nn.Parameter(torch.tensor([math.nan, -math.inf]), requires_grad=False)
+        self.counter = nn.Parameter(torch.tensor([2**40 + 1]), requires_grad=False)
+        self.register_buffer("seen", torch.tensor([2**53 + 1]))
+
+
+@pytest.mark.parametrize("name", ["layer.weight", "of_float64", "of_bfloat16", "of_complex64"])
+def test_a_jump_changes_no_bit_of_what_nothing_has_moved(name: str) -> None:
+    module = Mixed()
+    before = bits(module)
+    assert jumped(module, ModuleJumps(module, Linear(QUESTION)), names=name)
+    after = bits(module)
+    assert [key for key in before if after[key] != before[key]] == [name]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "start", "step"),
+    [
+        (torch.float64, 1.0, 1e-12),
+        (torch.float64, 2.0**30, 1e-3),
+        (torch.float32, 1.0, 1e-3),
+        (torch.bfloat16, 1.0, 2.0**-6),
+        (torch.float16, 100.0, 0.5),
+        (torch.complex64, 1.0 - 2.0j, 0.01 + 0.02j),
+        (torch.complex128, 1.0j, 1e-12 - 3e-13j),
+    ],
+)
+def test_every_parameter_moves_in_its_own_type(dtype: torch.dtype, start: complex, step: complex) -> None:
+    module = One(5, 2, start=start, dtype=dtype)
+    assert jumped(module, ModuleJumps(module, Linear(QUESTION)), step)
+    assert module.weight.dtype == dtype
+    torch.testing.assert_close(
+        module.weight.detach() - start, torch.full((5, 2), 5 * step, dtype=dtype), rtol=2e-3, atol=0
+    )
+
+
+def first_weight(module: nn.Sequential) -> torch.Tensor:
+    """Of the first layer as it is now."""
+    layer = module[0]
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.detach()
+
+
+def replaced(module: nn.Sequential) -> None:
+    module[0] = copy.deepcopy(module[0])
+
+
+def assigned(module: nn.Sequential) -> None:
+    module.load_state_dict({name: tensor.clone() for name, tensor in module.state_dict().items()}, assign=True)
+
+
+def overwritten(module: nn.Sequential) -> None:
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    module.double()
+    torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+@pytest.mark.parametrize(
+    "change", [replaced, assigned, overwritten, nn.Module.double, nn.Module.half, nn.Module.bfloat16, torch.compile]
+)
+def test_what_is_trained_goes_on_under_its_name_whatever_becomes_of_its_object(change: Callable[[Any], Any]) -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    jumps = ModuleJumps(module, Linear(QUESTION))
+    move(module, 0.25, "0.")
+    jumps.record()
+    change(module)
+    before, last = bits(module), first_weight(module).clone()
+    move(module, 0.25, "0.")
+    jumps.record()
+    assert jumps.jump(progress=0.1)
+    after = bits(module)
+    assert [name for name in before if after[name] != before[name]] == ["0.weight", "0.bias"]
+    torch.testing.assert_close(first_weight(module), last + 1.0, rtol=0.02, atol=0)
+    assert jumps.state_dict()["history"]["displacements"].shape == (10, 49)
+
+
+def test_only_what_is_trained_now_is_kept_and_moved() -> None:
+    module = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 2), nn.Linear(2, 100))
+    module[0].requires_grad_(False)
+    jumps = ModuleJumps(module, Linear(QUESTION))
+    kept = [jumps.state_dict()["history"]["displacements"].shape[1]]
+    assert jumped(module, jumps)
+    module[1].requires_grad_(False)
+    before = bits(module)
+    assert jumped(module, jumps)
+    after = bits(module)
+    assert [name for name in before if after[name] != before[name]] == ["2.weight", "2.bias"]
+    kept.append(jumps.state_dict()["history"]["displacements"].shape[1])
+    module[0].requires_grad_(True)
+    jumps.record()
+    last = first_weight(module).clone()
+    move(module, 0.01)
+    jumps.record()
+    assert jumps.jump(progress=0.2)
+    torch.testing.assert_close(first_weight(module), last + 0.04)
+    kept.append(jumps.state_dict()["history"]["displacements"].shape[1])
+    assert kept == [202 + 300, 300, 10_100 + 300]
+    module.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        jumps.record()
+
+
+def test_a_tied_parameter_and_one_memory_under_two_names_move_once() -> None:
+    layers = [nn.Linear(4, 4) for _ in range(3)]
+    layers[1].weight, layers[2].weight = layers[0].weight, nn.Parameter(layers[0].weight.data)
+    module = nn.Sequential(*layers)
+    jumps, before = ModuleJumps(module, Linear(QUESTION)), first_weight(module).clone()
+    for _ in range(2):
+        move(module, 0.01, "0.weight")
+        jumps.record()
+    assert jumps.jump(progress=0.1)
+    torch.testing.assert_close(layers[1].weight.detach(), before + 0.05)
+
+
+def test_what_a_narrow_type_rounds_away_is_not_taken_for_a_displacement() -> None:
+    module = One(6, start=1.0, dtype=torch.bfloat16)
+    jumps = ModuleJumps(module, Linear(QUESTION), Jump(damping=0.05))
+    assert jumped(module, jumps, 2.0**-6)
+    assert (module.weight == 1.0 + 2.0**-5).all(), "a seventh of a step is less than the type can hold"
+    jumps.record()
+    assert not jumps._history.displacements_KP[jumps._history.oldest - 1].any()
+
+
+def test_a_jump_beyond_what_the_type_holds_is_refused() -> None:
+    module = One(6, start=50_000.0, dtype=torch.float16)
+    with pytest.warns(RuntimeWarning, match="beyond what the weights' types hold"):
+        assert not jumped(module, ModuleJumps(module, Linear(QUESTION)), 6_000.0)
+    assert (module.weight - 62_000.0).abs().max() <= 32.0
+
+
+def through_torch(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True, map_location="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def of_an_earlier_version(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != "shapes"}
+
+
+@pytest.mark.parametrize(
+    "carried", [through_torch, copy.deepcopy, of_an_earlier_version, lambda state: pickle.loads(pickle.dumps(state))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_goes_on_to_the_bit_wherever_it_was_carried(
+    carried: Callable[[dict[str, Any]], dict[str, Any]], dtype: torch.dtype
+) -> None:
+    module = nn.Linear(4, 3, dtype=dtype)
+    jumps = ModuleJumps(module, Linear(QUESTION))
+    jumped(module, jumps)
+    move(module)
+    jumps.record()
+    other = copy.deepcopy(module)
+    state = carried(jumps.state_dict())
+    again = ModuleJumps(other, Linear(QUESTION))
+    again.load_state_dict(state)
+    whole = copy.deepcopy((module, jumps))
+    for one, its in ((module, jumps), (other, again), whole):
+        move(one)
+        its.record()
+        assert its.jump(progress=0.5)
+    assert bits(module) == bits(other) == bits(whole[0])
+    assert again.taken == 2
+
+
+def test_a_state_of_other_parameters_is_refused_and_changes_nothing() -> None:
+    state = ModuleJumps(nn.Linear(3, 2), Linear(QUESTION)).state_dict()
+    jumps = ModuleJumps(nn.Linear(1, 4), Linear(QUESTION))
+    with pytest.raises(ValueError, match=r"trained parameter 0 has shape \[2, 3\] in the state and \[4, 1\]"):
+        jumps.load_state_dict(state)
+    with pytest.raises(ValueError, match="the state has no 'history'"):
+        jumps.load_state_dict({"recorded": 1, "taken": 0, "refused": 0})
+    longer = Linear(dataclasses.replace(QUESTION, context=12))
+    with pytest.raises(ValueError, match=r"displacements of shape \(12, 8\)"):
+        ModuleJumps(nn.Linear(3, 2), Linear(QUESTION)).load_state_dict(
+            ModuleJumps(nn.Linear(3, 2), longer).state_dict()
+        )
+    assert jumps.recorded == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"moments": "reset"}, "jump.moments='reset' is for PPO's engine; with ModuleJumps, reset your optimizer's"),
+        ({"gate": True}, "jump.gate=True is for PPO's engine"),
+        ({"networks": "both"}, "jump.networks='both' is for PPO's engine"),
+        ({"horizon": 0}, "jump.horizon=0"),
+        ({"damping": math.nan}, "jump.damping=nan"),
+        ({"damping": -1.0}, "jump.damping=-1.0"),
+        ({"limit": 0.0}, "jump.limit=0.0"),
+        ({"limit": math.inf}, "jump.limit=inf"),
+    ],
+)
+def test_settings_that_a_modules_jumps_do_not_follow_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ModuleJumps(nn.Linear(2, 1), Linear(QUESTION), Jump(**settings))
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (nn.Tanh(), "nothing to train"),
+        (nn.Linear(2, 1).requires_grad_(False), "nothing to train"),
+        (nn.LazyLinear(2), "weight has no values yet"),
+        (nn.Linear(2, 1, device="meta"), "weight has no values yet"),
+    ],
+)
+def test_a_module_that_cannot_jump_is_refused(module: nn.Module, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ModuleJumps(module, Linear(QUESTION))
+
+
+@pytest.mark.parametrize(
+    ("progress", "learning_rate"),
+    [(7, None), (-0.5, None), (math.nan, None), (0.5, math.nan), (0.5, math.inf), (1, -1.0)],
+)
+def test_shares_that_are_none_are_refused_before_anything_changes(progress: float, learning_rate: float | None) -> None:
+    module = nn.Linear(2, 1)
+    jumps = ModuleJumps(module, Linear(QUESTION))
+    for _ in range(2):
+        move(module)
+        jumps.record()
+    before = bits(module)
+    with pytest.raises(ValueError, match=f"{'progress' if learning_rate is None else 'learning_rate'}="):
+        jumps.jump(progress, learning_rate)
+    assert bits(module) == before
+    assert jumps.recorded == 2
+
+
+def world() -> list[Any]:
+    """What a library has to leave as it was."""
+    return [
+        torch.get_rng_state().tolist(),
+        np.random.get_state()[1].tolist(),  # type: ignore[index]
+        random.getstate(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+    ]
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[None]:
+    """As control and physics people have it."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["ridge", "tipl", "dmd"])
+def test_loading_and_jumping_leave_the_users_world_as_it_was(name: str, predictors: dict[str, str]) -> None:
+    before = world()
+    predictor = load_predictor(predictors[name])
+    assert world() == before
+    module = nn.Linear(4, 1)
+    before = world()
+    assert jumped(module, ModuleJumps(module, predictor))
+    assert world() == before
+
+
+@pytest.mark.parametrize("name", ["ridge", "tipl"])
+def test_a_predictor_answers_the_same_whatever_torchs_defaults(
+    name: str, predictors: dict[str, str], default_dtype: None
+) -> None:
+    module = nn.Linear(4, 1)
+    jumps = ModuleJumps(module, load_predictor(predictors[name]))
+    for _ in range(6):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert jumped(module, jumps)
+    contexts = Contexts(np.eye(10)[None], np.array([2]), np.array([0.1]), np.array([0.9]))
+    odd = load_predictor(predictors[name]).coefficients(contexts)
+    torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        predictor = load_predictor(predictors[name])
+    np.testing.assert_array_equal(odd, predictor.coefficients(contexts))
+    np.testing.assert_array_equal(odd, load_predictor(predictors[name]).coefficients(contexts))

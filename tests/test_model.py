@@ -1,13 +1,17 @@
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from tipl_ray import config
 from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer, is_complete, load_about, load_model
+from tipl_ray.storage import StoreError
 
 SIZE = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.1)
 
@@ -82,11 +86,11 @@ def test_saved_model_loads_equal_with_what_is_said_of_it(tmp_path: Path):
     assert torch.equal(CausalTransformer.load(folder)(tokens_BKD, snapshots_BK), model(tokens_BKD, snapshots_BK))
     assert load_about(folder)["data_digest"] == "abc"
     assert isinstance(load_model(folder), CausalTransformer)
-    assert sorted(path.name for path in Path(folder).iterdir()) == ["model.json", "model.safetensors"]
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["model.json", "model.safetensors", "model.sha256"]
 
 
 def test_a_folder_without_a_model_is_not_found(tmp_path: Path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(StoreError, match=r"model\.json: is missing; restore it from a copy"):
         CausalTransformer.load(str(tmp_path))
 
 
@@ -169,3 +173,112 @@ def test_saved_window_model_loads_equal(tmp_path: Path):
     loaded = load_model(str(tmp_path))
     assert isinstance(loaded, WindowTransformer)
     assert torch.equal(loaded(*contexts()), model(*contexts()))
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def more_heads(path: Path) -> None:
+    path.write_text(path.read_text().replace('"heads": 2', '"heads": 4'))
+
+
+def all_nan(path: Path) -> None:
+    weights = safetensors.torch.load(path.read_bytes())
+    path.write_bytes(safetensors.torch.save({name: tensor * torch.nan for name, tensor in weights.items()}))
+
+
+def fewer_weights(path: Path) -> None:
+    weights = safetensors.torch.load(path.read_bytes())
+    weights.popitem()
+    path.write_bytes(safetensors.torch.save(weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("model.safetensors", flipped, "is damaged: its SHA-256 is not the one in model.sha256"),
+        ("model.safetensors", cut_short, "is damaged"),
+        ("model.safetensors", emptied, "is damaged"),
+        ("model.safetensors", Path.unlink, "is missing"),
+        ("model.json", flipped, "is damaged"),
+        ("model.json", more_heads, "is damaged"),
+        ("model.json", emptied, "is damaged"),
+        ("model.json", Path.unlink, "is missing"),
+    ],
+)
+@pytest.mark.parametrize("made", [lambda: small_model(), lambda: window_model()], ids=["causal", "window"])
+def test_a_model_that_is_not_the_one_saved_is_refused_in_one_line(
+    name: str, damage: Callable[[Path], None], words: str, made: Callable[[], Any], tmp_path: Path
+) -> None:
+    made().save(str(tmp_path), {"basis": {"kind": "window"}})
+    damage(tmp_path / name)
+    with pytest.raises(StoreError) as refused:
+        load_model(str(tmp_path))
+    assert str(refused.value).startswith(f"{tmp_path}/{name}: {words}")
+    assert str(refused.value).endswith(
+        "restore it from a copy (MLflow keeps one), or delete the folder and train again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", cut_short),
+        ("model.safetensors", emptied),
+        ("model.safetensors", all_nan),
+        ("model.safetensors", fewer_weights),
+        ("model.json", emptied),
+        ("model.json", lambda path: path.write_text("[]")),
+        ("model.json", lambda path: path.write_text('{"architecture": "Other"}')),
+        ("model.json", lambda path: path.write_text(path.read_text().replace('"embedding": 16', '"embedding": 32'))),
+    ],
+)
+def test_a_model_of_an_earlier_version_has_no_record_and_is_loaded_if_it_is_one(
+    name: str, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    window_model().save(str(tmp_path))
+    (tmp_path / "model.sha256").unlink()
+    assert torch.equal(load_model(str(tmp_path))(*contexts()), window_model()(*contexts()))
+    damage(tmp_path / name)
+    with pytest.raises(StoreError, match="is not understood"):
+        load_model(str(tmp_path))
+
+
+def test_loading_draws_no_random_number_and_keeps_the_type_that_was_saved(tmp_path: Path) -> None:
+    for name, model in (("causal", small_model()), ("window", window_model())):
+        folder, before = str(tmp_path / name), torch.get_rng_state()
+        model.save(folder)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                loaded = load_model(folder)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert {(tensor.dtype, tensor.device.type) for tensor in loaded.state_dict().values()} == {
+            (torch.float32, "cpu")
+        }
+        assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+        assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_seed_makes_the_same_model_whatever_the_default_type() -> None:
+    expected = [small_model(), window_model()]
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = [small_model(), window_model()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(made, expected, strict=True):
+        assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())

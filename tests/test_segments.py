@@ -1,3 +1,5 @@
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from tipl_ray.segments import (
     side_by_side,
     tokens_of,
 )
+from tipl_ray.storage import publish
 from tipl_ray.temporal_svd import fit_basis
 
 BASIS = config.Basis(rank=4)
@@ -194,7 +197,7 @@ def test_made_up_policies_repeat_themselves_with_the_iterations():
 def test_a_band_is_computed_once_and_then_found(tmp_path: Path):
     write_trials(tmp_path, {3: trajectory(3)})
     first = load_band(str(tmp_path), 3, QUESTION)
-    (kept,) = (tmp_path / "grams").iterdir()
+    (kept,) = (tmp_path / "grams").glob("*.npy")
     written = kept.stat().st_mtime_ns
     again = load_band(str(tmp_path), 3, QUESTION)
     assert kept.stat().st_mtime_ns == written
@@ -202,7 +205,61 @@ def test_a_band_is_computed_once_and_then_found(tmp_path: Path):
     np.testing.assert_array_equal(again.learning_rates_T, np.ones(15))
     np.testing.assert_array_equal(first.products_SW, make_band(trajectory(3), 7).products_SW)
     load_band(str(tmp_path), 3, Question(context=4, steps=(5,), snapshots_per_iteration=5))
-    assert len(list((tmp_path / "grams").iterdir())) == 2, "a wider band is another band"
+    assert len(list((tmp_path / "grams").glob("*.npy"))) == 2, "a wider band is another band"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(content)
+
+
+def saved_as(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    """Another array in its place, with or without a record that agrees."""
+
+    def damage(path: Path) -> None:
+        content = io.BytesIO()
+        np.save(content, change(np.load(path)))
+        publish(str(path.parent), {path.name: content.getvalue()}, f"{path.stem}.sha256")
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        Path.unlink,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.with_suffix(".sha256").write_bytes(b""),
+        lambda path: np.save(path, np.load(path) * np.nan),
+        lambda path: np.save(path, np.load(path)[:-1]),
+        saved_as(lambda array: array.astype(np.float32)),
+        saved_as(lambda array: array[:-1]),
+        saved_as(lambda array: array[:, :-1]),
+        saved_as(lambda array: array * np.nan),
+        saved_as(lambda array: array[..., None]),
+        lambda path: path.with_suffix(".sha256").unlink(),
+    ],
+)
+def test_a_damaged_band_is_made_anew(damage: Callable[[Path], None], tmp_path: Path):
+    """The last one is as an earlier version left it, without a record; and so it was never held to anything."""
+    write_trials(tmp_path, {3: trajectory(3)})
+    first = load_band(str(tmp_path), 3, QUESTION)
+    (kept,) = (tmp_path / "grams").glob("*.npy")
+    content = kept.read_bytes()
+    damage(kept)
+    np.testing.assert_array_equal(load_band(str(tmp_path), 3, QUESTION).products_SW, first.products_SW)
+    assert kept.read_bytes() == content
+    assert sorted(path.suffix for path in kept.parent.iterdir()) == [".npy", ".sha256"]
+
+
+def test_a_band_that_cannot_be_kept_is_made_all_the_same(tmp_path: Path):
+    write_trials(tmp_path, {3: trajectory(3)})
+    (tmp_path / "grams").write_text("no folder")
+    found = load_band(str(tmp_path), 3, QUESTION)
+    np.testing.assert_array_equal(found.products_SW, make_band(trajectory(3), 7).products_SW)
 
 
 def test_windows_of_trials_of_different_length_lie_one_after_the_other():

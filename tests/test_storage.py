@@ -18,7 +18,7 @@ import pytest
 from machine import new_root
 
 from tipl_ray import storage
-from tipl_ray.storage import Storage, StoreError, file_exists, join, read_file, write_file
+from tipl_ray.storage import Storage, StoreError, file_exists, join, publish, read_file, read_published, write_file
 
 
 @pytest.fixture(params=["folder", "file URI", "bucket"])
@@ -230,3 +230,19 @@ def test_no_secret_of_a_uri_is_in_an_error(uri: str) -> None:
         Storage(uri)
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_what_is_published_is_held_to_a_record_that_sha256sum_understands(tmp_path: Path):
+    folder = str(tmp_path / "a folder")
+    publish(folder, {"a.bin": b"one", "b.json": b"{}"}, "a.sha256")
+    checked = subprocess.run(["sha256sum", "-c", "a.sha256"], cwd=folder, capture_output=True, text=True, check=True)
+    assert checked.stdout.splitlines() == ["a.bin: OK", "b.json: OK"]
+    assert read_published(folder, "a.bin", "a.sha256", "restore it") == b"one"
+    write_file(folder, "a.bin", b"onE")
+    with pytest.raises(StoreError, match=r"a\.bin: is damaged: its SHA-256 is not the one in a\.sha256; restore it$"):
+        read_published(folder, "a.bin", "a.sha256", "restore it")
+    write_file(folder, "a.sha256", b"\xff\x00")
+    with pytest.raises(StoreError, match=r"b\.json: is damaged"):
+        read_published(folder, "b.json", "a.sha256", "restore it")
+    with pytest.raises(StoreError, match=r"c\.bin: is missing; restore it$"):
+        read_published(folder, "c.bin", "a.sha256", "restore it")

@@ -8,6 +8,7 @@ policies of a few windows. Together they are the result table, one row per (tria
 T snapshots, B windows, H forward steps, P policy weights, E episodes, N policies.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +30,17 @@ from tipl_ray.model import load_about
 from tipl_ray.ppo import network_shape
 from tipl_ray.returns import policy_returns
 from tipl_ray.segments import load_band
-from tipl_ray.storage import file_exists, join, last_name, read_file, write_file
+from tipl_ray.storage import StoreError, file_exists, join, last_name, publish, read_published, write_file
 from tipl_ray.temporal_svd import reconstruction_error
+from tipl_ray.terminal import say
 from tipl_ray.trajectory_store import Trajectory, TrajectoryStore
 
 RECONSTRUCTION_RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 """SVD ranks whose reconstruction error is reported."""
-FITTED_FILE = "predictors.safetensors"
+FITTED_FILE, RESULTS_FILE = "predictors.safetensors", "results.parquet"
+RECONSTRUCTION_FILE = "reconstruction.json"
+RECORD_FILE = "results.sha256"
+"""Digests of the three, as they were published."""
 DISTANCE_COLUMNS = ("distance_true", "distance_predicted")
 RETURN_COLUMNS = ("return_true", "return_true_again", "return_predicted", "return_last")
 
@@ -71,12 +76,23 @@ def run_starts(experiment: Experiment) -> np.ndarray:
     return starts[np.linspace(0, len(starts) - 1, count).round().astype(int)]
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, as an actor or task has one CPU; afterwards on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def fit_predictors(experiment: Experiment, model_folders: Sequence[str]) -> bytes:
     """Fit every predictor on the training trials, its settings on the validation trials; for `load_fitted` to read.
 
     Test trials are not opened.
     """
-    torch.set_num_threads(1)
     question = Question.of(experiment)
     predictors = make_predictors(question, model_folders, bool(experiment.train.data))
     training, validation = (
@@ -91,10 +107,10 @@ def fit_predictors(experiment: Experiment, model_folders: Sequence[str]) -> byte
     return save_fitted(predictors)
 
 
+@one_thread()
 def forecast_errors(experiment: Experiment, model_folders: Sequence[str], fitted: bytes, seed: int) -> Table:
     """Squared errors of every predictor at every window of a trial, and how far apart the policies of the windows lie
     that are run; the return columns are NaN."""
-    torch.set_num_threads(1)
     question, starts_B = Question.of(experiment), window_starts(experiment)
     (weights_TP,) = _read_weights(experiment, [seed])
     trial = Trial(weights_TP=weights_TP, band=load_band(experiment.storage_path, seed, question))
@@ -127,11 +143,11 @@ def _distances(policies_BHP: Weights) -> np.ndarray:
     return np.stack(means, axis=1)
 
 
+@one_thread()
 def forecast_returns(
     experiment: Experiment, model_folders: Sequence[str], fitted: bytes, seed: int, starts_B: np.ndarray
 ) -> Table:
     """Returns of true and predicted policies at some windows of a trial, one row per start, predictor and step."""
-    torch.set_num_threads(1)
     trajectory, question = TrajectoryStore(experiment.storage_path).trajectory(seed), Question.of(experiment)
     weights_TP, num_steps = trajectory.weights_TP, len(question.steps)
     trial = Trial(weights_TP=weights_TP, band=load_band(experiment.storage_path, seed, question))
@@ -178,7 +194,15 @@ class _Runner:
         self._learner = make_learner(choose_engine("auto", experiment.ppo), shape, experiment.ppo)
 
     def __call__(self, weights_NP: np.ndarray, statistics_N: np.ndarray, again: int) -> np.ndarray:
-        """(N,) mean returns with the observation statistics of the snapshots statistics_N."""
+        """(N,) mean returns with the observation statistics of the snapshots statistics_N; NaN for weights that are not
+        finite, which are no policy: MuJoCo would start their episodes again and again, and return something."""
+        finite_N = np.isfinite(weights_NP).all(axis=1)
+        means_N = np.full(len(weights_NP), np.nan)
+        if finite_N.any():
+            means_N[finite_N] = self._run(weights_NP[finite_N], statistics_N[finite_N], again)
+        return means_N
+
+    def _run(self, weights_NP: np.ndarray, statistics_N: np.ndarray, again: int) -> np.ndarray:
         evaluate = self._experiment.evaluate
         seeds = np.random.SeedSequence([evaluate.seed, again]).generate_state(evaluate.episodes)
         returns_NE = policy_returns(
@@ -211,6 +235,11 @@ def evaluation_folder(experiment: Experiment, model_folders: Sequence[str]) -> s
     return join(experiment.storage_path, "evaluations", name)
 
 
+def is_evaluated(folder: str) -> bool:
+    """Whether an evaluation's folder has all that takes the cluster to find out."""
+    return _found(folder) is not None
+
+
 def evaluate(
     experiment: Experiment,
     model_folders: Sequence[str],
@@ -222,17 +251,24 @@ def evaluate(
     `on_progress` is told the tasks that are done and their total.
     """
     folder = evaluation_folder(experiment, model_folders)
-    if not file_exists(folder, "reconstruction.json"):
-        fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folders))
-        write_file(folder, FITTED_FILE, fitted)
-        brought = _gather(_send(experiment, model_folders, fitted), on_progress)
+    make_predictors(Question.of(experiment), model_folders)  # a damaged model is refused here, not in a task
+    found = _found(folder)
+    if found is None:
+        if file_exists(folder, RECONSTRUCTION_FILE):
+            say(f"evaluate: the results in {folder} are damaged, and are computed again")
+        try:
+            fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folders))
+            brought = _gather(_send(experiment, model_folders, fitted), on_progress)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         results = _concatenate(brought["errors"])
         if "returns" in brought:
             results = _join(results, _concatenate(brought["returns"]))
-        _write_parquet(folder, "results.parquet", results)
-        rows = [row for of_trial in brought["reconstruction"] for row in of_trial]
-        write_file(folder, "reconstruction.json", json.dumps(rows).encode())
-    results = _read_parquet(folder, "results.parquet")
+        reconstruction = [row for of_trial in brought["reconstruction"] for row in of_trial]
+        files = {RESULTS_FILE: _as_parquet(results), RECONSTRUCTION_FILE: json.dumps(reconstruction).encode()}
+        publish(folder, {FITTED_FILE: fitted, **files}, RECORD_FILE)
+        found = _from_parquet(files[RESULTS_FILE]), reconstruction
+    results, reconstruction = found
     settings = experiment.evaluate
     resampling = metrics.Resampling(confidence=settings.confidence, bootstrap=settings.bootstrap, seed=settings.seed)
     evaluation = Evaluation(
@@ -243,7 +279,7 @@ def evaluate(
         ),
         groups=[row for column in ("phase", "third") for row in metrics.group_skills(results, column, resampling)],
         comparisons=metrics.compare(results, "tipl", resampling),
-        reconstruction=json.loads(read_file(folder, "reconstruction.json")),
+        reconstruction=reconstruction,
     )
     for name in ("summary", "groups", "comparisons"):
         sink = pa.BufferOutputStream()
@@ -320,6 +356,11 @@ def _join(errors: Table, returns: Table) -> Table:
     filled = {name: errors[name].copy() for name in RETURN_COLUMNS}
     for name, column in filled.items():
         column[rows] = returns[name]
+    # The windows whose forecast is finite must not speak for a predictor that fails at others.
+    lines = [np.unique(errors[name], return_inverse=True)[1] for name in ("predictor", "predictor_seed", "step")]
+    _, line_of_row = np.unique(np.stack(lines), axis=1, return_inverse=True)
+    failed = np.bincount(line_of_row, ~np.isfinite(errors["squared_error"])) > 0
+    filled["return_predicted"][failed[line_of_row]] = np.nan
     return {**errors, **filled}
 
 
@@ -327,13 +368,26 @@ def _concatenate(tables: Sequence[Table]) -> Table:
     return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
 
 
-def _write_parquet(folder: str, name: str, table: Table) -> None:
+def _found(folder: str) -> tuple[Table, list[dict]] | None:
+    """Result table and reconstruction errors of an evaluation that was made; None where there is none, or a damaged
+    one."""
+    try:
+        results, reconstruction = (
+            read_published(folder, name, RECORD_FILE, "it is computed again")
+            for name in (RESULTS_FILE, RECONSTRUCTION_FILE)
+        )
+        return _from_parquet(results), json.loads(reconstruction)
+    except (StoreError, ValueError, OSError):
+        return None
+
+
+def _as_parquet(table: Table) -> bytes:
     columns = {key: pa.array(column, from_pandas=True) for key, column in table.items()}
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(pa.table(columns), sink)
-    write_file(folder, name, sink.getvalue().to_pybytes())
+    return sink.getvalue().to_pybytes()
 
 
-def _read_parquet(folder: str, name: str) -> Table:
-    table = pyarrow.parquet.read_table(pa.BufferReader(read_file(folder, name)))
+def _from_parquet(content: bytes) -> Table:
+    table = pyarrow.parquet.read_table(pa.BufferReader(content))
     return {column: table[column].to_numpy() for column in table.column_names}

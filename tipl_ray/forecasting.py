@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -33,9 +33,12 @@ from tipl_ray.model import (
     ContextRidge,
     Normaliser,
     WindowTransformer,
+    is_complete,
     load_about,
+    read_model_file,
+    understood,
 )
-from tipl_ray.storage import file_exists, read_file, write_file
+from tipl_ray.storage import Storage, file_exists, join, last_name, publish, read_file, read_published
 from tipl_ray.temporal_svd import FittedBasis, basis_of
 
 FORECAST_BYTES = 256 * 2**20
@@ -52,7 +55,11 @@ SMALLEST_EIGENVALUE = 1e-10
 """Eigenvalues of a Gram matrix below this share of the largest are zero."""
 
 MODEL_FILES = (WEIGHTS_FILE, ABOUT_FILE)
-PREDICTOR_FILE, ABOUT_PREDICTOR_FILE = "predictor.safetensors", "predictor.json"
+PREDICTOR_FILE, ABOUT_PREDICTOR_FILE, PREDICTOR_RECORD = "predictor.safetensors", "predictor.json", "predictor.sha256"
+PREDICTOR_WAY_OUT = "restore it from a copy, or delete the folder and fit the predictor again"
+
+PLACES = ("name", "storage", "tracking.uri", "tracking.experiment")
+"""Fields of an experiment that say where it is kept, and nothing of a model."""
 
 Weights = NDArray[np.float32]
 Starts = NDArray[np.integer]
@@ -524,9 +531,11 @@ class WindowTipl(Combination):
         So it is before a context is full, and after weights stood still: the model has seen no such thing.
         """
         answers = []
-        for begin in range(0, len(contexts.phases_B), 512):
-            parts = (torch.from_numpy(np.asarray(part[begin : begin + 512])).to(self.device) for part in contexts)
-            answers.append(self.model(*parts).double().cpu().numpy())
+        # A user's loop may jump under autocast; the model answers in its own type.
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            for begin in range(0, len(contexts.phases_B), 512):
+                parts = (torch.from_numpy(np.asarray(part[begin : begin + 512])).to(self.device) for part in contexts)
+                answers.append(self.model(*parts).double().cpu().numpy())
         answer_BHK = np.concatenate(answers)
         still_B = np.any(np.diagonal(contexts.grams_BKK, axis1=1, axis2=2) <= 0, axis=1)
         if still_B.any():
@@ -535,15 +544,20 @@ class WindowTipl(Combination):
 
 
 def load_tipl(folder: str, question: Question, device: torch.device | str = "cpu") -> Tipl | WindowTipl:
-    """TIPL as training left it in a folder or under a URI. Raises FileNotFoundError if there is none."""
+    """TIPL as training left it in a folder or under a URI. Raises StoreError where there is none, or a damaged one."""
     about = load_about(folder)
-    if about["basis"]["kind"] == "window":
+    with understood(folder, ABOUT_FILE):
+        basis = config.Basis(**about["basis"])
+    if basis.kind == "window":
         return WindowTipl(question, WindowTransformer.load(folder), device)
-    basis = config.Basis(**about["basis"])
-    shared = FittedBasis.from_bytes(read_file(folder, BASIS_FILE)) if basis.kind == "shared" else None
-    trial_basis = TrialBasis(basis, shared)
-    normaliser = Normaliser.from_table(about["normaliser"])
-    return Tipl(question, CausalTransformer.load(folder), trial_basis, normaliser, device)
+    with understood(folder, ABOUT_FILE):
+        normaliser = Normaliser.from_table(about["normaliser"])
+    shared = None
+    if basis.kind == "shared":
+        content = read_model_file(folder, BASIS_FILE)
+        with understood(folder, BASIS_FILE):
+            shared = FittedBasis.from_bytes(content)
+    return Tipl(question, CausalTransformer.load(folder), TrialBasis(basis, shared), normaliser, device)
 
 
 SIMPLE: tuple[type[Predictor], ...] = (
@@ -602,32 +616,82 @@ COMBINATIONS: dict[str, type[Combination]] = {
 def save_predictor(predictor: Combination, folder: str, about: dict[str, Any]) -> None:
     """Write a fitted predictor of `COMBINATIONS` and what is known about it, for `load_predictor`."""
     assert predictor.name in COMBINATIONS
-    write_file(folder, PREDICTOR_FILE, save_fitted([predictor]))
     described = {"name": predictor.name, "question": dataclasses.asdict(predictor.question), **about}
-    write_file(folder, ABOUT_PREDICTOR_FILE, json.dumps(described, indent=1).encode())
+    files = {PREDICTOR_FILE: save_fitted([predictor]), ABOUT_PREDICTOR_FILE: json.dumps(described, indent=1).encode()}
+    publish(folder, files, PREDICTOR_RECORD)
 
 
 def load_predictor(folder: str) -> Combination:
-    """The predictor in a folder or under a URI: what `save_predictor` wrote, or a model trained on the basis `window`.
+    """The predictor in a folder or under a URI: what `save_predictor` wrote, a model trained on the basis `window`, or
+    the one such model of a storage. Changes nothing of torch's settings and draws no random number.
 
-    Raises ValueError where there is neither.
+    Raises ValueError where there is none, and where there are several, which it lists; StoreError for a damaged one.
     """
-    if file_exists(folder, ABOUT_PREDICTOR_FILE):
-        about = json.loads(read_file(folder, ABOUT_PREDICTOR_FILE))
-        question = Question(**{**about["question"], "steps": tuple(about["question"]["steps"])})
-        predictor = COMBINATIONS[about["name"]](question)
-        load_fitted([predictor], read_file(folder, PREDICTOR_FILE))
-        return predictor
-    if file_exists(folder, MODEL_FILES[1]) and load_about(folder)["basis"]["kind"] == "window":
+    folder = find_predictor(folder)
+    if not file_exists(folder, ABOUT_PREDICTOR_FILE):
         model = WindowTransformer.load(folder)
         question = Question(context=model.size.context, steps=model.steps, snapshots_per_iteration=model.num_phases)
         return WindowTipl(question, model)
-    raise ValueError(f"jump.predictor={folder!r} holds neither a saved predictor nor a model of the basis `window`")
+    content = read_published(folder, ABOUT_PREDICTOR_FILE, PREDICTOR_RECORD, PREDICTOR_WAY_OUT)
+    with understood(folder, ABOUT_PREDICTOR_FILE, PREDICTOR_WAY_OUT):
+        about = json.loads(content)
+        question = Question(**{**about["question"], "steps": tuple(about["question"]["steps"])})
+        predictor = COMBINATIONS[about["name"]](question)
+    content = read_published(folder, PREDICTOR_FILE, PREDICTOR_RECORD, PREDICTOR_WAY_OUT)
+    with understood(folder, PREDICTOR_FILE, PREDICTOR_WAY_OUT):
+        load_fitted([predictor], content)
+    return predictor
+
+
+def find_predictor(folder: str) -> str:
+    """The folder that `load_predictor` reads: the one named, or that of the one model in its `models/` that can jump.
+
+    Raises as `load_predictor` does.
+    """
+    if file_exists(folder, ABOUT_PREDICTOR_FILE):
+        return folder
+    models = [folder] if is_complete(folder) else _models_below(folder)
+    able = {model: about for model in models if _basis(about := load_about(model)) == "window"}
+    if len(able) == 1:
+        return next(iter(able))
+    if able:
+        raise ValueError(f"{folder} holds {len(able)} models; name the folder of one: {'; '.join(_differences(able))}")
+    found = f"; of its {len(models)} models none is of that basis (train with --preset causal)" if models else ""
+    raise ValueError(
+        f"jump.predictor={folder!r} holds neither a saved predictor nor a model of the basis `window`{found}"
+    )
+
+
+def _models_below(folder: str) -> list[str]:
+    parent = folder if last_name(folder) == "models" else join(folder, "models")
+    return [model for name in sorted(Storage(parent).folders()) if is_complete(model := join(parent, name))]
+
+
+def _basis(about: Mapping[str, Any]) -> str | None:
+    return about.get("basis", {}).get("kind")
+
+
+def _differences(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line a model: its folder, the fields of its experiment that are not those of all, and its skill."""
+    tables = {
+        folder: {name: value for name, value in config.flat(about.get("experiment") or {}) if name not in PLACES}
+        for folder, about in models.items()
+    }
+    names = dict.fromkeys(name for table in tables.values() for name in table)
+    differ = [name for name in names if len({json.dumps(table.get(name)) for table in tables.values()}) > 1]
+    lines = []
+    for folder, table in tables.items():
+        said = [f"{name}={table.get(name)}" for name in differ]
+        if (metrics := models[folder].get("metrics")) and isinstance(metrics.get("validation_skill"), float):
+            said.append(f"one-step skill {metrics['validation_skill']:.3f} in validation")
+        lines.append(f"{folder} ({', '.join(said) or 'no difference recorded'})")
+    return lines
 
 
 def predictor_digest(folder: str) -> str:
     """Digest of what a saved predictor's answers depend on, wherever it lies. Raises as `load_predictor` does."""
     load_predictor(folder)
+    folder = find_predictor(folder)
     names = (ABOUT_PREDICTOR_FILE, PREDICTOR_FILE) if file_exists(folder, ABOUT_PREDICTOR_FILE) else MODEL_FILES
     return hashlib.sha256(b"".join(read_file(folder, name) for name in names)).hexdigest()[:16]
 

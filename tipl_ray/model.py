@@ -11,24 +11,31 @@ Shapes: B windows, K tokens of context, H forward steps, F of them one by one, D
 iteration, E embedding, A attention heads, R ridge regressions.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tipl_ray import config
-from tipl_ray.storage import file_exists, read_file, write_file
+from tipl_ray.storage import Storage, StoreError, file_exists, publish, read_published
 
 WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "model.json"
+RECORD_FILE = "model.sha256"
+"""Digests of a model's files, as they were published."""
 BASIS_FILE = "basis.safetensors"
 """The shared basis that a model's tokens are of, where they are; see `temporal_svd.FittedBasis.to_bytes`."""
+WAY_OUT = "restore it from a copy (MLflow keeps one), or delete the folder and train again"
+DTYPE = torch.float32
+"""Of every model's weights, whatever the default is where it is made or loaded."""
 CLOCK_SIZE = 4
 SMALLEST_SQUARE = 1e-30
 """Squared length below which a displacement has no direction."""
@@ -77,12 +84,12 @@ class Block(nn.Module):
     def __init__(self, size: config.Model):
         super().__init__()
         self.heads, self.dropout = size.heads, size.dropout
-        self.attention_norm = nn.LayerNorm(size.embedding)
-        self.query_key_value = nn.Linear(size.embedding, 3 * size.embedding)
-        self.attention_out = nn.Linear(size.embedding, size.embedding)
-        self.mlp_norm = nn.LayerNorm(size.embedding)
-        self.mlp_in = nn.Linear(size.embedding, 4 * size.embedding)
-        self.mlp_out = nn.Linear(4 * size.embedding, size.embedding)
+        self.attention_norm = nn.LayerNorm(size.embedding, dtype=DTYPE)
+        self.query_key_value = nn.Linear(size.embedding, 3 * size.embedding, dtype=DTYPE)
+        self.attention_out = nn.Linear(size.embedding, size.embedding, dtype=DTYPE)
+        self.mlp_norm = nn.LayerNorm(size.embedding, dtype=DTYPE)
+        self.mlp_in = nn.Linear(size.embedding, 4 * size.embedding, dtype=DTYPE)
+        self.mlp_out = nn.Linear(4 * size.embedding, size.embedding, dtype=DTYPE)
 
     def forward(self, hidden_BKE: Tensor) -> Tensor:
         """(B, K, E) to (B, K, E)."""
@@ -124,12 +131,12 @@ class CausalTransformer(nn.Module):
     def __init__(self, size: config.Model, token_size: int, max_snapshots: int):
         super().__init__()
         self.size, self.token_size, self.max_snapshots = size, token_size, max_snapshots
-        self.embed_token = nn.Linear(token_size, size.embedding)
-        self.embed_snapshot = nn.Embedding(max_snapshots, size.embedding)
-        self.embedding_norm = nn.LayerNorm(size.embedding)
+        self.embed_token = nn.Linear(token_size, size.embedding, dtype=DTYPE)
+        self.embed_snapshot = nn.Embedding(max_snapshots, size.embedding, dtype=DTYPE)
+        self.embedding_norm = nn.LayerNorm(size.embedding, dtype=DTYPE)
         self.blocks = Blocks(size)
-        self.final_norm = nn.LayerNorm(size.embedding)
-        self.predict = nn.Linear(size.embedding, token_size)
+        self.final_norm = nn.LayerNorm(size.embedding, dtype=DTYPE)
+        self.predict = nn.Linear(size.embedding, token_size, dtype=DTYPE)
         self.apply(_initialise)
 
     def forward(self, tokens_BKD: Tensor, snapshots_BK: Tensor) -> Tensor:
@@ -154,18 +161,23 @@ class CausalTransformer(nn.Module):
             snapshots_BK = torch.cat((snapshots_BK, next_B1), dim=1)[:, -self.size.context :]
         return torch.cat(predicted, dim=1)
 
-    def save(self, folder: str, about: dict[str, Any] | None = None) -> None:
-        """Write the model and any JSON that belongs to it, which `load_about` reads back."""
+    def save(self, folder: str, about: dict[str, Any] | None = None, beside: Mapping[str, bytes] | None = None) -> None:
+        """Write the model, JSON that belongs to it, for `load_about`, and files beside it, for `read_model_file`."""
         described = {"token_size": self.token_size, "max_snapshots": self.max_snapshots}
-        _save(self, folder, {**(about or {}), "model": config.as_table(self.size), **described})
+        _save(self, folder, {**(about or {}), "model": config.as_table(self.size), **described}, beside or {})
 
     @classmethod
     def load(cls, folder: str) -> Self:
-        """The model that `save` wrote, on the CPU and in evaluation mode. Raises FileNotFoundError if there is none."""
-        about = load_about(folder)
-        model = cls(config.Model(**about["model"]), about["token_size"], about["max_snapshots"])
-        model.load_state_dict(safetensors.torch.load(read_file(folder, WEIGHTS_FILE)))
-        return model.eval()
+        """The model that `save` wrote, on the CPU and in evaluation mode. Raises StoreError as `load_model` does."""
+        model = load_model(folder)
+        if not isinstance(model, cls):
+            raise StoreError(f"{folder}: holds a {type(model).__name__}, not a {cls.__name__}; name another folder")
+        return model
+
+    @classmethod
+    def described_by(cls, about: Mapping[str, Any]) -> Self:
+        """An untrained model of the size that model.json says."""
+        return cls(config.Model(**about["model"]), about["token_size"], about["max_snapshots"])
 
 
 def lengths_and_cosines(grams_BKK: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +202,7 @@ class ContextRidge(nn.Module):
             # Of float64, as a single context is: to turn them into it would cost more than to use them.
             ("_before_KF", before_FK.T.double()),
             ("_before_NM", before_FKKK.flatten(2).flatten(0, 1).T.double().contiguous()),
-            ("_last_H", torch.tensor(steps).clamp(max=future) - 1),
+            ("_last_H", torch.tensor(steps, device="cpu").clamp(max=future) - 1),
         ):
             self.register_buffer(name, tensor, persistent=False)
         self._before_KF: Tensor
@@ -219,7 +231,8 @@ def _same_phase(context: int, future: int, num_phases: int) -> tuple[Tensor, Ten
 
     Displacements are numbered from the context's first on, so those of the future begin at K.
     """
-    singles_FK, pairs_FKKK = torch.zeros(future, context), torch.zeros(future, context, context, context)
+    singles_FK = torch.zeros(future, context, dtype=DTYPE, device="cpu")
+    pairs_FKKK = torch.zeros(future, context, context, context, dtype=DTYPE, device="cpu")
     for ahead in range(future):
         own = [index for index in range(context) if (context + ahead - index) % num_phases == 0]
         singles_FK[ahead, own] = 1.0 / max(1, len(own))
@@ -243,16 +256,16 @@ class WindowTransformer(nn.Module):
     def __init__(self, size: config.Model, steps: tuple[int, ...], num_phases: int):
         super().__init__()
         self.size, self.steps, self.num_phases = size, tuple(steps), num_phases
-        self.embed_token = nn.Linear(size.context + 1, size.embedding)
-        self.embed_position = nn.Embedding(size.context, size.embedding)
-        self.embed_phase = nn.Embedding(num_phases, size.embedding)
-        self.embed_clock = nn.Linear(CLOCK_SIZE, size.embedding, bias=False)
+        self.embed_token = nn.Linear(size.context + 1, size.embedding, dtype=DTYPE)
+        self.embed_position = nn.Embedding(size.context, size.embedding, dtype=DTYPE)
+        self.embed_phase = nn.Embedding(num_phases, size.embedding, dtype=DTYPE)
+        self.embed_clock = nn.Linear(CLOCK_SIZE, size.embedding, bias=False, dtype=DTYPE)
         self.blocks = Blocks(size)
-        self.final_norm = nn.LayerNorm(size.embedding)
-        self.predict = nn.Linear(size.embedding, len(steps))
-        self.weigh = nn.Linear(size.embedding, len(steps) * (1 + len(CONTEXT_PENALTIES)))
+        self.final_norm = nn.LayerNorm(size.embedding, dtype=DTYPE)
+        self.predict = nn.Linear(size.embedding, len(steps), dtype=DTYPE)
+        self.weigh = nn.Linear(size.embedding, len(steps) * (1 + len(CONTEXT_PENALTIES)), dtype=DTYPE)
         self.context_ridge = ContextRidge(size.context, self.steps, num_phases)
-        self.register_buffer("ridge_QHK", torch.zeros(num_phases, len(steps), size.context))
+        self.register_buffer("ridge_QHK", torch.zeros(num_phases, len(steps), size.context, dtype=DTYPE))
         self.ridge_QHK: Tensor
         nn.init.normal_(self.embed_position.weight, std=0.02)
         nn.init.zeros_(self.predict.bias)
@@ -284,26 +297,31 @@ class WindowTransformer(nn.Module):
         weighed_BHK = (shares_BH1R @ torch.cat((fitted_BH1K, own_BHRK.float()), dim=2)).squeeze(2)
         return weighed_BHK + self.predict(hidden_BKE).transpose(1, 2)
 
-    def save(self, folder: str, about: dict[str, Any] | None = None) -> None:
-        """Write the model and any JSON that belongs to it, which `load_about` reads back."""
+    def save(self, folder: str, about: dict[str, Any] | None = None, beside: Mapping[str, bytes] | None = None) -> None:
+        """Write the model, JSON that belongs to it, for `load_about`, and files beside it, for `read_model_file`."""
         described = {"steps": self.steps, "num_phases": self.num_phases}
-        _save(self, folder, {**(about or {}), "model": config.as_table(self.size), **described})
+        _save(self, folder, {**(about or {}), "model": config.as_table(self.size), **described}, beside or {})
 
     @classmethod
     def load(cls, folder: str) -> Self:
-        """The model that `save` wrote, on the CPU and in evaluation mode. Raises FileNotFoundError if there is none."""
-        about = load_about(folder)
-        model = cls(config.Model(**about["model"]), tuple(about["steps"]), about["num_phases"])
-        model.load_state_dict(safetensors.torch.load(read_file(folder, WEIGHTS_FILE)))
-        return model.eval()
+        """The model that `save` wrote, on the CPU and in evaluation mode. Raises StoreError as `load_model` does."""
+        model = load_model(folder)
+        if not isinstance(model, cls):
+            raise StoreError(f"{folder}: holds a {type(model).__name__}, not a {cls.__name__}; name another folder")
+        return model
+
+    @classmethod
+    def described_by(cls, about: Mapping[str, Any]) -> Self:
+        """An untrained model of the size that model.json says."""
+        return cls(config.Model(**about["model"]), tuple(about["steps"]), about["num_phases"])
 
 
-def _save(model: nn.Module, folder: str, described: dict[str, Any]) -> None:
-    """Write model.safetensors, then model.json, each in one go: where model.json stands, the model is whole."""
+def _save(model: nn.Module, folder: str, described: dict[str, Any], beside: Mapping[str, bytes]) -> None:
+    """Write all files, model.json last: where it stands, the model is whole."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_file(folder, WEIGHTS_FILE, safetensors.torch.save(weights))
     described["architecture"] = type(model).__name__
-    write_file(folder, ABOUT_FILE, json.dumps(described, indent=1).encode())
+    about = json.dumps(described, indent=1).encode()
+    publish(folder, {**beside, WEIGHTS_FILE: safetensors.torch.save(weights), ABOUT_FILE: about}, RECORD_FILE)
 
 
 MODELS: dict[str, type[CausalTransformer] | type[WindowTransformer]] = {
@@ -311,14 +329,49 @@ MODELS: dict[str, type[CausalTransformer] | type[WindowTransformer]] = {
 }
 
 
+def read_model_file(folder: str, name: str) -> bytes:
+    """A file of a model's folder. Raises StoreError where it is missing, or not the one that was saved."""
+    return read_published(folder, name, RECORD_FILE, WAY_OUT)
+
+
+@contextlib.contextmanager
+def understood(folder: str, name: str, way_out: str = WAY_OUT) -> Iterator[None]:
+    """What fails in here fails for what the file holds, which may have no record: a StoreError in one line."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(
+            f"{Storage(folder).show(name)}: is not understood: {type(error).__name__}: {reason}; {way_out}"
+        ) from error
+
+
 def load_about(folder: str) -> dict[str, Any]:
-    """What model.json says of the model in a folder. Raises FileNotFoundError if there is none."""
-    return json.loads(read_file(folder, ABOUT_FILE))
+    """What model.json says of the model in a folder. Raises StoreError where there is none, or it is damaged."""
+    content = read_model_file(folder, ABOUT_FILE)
+    with understood(folder, ABOUT_FILE):
+        about = json.loads(content)
+        return {**about, "architecture": about["architecture"]}
 
 
 def load_model(folder: str) -> "CausalTransformer | WindowTransformer":
-    """The model in a folder, whichever it is. Raises FileNotFoundError if there is none."""
-    return MODELS[load_about(folder)["architecture"]].load(folder)
+    """The model in a folder, whichever it is, on the CPU and in evaluation mode.
+
+    Draws no random number, and takes neither type nor device from torch's defaults. Raises StoreError where there is no
+    model, or a damaged one.
+    """
+    about, content = load_about(folder), read_model_file(folder, WEIGHTS_FILE)
+    with understood(folder, ABOUT_FILE), torch.device("meta"):
+        model = MODELS[about["architecture"]].described_by(about)
+    with understood(folder, WEIGHTS_FILE):
+        # A tensor of its own for each, aligned as torch does it: products may depend on that.
+        weights = {name: tensor.to(DTYPE, copy=True) for name, tensor in safetensors.torch.load(content).items()}
+        model.load_state_dict(weights, assign=True)
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("some weights are NaN or infinite")
+    return model.eval()
 
 
 def is_complete(folder: str) -> bool:

@@ -176,8 +176,9 @@ class WindowError(Objective):
             batch = self.validation.gather(windows_B)
             error_H += (_error(self.model, batch) * batch.scales_B[:, None]).sum(dim=0)
             moved_H += (batch.moved_BH * batch.scales_B[:, None]).sum(dim=0)
-        ratio_H = error_H / moved_H
-        return ratio_H.mean().item(), 1.0 - ratio_H[0].item()
+        # Where nothing moves, what is left of the loss is the error itself; skill there is none.
+        loss = (error_H / torch.where(moved_H > 0, moved_H, 1.0)).mean()
+        return loss.item(), 1.0 - (error_H[0] / moved_H[0]).item()
 
 
 def _error(network: nn.Module, batch: WindowBatch) -> Tensor:

@@ -7,10 +7,11 @@ Shapes: N trials, T snapshots, P policy weights, D numbers per token, B windows,
 S displacements of a trial, or of all of them, H forward steps. In `WindowSegments`, N windows in all.
 """
 
+import contextlib
 import dataclasses
 import io
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl_ray import config
-from tipl_ray.gram import GramBand, Question, band_index, make_band, squared_errors
+from tipl_ray.gram import GramBand, Question, band_index, banded_products, squared_errors
 from tipl_ray.model import Normaliser
 from tipl_ray.rows import Rows
-from tipl_ray.storage import file_exists, join, read_file, write_file
+from tipl_ray.storage import StoreError, file_exists, join, publish, read_published
 from tipl_ray.temporal_svd import FittedBasis, basis_of
 from tipl_ray.trajectory_store import TrajectoryStore
 
@@ -113,28 +114,38 @@ def tokens_of(seed: int, weights_TP: Rows, fitted: FittedBasis) -> Tokens:
 def load_band(storage: str, seed: int, question: Question) -> GramBand:
     """The Gram band of a trial, wide enough for the question's windows.
 
-    Computed once per data set and width: the products are kept in <storage>/grams. Raises StoreError where the data set
-    is damaged.
+    Computed once per data set and width: the products are kept in <storage>/grams, and made anew where what is there is
+    not what was kept. Raises StoreError where the data set is damaged.
     """
     store = TrajectoryStore(storage)
-    folder, name = join(storage, "grams"), f"{store.digest([seed])}-{question.width}.npy"
+    folder, name = join(storage, "grams"), f"{store.digest([seed])}-{question.width}"
     rates_T = store.trajectory(seed, columns=("learning_rate",)).learning_rates_T
-    if file_exists(folder, name):
-        return GramBand(
-            products_SW=np.load(io.BytesIO(read_file(folder, name)), allow_pickle=False),
-            learning_rates_T=rates_T / rates_T[0],
-            snapshots_per_iteration=question.snapshots_per_iteration,
-        )
-    band = make_band(
-        store.weights(seed),
-        question.width,
+    products_SW = _kept_products(folder, name, (len(rates_T) - 1, question.width))
+    if products_SW is None:
+        products_SW = banded_products(store.weights(seed), question.width)
+        content = io.BytesIO()
+        np.save(content, products_SW, allow_pickle=False)
+        # Where it cannot be kept, as in a storage that can only be read, it is made again the next time.
+        with contextlib.suppress(StoreError):
+            publish(folder, {f"{name}.npy": content.getvalue()}, f"{name}.sha256")
+    return GramBand(
+        products_SW=products_SW,
+        learning_rates_T=rates_T / rates_T[0],
         snapshots_per_iteration=question.snapshots_per_iteration,
-        learning_rates_T=rates_T,
     )
-    content = io.BytesIO()
-    np.save(content, band.products_SW, allow_pickle=False)
-    write_file(folder, name, content.getvalue())
-    return band
+
+
+def _kept_products(folder: str, name: str, shape: tuple[int, int]) -> NDArray[np.float64] | None:
+    """The products that `load_band` kept; None where there are none, or others."""
+    if not file_exists(folder, f"{name}.sha256"):
+        return None
+    try:
+        content = read_published(folder, f"{name}.npy", f"{name}.sha256", "it is made anew")
+        products_SW = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (StoreError, ValueError):
+        return None
+    whole = products_SW.shape == shape and products_SW.dtype == np.float64 and np.isfinite(products_SW).all()
+    return products_SW if whole else None
 
 
 MOST_CONTRAST = 8.0
@@ -280,13 +291,14 @@ def side_by_side(batch: WindowBatch, steps_H: Sequence[int], num_phases: int, sh
     iterations and otherwise differ in how alike displacements are within one, and from one to the next.
     """
     (size, context), device = batch.grams_BKK.shape[:2], batch.phases_B.device
-    contrast_B1 = MOST_CONTRAST * torch.rand(size, 1, device=device)
+    made: dict[str, Any] = {"dtype": batch.grams_BKK.dtype, "device": device}
+    contrast_B1 = MOST_CONTRAST * torch.rand(size, 1, **made)
     apart_BB = batch.phases_B[:, None] != batch.phases_B
-    parts_BB = (contrast_B1 * torch.randn(size, size, device=device)).masked_fill(apart_BB, -torch.inf).softmax(dim=1)
-    joined_B1 = torch.rand(size, 1, device=device) < share
-    parts_BB = torch.where(joined_B1, parts_BB, torch.eye(size, device=device))
+    parts_BB = (contrast_B1 * torch.randn(size, size, **made)).masked_fill(apart_BB, -torch.inf).softmax(dim=1)
+    joined_B1 = torch.rand(size, 1, **made) < share
+    parts_BB = torch.where(joined_B1, parts_BB, torch.eye(size, **made))
     made_up_BNN = periodic_grams(batch.phases_B, context, max(steps_H), num_phases)
-    scales_B1 = torch.where(joined_B1, torch.exp(2.0 * torch.randn(size, 1, device=device)), 0.0)
+    scales_B1 = torch.where(joined_B1, torch.exp(2.0 * torch.randn(size, 1, **made)), 0.0)
     sums_HF = (torch.arange(max(steps_H), device=device) < torch.as_tensor(steps_H, device=device)[:, None]).float()
     ahead_BHN = sums_HF @ made_up_BNN[:, context:]
     made_up = {
@@ -309,14 +321,15 @@ def periodic_grams(phases_B: Tensor, context: int, future: int, num_phases: int)
     As of policies with very many weights: the inner products are what they are expected to be.
     """
     size, device = len(phases_B), phases_B.device
-    alike_B11, memory_B11, carried_B11 = torch.rand(3, size, 1, 1, device=device)
-    lengths_BQ = torch.exp(0.3 * torch.randn(size, num_phases, device=device))
+    made: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    alike_B11, memory_B11, carried_B11 = torch.rand(3, size, 1, 1, **made)
+    lengths_BQ = torch.exp(0.3 * torch.randn(size, num_phases, **made))
     # Displacement n of the window leads to snapshot n + 1 - K after the start.
     places_BN = phases_B[:, None] + torch.arange(1 - context, 1 + future, device=device) - 1
     iterations_BN, phases_BN = places_BN.div(num_phases, rounding_mode="floor"), places_BN % num_phases
     apart_BNN = (phases_BN[:, :, None] - phases_BN[:, None]).abs()
     between_BNN = (iterations_BN[:, :, None] - iterations_BN[:, None]).abs()
-    same_BNN = torch.eye(context + future, device=device)
+    same_BNN = torch.eye(context + future, **made)
     cosines_BNN = alike_B11 * memory_B11**apart_BNN * (0.5 * carried_B11) ** between_BNN
     cosines_BNN = torch.where(same_BNN > 0, 1.0, cosines_BNN)
     lengths_BN = lengths_BQ.gather(1, phases_BN)

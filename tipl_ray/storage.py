@@ -11,11 +11,12 @@ only be read.
 import contextlib
 import errno
 import functools
+import hashlib
 import os
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -237,6 +238,36 @@ def read_file(folder: str, name: str) -> bytes:
 def file_exists(folder: str, name: str) -> bool:
     """Whether there is such a file in a folder, or under a URI."""
     return Storage(folder).exists(name)
+
+
+def publish(folder: str, files: Mapping[str, bytes], record: str) -> None:
+    """Put files into a folder, and what `read_published` holds them to: a record of their SHA-256, as sha256sum has it.
+
+    The last file comes last: where it is, all are. Raises StoreError.
+    """
+    *first, last = files
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()]
+    for name in first:
+        write_file(folder, name, files[name])
+    write_file(folder, record, "".join(lines).encode())
+    write_file(folder, last, files[last])
+
+
+def read_published(folder: str, name: str, record: str, way_out: str) -> bytes:
+    """Content of a file that `publish` put, or that an earlier version put there without a record.
+
+    Raises StoreError, which ends in the way out, where the file is missing or is not the one that was published.
+    """
+    shown = Storage(folder).show(name)
+    try:
+        content = read_file(folder, name)
+    except FileNotFoundError as error:
+        raise StoreError(f"{shown}: is missing; {way_out}") from error
+    if file_exists(folder, record):
+        line = f"{hashlib.sha256(content).hexdigest()}  {name}"
+        if line not in read_file(folder, record).decode(errors="replace").splitlines():
+            raise StoreError(f"{shown}: is damaged: its SHA-256 is not the one in {record}; {way_out}")
+    return content
 
 
 class _Publisher(Protocol):

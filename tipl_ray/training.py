@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from tipl_ray import config
 from tipl_ray.gram import GramBand, Question
-from tipl_ray.model import BASIS_FILE, is_complete, load_about, load_model
+from tipl_ray.model import BASIS_FILE, is_complete, load_about, load_model, read_model_file
 from tipl_ray.objectives import TrainingData, gather_trials, make_objective
 from tipl_ray.segments import Tokens, draw_windows, load_band, load_tokens
 from tipl_ray.storage import Storage, StoreError, file_exists, join, read_file, write_file
@@ -116,9 +116,8 @@ class Training:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_file(folder, STATE_FILE, safetensors.torch.save(tensors))
         write_file(folder, PROGRESS_FILE, json.dumps({"step": self.step, "history": self.history}).encode())
-        if self._shared:
-            write_file(join(folder, "model"), BASIS_FILE, self._shared.to_bytes())
-        self.best.save(join(folder, "model"), self._about())
+        beside = {BASIS_FILE: self._shared.to_bytes()} if self._shared else {}
+        self.best.save(join(folder, "model"), self._about(), beside)
 
     def restore(self, folder: str) -> None:
         """Go on from the checkpoint that `save` wrote."""
@@ -254,8 +253,8 @@ def model_folder(experiment: config.Experiment, data_digest: str) -> str:
 
 
 def load_history(folder: str) -> list[Metrics]:
-    """Every iteration's metrics of a trained model. Raises FileNotFoundError if there is none."""
-    return json.loads(read_file(folder, HISTORY_FILE))
+    """Every iteration's metrics of a trained model. Raises StoreError if there is none, or it is damaged."""
+    return json.loads(read_model_file(folder, HISTORY_FILE))
 
 
 def progress_line(metrics: Metrics, num_steps: int) -> str:
@@ -284,6 +283,7 @@ def train(
     """
     folder = model_folder(experiment, data_digest)
     if is_complete(folder):
+        load_model(folder)  # refuses a damaged one
         say(f"found the trained model {folder}")
         return folder
 
@@ -300,12 +300,12 @@ def train(
 def publish(checkpoint_folder: str, folder: str, experiment: config.Experiment, data_digest: str) -> None:
     """Put the best model of a training that has ended where `model_folder` says, its history beside it."""
     history = json.loads(read_file(checkpoint_folder, PROGRESS_FILE))["history"]
-    write_file(folder, HISTORY_FILE, json.dumps(history, indent=1).encode())
+    beside = {HISTORY_FILE: json.dumps(history, indent=1).encode()}
     about = load_about(f"{checkpoint_folder}/model") | {"data_digest": data_digest}
     about["trained_on"] = "+".join(dict.fromkeys(one.task for one in data_sets(experiment)))
     if file_exists(f"{checkpoint_folder}/model", BASIS_FILE):
-        write_file(folder, BASIS_FILE, read_file(f"{checkpoint_folder}/model", BASIS_FILE))
-    load_model(f"{checkpoint_folder}/model").save(folder, about)
+        beside[BASIS_FILE] = read_model_file(f"{checkpoint_folder}/model", BASIS_FILE)
+    load_model(f"{checkpoint_folder}/model").save(folder, about, beside)
 
 
 def train_loop(settings: dict[str, Any]) -> None:
