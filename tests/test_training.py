@@ -10,7 +10,7 @@ import ray
 import torch
 from trajectories import write_trials
 
-from tipl_ray import config, training
+from tipl_ray import config, data_sets, training
 from tipl_ray.forecasting import Tipl, Trial, load_tipl
 from tipl_ray.gram import GramBand, Question, make_band
 from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer, load_about, load_model
@@ -188,28 +188,28 @@ def test_a_model_that_diverges_says_so():
 
 
 def test_the_models_folder_is_that_of_what_it_depends_on():
-    base = training.model_folder(experiment(), "data")
-    assert training.model_folder(experiment(num_workers=2), "data") == base
-    assert training.model_folder(experiment(seed=1), "data") != base
-    assert training.model_folder(experiment(), "other data") != base
+    base = data_sets.model_folder(experiment(), "data")
+    assert data_sets.model_folder(experiment(num_workers=2), "data") == base
+    assert data_sets.model_folder(experiment(seed=1), "data") != base
+    assert data_sets.model_folder(experiment(), "other data") != base
     further = dataclasses.replace(experiment(), evaluate=config.Evaluate(horizon=2, extra_horizons=(5,)))
-    assert training.model_folder(further, "data") == base, "the paper's model predicts any number of steps"
+    assert data_sets.model_folder(further, "data") == base, "the paper's model predicts any number of steps"
     ours = experiment(kind="window")
-    assert training.model_folder(ours, "data") != training.model_folder(
+    assert data_sets.model_folder(ours, "data") != data_sets.model_folder(
         dataclasses.replace(ours, evaluate=further.evaluate), "data"
     )
 
 
 def test_what_the_paper_does_not_have_is_no_part_of_its_models_name():
-    base = training.run_digest(experiment(), "data")
-    assert training.run_digest(experiment(joined_windows=0.5), "data") == base
+    base = data_sets.run_digest(experiment(), "data")
+    assert data_sets.run_digest(experiment(joined_windows=0.5), "data") == base
     ours = experiment(kind="window")
-    assert training.run_digest(ours, "data") != training.run_digest(
+    assert data_sets.run_digest(ours, "data") != data_sets.run_digest(
         experiment(kind="window", joined_windows=0.5), "data"
     )
     runs = experiment(kind="window", num_seeds=3).training_runs
     assert [run.train.seed for run in runs] == [0, 1, 2]
-    assert training.run_digest(runs[0], "data") == training.run_digest(ours, "data")
+    assert data_sets.run_digest(runs[0], "data") == data_sets.run_digest(ours, "data")
 
 
 def elsewhere(storage: Path, *others: Path) -> config.Experiment:
@@ -220,16 +220,16 @@ def elsewhere(storage: Path, *others: Path) -> config.Experiment:
 def test_other_data_sets_to_train_on_are_split_as_the_own_one_is(tmp_path: Path):
     other = write_store(tmp_path / "other", (1, 2, 3, 4, 5))
     with pytest.raises(StoreError, match=r"other: train\.data names it, and no complete data set is there"):
-        training.data_sets(elsewhere(tmp_path, tmp_path / "other"))
+        data_sets.data_sets(elsewhere(tmp_path, tmp_path / "other"))
     other.finish((1, 2, 3, 4, 5), 41)
-    (found,) = training.data_sets(elsewhere(tmp_path, tmp_path / "other"))
+    (found,) = data_sets.data_sets(elsewhere(tmp_path, tmp_path / "other"))
     assert found.split.cut(found.seeds) == ((1, 2, 3), (4,), (5,))
     assert (found.task, found.digest) == ("Line-v0", other.digest())
-    assert training.training_digest(elsewhere(tmp_path, tmp_path / "other")) == other.digest()
+    assert data_sets.training_digest(elsewhere(tmp_path, tmp_path / "other")) == other.digest()
     few = write_store(tmp_path / "few", (1, 2))
     few.finish((1, 2), 41)
     with pytest.raises(ValueError, match="leave none of its 2 trials to train on"):
-        training.data_sets(elsewhere(tmp_path, tmp_path / "few"))
+        data_sets.data_sets(elsewhere(tmp_path, tmp_path / "few"))
 
 
 def test_training_elsewhere_is_refused_where_tokens_fit_one_task_alone():
@@ -310,7 +310,7 @@ def test_a_model_is_trained_on_several_other_data_sets_and_never_on_its_own(clus
     for name, seeds in (("one", (3, 4, 5, 6)), ("two", (7, 8, 9, 10))):
         write_store(tmp_path / name, seeds).finish(seeds, 41)
     settings = elsewhere(tmp_path / "own", tmp_path / "one", tmp_path / "two")
-    folder = training.train(settings, training.training_digest(settings), say=lambda line: None)
+    folder = training.train(settings, data_sets.training_digest(settings), say=lambda line: None)
     assert load_about(folder)["trained_on"] == "Line-v0"
     halves = [gather_trials([bands(3, 4), bands(7, 8)]), gather_trials([bands(5), bands(9)])]
     alone = training.Training(settings, TrainingData(train=halves[0], validation=halves[1]))

@@ -168,6 +168,12 @@ def pending_seeds(experiment: Experiment, store: TrajectoryStore) -> list[int]:
     return [p.seed for p in sorted(progress, key=lambda p: p.num_snapshots) if not p.complete]
 
 
+def refuse_other(store: TrajectoryStore, header: Header) -> None:
+    """Raises StoreError where the storage holds trials of another header, and says what differs."""
+    if store.seeds() and store.header().config_hash != header.config_hash:
+        TrialWriter(store, store.seeds()[0], header)
+
+
 def collect(
     experiment: Experiment, on_progress: Callable[[list[GroupProgress]], None] = lambda progress: None
 ) -> TrajectoryStore:
@@ -178,8 +184,7 @@ def collect(
     store = TrajectoryStore(experiment.storage_path)
     engine = choose_engine(experiment.collect.engine, experiment.ppo)
     header = trial_header(experiment, engine)
-    if store.seeds() and store.header().config_hash != header.config_hash:
-        TrialWriter(store, store.seeds()[0], header)  # refuses, and says what differs
+    refuse_other(store, header)
     seeds = pending_seeds(experiment, store)
     if seeds:
         if engine == "cuda" and not ray.cluster_resources().get("GPU"):

@@ -211,6 +211,11 @@ def evaluation_folder(experiment: Experiment, model_folders: Sequence[str]) -> s
     return join(experiment.storage_path, "evaluations", name)
 
 
+def is_evaluated(folder: str) -> bool:
+    """Whether an evaluation's folder has all that takes the cluster to find out."""
+    return file_exists(folder, "reconstruction.json")
+
+
 def evaluate(
     experiment: Experiment,
     model_folders: Sequence[str],
@@ -222,7 +227,7 @@ def evaluate(
     `on_progress` is told the tasks that are done and their total.
     """
     folder = evaluation_folder(experiment, model_folders)
-    if not file_exists(folder, "reconstruction.json"):
+    if not is_evaluated(folder):
         fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folders))
         write_file(folder, FITTED_FILE, fitted)
         brought = _gather(_send(experiment, model_folders, fitted), on_progress)

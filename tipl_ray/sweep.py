@@ -29,8 +29,10 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from tipl_ray import comparison, config
+from tipl_ray.data_sets import model_folder, run_digest
 from tipl_ray.gram import GramBand
 from tipl_ray.jobs import check_job, connected_to_ray, open_tracker
+from tipl_ray.locks import only_one
 from tipl_ray.model import WindowTransformer, is_complete
 from tipl_ray.objectives import NextToken, TrainingData
 from tipl_ray.search_space import Candidate, Range, Space, corners, describe, make_space, short_names, with_fields
@@ -44,9 +46,7 @@ from tipl_ray.training import (
     TrainingError,
     load_trials,
     make_trainer,
-    model_folder,
     publish,
-    run_digest,
     worker_training,
 )
 from tipl_ray.trajectory_store import TrajectoryStore
@@ -117,8 +117,14 @@ def run_sweep(experiment: config.Experiment) -> None:
     """The whole of jobs/sweep.py. Raises what `jobs.exit_status` tells a user."""
     check_job(experiment)
     plan = make_plan(experiment)
-    tracker = open_tracker(experiment)
     key = f"sweep-{plan.digest}"
+    with only_one(experiment.storage_path, key, "running this sweep"):
+        _run_sweep(plan, key)
+
+
+def _run_sweep(plan: Plan, key: str) -> None:
+    experiment = plan.experiment
+    tracker = open_tracker(experiment)
     found = tracker.find(key)
     if found and found.status == "FINISHED":
         say(f"sweep: found it finished, {plan.num_children} children")
