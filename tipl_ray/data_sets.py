@@ -13,6 +13,8 @@ from tipl_ray.trajectory_store import Header, TrajectoryStore
 
 MODELS_NAMED = 3
 """Trained models that an error names at most."""
+FIELDS_NAMED = 4
+"""Fields that it names of each at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,11 +116,16 @@ def missing_model(experiment: config.Experiment, data_digest: str) -> StoreError
     start = f"{model_folder(experiment, data_digest)}: no trained model of this experiment is there"
     if not found:
         return StoreError(f"{start}, nor any other; run jobs/train.py first")
-    named = "; ".join(f"{name} with {', '.join(fields)}" for fields, name in found[:MODELS_NAMED])
+    named = "; ".join(f"{name} with {_few(fields)}" for fields, name in found[:MODELS_NAMED])
     rest = f" and {len(found) - MODELS_NAMED} more" if len(found) > MODELS_NAMED else ""
     return StoreError(
         f"{start}. There are {named}{rest}. Ask for one of these, or run jobs/train.py with this experiment first"
     )
+
+
+def _few(fields: list[str]) -> str:
+    more = len(fields) - FIELDS_NAMED
+    return ", ".join(fields[:FIELDS_NAMED]) + (f" and {more} more fields that differ" if more > 0 else "")
 
 
 def _differences(experiment: config.Experiment, data_digest: str, folder: str) -> list[str]:
@@ -129,6 +136,8 @@ def _differences(experiment: config.Experiment, data_digest: str, folder: str) -
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []  # a training that has not ended, or a model of another making
     here = config.as_table(experiment)
+    preset = about["experiment"].get("preset")
+    presets = [f"preset={preset!r}, not {experiment.preset!r}"] if preset not in (None, experiment.preset) else []
     here = {**_made_of(here), "evaluate": here["evaluate"]}
     for table in (there, here):
         asked = ("horizon", "extra_horizons") if here["basis"]["kind"] == "window" else ()
@@ -136,4 +145,4 @@ def _differences(experiment: config.Experiment, data_digest: str, folder: str) -
     before, now = dict(config.flat(there)), dict(config.flat(here))
     fields = [name for name in now | before if before.get(name) != now.get(name)]
     other_data = ["other data"] if about.get("data_digest", data_digest) != data_digest else []
-    return [*other_data, *(f"{name}={before.get(name)!r}, not {now.get(name)!r}" for name in fields)]
+    return [*other_data, *presets, *(f"{name}={before.get(name)!r}, not {now.get(name)!r}" for name in fields)]

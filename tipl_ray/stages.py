@@ -44,6 +44,7 @@ class Context:
         self.experiment = experiment
         self._until_the_end = until_the_end
         self._claimed: set[str] = set()
+        self._connected = False
 
     @functools.cached_property
     def tracker(self) -> Tracker:
@@ -64,14 +65,12 @@ class Context:
             self._until_the_end.enter_context(only_one(self.experiment.storage_path, name, what))
             self._claimed.add(name)
 
-    @functools.cached_property
-    def _cluster(self) -> bool:
-        self._until_the_end.enter_context(connected_to_ray())
-        return True
-
     def connect(self) -> None:
-        """The Ray cluster, for work that is not found done."""
-        assert self._cluster
+        """The Ray cluster, for work that is not found done; before the pipeline's run, which a signal then ends too."""
+        if not self._connected:
+            self._until_the_end.enter_context(connected_to_ray())
+            self._connected = True
+        _ = self.pipeline
 
     def logged(self, key: str) -> bool:
         """Whether MLflow has all of a stage's run, under this pipeline's."""
@@ -150,12 +149,14 @@ def run_collect(context: Context) -> None:
     if not find_task(settings.task).fast:
         say(f"collect: {settings.task} runs through gymnasium, one environment after the other, several times slower")
     found = settings.num_trials - len(pending_seeds(experiment, store))
-    if found == settings.num_trials and store.finished():
+    done = found == settings.num_trials and store.finished()
+    if done:
         say(f"collect: found all {found} trials complete")
     elif found:
         say(f"collect: found {found} trials complete, going on with the others")
     begin = time.monotonic()
-    if not check_collect(context):
+    if not done:
+        context.claim("collect", "collecting trials")
         with ProgressView() as view:
             view.show([], "collect: starting Ray")
             context.connect()
@@ -202,7 +203,6 @@ def run_train(context: Context) -> None:
         f"context {experiment.model.context}, {experiment.train.num_steps:,} steps of {experiment.train.batch_size} "
         "windows"
     )
-    check_train(context)
     for run_of_seed in experiment.training_runs:
         _train_one(context, run_of_seed)
 
@@ -212,46 +212,50 @@ def _train_one(context: Context, experiment: Experiment) -> None:
 
     begin = time.monotonic()
     data = training_digest(experiment)
-    name, folder = run_digest(experiment, data), model_folder(experiment, data)
-    key = f"train-{name}"
+    folder, key = model_folder(experiment, data), f"train-{run_digest(experiment, data)}"
     if is_complete(folder) and context.logged(key):
         say(f"train: found the trained model {folder}")
         return
-    context.claim(f"train-{name}", "training this model")
+    context.claim(key, "training this model")
     seed = f" seed {experiment.train.seed}" if len(context.experiment.training_runs) > 1 else ""
-    with (
-        contextlib.ExitStack() as until_the_first_line,
-        context.run(f"train {experiment.preset}{seed}", key) as run,
-    ):
-        run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("basis", "split", "model", "train")})
-        for one in data_sets(experiment):
-            run.log_dataset(f"{one.task} trajectories", one.digest, join(one.storage, "trajectories"), profile={})
+    with contextlib.ExitStack() as until_the_first_line:
         view = until_the_first_line.enter_context(ProgressView())
 
         def show(phase: str) -> None:
             view.show([], f"train: {phase}, {duration(time.monotonic() - begin)} so far")
 
-        def log(metrics: dict[str, float]) -> None:
-            until_the_first_line.close()
-            told = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
-            run.log_metrics({name: metrics[name] for name in told}, step=int(metrics["step"]))
-
         if not is_complete(folder):
             show("starting Ray")
             context.connect()
-        from tipl_ray import figures
-        from tipl_ray.training import load_history, train
-
-        train(experiment, data, on_metrics=log, on_phase=show, say=lambda line: say(f"train: {line}"))
-        history = load_history(folder)
-        for metrics in history:
-            log(metrics)
-        run.log_figure(figures.training_curves(history), "training_curves")
-        with tempfile.TemporaryDirectory() as copy:
-            for name in Storage(folder).sizes():
-                Path(copy, name).write_bytes(read_file(folder, name))
-            run.log_model_folder(copy)
+        with context.run(f"train {experiment.preset}{seed}", key) as run:
+            _train_and_log(experiment, run, data, show, until_the_first_line.close)
     say(f"train: model in {folder}, {duration(time.monotonic() - begin)}")
+
+
+def _train_and_log(
+    experiment: Experiment, run: Run, data: str, show: Callable[[str], None], at_first_line: Callable[[], None]
+) -> None:
+    from tipl_ray import figures
+    from tipl_ray.training import load_history, train
+
+    run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("basis", "split", "model", "train")})
+    for one in data_sets(experiment):
+        run.log_dataset(f"{one.task} trajectories", one.digest, join(one.storage, "trajectories"), profile={})
+
+    def log(metrics: dict[str, float]) -> None:
+        at_first_line()
+        told = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
+        run.log_metrics({name: metrics[name] for name in told}, step=int(metrics["step"]))
+
+    folder = train(experiment, data, on_metrics=log, on_phase=show, say=lambda line: say(f"train: {line}"))
+    history = load_history(folder)
+    for metrics in history:
+        log(metrics)
+    run.log_figure(figures.training_curves(history), "training_curves")
+    with tempfile.TemporaryDirectory() as copy:
+        for name in Storage(folder).sizes():
+            Path(copy, name).write_bytes(read_file(folder, name))
+        run.log_model_folder(copy)
 
 
 def trained_models(experiment: Experiment) -> list[str]:
@@ -267,7 +271,7 @@ def trained_models(experiment: Experiment) -> list[str]:
 def run_evaluate(context: Context) -> None:
     """Judge the trained models on the test trials: result table, figures, report."""
     from tipl_ray import report
-    from tipl_ray.evaluation import evaluate, evaluation_folder
+    from tipl_ray.evaluation import evaluate, evaluation_folder, is_evaluated
 
     experiment = context.experiment
     data_digest(experiment)  # refuses what is not complete
@@ -278,12 +282,13 @@ def run_evaluate(context: Context) -> None:
         f"{settings.windows_per_trial} windows a trial on {settings.episodes} episodes each"
     )
     begin = time.monotonic()
-    key = f"evaluate-{last_name(evaluation_folder(experiment, models))}"
-    found = check_evaluate(context)
+    folder = evaluation_folder(experiment, models)
+    key, found = f"evaluate-{last_name(folder)}", is_evaluated(folder)
     with ProgressView() as view:
         if found:
-            view.show([], "evaluate: found the result table")
+            say(f"evaluate: found the result table in {folder}")
         else:
+            context.claim(key, "making this evaluation")
             view.show([], "evaluate: starting Ray")
             context.connect()
             view.show([], "evaluate: fitting the predictors on the training trials")
@@ -298,12 +303,12 @@ def run_evaluate(context: Context) -> None:
             for row in evaluation.summary:
                 values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
                 run.log_metrics(values, step=row["step"])
-            with tempfile.TemporaryDirectory() as folder:
-                pictures = _draw(context, evaluation, models[0], Path(folder))
+            with tempfile.TemporaryDirectory() as temporary:
+                pictures = _draw(context, evaluation, models[0], Path(temporary))
                 for name, picture in pictures.items():
                     run.log_figure(picture, name)
                     write_file(join(evaluation.folder, "figures"), picture.name, picture.read_bytes())
-                page = _write_report(Path(folder) / "report.html", context, evaluation, models, pictures)
+                page = _write_report(Path(temporary) / "report.html", context, evaluation, models, pictures)
                 run.log_file(page)
                 write_file(evaluation.folder, page.name, page.read_bytes())
     for line in report.format_table(evaluation.summary).splitlines():
@@ -347,9 +352,10 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
         for name in names:
             if not STAGES[name].check(context):
                 break  # the stages after it need what it is still to do
+        tracker = context.tracker  # one that cannot be used is refused before hours of work
         for name in names:
             STAGES[name].run(context)
-        say(f"MLflow: {ui_command(context.tracker.uri)}")
+        say(f"MLflow: {ui_command(tracker.uri)}")
 
 
 def data_digest(experiment: Experiment) -> str:
