@@ -377,6 +377,11 @@ def data_digest(experiment: Experiment) -> str:
 def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[int]) -> StoreError:
     """What is said where trials are missing: which were asked for, which there are, and how to ask for those."""
     asked = experiment.collect
+    if not missing:
+        return StoreError(
+            f"{experiment.storage_path}: all {asked.num_trials} trials are there, but not sealed as a whole data set; "
+            "run jobs/collect.py with the same experiment once more, which verifies and seals them"
+        )
     start = f"{experiment.storage_path}: {len(missing)} of {asked.num_trials} trials are not complete"
     others = sorted(set(there) - set(asked.seeds))
     if not others:
