@@ -14,6 +14,7 @@ from trajectories import write_trials
 
 from tipl_ray import config, stages
 from tipl_ray.config import CHECKOUT, Experiment
+from tipl_ray.data_sets import run_digest
 from tipl_ray.locks import only_one
 from tipl_ray.storage import StoreError
 
@@ -139,7 +140,7 @@ def test_a_second_driver_of_a_stage_is_refused_and_another_stages_is_not(
         assert "4 of 4 trials are not complete; run" in refused(settings, "train", capsys=capsys)
     collected(tmp_path, 3, 4, 5, 6)
     digest = stages.data_digest(settings)
-    name = f"train-{stages.run_digest(settings, digest)}"
+    name = f"train-{run_digest(settings, digest)}"
     with only_one(str(tmp_path), name, "training this model"):
         assert "is already training this model; wait" in refused(settings, "train", capsys=capsys)
 

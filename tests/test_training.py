@@ -315,6 +315,11 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def empty_out(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "state cut short": lambda folder: truncate(folder / "training.safetensors"),
     "state empty": lambda folder: (folder / "training.safetensors").write_bytes(b""),
@@ -324,7 +329,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "best model missing": lambda folder: (folder / "model" / "model.json").unlink(),
     "digests missing": lambda folder: (folder / training.DIGESTS_FILE).unlink(),
     "digests cut short": lambda folder: truncate(folder / training.DIGESTS_FILE),
-    "nothing in it": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "nothing in it": empty_out,
 }
 
 
