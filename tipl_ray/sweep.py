@@ -117,20 +117,15 @@ def run_sweep(experiment: config.Experiment) -> None:
     """The whole of jobs/sweep.py. Raises what `jobs.exit_status` tells a user."""
     check_job(experiment)
     plan = make_plan(experiment)
-    key = f"sweep-{plan.digest}"
-    with only_one(experiment.storage_path, key, "running this sweep"):
-        _run_sweep(plan, key)
-
-
-def _run_sweep(plan: Plan, key: str) -> None:
-    experiment = plan.experiment
     tracker = open_tracker(experiment)
+    key = f"sweep-{plan.digest}"
     found = tracker.find(key)
     if found and found.status == "FINISHED":
         say(f"sweep: found it finished, {plan.num_children} children")
         _show(plan, comparison.read_children(tracker.client, found.run_id))
     else:
-        with connected_to_ray(), tracker.run(plan.name, key, tags=run_tags(experiment)) as parent:
+        claim = only_one(experiment.storage_path, key, "running this sweep")
+        with claim, connected_to_ray(), tracker.run(plan.name, key, tags=run_tags(experiment)) as parent:
             _sweep(plan, tracker, parent)
     say(f"MLflow: {ui_command(tracker.uri)}")
 
