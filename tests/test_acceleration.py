@@ -18,10 +18,10 @@ from tipl_ray.acceleration import find_predictors, run_acceleration, run_unit, s
 from tipl_ray.collection import GroupCollector
 from tipl_ray.config import Accelerate, Collect, Experiment, Ppo, Split
 from tipl_ray.contenders import Contender, Unit, filled
+from tipl_ray.data_sets import model_folder
 from tipl_ray.gram import Question
 from tipl_ray.model import WindowTransformer
 from tipl_ray.storage import StoreError
-from tipl_ray.training import model_folder
 from tipl_ray.trajectory_store import TrajectoryStore
 
 SOURCE = """

@@ -84,10 +84,13 @@ def test_mlflow_has_one_parent_with_one_child_per_stage_however_often_it_ran(fin
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_name for run in parents] == ["smoke"]
     children = {run.info.run_name: run for run in runs if run not in parents}
-    assert set(children) == {"collect", "train", "evaluate"}
+    assert set(children) == {"collect", "train paper", "evaluate paper"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parents[0].info.run_id}
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert [m.step for m in client.get_metric_history(children["train"].info.run_id, "validation_loss")] == [20, 40]
+    assert [m.step for m in client.get_metric_history(children["train paper"].info.run_id, "validation_loss")] == [
+        20,
+        40,
+    ]
     inputs = children["collect"].inputs
     assert inputs is not None
     assert inputs.dataset_inputs[0].dataset.digest == TrajectoryStore(str(finished[0])).digest()

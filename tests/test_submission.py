@@ -178,7 +178,7 @@ def test_a_stopped_pipeline_leaves_no_process_and_good_data_and_is_completed_whe
     logs = client.wait(client.submit("pipeline", storage, *overrides), JobStatus.SUCCEEDED)
     assert store.finished()
     assert store.digest() == expected_digest(tmp_path / "expected", steps)
-    assert statuses(storage) == dict.fromkeys(("smoke", "collect", "train", "evaluate"), "FINISHED")
+    assert statuses(storage) == dict.fromkeys(("smoke", "collect", "train paper", "evaluate paper"), "FINISHED")
     assert list(storage.glob("evaluations/*/report.html"))
     assert re.search(r"^time=\S+ event=start actor=\d trials=1-2$", logs, re.MULTILINE), logs
     assert re.search(r"event=commit trials=\S+ iteration=\d+ bytes=\d+ seconds=", logs)

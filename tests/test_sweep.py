@@ -22,9 +22,9 @@ from trajectories import write_trials
 
 from tipl_ray import comparison, search_space, stages, sweep
 from tipl_ray.config import CHECKOUT, Experiment, Sweep, Train, load_experiment
+from tipl_ray.data_sets import model_folder
 from tipl_ray.model import is_complete, load_model
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
-from tipl_ray.training import model_folder
 from tipl_ray.trajectory_store import TrajectoryStore
 
 OVER = {"basis.rank": [3, 6], "model.context": [4, 8]}

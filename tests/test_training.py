@@ -1,16 +1,20 @@
 import dataclasses
+import errno
+import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 import ray
+import ray.train
 import torch
 from trajectories import write_trials
 
-from tipl_ray import config, training
+from tipl_ray import config, data_sets, training
 from tipl_ray.forecasting import Tipl, Trial, load_tipl
 from tipl_ray.gram import GramBand, Question, make_band
 from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer, load_about, load_model
@@ -188,28 +192,28 @@ def test_a_model_that_diverges_says_so():
 
 
 def test_the_models_folder_is_that_of_what_it_depends_on():
-    base = training.model_folder(experiment(), "data")
-    assert training.model_folder(experiment(num_workers=2), "data") == base
-    assert training.model_folder(experiment(seed=1), "data") != base
-    assert training.model_folder(experiment(), "other data") != base
+    base = data_sets.model_folder(experiment(), "data")
+    assert data_sets.model_folder(experiment(num_workers=2), "data") == base
+    assert data_sets.model_folder(experiment(seed=1), "data") != base
+    assert data_sets.model_folder(experiment(), "other data") != base
     further = dataclasses.replace(experiment(), evaluate=config.Evaluate(horizon=2, extra_horizons=(5,)))
-    assert training.model_folder(further, "data") == base, "the paper's model predicts any number of steps"
+    assert data_sets.model_folder(further, "data") == base, "the paper's model predicts any number of steps"
     ours = experiment(kind="window")
-    assert training.model_folder(ours, "data") != training.model_folder(
+    assert data_sets.model_folder(ours, "data") != data_sets.model_folder(
         dataclasses.replace(ours, evaluate=further.evaluate), "data"
     )
 
 
 def test_what_the_paper_does_not_have_is_no_part_of_its_models_name():
-    base = training.run_digest(experiment(), "data")
-    assert training.run_digest(experiment(joined_windows=0.5), "data") == base
+    base = data_sets.run_digest(experiment(), "data")
+    assert data_sets.run_digest(experiment(joined_windows=0.5), "data") == base
     ours = experiment(kind="window")
-    assert training.run_digest(ours, "data") != training.run_digest(
+    assert data_sets.run_digest(ours, "data") != data_sets.run_digest(
         experiment(kind="window", joined_windows=0.5), "data"
     )
     runs = experiment(kind="window", num_seeds=3).training_runs
     assert [run.train.seed for run in runs] == [0, 1, 2]
-    assert training.run_digest(runs[0], "data") == training.run_digest(ours, "data")
+    assert data_sets.run_digest(runs[0], "data") == data_sets.run_digest(ours, "data")
 
 
 def elsewhere(storage: Path, *others: Path) -> config.Experiment:
@@ -220,16 +224,57 @@ def elsewhere(storage: Path, *others: Path) -> config.Experiment:
 def test_other_data_sets_to_train_on_are_split_as_the_own_one_is(tmp_path: Path):
     other = write_store(tmp_path / "other", (1, 2, 3, 4, 5))
     with pytest.raises(StoreError, match=r"other: train\.data names it, and no complete data set is there"):
-        training.data_sets(elsewhere(tmp_path, tmp_path / "other"))
+        data_sets.data_sets(elsewhere(tmp_path, tmp_path / "other"))
     other.finish((1, 2, 3, 4, 5), 41)
-    (found,) = training.data_sets(elsewhere(tmp_path, tmp_path / "other"))
+    (found,) = data_sets.data_sets(elsewhere(tmp_path, tmp_path / "other"))
     assert found.split.cut(found.seeds) == ((1, 2, 3), (4,), (5,))
     assert (found.task, found.digest) == ("Line-v0", other.digest())
-    assert training.training_digest(elsewhere(tmp_path, tmp_path / "other")) == other.digest()
+    assert data_sets.training_digest(elsewhere(tmp_path, tmp_path / "other")) == other.digest()
     few = write_store(tmp_path / "few", (1, 2))
     few.finish((1, 2), 41)
     with pytest.raises(ValueError, match="leave none of its 2 trials to train on"):
-        training.data_sets(elsewhere(tmp_path, tmp_path / "few"))
+        data_sets.data_sets(elsewhere(tmp_path, tmp_path / "few"))
+
+
+def with_header(root: Path, header: dict) -> config.Experiment:
+    write_trials(root, {seed: trajectory(seed) for seed in (1, 2, 3)}, header).finish((1, 2, 3), 41)
+    return elsewhere(root.parent, root)
+
+
+def test_snapshots_that_jumps_predicted_count_in_another_data_sets_iterations(tmp_path: Path):
+    jumped = {"ppo": {"num_epochs": 4}, "epochs_per_snapshot": 2, "jump": {"horizon": 3}}
+    assert len(data_sets.data_sets(with_header(tmp_path / "jumped", jumped))) == 1
+    with pytest.raises(ValueError, match="8 snapshots per PPO iteration do not fit the experiment's 5"):
+        data_sets.data_sets(with_header(tmp_path / "more", {**PPO, "jump": {"horizon": 3}}))
+    with pytest.raises(StoreError, match="its trials do not record ppo"):
+        data_sets.data_sets(with_header(tmp_path / "foreign", {}))
+
+
+def write_model(storage: Path, name: str, settings: config.Experiment, data_digest: str = "data") -> None:
+    about = {"experiment": config.as_table(settings), "data_digest": data_digest}
+    (storage / "models" / name).mkdir(parents=True)
+    (storage / "models" / name / "model.json").write_text(json.dumps(about))
+
+
+def test_a_missing_model_is_told_by_what_differs_in_those_that_are_there(tmp_path: Path):
+    asked = experiment(tmp_path, num_steps=30)
+    assert "nor any other" in str(data_sets.missing_model(asked, "data"))
+    write_model(tmp_path, "far", experiment(tmp_path, "window", num_steps=99, seed=4, weight_decay=0.5, batch_size=2))
+    write_model(tmp_path, "near", experiment(tmp_path, seed=7, num_workers=2))
+    write_model(tmp_path, "other", experiment(tmp_path, seed=7), "other data")
+    (tmp_path / "models" / "begun").mkdir()
+    write_model(tmp_path, "foreign", asked)
+    (tmp_path / "models" / "foreign" / "model.json").write_text("[]")
+    said = str(data_sets.missing_model(asked, "data"))
+    assert "There are near with train.seed=7, not 0; other with other data, train.seed=7, not 0; far with " in said
+    assert "and 2 more fields that differ. Ask for one of these" in said
+    assert "begun" not in said
+    assert "\n" not in said
+    steps = dataclasses.replace(experiment(tmp_path, "window"), evaluate=config.Evaluate(horizon=3))
+    write_model(tmp_path, "wider", steps)
+    assert "wider with evaluate.horizon=3, not 2;" in str(
+        data_sets.missing_model(experiment(tmp_path, "window"), "data")
+    )
 
 
 def test_training_elsewhere_is_refused_where_tokens_fit_one_task_alone():
@@ -251,15 +296,137 @@ def interrupt(metrics: training.Metrics) -> None:
         raise InterruptError
 
 
-def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster: None, tmp_path: Path):
-    settings = experiment(tmp_path, num_steps=300)
-    # The test trial is not in the store: a run that touched it would fail.
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def keep_two(folder: Path) -> tuple[Path, Path]:
+    """Checkpoints of steps 10 and 20, as two starts of a training leave them, and Ray Train's record of them."""
+    run, kept = of_kind("trial"), (folder / "checkpoint_1", folder / "checkpoint_2")
+    for path, _ in zip(kept, run.iterations(), strict=False):
+        run.save(str(path))
+    (folder / training.RECORD_FILE).write_text("{}")
+    return kept
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def empty_out(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "state cut short": lambda folder: truncate(folder / "training.safetensors"),
+    "state empty": lambda folder: (folder / "training.safetensors").write_bytes(b""),
+    "state missing": lambda folder: (folder / "training.safetensors").unlink(),
+    "progress cut short": lambda folder: truncate(folder / "training.json"),
+    "bit of the best model": lambda folder: flip_a_bit(folder / "model" / "model.safetensors"),
+    "best model missing": lambda folder: (folder / "model" / "model.json").unlink(),
+    "record cut short": lambda folder: truncate(folder / training.CHECKPOINT_RECORD),
+    "nothing in it": empty_out,
+}
+
+
+def test_training_goes_on_from_a_checkpoint_of_before_there_were_records(tmp_path: Path):
+    for kept in keep_two(tmp_path):
+        (kept / training.CHECKPOINT_RECORD).unlink()
+        (kept / "model" / "model.sha256").unlink()
+    assert training._resumed(str(tmp_path), lambda line: None)[1] == 20
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_training_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Path, what: str):
+    earlier, newest = keep_two(tmp_path)
+    DAMAGE[what](newest)
+    lines: list[str] = []
+    checkpoint, step = training._resumed(str(tmp_path), lines.append)
+    assert checkpoint is not None
+    assert (checkpoint.path, step) == (str(earlier), 10)
+    assert lines == [f"checkpoint_2 in {tmp_path}: not whole; going on from step 10"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"], "and nothing that is not whole stays"
+
+
+def test_checkpoints_that_are_gone_or_all_damaged_begin_the_training_anew(tmp_path: Path):
+    lines: list[str] = []
+    assert training._resumed(str(tmp_path / "never"), lines.append) == (None, 0)
+    assert not lines
+    for folder in keep_two(tmp_path):
+        truncate(folder / "training.json")
+    assert training._resumed(str(tmp_path), lines.append) == (None, 0)
+    assert lines[0].endswith("not whole; no other is there, so training starts anew")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_checkpoints_are_told_apart_by_their_steps(tmp_path: Path):
+    _, newest = keep_two(tmp_path)
+    lines: list[str] = []
+    checkpoint, step = training._resumed(str(tmp_path), lines.append)
+    assert checkpoint is not None
+    assert (checkpoint.path, step, lines) == (str(newest), 20, ["going on from step 20"])
+
+
+class GroupError(ray.train.TrainingFailedError):
+    """As Ray Train raises it where workers failed."""
+
+    def __init__(self, *failures: Exception):
+        self.worker_failures = dict(enumerate(failures))
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), StoreError, r"^/kept: checkpoints .* the disk is full\."),
+        (OSError(errno.EROFS, "Read-only file system"), StoreError, "Read-only file system. Make room or give access"),
+        (GroupError(OSError(errno.EDQUOT, "Disk quota exceeded")), StoreError, "the disk is full"),
+        (GroupError(RuntimeError(), StoreError("part: is missing")), StoreError, "^part: is missing$"),
+        (GroupError(training.TrainingError("step 7: diverged")), training.TrainingError, "^step 7: diverged$"),
+        (GroupError(RuntimeError("ours")), GroupError, "^$"),
+        (ConnectionResetError("a peer"), ConnectionResetError, "a peer"),
+    ],
+)
+def test_what_a_user_can_mend_is_told_without_ray_trains_words(failure: Exception, kind: type[Exception], says: str):
+    with pytest.raises(kind, match=says), training._explained("/kept"):
+        raise failure
+
+
+def test_a_model_that_diverges_on_ray_train_is_one_error_and_is_not_tried_again(cluster: None, tmp_path: Path):
+    settings = experiment(tmp_path, learning_rate=1e30, warmup_steps=0)
     digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
+    with pytest.raises(training.TrainingError, match=r"step \d+: .*lower train\.learning_rate=1e\+30"):
+        training.train(settings, digest, say=lambda line: None)
+
+
+def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster: None, tmp_path: Path):
+    settings = experiment(tmp_path / "first", num_steps=300)
+    # The test trial is not in the store: a run that touched it would fail.
+    digest = write_store(tmp_path / "first", settings.train_seeds + settings.validation_seeds).digest()
+    phases: list[str] = []
     with pytest.raises(InterruptError):
-        training.train(settings, digest, on_metrics=interrupt)
+        training.train(settings, digest, on_metrics=interrupt, on_phase=phases.append)
+    assert "reading and reducing trials, " in phases[0]
+    assert "starting 1 Ray Train worker" in phases
+    # It goes on wherever it is moved to, from the newest checkpoint that is whole, whatever Ray Train's record says.
+    moved = dataclasses.replace(settings, storage=str(tmp_path / "moved"))
+    (tmp_path / "first").rename(tmp_path / "moved")
+    *_, earlier, newest = sorted(tmp_path.glob("moved/training/*/checkpoint_2*"))
+    step = json.loads((earlier / "training.json").read_text())["step"]
+    truncate(newest / "training.safetensors")
+    (record,) = tmp_path.glob(f"moved/training/*/{training.RECORD_FILE}")
+    truncate(record)
     rows: list[training.Metrics] = []
-    folder = training.train(settings, digest, on_metrics=rows.append, say=lambda line: None)
-    assert 10 < rows[0]["step"] <= rows[-1]["step"] == 300
+    lines: list[str] = []
+    settings = moved
+    folder = training.train(settings, digest, on_metrics=rows.append, say=lines.append)
+    assert newest.name in lines[0]
+    assert lines[0].endswith(f"not whole; going on from step {step}")
+    assert rows[0]["step"] == step + 10
+    assert rows[-1]["step"] == 300
+    assert not (tmp_path / "first").exists()
 
     undisturbed = training.Training(settings, data())
     list(undisturbed.iterations())
@@ -276,7 +443,7 @@ def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster
     trial = Trial(weights_TP=trajectory(6), band=make_band(trajectory(6), 8))
     assert np.isfinite(load_tipl(folder, Question.of(settings)).forecast(trial, np.array([10, 38]))).all()
 
-    lines: list[str] = []
+    lines.clear()
     assert training.train(settings, digest, on_metrics=interrupt, say=lines.append) == folder
     assert lines == [f"found the trained model {folder}"]
 
@@ -310,7 +477,7 @@ def test_a_model_is_trained_on_several_other_data_sets_and_never_on_its_own(clus
     for name, seeds in (("one", (3, 4, 5, 6)), ("two", (7, 8, 9, 10))):
         write_store(tmp_path / name, seeds).finish(seeds, 41)
     settings = elsewhere(tmp_path / "own", tmp_path / "one", tmp_path / "two")
-    folder = training.train(settings, training.training_digest(settings), say=lambda line: None)
+    folder = training.train(settings, data_sets.training_digest(settings), say=lambda line: None)
     assert load_about(folder)["trained_on"] == "Line-v0"
     halves = [gather_trials([bands(3, 4), bands(7, 8)]), gather_trials([bands(5), bands(9)])]
     alone = training.Training(settings, TrainingData(train=halves[0], validation=halves[1]))

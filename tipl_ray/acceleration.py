@@ -29,15 +29,16 @@ from tipl_ray import contenders, figures
 from tipl_ray.collection import GroupCollector
 from tipl_ray.config import Experiment, as_table, digest, load_experiment
 from tipl_ray.contenders import TIPL, Contender, Finished, Unit, filled
+from tipl_ray.data_sets import model_folder
 from tipl_ray.forecasting import load_predictor
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.learner import choose_engine
+from tipl_ray.locks import only_one
 from tipl_ray.metrics import interquartile_mean
 from tipl_ray.stages import data_digest, learning_curves
 from tipl_ray.storage import StoreError, file_exists, join, last_name, local_folder, read_file, write_file
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, ui_command
-from tipl_ray.training import model_folder
 
 UNIT_FILE = "unit.json"
 Cell = tuple[str, int, Contender]
@@ -80,7 +81,8 @@ def run_acceleration(experiment: Experiment) -> None:
             )
             begin = time.monotonic()
             key = digest(as_table(experiment.accelerate), experiment.collect, experiment.ppo, plan.folders)
-            with tracker.run("accelerate", f"accelerate-{key}", tags={"experiment": experiment.name}) as run:
+            claim = only_one(experiment.storage_path, f"accelerate-{key}", "running this acceleration")
+            with claim, tracker.run("accelerate", f"accelerate-{key}", tags={"experiment": experiment.name}) as run:
                 run.log_parameters({"accelerate": as_table(experiment.accelerate), "ppo": as_table(experiment.ppo)})
                 finished, searched = _run_units(plan, named, tracker, run)
                 _report(plan, finished, searched, join(experiment.storage_path, "accelerations", key), run)

@@ -1,55 +1,140 @@
 """The jobs' stages in order: collect, train, evaluate; each found done, gone on with, or run from the start.
 
 Here everything meets: a stage runs on the Ray cluster, tells the terminal how far it is, leaves its work in the storage
-and logs it to MLflow. What is computed, and how, is in the files below.
+and logs it to MLflow. What is computed, and how, is in the files below; those that take seconds to load are imported
+where they are needed, so that what can be refused is refused at once.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tipl_ray import figures, report
-from tipl_ray.collection import collect, name_trials, pending_seeds, trial_header
-from tipl_ray.config import Experiment, as_table, digest
-from tipl_ray.evaluation import Evaluation, evaluate
+from tipl_ray.config import Experiment, as_table, digest, flat
+from tipl_ray.data_sets import data_sets, missing_model, model_folder, run_digest, training_digest
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
-from tipl_ray.learner import choose_engine
+from tipl_ray.locks import only_one
 from tipl_ray.placement import GroupProgress
 from tipl_ray.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
-from tipl_ray.tasks import find_task
 from tipl_ray.terminal import ProgressView, duration, say
-from tipl_ray.tracking import Run, Tracker, ui_command
-from tipl_ray.training import (
-    data_sets,
-    load_history,
-    model_folder,
-    run_digest,
-    train,
-    training_digest,
-)
-from tipl_ray.trajectory_store import TrajectoryStore
+from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
+from tipl_ray.trajectory_store import Header, TrajectoryStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tipl_ray.evaluation import Evaluation
 
 ROWS = 20
 """Groups of trials in the table of progress at most."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """What every stage needs beside its own work."""
+    """What every stage needs beside its own work, each from when it is first asked for until the job ends."""
 
-    experiment: Experiment
-    tracker: Tracker
-    pipeline: Run
-    """The MLflow run that the stages' runs are nested under."""
+    def __init__(self, experiment: Experiment, until_the_end: contextlib.ExitStack) -> None:
+        self.experiment = experiment
+        self._until_the_end = until_the_end
+        self._claimed: set[str] = set()
+        self._connected = False
+
+    @functools.cached_property
+    def tracker(self) -> Tracker:
+        """The experiment's MLflow."""
+        return open_tracker(self.experiment)
+
+    @functools.cached_property
+    def pipeline(self) -> Run:
+        """The MLflow run that the stages' runs are nested under, whichever job runs them."""
+        table = essence(self.experiment)
+        run = self._until_the_end.enter_context(self.tracker.run(self.experiment.name, f"pipeline-{digest(table)}"))
+        run.log_parameters(table)
+        return run
+
+    def claim(self, name: str, what: str) -> None:
+        """Be the one process that does `what` in the storage. Raises StoreError as `locks.only_one`."""
+        if name not in self._claimed:
+            self._until_the_end.enter_context(only_one(self.experiment.storage_path, name, what))
+            self._claimed.add(name)
+
+    def connect(self) -> None:
+        """The Ray cluster, for work that is not found done; before the pipeline's run, which a signal then ends too."""
+        if not self._connected:
+            self._until_the_end.enter_context(connected_to_ray())
+            self._connected = True
+        _ = self.pipeline
+
+    def logged(self, key: str) -> bool:
+        """Whether MLflow has all of a stage's run, under this pipeline's."""
+        found = self.tracker.find(key)
+        if found is None or found.status != "FINISHED":
+            return False
+        return self.tracker.client.get_run(found.run_id).data.tags.get(PARENT_TAG) == self.pipeline.run_id
+
+    @contextlib.contextmanager
+    def run(self, name: str, key: str) -> Iterator[Run]:
+        """A stage's MLflow run."""
+        with self.tracker.run(name, key, parent=self.pipeline, tags=run_tags(self.experiment)) as run:
+            yield run
+
+
+def check_collect(context: Context) -> bool:
+    """Whether the data set is found whole. Raises StoreError or ValueError for what cannot be collected."""
+    from tipl_ray.collection import pending_seeds, trial_header
+    from tipl_ray.learner import choose_engine
+
+    experiment = context.experiment
+    store = TrajectoryStore(experiment.storage_path)
+    store.check_header(trial_header(experiment, choose_engine(experiment.collect.engine, experiment.ppo)))
+    if not pending_seeds(experiment, store) and store.finished():
+        return True
+    context.claim("collect", "collecting trials")
+    return False
+
+
+def check_train(context: Context) -> bool:
+    """Whether every model is found trained. Raises StoreError or ValueError for data that cannot be trained on."""
+    experiment = context.experiment
+    if not experiment.train.data:
+        data_digest(experiment)
+    data, done = training_digest(experiment), True
+    from tipl_ray.model import is_complete
+
+    for one in experiment.training_runs:
+        if not is_complete(model_folder(one, data)):
+            context.claim(f"train-{run_digest(one, data)}", "training this model")
+            done = False
+    return done
+
+
+def check_evaluate(context: Context) -> bool:
+    """Whether the evaluation is found done. Raises StoreError where the trials or a model are missing."""
+    experiment = context.experiment
+    data_digest(experiment)
+    models = trained_models(experiment)
+    from tipl_ray.evaluation import evaluation_folder, is_evaluated
+
+    folder = evaluation_folder(experiment, models)
+    if is_evaluated(folder):
+        return True
+    context.claim(f"evaluate-{last_name(folder)}", "making this evaluation")
+    return False
 
 
 def run_collect(context: Context) -> None:
     """Collect every trial, with the progress of each actor, and log the trials' learning curves."""
+    from tipl_ray.collection import collect, pending_seeds, trial_header
+    from tipl_ray.learner import choose_engine
+    from tipl_ray.tasks import find_task
+
     experiment, settings = context.experiment, context.experiment.collect
     store = TrajectoryStore(experiment.storage_path)
     engine = choose_engine(settings.engine, experiment.ppo)
@@ -64,28 +149,45 @@ def run_collect(context: Context) -> None:
     if not find_task(settings.task).fast:
         say(f"collect: {settings.task} runs through gymnasium, one environment after the other, several times slower")
     found = settings.num_trials - len(pending_seeds(experiment, store))
-    if found == settings.num_trials and store.finished():
+    done = found == settings.num_trials and store.finished()
+    if done:
         say(f"collect: found all {found} trials complete")
     elif found:
         say(f"collect: found {found} trials complete, going on with the others")
     begin = time.monotonic()
-    with ProgressView() as view:
-        collect(experiment, lambda groups: _show_collection(view, groups, time.monotonic() - begin))
+    if not done:
+        context.claim("collect", "collecting trials")
+        with ProgressView() as view:
+            view.show([], "collect: starting Ray")
+            context.connect()
+            collect(experiment, lambda groups: _show_collection(view, groups, time.monotonic() - begin))
     curves = learning_curves(experiment)
-    final = float(np.mean([returns[-1] for _, _, returns in curves]))
+    last = [returns_T[-1] for _, _, returns_T in curves if np.isfinite(returns_T[-1])]
+    final = float(np.mean(last)) if last else None
+    ended = (
+        "no episode ended" if final is None else f"mean episodic return at the end {final:.1f} over {len(last)} trials"
+    )
     say(
         f"collect: data set {store.digest(settings.seeds)} in {join(experiment.storage_path, 'trajectories')}, "
-        f"mean episodic return at the end {final:.1f} over {len(curves)} trials, {duration(time.monotonic() - begin)}"
+        f"{ended}, {duration(time.monotonic() - begin)}"
     )
+    if final is not None and len(last) < len(curves):
+        say(f"collect: in {len(curves) - len(last)} trials no episode ended; they have no return and no learning curve")
     key = f"collect-{header.config_hash}-{digest(settings.seeds)}"
-    with context.tracker.run("collect", key, parent=context.pipeline, tags=run_tags(experiment)) as run:
+    if context.logged(key):
+        return
+    from tipl_ray import figures
+
+    context.claim("collect", "collecting trials")
+    with context.run("collect", key) as run:
         run.log_parameters({"collect": as_table(settings), "ppo": as_table(experiment.ppo), "engine": engine})
-        steps = curves[0][1]
-        mean_T = np.nanmean(np.stack([returns for _, _, returns in curves]), axis=0)
-        run.log_history("episodic_return_mean", [int(step) for step in steps], [float(value) for value in mean_T])
+        steps, mean_T = mean_curve(curves)
+        run.log_history("episodic_return_mean", steps, mean_T)
         run.log_metrics({"final_episodic_return_mean": final, "num_weights": header.num_weights})
         log_data(experiment, run)
-        run.log_figure(figures.learning_curves(curves), "learning_curves")
+        drawing = {"learning_curves": lambda: figures.learning_curves(curves)}
+        for name, figure in _those_with_data("collect", drawing).items():
+            run.log_figure(figure, name)
 
 
 def run_train(context: Context) -> None:
@@ -106,110 +208,219 @@ def run_train(context: Context) -> None:
 
 
 def _train_one(context: Context, experiment: Experiment) -> None:
+    from tipl_ray.model import is_complete
+
     begin = time.monotonic()
     data = training_digest(experiment)
-    key = f"train-{run_digest(experiment, data)}"
-    with context.tracker.run("train", key, parent=context.pipeline, tags=run_tags(context.experiment)) as run:
-        run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("basis", "split", "model", "train")})
-        for one in data_sets(experiment):
-            run.log_dataset(f"{one.task} trajectories", one.digest, f"{one.storage}/trajectories", profile={})
+    folder, key = model_folder(experiment, data), f"train-{run_digest(experiment, data)}"
+    if is_complete(folder) and context.logged(key):
+        say(f"train: found the trained model {folder}")
+        return
+    context.claim(key, "training this model")
+    seed = f" seed {experiment.train.seed}" if len(context.experiment.training_runs) > 1 else ""
+    with contextlib.ExitStack() as until_the_first_line:
+        view = until_the_first_line.enter_context(ProgressView())
 
-        def log(metrics: dict[str, float]) -> None:
-            told = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
-            run.log_metrics({name: metrics[name] for name in told}, step=int(metrics["step"]))
+        def show(phase: str) -> None:
+            view.show([], f"train: {phase}, {duration(time.monotonic() - begin)} so far")
 
-        folder = train(experiment, data, on_metrics=log, say=lambda line: say(f"train: {line}"))
-        history = load_history(folder)
-        for metrics in history:
-            log(metrics)
-        run.log_figure(figures.training_curves(history), "training_curves")
-        with tempfile.TemporaryDirectory() as copy:
-            for name in Storage(folder).sizes():
-                Path(copy, name).write_bytes(read_file(folder, name))
-            run.log_model_folder(copy)
+        if not is_complete(folder):
+            show("starting Ray")
+            context.connect()
+        with context.run(f"train {experiment.preset}{seed}", key) as run:
+            _train_and_log(experiment, run, data, show, until_the_first_line.close)
     say(f"train: model in {folder}, {duration(time.monotonic() - begin)}")
+
+
+def _train_and_log(
+    experiment: Experiment, run: Run, data: str, show: Callable[[str], None], at_first_line: Callable[[], None]
+) -> None:
+    from tipl_ray import figures
+    from tipl_ray.training import load_history, train
+
+    run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("basis", "split", "model", "train")})
+    for one in data_sets(experiment):
+        run.log_dataset(f"{one.task} trajectories", one.digest, join(one.storage, "trajectories"), profile={})
+
+    def log(metrics: dict[str, float]) -> None:
+        at_first_line()
+        told = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
+        run.log_metrics({name: metrics[name] for name in told}, step=int(metrics["step"]))
+
+    folder = train(experiment, data, on_metrics=log, on_phase=show, say=lambda line: say(f"train: {line}"))
+    history = load_history(folder)
+    for metrics in history:
+        log(metrics)
+    run.log_figure(figures.training_curves(history), "training_curves")
+    with tempfile.TemporaryDirectory() as copy:
+        for name in Storage(folder).sizes():
+            Path(copy, name).write_bytes(read_file(folder, name))
+        run.log_model_folder(copy)
+
+
+def trained_models(experiment: Experiment) -> list[str]:
+    """Folders of the trained models, one for each seed. Raises StoreError where one is missing."""
+    data, folders = training_digest(experiment), []
+    for one in experiment.training_runs:
+        folders.append(model_folder(one, data))
+        if not file_exists(folders[-1], "model.json"):
+            raise missing_model(one, data)
+    return folders
 
 
 def run_evaluate(context: Context) -> None:
     """Judge the trained models on the test trials: result table, figures, report."""
+    from tipl_ray import report
+    from tipl_ray.evaluation import evaluate, evaluation_folder, is_evaluated
+
     experiment = context.experiment
     data_digest(experiment)  # refuses what is not complete
-    trained_on = training_digest(experiment)
-    models = [model_folder(one, trained_on) for one in experiment.training_runs]
-    for model in models:
-        if not file_exists(model, "model.json"):
-            raise StoreError(f"{model}: no trained model of this experiment is there; run jobs/train.py first")
+    models = trained_models(experiment)
     settings = experiment.evaluate
     say(
         f"evaluate: {len(experiment.test_seeds)} test trials, h = 1..{settings.horizon}, policies run at "
         f"{settings.windows_per_trial} windows a trial on {settings.episodes} episodes each"
     )
     begin = time.monotonic()
+    folder = evaluation_folder(experiment, models)
+    key, found = f"evaluate-{last_name(folder)}", is_evaluated(folder)
     with ProgressView() as view:
+        if found:
+            say(f"evaluate: found the result table in {folder}")
+        else:
+            context.claim(key, "making this evaluation")
+            view.show([], "evaluate: starting Ray")
+            context.connect()
+            view.show([], "evaluate: fitting the predictors on the training trials")
         evaluation = evaluate(
             experiment, models, lambda done, total: view.show([], f"evaluate: {done} of {total} tasks done")
         )
-    key = f"evaluate-{last_name(evaluation.folder)}"
-    with context.tracker.run("evaluate", key, parent=context.pipeline, tags=run_tags(experiment)) as run:
-        run.log_parameters({"evaluate": as_table(settings), "model": ", ".join(models)})
-        log_data(experiment, run)
-        for row in evaluation.summary:
-            values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
-            run.log_metrics(values, step=row["step"])
-        with tempfile.TemporaryDirectory() as folder:
-            pictures = _draw(context, evaluation, load_history(models[0]), Path(folder))
-            for name, picture in pictures.items():
-                run.log_figure(picture, name)
-                write_file(join(evaluation.folder, "figures"), picture.name, picture.read_bytes())
-            page = _write_report(Path(folder) / "report.html", context, evaluation, models, pictures)
-            run.log_file(page)
-            write_file(evaluation.folder, page.name, page.read_bytes())
+    if not (found and file_exists(evaluation.folder, "report.html") and context.logged(key)):
+        context.claim(key, "making this evaluation")
+        with context.run(f"evaluate {experiment.preset}", key) as run:
+            run.log_parameters({"evaluate": as_table(settings), "model": ", ".join(models)})
+            log_data(experiment, run)
+            for row in evaluation.summary:
+                values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
+                run.log_metrics(values, step=row["step"])
+            with tempfile.TemporaryDirectory() as temporary:
+                pictures = _draw(context, evaluation, models[0], Path(temporary))
+                for name, picture in pictures.items():
+                    run.log_figure(picture, name)
+                    write_file(join(evaluation.folder, "figures"), picture.name, picture.read_bytes())
+                page = _write_report(Path(temporary) / "report.html", context, evaluation, models, pictures)
+                run.log_file(page)
+                write_file(evaluation.folder, page.name, page.read_bytes())
     for line in report.format_table(evaluation.summary).splitlines():
         say(line)
-    found = report.answers(
+    answers = report.answers(
         evaluation.summary, settings.confidence, comparisons=evaluation.comparisons, groups=evaluation.groups
     )
-    for answer in found:
+    for answer in answers:
         say(f"{answer.question} {answer.text}")
     say(f"evaluate: results and figures in {evaluation.folder}, {duration(time.monotonic() - begin)}")
     say(f"evaluate: report {join(evaluation.folder, 'report.html')}")
 
 
-STAGES: dict[str, Callable[[Context], None]] = {"collect": run_collect, "train": run_train, "evaluate": run_evaluate}
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One stage of the pipeline."""
+
+    check: Callable[[Context], bool]
+    """Whether its work is found done; refuses, in a second or two, what could not be done."""
+    run: Callable[[Context], None]
+
+
+STAGES = {
+    "collect": Stage(check=check_collect, run=run_collect),
+    "train": Stage(check=check_train, run=run_train),
+    "evaluate": Stage(check=check_evaluate, run=run_evaluate),
+}
 
 
 def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
     """Run stages in order on the Ray cluster at hand, or on this machine; the whole of a job.
 
-    Exits with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
+    What can be refused is refused before MLflow is opened, and Ray is started for work that is not found done. Exits
+    with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
     """
-    with exit_status():
+    with exit_status(), contextlib.ExitStack() as until_the_end:
         check_job(experiment)
-        tracker = open_tracker(experiment)
-        with connected_to_ray(), _pipeline(experiment, tracker) as context:
-            for name in names:
-                STAGES[name](context)
+        context = Context(experiment, until_the_end)
+        if experiment.train.data:
+            data_sets(experiment)  # refuses those that are missing before anything else is collected
+        for name in names:
+            if not STAGES[name].check(context):
+                break  # the stages after it need what it is still to do
+        tracker = context.tracker  # one that cannot be used is refused before hours of work
+        for name in names:
+            STAGES[name].run(context)
         say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
-
-
-@contextlib.contextmanager
-def _pipeline(experiment: Experiment, tracker: Tracker) -> Iterator[Context]:
-    """The parent run of all stages of an experiment, whichever job runs them."""
-    with tracker.run(experiment.name, f"pipeline-{digest(essence(experiment))}") as run:
-        run.log_parameters(essence(experiment))
-        yield Context(experiment=experiment, tracker=tracker, pipeline=run)
 
 
 def data_digest(experiment: Experiment) -> str:
     """Digest of the experiment's complete data set. Raises StoreError where it is not complete, or is another's."""
     store = TrajectoryStore(experiment.storage_path)
+    there = store.seeds()
+    if there:
+        _refuse_other_experiment(experiment, store.header(there[:1]))
+    if not set(there).issuperset(experiment.collect.seeds):
+        raise _incomplete(experiment, sorted(set(experiment.collect.seeds) - set(there)), there)
+    from tipl_ray.collection import pending_seeds
+
     missing = pending_seeds(experiment, store)
     if missing or not store.finished():
-        raise StoreError(
-            f"{experiment.storage_path}: {len(missing)} of {experiment.collect.num_trials} trials are not complete; "
-            "run jobs/collect.py with the same experiment first"
-        )
+        raise _incomplete(experiment, missing, there)
     return store.digest(experiment.collect.seeds)
+
+
+def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[int]) -> StoreError:
+    """What is said where trials are missing: which were asked for, which there are, and how to ask for those."""
+    asked = experiment.collect
+    if not missing:
+        return StoreError(
+            f"{experiment.storage_path}: all {asked.num_trials} trials are there, but not sealed as a whole data set; "
+            "run jobs/collect.py with the same experiment once more, which verifies and seals them"
+        )
+    start = f"{experiment.storage_path}: {len(missing)} of {asked.num_trials} trials are not complete"
+    others = sorted(set(there) - set(asked.seeds))
+    if not others:
+        return StoreError(f"{start}; run jobs/collect.py with the same experiment first")
+    from tipl_ray.collection import name_trials
+
+    in_a_row = there[-1] - there[0] + 1 == len(there)
+    ask = f"ask for these with --collect.first-seed {there[0]} --collect.num-trials {len(there)}, or "
+    return StoreError(
+        f"{start}: seeds {name_trials(asked.seeds)} are asked for, and there are trials of seeds {name_trials(there)}; "
+        f"{ask if in_a_row else ''}run jobs/collect.py with the same experiment first"
+    )
+
+
+def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
+    """Raises StoreError where the trials were collected with other settings than the experiment's, and says which."""
+    made = dict(header.config)
+    if "policy_hidden" not in made:
+        return  # not from jobs/collect.py: nothing is recorded that could differ
+    here = as_table(experiment)
+    ppo, jump = made.pop("ppo", {}), made.pop("jump", None)
+    for field in ("engine", "iterations_per_commit"):  # of no account to who reads the trials
+        made.pop(field, None)
+    there = {"collect": {"task": header.task, **made}, "ppo": ppo, "jump": jump or {}}
+    asked: dict[str, dict] = {
+        "collect": {field: here["collect"][field] for field in there["collect"]},
+        "ppo": here["ppo"],
+    }
+    asked["jump"] = here["jump"] if experiment.jump.predictor else {}
+    for table in (there, asked):
+        table["jump"].pop("predictor", None)  # told by its digest there, by its folder here
+    before, now = dict(flat(there)), dict(flat(asked))
+    fields = [name for name in now | before if before.get(name) != now.get(name)]
+    if fields:
+        told = ", ".join(f"{name}={before.get(name)!r} there, {now.get(name)!r} here" for name in fields)
+        raise StoreError(
+            f"{experiment.storage_path}: its trials are another experiment's: {told}. Give the experiment that they "
+            "were collected with, or another --storage"
+        )
 
 
 def learning_curves(experiment: Experiment) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -226,12 +437,21 @@ def learning_curves(experiment: Experiment) -> list[tuple[int, np.ndarray, np.nd
     return curves
 
 
+def mean_curve(curves: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> tuple[list[int], list[float | None]]:
+    """Env steps, and the mean return over the trials in which an episode had ended by then; None where in none had."""
+    returns_NT = np.stack([returns_T for _, _, returns_T in curves])
+    known_T = np.isfinite(returns_NT).sum(axis=0)
+    sums_T = np.nansum(returns_NT, axis=0)
+    means = [float(total / known) if known else None for total, known in zip(sums_T, known_T, strict=True)]
+    return [int(step) for step in curves[0][1]], means
+
+
 def essence(experiment: Experiment) -> dict:
     """What tells one experiment from another: not where it is kept, tracked or run."""
     table = as_table(experiment)
     del table["storage"], table["tracking"], table["accelerate"], table["sweep"]
     del table["train"]["num_workers"], table["train"]["use_gpu"]
-    del table["collect"]["trials_per_actor"]
+    del table["collect"]["trials_per_actor"], table["collect"]["physics_threads"]
     return table
 
 
@@ -251,6 +471,8 @@ def log_data(experiment: Experiment, run: Run) -> None:
 
 
 def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: float) -> None:
+    from tipl_ray.collection import name_trials
+
     shown = sorted(groups, key=lambda group: group.finished)[:ROWS]
     rows = [
         {
@@ -283,24 +505,44 @@ def _left(seconds: float) -> str:
     return duration(seconds) if np.isfinite(seconds) else "?"
 
 
-def _draw(context: Context, evaluation: Evaluation, history: list[dict], folder: Path) -> dict[str, Path]:
-    drawn = {
-        "figure_2": figures.figure_2(evaluation.results, evaluation.summary),
-        "skill_by_step": figures.skill_by_step(evaluation.summary),
-        "skill_over_ridge": figures.skill_over_ridge(evaluation.comparisons),
-        "skill_by_phase": figures.skill_by_phase(evaluation.results),
-        "skill_by_third": figures.skill_by_third(evaluation.results),
-        **({"spread": figures.spread(evaluation.summary)} if context.experiment.evaluate.run_policies_of else {}),
-        "reconstruction": figures.reconstruction(evaluation.reconstruction),
-        "training_curves": figures.training_curves(history),
-        "learning_curves": figures.learning_curves(learning_curves(context.experiment)),
+def _draw(context: Context, evaluation: Evaluation, model: str, folder: Path) -> dict[str, Path]:
+    from tipl_ray import figures
+    from tipl_ray.training import load_history
+
+    results, summary = evaluation.results, evaluation.summary
+    drawing: dict[str, Callable[[], Figure]] = {
+        "figure_2": lambda: figures.figure_2(results, summary),
+        "skill_by_step": lambda: figures.skill_by_step(summary),
+        "skill_over_ridge": lambda: figures.skill_over_ridge(evaluation.comparisons),
+        "skill_by_phase": lambda: figures.skill_by_phase(results),
+        "skill_by_third": lambda: figures.skill_by_third(results),
+        "spread": lambda: figures.spread(summary),
+        "reconstruction": lambda: figures.reconstruction(evaluation.reconstruction),
+        "training_curves": lambda: figures.training_curves(load_history(model)),
+        "learning_curves": lambda: figures.learning_curves(learning_curves(context.experiment)),
     }
+    if not context.experiment.evaluate.run_policies_of:
+        del drawing["spread"]
+    drawn = _those_with_data("evaluate", drawing)
     return {name: figures.save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
+
+
+def _those_with_data(stage: str, drawing: Mapping[str, Callable[[], Figure]]) -> dict[str, Figure]:
+    """The figures that there is something to draw in; a line for each of the others says why it is left out."""
+    drawn = {}
+    for name, draw in drawing.items():
+        try:
+            drawn[name] = draw()
+        except ValueError as error:
+            say(f"{stage}: no picture {name!r}: {error}")
+    return drawn
 
 
 def _write_report(
     path: Path, context: Context, evaluation: Evaluation, models: list[str], pictures: dict[str, Path]
 ) -> Path:
+    from tipl_ray import report
+
     experiment = context.experiment
     return report.write_report(
         path,

@@ -29,8 +29,10 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from tipl_ray import comparison, config
+from tipl_ray.data_sets import model_folder, run_digest
 from tipl_ray.gram import GramBand
 from tipl_ray.jobs import check_job, connected_to_ray, open_tracker
+from tipl_ray.locks import only_one
 from tipl_ray.model import WindowTransformer, is_complete
 from tipl_ray.objectives import NextToken, TrainingData
 from tipl_ray.search_space import Candidate, Range, Space, corners, describe, make_space, short_names, with_fields
@@ -44,9 +46,7 @@ from tipl_ray.training import (
     TrainingError,
     load_trials,
     make_trainer,
-    model_folder,
-    publish,
-    run_digest,
+    publish_model,
     worker_training,
 )
 from tipl_ray.trajectory_store import TrajectoryStore
@@ -126,7 +126,8 @@ def run_sweep(experiment: config.Experiment) -> None:
         say(f"sweep: found it finished, {plan.num_children} children")
         _show(plan, comparison.read_children(tracker.client, found.run_id))
     else:
-        with connected_to_ray(), tracker.run(plan.name, key, tags=run_tags(experiment)) as parent:
+        claim = only_one(experiment.storage_path, key, "running this sweep")
+        with claim, connected_to_ray(), tracker.run(plan.name, key, tags=run_tags(experiment)) as parent:
             _sweep(plan, tracker, parent)
     say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
@@ -470,7 +471,7 @@ class SweepLog(tune.Callback):
         folder = model_folder(child, self.plan.data)
         if not is_complete(folder):
             with last_checkpoint(self.plan, trial).as_directory() as checkpoint:
-                publish(checkpoint, folder, child, self.plan.data)
+                publish_model(checkpoint, folder, child, self.plan.data)
         run.set_tags({"model_folder": folder})  # as a parameter it would be one of MLflow's parallel coordinates
 
     def _run(self, trial: Trial, trials: list[Trial]) -> Run:

@@ -2,15 +2,16 @@
 
 Knows objectives and Ray; knows nothing of policies, returns or MLflow. Ray is initialised by the caller.
 
-    <storage>/training/<run digest>/    Ray Train's own: the last two checkpoints
+    <storage>/training/<run digest>/    checkpoints as Ray Train keeps them, the last two of each start
     <storage>/models/<run digest>/      the best model by validation loss: model.safetensors, history.json, model.json
 
 Every step is a pure function of the state before it and of (seed, step, worker): batches and dropout are drawn from
 counters, so that a resumed run goes on bit for bit (on the CPU, with as many threads).
 """
 
+import contextlib
 import copy
-import dataclasses
+import errno
 import json
 import logging
 import math
@@ -30,15 +31,20 @@ from ray.util.queue import Queue
 from torch import Tensor, nn
 
 from tipl_ray import config
+from tipl_ray.data_sets import data_sets, model_folder, run_digest
 from tipl_ray.gram import GramBand, Question
 from tipl_ray.model import BASIS_FILE, is_complete, load_about, load_model, read_model_file
 from tipl_ray.objectives import TrainingData, gather_trials, make_objective
 from tipl_ray.segments import Tokens, draw_windows, load_band, load_tokens
-from tipl_ray.storage import Storage, StoreError, file_exists, join, read_file, write_file
+from tipl_ray.storage import Storage, StoreError, file_exists, join, publish, read_file, read_published
 from tipl_ray.temporal_svd import FittedBasis, fit_shared_basis
 from tipl_ray.trajectory_store import TrajectoryStore
 
 STATE_FILE, PROGRESS_FILE, HISTORY_FILE = "training.safetensors", "training.json", "history.json"
+CHECKPOINT_RECORD = "training.sha256"
+"""What a checkpoint's files were when it was written: name -> SHA-256."""
+RECORD_FILE = "checkpoint_manager_snapshot.json"
+"""Where Ray Train records which checkpoints there are."""
 POLL_SECONDS, ABORT_SECONDS = 0.5, 60.0
 
 Metrics = dict[str, float]
@@ -114,10 +120,10 @@ class Training:
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_file(folder, STATE_FILE, safetensors.torch.save(tensors))
-        write_file(folder, PROGRESS_FILE, json.dumps({"step": self.step, "history": self.history}).encode())
         beside = {BASIS_FILE: self._shared.to_bytes()} if self._shared else {}
         self.best.save(join(folder, "model"), self._about(), beside)
+        progress = json.dumps({"step": self.step, "history": self.history}).encode()
+        publish(folder, {STATE_FILE: safetensors.torch.save(tensors), PROGRESS_FILE: progress}, CHECKPOINT_RECORD)
 
     def restore(self, folder: str) -> None:
         """Go on from the checkpoint that `save` wrote."""
@@ -181,77 +187,6 @@ class Training:
         }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DataSet:
-    """One data set that a model is trained on."""
-
-    storage: str
-    seeds: tuple[int, ...]
-    split: config.Split
-
-    @property
-    def digest(self) -> str:
-        """See `TrajectoryStore.digest`."""
-        return TrajectoryStore(self.storage).digest(self.seeds)
-
-    @property
-    def task(self) -> str:
-        """Gymnasium id of its task."""
-        return TrajectoryStore(self.storage).header(self.seeds[:1]).task
-
-
-def data_sets(experiment: config.Experiment) -> tuple[DataSet, ...]:
-    """What the experiment's model is trained on: its own data set, or those that `train.data` names.
-
-    Raises StoreError for one of these that is not complete, ValueError for one that does not fit the experiment.
-    """
-    if not experiment.train.data:
-        return (DataSet(storage=experiment.storage_path, seeds=experiment.collect.seeds, split=experiment.split),)
-    found = []
-    for storage in map(config.absolute_storage, experiment.train.data):
-        store = TrajectoryStore(storage)
-        if not store.finished():
-            raise StoreError(f"{storage}: train.data names it, and no complete data set is there; collect it first")
-        made = store.header().config
-        phases = made["ppo"]["num_epochs"] // made["epochs_per_snapshot"]
-        if phases != experiment.snapshots_per_iteration:
-            raise ValueError(
-                f"{storage}: {phases} snapshots per PPO iteration do not fit the experiment's "
-                f"{experiment.snapshots_per_iteration}"
-            )
-        found.append(DataSet(storage=storage, seeds=store.seeds(), split=experiment.split))
-        if not experiment.split.cut(store.seeds())[0]:
-            raise ValueError(
-                f"{storage}: split.validation_trials={experiment.split.validation_trials} and split.test_trials="
-                f"{experiment.split.test_trials} leave none of its {len(store.seeds())} trials to train on"
-            )
-    return tuple(found)
-
-
-def training_digest(experiment: config.Experiment) -> str:
-    """Digest of the data that the experiment's model is trained on. Raises as `data_sets` does."""
-    digests = [one.digest for one in data_sets(experiment)]
-    return digests[0] if len(digests) == 1 else config.digest(*digests)
-
-
-def run_digest(experiment: config.Experiment, data_digest: str) -> str:
-    """What a trained model depends on, and nothing that only says where it is trained."""
-    schedule = config.as_table(experiment.train)
-    # The data sets, wherever they lie, are known by their digest.
-    for field in ("num_workers", "use_gpu", "num_seeds", "data"):
-        del schedule[field]
-    if experiment.basis.kind != "window":
-        del schedule["joined_windows"]
-    # On the basis `window` all forward steps are learned at once; elsewhere one, whatever is asked of it later.
-    steps = experiment.evaluate.steps if experiment.basis.kind == "window" else ()
-    return config.digest(data_digest, experiment.basis, experiment.split, experiment.model, schedule, steps)
-
-
-def model_folder(experiment: config.Experiment, data_digest: str) -> str:
-    """Where `train` leaves the model of this experiment and data."""
-    return join(experiment.storage_path, "models", run_digest(experiment, data_digest))
-
-
 def load_history(folder: str) -> list[Metrics]:
     """Every iteration's metrics of a trained model. Raises StoreError if there is none, or it is damaged."""
     return json.loads(read_model_file(folder, HISTORY_FILE))
@@ -272,14 +207,16 @@ def train(
     data_digest: str,
     *,
     on_metrics: Callable[[Metrics], None] = lambda metrics: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
     say: Callable[[str], None] = print,
 ) -> str:
     """Train the causal Transformer (Section 3.3) on the experiment's data set; the folder of the trained model.
 
     Goes on where an interrupted run stopped; a finished one is found and nothing is done. `on_metrics` is called in
     the caller's thread, once per iteration of this run (`load_history` has those of interrupted runs too), `say` with
-    one line for each; an exception out of either ends the run. Raises StoreError or ValueError for data that cannot be
-    used, Ray Train's TrainingFailedError with its cause where a worker failed for good.
+    one line for each; `on_phase` is called about twice a second with what is being done. An exception out of any of
+    them ends the run. Raises StoreError or ValueError for data that cannot be used, StoreError where checkpoints cannot
+    be written, TrainingError for a model that diverges, Ray Train's TrainingFailedError where a worker failed for good.
     """
     folder = model_folder(experiment, data_digest)
     if is_complete(folder):
@@ -291,13 +228,18 @@ def train(
         on_metrics(metrics)
         say(progress_line(metrics, experiment.train.num_steps))
 
-    checkpoint = _run(experiment, run_digest(experiment, data_digest), on_row)
+    name = run_digest(experiment, data_digest)
+    kept = join(experiment.storage_path, "training", name)
+    with _explained(kept):
+        checkpoint, step = _resumed(kept, say)
+    if checkpoint is None or step < experiment.train.num_steps:
+        checkpoint = _run(experiment, name, checkpoint, on_row, on_phase)
     with checkpoint.as_directory() as checkpoint_folder:
-        publish(checkpoint_folder, folder, experiment, data_digest)
+        publish_model(checkpoint_folder, folder, experiment, data_digest)
     return folder
 
 
-def publish(checkpoint_folder: str, folder: str, experiment: config.Experiment, data_digest: str) -> None:
+def publish_model(checkpoint_folder: str, folder: str, experiment: config.Experiment, data_digest: str) -> None:
     """Put the best model of a training that has ended where `model_folder` says, its history beside it."""
     history = json.loads(read_file(checkpoint_folder, PROGRESS_FILE))["history"]
     beside = {HISTORY_FILE: json.dumps(history, indent=1).encode()}
@@ -308,22 +250,85 @@ def publish(checkpoint_folder: str, folder: str, experiment: config.Experiment, 
     load_model(f"{checkpoint_folder}/model").save(folder, about, beside)
 
 
+def _step_of(folder: str) -> int | None:
+    """The step of the checkpoint in a folder; None where it is not what was written, or not all of it."""
+    try:
+        load_model(join(folder, "model"))
+        safetensors.torch.load(read_published(folder, STATE_FILE, CHECKPOINT_RECORD, ""))
+        return int(json.loads(read_published(folder, PROGRESS_FILE, CHECKPOINT_RECORD, ""))["step"])
+    except (StoreError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _resumed(folder: str, say: Callable[[str], None]) -> tuple[ray.train.Checkpoint | None, int]:
+    """The newest whole checkpoint that earlier starts of a training have left, and its step; None and 0 without one.
+
+    Everything else that they left is deleted, Ray Train's own record of it first: it is believed without being looked
+    at, so that a training whose record or last checkpoint is damaged would end there at every further start.
+    """
+    files = Storage(folder)
+    names = [name for name in files.folders() if name.startswith("checkpoint_")]
+    steps = {name: _step_of(join(folder, name)) for name in names}
+    whole = [(step, name) for name, step in steps.items() if step is not None]
+    step, newest = max(whole, default=(0, None))
+    damaged = [name for name, found in steps.items() if found is None]
+    if damaged:
+        go_on = f"going on from step {step:,}" if newest else "no other is there, so training starts anew"
+        say(f"{', '.join(damaged)} in {folder}: not whole; {go_on}")
+    elif newest:
+        say(f"going on from step {step:,}")
+    filesystem, path = files.filesystem
+    if files.exists(RECORD_FILE):
+        filesystem.delete_file(f"{path}/{RECORD_FILE}")
+    for name in set(names) - {newest}:
+        filesystem.delete_dir(f"{path}/{name}")
+    return ray.train.Checkpoint(f"{path}/{newest}", filesystem) if newest else None, step
+
+
+@contextlib.contextmanager
+def _explained(folder: str) -> Iterator[None]:
+    """What Ray Train failed of, if a user can mend it, in place of Ray Train's own exception."""
+    try:
+        yield
+    except (OSError, ray.train.TrainingFailedError) as error:
+        failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+        for failure in failures:
+            if isinstance(failure, config.UserError | ValueError):
+                raise failure from error
+            if isinstance(failure, OSError) and not isinstance(failure, ConnectionError):
+                full = failure.errno in (errno.ENOSPC, errno.EDQUOT)
+                raise StoreError(
+                    f"{folder}: checkpoints cannot be written: {'the disk is full' if full else failure}. Make room or "
+                    "give access, then run again to go on from the last checkpoint"
+                ) from error
+        raise
+
+
 def train_loop(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs: `Training` with a checkpoint after every iteration."""
     torch.set_num_threads(settings["num_threads"])
     training = worker_training(config.from_table(settings["experiment"]), ray.get(settings["data"]))
-    resumed = ray.train.get_checkpoint()
+    # Ray Train knows of none until this start has made one.
+    resumed = ray.train.get_checkpoint() or settings["checkpoint"]
     if resumed is not None:
         with resumed.as_directory() as folder:
             training.restore(folder)
-    for metrics in training.iterations():
-        if training.rank:
-            ray.train.report(metrics)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            training.save(folder)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        settings["queue"].put(metrics)
+    if not training.rank:
+        first = min(training.config.steps_per_iteration, training.config.num_steps)
+        settings["queue"].put(f"training, {first:,} steps before the first line")
+    try:
+        for metrics in training.iterations():
+            if training.rank:
+                ray.train.report(metrics)
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                training.save(folder)
+                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            settings["queue"].put(metrics)
+    except TrainingError as error:
+        # Raised, it would be taken for a lost worker's, and tried again to the same end.
+        if not training.rank:
+            settings["queue"].put(error)
 
 
 def worker_training(experiment: config.Experiment, data: TrainingData) -> Training:
@@ -342,25 +347,46 @@ def worker_training(experiment: config.Experiment, data: TrainingData) -> Traini
     )
 
 
-def _run(experiment: config.Experiment, name: str, on_row: Callable[[Metrics], None]) -> ray.train.Checkpoint:
-    """Reduce, train to the end, hand on the rows as they come; the last checkpoint.
+def _run(
+    experiment: config.Experiment,
+    name: str,
+    checkpoint: ray.train.Checkpoint | None,
+    on_row: Callable[[Metrics], None],
+    on_phase: Callable[[str], None],
+) -> ray.train.Checkpoint:
+    """Reduce, train from a checkpoint to the end, hand on the rows as they come; the last checkpoint.
 
     The trainer runs in a Ray task. Here it would replace the handler of Ctrl-C for good, with one that ends the process
     as if all were well; and a task can be cancelled, so that nothing trains on behind a caller who has gone on.
     """
+    data = ray.put(load_trials(experiment, on_phase))
+    num_workers = experiment.train.num_workers
+    phase = f"starting {num_workers} Ray Train worker{'s' if num_workers > 1 else ''}"
+    on_phase(phase)
     queue = Queue(actor_options={"num_cpus": 0})
-    data = ray.put(load_trials(experiment))
-    settings = {"experiment": config.as_table(experiment), "data": data, "queue": queue}
+    settings = {"experiment": config.as_table(experiment), "data": data, "checkpoint": checkpoint, "queue": queue}
     task = ray.remote(num_cpus=0, max_retries=3)(_fit).remote(settings, experiment, name)
     try:
         finished: list[ray.ObjectRef] = []
         while not finished:
             finished, _ = ray.wait([task], timeout=POLL_SECONDS)
-            for metrics in queue.get_nowait_batch(queue.qsize()):
-                on_row(metrics)
-        return ray.get(task)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+            for told in queue.get_nowait_batch(queue.qsize()):
+                if isinstance(told, TrainingError):
+                    raise told
+                if isinstance(told, str):
+                    phase = told
+                else:
+                    phase = ""
+                    on_row(told)
+            if phase:
+                on_phase(phase)
+        with _explained(join(experiment.storage_path, "training", name)):
+            try:
+                last = ray.get(task)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+        assert last is not None, "every iteration reports a checkpoint"
+        return last
     finally:
         # Not by force: interrupted, Ray Train stops its workers and gives their CPUs back; killed, it keeps them.
         ray.cancel(task)
@@ -368,8 +394,11 @@ def _run(experiment: config.Experiment, name: str, on_row: Callable[[Metrics], N
         queue.shutdown(force=True)
 
 
-def load_trials(experiment: config.Experiment) -> TrainingData:
-    """All trials but the test trials, reduced in parallel, one Ray task per trial."""
+def load_trials(experiment: config.Experiment, on_phase: Callable[[str], None] = lambda phase: None) -> TrainingData:
+    """All trials but the test trials, reduced in parallel, one Ray task per trial.
+
+    `on_phase` is called about twice a second with what is being done.
+    """
     reduce = ray.remote(num_cpus=1)(_load_trial)
     sets = data_sets(experiment)
     shared: Any = None
@@ -377,7 +406,13 @@ def load_trials(experiment: config.Experiment) -> TrainingData:
         shared = ray.remote(num_cpus=1)(_fit_shared_basis).remote(experiment)
     halves = [[[(one.storage, seed) for seed in one.split.cut(one.seeds)[half]] for one in sets] for half in (0, 1)]
     sent = [[[reduce.remote(experiment, *trial, shared) for trial in trials] for trials in half] for half in halves]
+    waiting = [reference for half in sent for trials in half for reference in trials]
+    total = len(waiting)
     try:
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
+            ray.get(ready)
+            on_phase(f"reading and reducing trials, {total - len(waiting)} of {total} done")
         train, validation = ([ray.get(trials) for trials in half] for half in sent)
         fitted = ray.get(shared) if shared else None
     except ray.exceptions.RayTaskError as error:
@@ -398,16 +433,14 @@ def _load_trial(
     return load_tokens(TrajectoryStore(storage), (seed,), experiment.basis, shared)
 
 
-def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> ray.train.Checkpoint:
-    """What the Ray task runs."""
+def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> ray.train.Checkpoint | None:
+    """What the Ray task runs; None where the model diverged before its first checkpoint."""
     use_gpu = experiment.train.use_gpu
     # The model on the basis `window` gains little by a second thread, and loses all where that has to wait for its CPU.
     one_thread = use_gpu or experiment.basis.kind == "window"
     num_threads = 1 if one_thread else _cpus_per_worker(experiment.train.num_workers)
     settings = {**settings, "num_threads": num_threads}
-    checkpoint = make_trainer(train_loop, settings, experiment, name, num_threads, float(use_gpu)).fit().checkpoint
-    assert checkpoint is not None, "every iteration reports a checkpoint"
-    return checkpoint
+    return make_trainer(train_loop, settings, experiment, name, num_threads, float(use_gpu)).fit().checkpoint
 
 
 def make_trainer(
