@@ -77,14 +77,14 @@ def fit_predictors(experiment: Experiment, model_folders: Sequence[str]) -> byte
     Test trials are not opened.
     """
     torch.set_num_threads(1)
-    question = Question.of(experiment)
+    question, store = Question.of(experiment), TrajectoryStore(experiment.storage_path)
     predictors = make_predictors(question, model_folders, bool(experiment.train.data))
     training, validation = (
         Trials(
             bands=[load_band(experiment.storage_path, seed, question) for seed in seeds],
             weights=lambda seeds=seeds: _read_weights(experiment, seeds),  # type: ignore[misc]  # mypy: lambda defaults
         )
-        for seeds in (experiment.train_seeds, experiment.validation_seeds)
+        for seeds in map(store.sound, (experiment.train_seeds, experiment.validation_seeds))
     )
     for predictor in predictors:
         predictor.fit(training, validation)
@@ -257,9 +257,10 @@ def _send(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -
     sent: dict[ray.ObjectRef, str] = {}
     # Fitting a basis takes seconds at full scale, so a trial's windows are cut no finer than keeps the CPUs busy.
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
-    chunks = min(len(run_starts(experiment)), -(-2 * num_cpus // len(experiment.test_seeds)))
+    test_seeds = TrajectoryStore(experiment.storage_path).sound(experiment.test_seeds)
+    chunks = min(len(run_starts(experiment)), -(-2 * num_cpus // len(test_seeds)))
     kept = ray.put(fitted)
-    for seed in experiment.test_seeds:
+    for seed in test_seeds:
         for starts_B in np.array_split(run_starts(experiment), chunks) if experiment.evaluate.run_policies_of else ():
             sent[ray.remote(forecast_returns).remote(experiment, model_folders, kept, seed, starts_B)] = "returns"
         sent[ray.remote(forecast_errors).remote(experiment, model_folders, kept, seed)] = "errors"

@@ -25,6 +25,7 @@ from tipl_ray.tasks import find_task
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, ui_command
 from tipl_ray.training import (
+    DataSet,
     data_sets,
     load_history,
     model_folder,
@@ -66,11 +67,12 @@ def run_collect(context: Context) -> None:
     found = settings.num_trials - len(pending_seeds(experiment, store))
     if found == settings.num_trials and store.finished():
         say(f"collect: found all {found} trials complete")
-    elif found:
+    elif 0 < found < settings.num_trials:
         say(f"collect: found {found} trials complete, going on with the others")
     begin = time.monotonic()
     with ProgressView() as view:
         collect(experiment, lambda groups: _show_collection(view, groups, time.monotonic() - begin))
+    say_left_out("collect", experiment.storage_path, settings.seeds)
     curves = learning_curves(experiment)
     final = float(np.mean([returns[-1] for _, _, returns in curves]))
     say(
@@ -94,7 +96,9 @@ def run_train(context: Context) -> None:
     sets = data_sets(experiment)
     if not experiment.train.data:
         data_digest(experiment)  # refuses what is not complete
-    cut = [one.split.cut(one.seeds) for one in sets]
+    for one in sets:
+        say_left_out("train", one.storage, one.seeds)
+    cut = [one.parts for one in sets]
     say(
         f"train: {sum(len(seeds) for seeds, _, _ in cut)} trials to train, {sum(len(seeds) for _, seeds, _ in cut)} to "
         f"choose, of {', '.join(one.task for one in sets)}, preset {experiment.preset}, basis {_basis(experiment)}, "
@@ -140,8 +144,11 @@ def run_evaluate(context: Context) -> None:
         if not file_exists(model, "model.json"):
             raise StoreError(f"{model}: no trained model of this experiment is there; run jobs/train.py first")
     settings = experiment.evaluate
+    say_left_out("evaluate", experiment.storage_path, experiment.test_seeds)
+    data = DataSet(storage=experiment.storage_path, seeds=experiment.collect.seeds, split=experiment.split)
+    num_test_trials = len(data.parts[2])
     say(
-        f"evaluate: {len(experiment.test_seeds)} test trials, h = 1..{settings.horizon}, policies run at "
+        f"evaluate: {num_test_trials} test trials, h = 1..{settings.horizon}, policies run at "
         f"{settings.windows_per_trial} windows a trial on {settings.episodes} episodes each"
     )
     begin = time.monotonic()
@@ -212,11 +219,20 @@ def data_digest(experiment: Experiment) -> str:
     return store.digest(experiment.collect.seeds)
 
 
+def say_left_out(stage: str, storage: str, seeds: Sequence[int]) -> None:
+    """A line for each of some trials that diverged."""
+    for divergence in TrajectoryStore(storage).divergences(seeds).values():
+        say(f"{stage}: {divergence}: left out")
+
+
 def learning_curves(experiment: Experiment) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Per trial: seed, env steps, mean return of the episodes that ended in each iteration; the last known, if none."""
+    """Per trial: seed, env steps, mean return of the episodes that ended in each iteration; the last known, if none.
+
+    Trials that diverged are left out.
+    """
     store, curves = TrajectoryStore(experiment.storage_path), []
     first = slice(1, None, experiment.snapshots_per_iteration)  # an iteration's episodes stand at its first snapshot
-    for seed in experiment.collect.seeds:
+    for seed in store.sound(experiment.collect.seeds):
         trial = store.trajectory(seed, columns=["env_step", "episodic_return"])
         returns_T = trial.episodic_returns_T[first].copy()
         for index in range(1, len(returns_T)):
@@ -257,7 +273,7 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
             "trials": name_trials(group.seeds),
             "env steps": f"{group.env_steps:,} of {group.total_env_steps:,}",
             "env steps/s": f"{group.env_steps_per_second:,.0f}",
-            "mean return": f"{group.mean_return:.1f}",
+            "mean return": f"{group.mean_return:.1f}" if np.isfinite(group.mean_return) else "-",
             "left": "done" if group.finished else _left(group.seconds_left),
         }
         for group in shown
@@ -267,10 +283,12 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
     rate = sum(group.env_steps_per_second for group in running)
     left = _left((total - done) / rate if rate else np.inf if done < total else 0.0)
     finished = sum(len(group.seeds) for group in groups if group.finished)
+    diverged = sum(len(group.diverged) for group in groups)
     view.show(
         rows,
-        f"collect: {finished} of {sum(len(group.seeds) for group in groups)} trials done, {done:,} of {total:,} env "
-        f"steps, {rate:,.0f} env steps/s on {len(running)} actors, {duration(seconds)} so far, {left} left",
+        f"collect: {finished} of {sum(len(group.seeds) for group in groups)} trials done"
+        f"{f', {diverged} diverged' if diverged else ''}, {done:,} of {total:,} env steps, {rate:,.0f} env steps/s "
+        f"on {len(running)} actors, {duration(seconds)} so far, {left} left",
     )
 
 
@@ -312,7 +330,7 @@ def _write_report(
             "snapshots a trial": f"{experiment.num_snapshots:,}",
             "weights P": f"{int(evaluation.results['num_weights'][0]):,}",
             "training steps": f"{experiment.train.num_steps:,}",
-            "test trials": len(experiment.test_seeds),
+            "test trials": len(np.unique(evaluation.results["trial"])),
         },
         configuration=as_table(experiment),
         commands={

@@ -196,6 +196,23 @@ class DataSet:
         return TrajectoryStore(self.storage).digest(self.seeds)
 
     @property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """Seeds to train, to choose and to report, without the trials that diverged.
+
+        Where a trial stands in the split does not depend on what became of others. Raises StoreError where trials to
+        train or to choose by are all gone.
+        """
+        store, parts = TrajectoryStore(self.storage), []
+        for use, seeds in zip(("train on", "choose by", "report on"), self.split.cut(self.seeds), strict=True):
+            parts.append(store.sound(seeds))
+            if seeds and not parts[-1]:
+                raise StoreError(
+                    f"{self.storage}: all {len(seeds)} trials to {use} diverged; collect with a lower "
+                    "ppo.learning_rate, or give more trials to that part of the split"
+                )
+        return tuple(parts)
+
+    @property
     def task(self) -> str:
         """Gymnasium id of its task."""
         return TrajectoryStore(self.storage).header(self.seeds[:1]).task
@@ -375,7 +392,10 @@ def load_trials(experiment: config.Experiment) -> TrainingData:
     shared: Any = None
     if experiment.basis.kind == "shared":
         shared = ray.remote(num_cpus=1)(_fit_shared_basis).remote(experiment)
-    halves = [[[(one.storage, seed) for seed in one.split.cut(one.seeds)[half]] for one in sets] for half in (0, 1)]
+    parts = [one.parts for one in sets]
+    halves = [
+        [[(one.storage, seed) for seed in part[half]] for one, part in zip(sets, parts, strict=True)] for half in (0, 1)
+    ]
     sent = [[[reduce.remote(experiment, *trial, shared) for trial in trials] for trials in half] for half in halves]
     try:
         train, validation = ([ray.get(trials) for trials in half] for half in sent)
@@ -387,7 +407,8 @@ def load_trials(experiment: config.Experiment) -> TrainingData:
 
 def _fit_shared_basis(experiment: config.Experiment) -> FittedBasis:
     store, basis = TrajectoryStore(experiment.storage_path), experiment.basis
-    return fit_shared_basis([store.weights(seed) for seed in experiment.train_seeds], basis.rank, basis.centred)
+    seeds = store.sound(experiment.train_seeds)
+    return fit_shared_basis([store.weights(seed) for seed in seeds], basis.rank, basis.centred)
 
 
 def _load_trial(
