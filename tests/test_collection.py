@@ -30,7 +30,7 @@ from tipl_ray.collection import (
     pending_seeds,
     seat_resources,
 )
-from tipl_ray.config import CHECKOUT, Experiment, load_experiment
+from tipl_ray.config import CHECKOUT, Experiment, Ppo, load_experiment
 from tipl_ray.learner import choose_engine
 from tipl_ray.placement import GroupProgress
 from tipl_ray.ppo import State
@@ -53,6 +53,9 @@ def cluster() -> Iterator[None]:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+ENGINE = choose_engine("auto", Ppo())
 
 
 def test_examples_in_docstrings_hold() -> None:
@@ -116,16 +119,17 @@ def test_what_was_altered_since_its_commit_is_found_when_its_group_ends(tmp_path
 
 @pytest.fixture(scope="module")
 def doomed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four trials at their first commit, of which trial 2 cannot stay finite: its critic is at the end of float32."""
+    """Four trials at their first commit, of which trial 2 cannot stay finite: the spread of its actions is beyond float32."""
     folder = tmp_path_factory.mktemp("doomed")
-    collector = GroupCollector(smoke(folder), "torch", [1, 2, 3, 4])
+    collector = GroupCollector(smoke(folder), ENGINE, [1, 2, 3, 4])
     group = collector._group
     assert group is not None
     healthy = group.state
 
     def state(seed: int) -> State:
         found = healthy(seed)
-        found["parameters_KN"][-1] = np.float32(1e38 if seed == 2 else found["parameters_KN"][-1])
+        if seed == 2:
+            found["parameters_KN"][group.shape.num_policy_weights - 1] = 100.0
         return found
 
     monkeypatch = pytest.MonkeyPatch()
@@ -150,7 +154,7 @@ def test_a_trial_that_diverges_ends_and_the_others_go_on_to_the_same_bytes(
     for folder, parts in ((together, [[1, 2, 3, 4]]), (apart, groups)):
         shutil.copytree(doomed, folder)
         for seeds in parts:
-            progress = GroupCollector(smoke(folder), "torch", seeds).advance(seconds=600)
+            progress = GroupCollector(smoke(folder), ENGINE, seeds).advance(seconds=600)
             assert progress.finished
             assert progress.diverged == ({2: 3} if 2 in seeds else {})
     assert files_of(together) == files_of(apart)
@@ -164,7 +168,7 @@ def test_a_trial_that_diverges_ends_and_the_others_go_on_to_the_same_bytes(
     store.finish(experiment.collect.seeds, experiment.num_snapshots)
     assert json.loads((together / "commits" / "_SUCCESS").read_text())["diverged"] == [2]
     undisturbed = smoke(tmp_path / "undisturbed")
-    GroupCollector(undisturbed, "torch", [1, 3, 4]).advance(seconds=600)
+    GroupCollector(undisturbed, ENGINE, [1, 3, 4]).advance(seconds=600)
     assert store.digest([1, 3, 4]) == TrajectoryStore(undisturbed.storage_path).digest([1, 3, 4])
 
 
@@ -172,12 +176,12 @@ def test_a_kill_before_the_record_of_a_divergence_or_after_it_changes_nothing(do
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         shutil.copytree(doomed, folder)
-        GroupCollector(smoke(folder), "torch", [1, 2, 3, 4]).advance(seconds=600)
+        GroupCollector(smoke(folder), ENGINE, [1, 2, 3, 4]).advance(seconds=600)
     (killed / "commits" / "trial=2" / "diverged.json").unlink()
-    again = GroupCollector(smoke(killed), "torch", [2, 3])
+    again = GroupCollector(smoke(killed), ENGINE, [2, 3])
     assert again.advance(seconds=600).finished
     assert files_of(killed) == files_of(whole)
-    assert GroupCollector(smoke(killed), "torch", [1, 2]).advance(seconds=0).finished
+    assert GroupCollector(smoke(killed), ENGINE, [1, 2]).advance(seconds=0).finished
     assert files_of(killed) == files_of(whole)
 
 
@@ -185,18 +189,19 @@ def test_what_was_finite_since_the_last_commit_is_kept_whenever_the_killing_come
     """Diverges between two commits, so that the last good snapshots are committed with nothing to resume from."""
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:
-        collector = GroupCollector(smoke(folder, iterations_per_commit=20), "torch", [1, 2])
+        collector = GroupCollector(smoke(folder, iterations_per_commit=20), ENGINE, [1, 2])
         for iteration in range(4):
             if iteration == 2:
-                assert collector._group is not None
-                collector._group.parameters_KN[0, -1] = np.float32(1e38)
+                group = collector._group
+                assert group is not None
+                group.parameters_KN[0, group.shape.num_policy_weights - 1] = 100.0
             collector._run_iteration()
     (record,) = folders[1].glob("commits/*/diverged.json")
     divergence = TrajectoryStore(str(folders[1])).divergences()[1]
     assert (divergence.iteration, divergence.snapshot >= 2 * 5) == (2, True)
     assert TrajectoryStore(str(folders[1])).progress(1).num_snapshots == divergence.snapshot + 1
     record.unlink()
-    assert GroupCollector(smoke(folders[1], iterations_per_commit=20), "torch", [1]).advance(seconds=600).diverged
+    assert GroupCollector(smoke(folders[1], iterations_per_commit=20), ENGINE, [1]).advance(seconds=600).diverged
     assert files_of(folders[0]) == files_of(folders[1])
 
 
@@ -207,7 +212,7 @@ def test_a_learning_rate_of_ten_ends_every_trial_and_leaves_finite_data(tmp_path
     experiment = dataclasses.replace(
         experiment, collect=collect_settings, ppo=dataclasses.replace(experiment.ppo, learning_rate=1000.0)
     )
-    progress = GroupCollector(experiment, choose_engine("auto", experiment.ppo), [1, 2]).advance(seconds=600)
+    progress = GroupCollector(experiment, ENGINE, [1, 2]).advance(seconds=600)
     assert progress.finished
     assert set(progress.diverged) == {1, 2}
     store = TrajectoryStore(experiment.storage_path)
@@ -218,7 +223,7 @@ def test_a_learning_rate_of_ten_ends_every_trial_and_leaves_finite_data(tmp_path
 def test_a_record_of_a_divergence_that_does_not_fit_its_commits_is_damage(doomed: Path, tmp_path: Path) -> None:
     shutil.copytree(doomed, tmp_path / "d")
     experiment = smoke(tmp_path / "d")
-    GroupCollector(experiment, "torch", [2]).advance(seconds=600)
+    GroupCollector(experiment, ENGINE, [2]).advance(seconds=600)
     record = tmp_path / "d" / "commits" / "trial=2" / "diverged.json"
     before, store = json.loads(record.read_text()), TrajectoryStore(experiment.storage_path)
     for change in ({"snapshot": 7}, {"seed": 3}, {"config_hash": "0"}, {"array": 5}, {"more": 1}):
