@@ -119,7 +119,7 @@ def test_what_was_altered_since_its_commit_is_found_when_its_group_ends(tmp_path
 
 @pytest.fixture(scope="module")
 def doomed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four trials at their first commit, of which trial 2 cannot stay finite: the spread of its actions is beyond float32."""
+    """Four trials at their first commit, of which trial 2 cannot stay finite: its log-std is 100."""
     folder = tmp_path_factory.mktemp("doomed")
     collector = GroupCollector(smoke(folder), ENGINE, [1, 2, 3, 4])
     group = collector._group

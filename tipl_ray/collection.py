@@ -21,6 +21,7 @@ from tipl_ray.forecasting import predictor_digest
 from tipl_ray.learner import ENGINES, choose_engine
 from tipl_ray.placement import LOSSES, GroupProgress, Order, Placement, split_into_groups
 from tipl_ray.ppo import TrialGroup, network_shape
+from tipl_ray.resources import require_resources
 from tipl_ray.terminal import log_event
 from tipl_ray.trajectory_store import Divergence, Header, TrajectoryStore, TrialWriter
 
@@ -55,6 +56,17 @@ def trial_header(experiment: Experiment, engine: str) -> Header:
 def seat_resources(experiment: Experiment, engine: str) -> dict[str, int]:
     """What one actor takes of Ray's resources."""
     return {"CPU": experiment.collect.physics_threads} | ({"GPU": 1} if engine == "cuda" else {})
+
+
+def require_seat(experiment: Experiment, engine: str, per: str) -> None:
+    """Refuse what the cluster can never have. Raises ValueError."""
+    fields = {
+        "CPU": f"collect.physics_threads={experiment.collect.physics_threads}",
+        "GPU": f"collect.engine={engine!r}",
+    }
+    require_resources(
+        {name: (amount, fields[name]) for name, amount in seat_resources(experiment, engine).items()}, per
+    )
 
 
 class GroupCollector:
@@ -200,8 +212,7 @@ def collect(
         TrialWriter(store, store.seeds()[0], header)  # refuses, and says what differs
     seeds = pending_seeds(experiment, store)
     if seeds:
-        if engine == "cuda" and not ray.cluster_resources().get("GPU"):
-            raise ValueError("collect.engine='cuda' needs a GPU per actor, and no node of the cluster has one")
+        require_seat(experiment, engine, "actor")
         _run(experiment, engine, seeds, on_progress)
     if not store.finished():
         _refuse_all_diverged(experiment, store)

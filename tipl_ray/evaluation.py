@@ -27,6 +27,7 @@ from tipl_ray.learner import choose_engine, make_learner
 from tipl_ray.metrics import Table
 from tipl_ray.model import load_about
 from tipl_ray.ppo import network_shape
+from tipl_ray.resources import require_resources
 from tipl_ray.returns import policy_returns
 from tipl_ray.segments import load_band
 from tipl_ray.storage import file_exists, join, last_name, read_file, write_file
@@ -223,6 +224,7 @@ def evaluate(
     """
     folder = evaluation_folder(experiment, model_folders)
     if not file_exists(folder, "reconstruction.json"):
+        require_resources({"CPU": (1.0, "evaluate")}, "task")
         fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folders))
         write_file(folder, FITTED_FILE, fitted)
         brought = _gather(_send(experiment, model_folders, fitted), on_progress)

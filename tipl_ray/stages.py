@@ -29,6 +29,7 @@ from tipl_ray.training import (
     data_sets,
     load_history,
     model_folder,
+    require_workers,
     run_digest,
     train,
     training_digest,
@@ -194,6 +195,10 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
         check_job(experiment)
         tracker = open_tracker(experiment)
         with connected_to_ray(), _pipeline(experiment, tracker) as context:
+            if {"collect", "train"} <= set(names) and pending_seeds(
+                experiment, TrajectoryStore(experiment.storage_path)
+            ):
+                require_workers(experiment)  # now, and not when all is collected
             for name in names:
                 STAGES[name](context)
         say(f"MLflow: {ui_command(tracker.uri)}")

@@ -33,6 +33,7 @@ from tipl_ray import config
 from tipl_ray.gram import GramBand, Question
 from tipl_ray.model import BASIS_FILE, is_complete, load_about, load_model
 from tipl_ray.objectives import TrainingData, gather_trials, make_objective
+from tipl_ray.resources import require_resources
 from tipl_ray.segments import Tokens, draw_windows, load_band, load_tokens
 from tipl_ray.storage import Storage, StoreError, file_exists, join, read_file, write_file
 from tipl_ray.temporal_svd import FittedBasis, fit_shared_basis
@@ -359,12 +360,21 @@ def worker_training(experiment: config.Experiment, data: TrainingData) -> Traini
     )
 
 
+def require_workers(experiment: config.Experiment) -> None:
+    """Refuse workers that the cluster can never have. Raises ValueError."""
+    settings = experiment.train
+    counted = f"train.num_workers={settings.num_workers}"
+    needs = {"CPU": (1.0, counted), "GPU": (float(settings.use_gpu), "train.use_gpu=True")}
+    require_resources(needs, "worker", settings.num_workers, counted)
+
+
 def _run(experiment: config.Experiment, name: str, on_row: Callable[[Metrics], None]) -> ray.train.Checkpoint:
     """Reduce, train to the end, hand on the rows as they come; the last checkpoint.
 
     The trainer runs in a Ray task. Here it would replace the handler of Ctrl-C for good, with one that ends the process
     as if all were well; and a task can be cancelled, so that nothing trains on behind a caller who has gone on.
     """
+    require_workers(experiment)
     queue = Queue(actor_options={"num_cpus": 0})
     data = ray.put(load_trials(experiment))
     settings = {"experiment": config.as_table(experiment), "data": data, "queue": queue}
