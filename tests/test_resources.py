@@ -1,4 +1,4 @@
-"""Resources that can never come: refused in one line by a real local cluster, waited for with a word by one that grows."""
+"""Resources that can never come: refused in one line by a real local cluster, waited for with a word where it grows."""
 
 import json
 import os
