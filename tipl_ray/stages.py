@@ -18,7 +18,7 @@ from tipl_ray.collection import collect, name_trials, pending_seeds, trial_heade
 from tipl_ray.config import Experiment, as_table, digest
 from tipl_ray.evaluation import Evaluation, evaluate
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
-from tipl_ray.learner import choose_engine
+from tipl_ray.learner import choose_engine, why_not_compiled
 from tipl_ray.placement import GroupProgress
 from tipl_ray.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
 from tipl_ray.tasks import find_task
@@ -62,7 +62,7 @@ def run_collect(context: Context) -> None:
         f"policy {width} (P = {header.num_weights:,}), {experiment.num_snapshots:,} snapshots a trial"
     )
     if engine == "torch" and settings.engine == "auto":
-        say("collect: no g++ here, or minibatches of no multiple of 16: networks run in torch, several times slower")
+        say(f"collect: {why_not_compiled(experiment.ppo)}: networks run in torch, several times slower")
     if not find_task(settings.task).fast:
         say(f"collect: {settings.task} runs through gymnasium, one environment after the other, several times slower")
     found = settings.num_trials - len(pending_seeds(experiment, store))
