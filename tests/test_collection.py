@@ -35,6 +35,7 @@ from tipl_ray.learner import choose_engine
 from tipl_ray.placement import GroupProgress
 from tipl_ray.ppo import State
 from tipl_ray.storage import StoreError
+from tipl_ray.training import DataSet
 from tipl_ray.trajectory_store import TrajectoryStore
 
 
@@ -167,6 +168,12 @@ def test_a_trial_that_diverges_ends_and_the_others_go_on_to_the_same_bytes(
     assert np.isfinite(store.trajectory(2).weights_TP).all()
     store.finish(experiment.collect.seeds, experiment.num_snapshots)
     assert json.loads((together / "commits" / "_SUCCESS").read_text())["diverged"] == [2]
+    # Out of the part of the split that it was in, and no other trial moves for that.
+    parts = DataSet(storage=str(together), seeds=experiment.collect.seeds, split=experiment.split).parts
+    assert parts == ((1,), (3,), (4,))
+    turned = DataSet(storage=str(together), seeds=(1, 3, 2, 4), split=experiment.split)
+    with pytest.raises(StoreError, match="all 1 trials to choose by diverged; collect with a lower ppo.learning_rate"):
+        _ = turned.parts
     undisturbed = smoke(tmp_path / "undisturbed")
     GroupCollector(undisturbed, ENGINE, [1, 3, 4]).advance(seconds=600)
     assert store.digest([1, 3, 4]) == TrajectoryStore(undisturbed.storage_path).digest([1, 3, 4])
