@@ -169,10 +169,10 @@ def test_a_trial_that_diverges_ends_and_the_others_go_on_to_the_same_bytes(
     store.finish(experiment.collect.seeds, experiment.num_snapshots)
     assert json.loads((together / "commits" / "_SUCCESS").read_text())["diverged"] == [2]
     # Out of the part of the split that it was in, and no other trial moves for that.
-    parts = DataSet(storage=str(together), seeds=experiment.collect.seeds, split=experiment.split).parts
-    assert parts == ((1,), (3,), (4,))
+    kept = DataSet(storage=str(together), seeds=experiment.collect.seeds, split=experiment.split).parts
+    assert kept == ((1,), (3,), (4,))
     turned = DataSet(storage=str(together), seeds=(1, 3, 2, 4), split=experiment.split)
-    with pytest.raises(StoreError, match="all 1 trials to choose by diverged; collect with a lower ppo.learning_rate"):
+    with pytest.raises(StoreError, match=r"all 1 trials to choose by diverged; collect with a lower ppo\.learning"):
         _ = turned.parts
     undisturbed = smoke(tmp_path / "undisturbed")
     GroupCollector(undisturbed, ENGINE, [1, 3, 4]).advance(seconds=600)
