@@ -42,12 +42,14 @@ def describe(storage: Root) -> int:
     snapshots, num_bytes = sum(one.num_snapshots for one in progress), sum(one.num_bytes for one in progress)
     raw = 4 * header.num_weights * snapshots
     num_complete = sum(one.num_snapshots == expected for one in progress)
+    diverged = [str(one.seed) for one in progress if one.divergence]
     lines = {"task": header.task, "policy weights P": f"{header.num_weights:,}"}
     lines |= {f"  {name}": f"{list(shape)} at {offset:,}" for name, shape, offset in header.layout}
     lines |= {f"version of {name}": version for name, version in sorted(header.versions.items())}
     lines |= {
         "config hash": header.config_hash,
-        "trials": f"{len(progress)}, {num_complete} of them complete",
+        "trials": f"{len(progress)}, {num_complete} of them complete"
+        + (f", {len(diverged)} diverged: {', '.join(diverged)}" if diverged else ""),
         "snapshots": f"{snapshots:,}, {_number(expected)} in a complete trial",
         "on disk": f"{_size(num_bytes)}, {num_bytes / raw:.3f} of the {_size(raw)} that the weights are raw",
         "digest": "? (see the errors)" if refusals else store.digest(seeds),
@@ -72,7 +74,11 @@ def list_trials(storage: Root) -> int:
             "of": _number(expected),
             "commits": f"{one.num_commits:,}",
             "on disk": _size(one.num_bytes),
-            "complete": "yes" if one.num_snapshots == expected else "no",
+            "complete": f"diverged after iteration {one.divergence.iteration}"
+            if one.divergence
+            else "yes"
+            if one.num_snapshots == expected
+            else "no",
         }
         for one in progress
     ]

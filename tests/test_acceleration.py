@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import ray
 import torch
 
 from tipl_ray import acceleration, config, contenders
-from tipl_ray.acceleration import find_predictors, run_acceleration, run_unit, source_experiment
+from tipl_ray.acceleration import AccelerationError, find_predictors, run_acceleration, run_unit, source_experiment
 from tipl_ray.collection import GroupCollector
 from tipl_ray.config import Accelerate, Collect, Experiment, Ppo, Split
-from tipl_ray.contenders import Contender, Unit, filled
+from tipl_ray.contenders import Contender, Fitted, Unit, filled
 from tipl_ray.data_sets import model_folder
+from tipl_ray.forecasting import load_predictor, predictor_digest
 from tipl_ray.gram import Question
 from tipl_ray.model import WindowTransformer
 from tipl_ray.storage import StoreError
@@ -98,7 +100,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.mark.usefixtures("cluster")
 def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Path(experiment.storage_path)
     monkeypatch.setattr(acceleration, "connected_to_ray", contextlib.nullcontext)
@@ -135,17 +137,29 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
     before = {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")}
     run_acceleration(experiment)
     assert {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")} == before
+    # Moved elsewhere, and asked with other settings of how fast it goes, it is the same acceleration.
+    shutil.copytree(storage, tmp_path / "moved")
+    shutil.copytree(str(experiment.accelerate.predictors_storage), tmp_path / "source")
+    settings = dataclasses.replace(
+        experiment.accelerate, predictors_storage=str(tmp_path / "source"), units_at_once=2, keep_weights=True
+    )
+    run_acceleration(dataclasses.replace(experiment, storage=str(tmp_path / "moved"), accelerate=settings))
+    assert [path.name for path in (tmp_path / "moved" / "accelerations").iterdir()] == [folder.name]
+    units_there = {path.relative_to(tmp_path / "moved") for path in tmp_path.glob("moved/units/*/unit.json")}
+    assert units_there == {path.relative_to(storage) for path in before}
+    assert str(storage) not in (tmp_path / "moved" / units_there.pop()).read_text()
 
 
 def test_a_unit_that_was_killed_goes_on_to_the_same_curves(experiment: Experiment, tmp_path: Path) -> None:
     named = [Contender.parse("4+ridge")]
     source = source_experiment(experiment)
     contenders.fit_and_save(source, 3, ["ridge"], f"{tmp_path}/predictors/1")
-    folders = {"ridge": f"{tmp_path}/predictors/1/ridge"}
+    folder = f"{tmp_path}/predictors/1/ridge"
+    predictors = {"ridge": Fitted(folder=folder, digest=predictor_digest(folder))}
     unit = Unit(task="InvertedPendulum-v4", env_steps=768, contender=named[0], learning_rate=1e-3, search=True)
     tables = []
     for name, killed_after in (("killed", 3), ("whole", 0)):
-        made = unit.experiment(dataclasses.replace(experiment, storage=str(tmp_path / name)), source, folders)
+        made = unit.experiment(dataclasses.replace(experiment, storage=str(tmp_path / name)), source, predictors)
         made = dataclasses.replace(made, collect=dataclasses.replace(made.collect, iterations_per_commit=2))
         if killed_after:
             killed = GroupCollector(made, "torch")
@@ -156,6 +170,69 @@ def test_a_unit_that_was_killed_goes_on_to_the_same_curves(experiment: Experimen
         tables.append(json.loads((Path(made.storage_path) / "unit.json").read_text()))
     assert tables[0]["returns"] == tables[1]["returns"]
     assert tables[0]["jump_counts"] == tables[1]["jump_counts"] == [12, 0, 0]
+
+
+@pytest.mark.parametrize(("task", "rate"), [("InvertedPendulum-v4", 1e3), ("HalfCheetah-v4", 1e5)])
+def test_a_unit_whose_trials_diverge_has_run_and_is_the_worst(
+    experiment: Experiment, tmp_path: Path, task: str, rate: float
+) -> None:
+    plan = acceleration.Plan(
+        experiment=dataclasses.replace(experiment, storage=str(tmp_path)),
+        source=source_experiment(experiment),
+        predictors={},
+        engine="torch",
+    )
+    loaded = []
+    for contender, learning_rate in (("10", rate), ("4", 1e-3)):
+        unit = Unit(
+            task=task,
+            env_steps=1_280,
+            contender=Contender.parse(contender),
+            learning_rate=learning_rate,
+            search=True,
+        )
+        for _ in range(2):
+            run_unit(plan.of(unit), "torch")
+        loaded.append(acceleration.load_unit(plan, unit))
+    assert [one.num_diverged for one in loaded] == [2, 0]
+    first, second = contenders.comparable(loaded)
+    assert first.areas_S.max() <= second.areas_S.min()
+    assert contenders.best_learning_rate(loaded) == 1e-3
+
+
+def test_a_unit_without_the_end_of_an_episode_is_one_line(experiment: Experiment, tmp_path: Path) -> None:
+    plan = acceleration.Plan(
+        experiment=dataclasses.replace(experiment, storage=str(tmp_path)),
+        source=source_experiment(experiment),
+        predictors={},
+        engine="torch",
+    )
+    ten = Contender.parse("10")
+    unit = Unit(task="HalfCheetah-v4", env_steps=256, contender=ten, learning_rate=1e-3, search=True)
+    run_unit(plan.of(unit), "torch")
+    with pytest.raises(
+        AccelerationError, match=r"contender '10': no episode of trial 10001 ended within 256 env steps"
+    ):
+        acceleration.load_unit(plan, unit)
+
+
+@pytest.mark.parametrize("names", [["4+first-again"], ["10", "4+linear:gate,x0.5"], ["4+copy-last", "6+copy-last"]])
+def test_rules_that_learn_nothing_need_no_trials(experiment: Experiment, tmp_path: Path, names: list[str]) -> None:
+    mine = dataclasses.replace(experiment, storage=str(tmp_path / "mine"))
+    source = dataclasses.replace(source_experiment(experiment), storage=str(tmp_path / "nothing"))
+    named = [Contender.parse(name) for name in names]
+    found = find_predictors(mine, source, named)
+    assert set(found) == {one.predictor for one in named if one.predictor}
+    for one in named:
+        if one.predictor:
+            question = load_predictor(found[one.predictor].folder).question
+            assert question.context == source.model.context
+            assert len(question.steps) >= one.jump(source, None).horizon
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(
+        StoreError, match=r"contender '4\+ridge' learns from the 3 trials of source, the experiment of acc"
+    ):
+        find_predictors(mine, source, [*named, Contender.parse("4+ridge")])
 
 
 def test_a_source_without_its_model_says_what_to_run(experiment: Experiment, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import doctest
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 from machine import own_processes
@@ -21,14 +24,17 @@ from tipl_ray import collection
 from tipl_ray.collection import (
     LOOK_SECONDS,
     MESSAGES_PER_SECOND,
+    CollectionError,
     GroupCollector,
     collect,
     pending_seeds,
     seat_resources,
 )
-from tipl_ray.config import CHECKOUT, Experiment, load_experiment
+from tipl_ray.config import CHECKOUT, Experiment, Ppo, load_experiment
+from tipl_ray.data_sets import DataSet
 from tipl_ray.learner import choose_engine
 from tipl_ray.placement import GroupProgress
+from tipl_ray.ppo import State
 from tipl_ray.storage import StoreError
 from tipl_ray.trajectory_store import TrajectoryStore
 
@@ -48,6 +54,9 @@ def cluster() -> Iterator[None]:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+ENGINE = choose_engine("auto", Ppo())
 
 
 def test_examples_in_docstrings_hold() -> None:
@@ -109,6 +118,128 @@ def test_what_was_altered_since_its_commit_is_found_when_its_group_ends(tmp_path
         GroupCollector(experiment, "torch", [1, 2]).advance(seconds=600)
 
 
+@pytest.fixture(scope="module")
+def doomed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four trials at their first commit, of which trial 2 cannot stay finite: its log-std is 100."""
+    folder = tmp_path_factory.mktemp("doomed")
+    collector = GroupCollector(smoke(folder), ENGINE, [1, 2, 3, 4])
+    group = collector._group
+    assert group is not None
+    healthy = group.state
+
+    def state(seed: int) -> State:
+        found = healthy(seed)
+        if seed == 2:
+            found["parameters_KN"][group.shape.num_policy_weights - 1] = 100.0
+        return found
+
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(group, "state", state)
+    for _ in range(3):
+        collector._run_iteration()
+    assert TrajectoryStore(str(folder)).progress(2).num_snapshots == 1 + 3 * 5
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The data set but for its seal."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "_SUCCESS"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("groups", [[[1], [2], [3], [4]], [[4, 2], [3, 1]]])
+def test_a_trial_that_diverges_ends_and_the_others_go_on_to_the_same_bytes(
+    doomed: Path, tmp_path: Path, groups: list[list[int]]
+) -> None:
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    for folder, parts in ((together, [[1, 2, 3, 4]]), (apart, groups)):
+        shutil.copytree(doomed, folder)
+        for seeds in parts:
+            progress = GroupCollector(smoke(folder), ENGINE, seeds).advance(seconds=600)
+            assert progress.finished
+            assert progress.diverged == ({2: 3} if 2 in seeds else {})
+    assert files_of(together) == files_of(apart)
+    experiment = smoke(together)
+    store = TrajectoryStore(experiment.storage_path)
+    assert pending_seeds(experiment, store) == []
+    assert store.sound((1, 2, 3, 4)) == (1, 3, 4)
+    assert str(store.divergences()[2]) == "trial 2 diverged after iteration 3"
+    assert store.progress(2).num_snapshots == store.divergences()[2].snapshot + 1 < experiment.num_snapshots
+    assert np.isfinite(store.trajectory(2).weights_TP).all()
+    store.finish(experiment.collect.seeds, experiment.num_snapshots)
+    assert json.loads((together / "commits" / "_SUCCESS").read_text())["diverged"] == [2]
+    # Out of the part of the split that it was in, and no other trial moves for that.
+    kept = DataSet(storage=str(together), seeds=experiment.collect.seeds, split=experiment.split).parts
+    assert kept == ((1,), (3,), (4,))
+    turned = DataSet(storage=str(together), seeds=(1, 3, 2, 4), split=experiment.split)
+    with pytest.raises(StoreError, match=r"all 1 trials to choose by diverged; collect with a lower ppo\.learning"):
+        _ = turned.parts
+    undisturbed = smoke(tmp_path / "undisturbed")
+    GroupCollector(undisturbed, ENGINE, [1, 3, 4]).advance(seconds=600)
+    assert store.digest([1, 3, 4]) == TrajectoryStore(undisturbed.storage_path).digest([1, 3, 4])
+
+
+def test_a_kill_before_the_record_of_a_divergence_or_after_it_changes_nothing(doomed: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        shutil.copytree(doomed, folder)
+        GroupCollector(smoke(folder), ENGINE, [1, 2, 3, 4]).advance(seconds=600)
+    (killed / "commits" / "trial=2" / "diverged.json").unlink()
+    again = GroupCollector(smoke(killed), ENGINE, [2, 3])
+    assert again.advance(seconds=600).finished
+    assert files_of(killed) == files_of(whole)
+    assert GroupCollector(smoke(killed), ENGINE, [1, 2]).advance(seconds=0).finished
+    assert files_of(killed) == files_of(whole)
+
+
+def test_what_was_finite_since_the_last_commit_is_kept_whenever_the_killing_comes(tmp_path: Path) -> None:
+    """Diverges between two commits, so that the last good snapshots are committed with nothing to resume from."""
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder in folders:
+        collector = GroupCollector(smoke(folder, iterations_per_commit=20), ENGINE, [1, 2])
+        for iteration in range(4):
+            if iteration == 2:
+                group = collector._group
+                assert group is not None
+                group.parameters_KN[0, group.shape.num_policy_weights - 1] = 100.0
+            collector._run_iteration()
+    (record,) = folders[1].glob("commits/*/diverged.json")
+    divergence = TrajectoryStore(str(folders[1])).divergences()[1]
+    assert (divergence.iteration, divergence.snapshot >= 2 * 5) == (2, True)
+    assert TrajectoryStore(str(folders[1])).progress(1).num_snapshots == divergence.snapshot + 1
+    record.unlink()
+    assert GroupCollector(smoke(folders[1], iterations_per_commit=20), ENGINE, [1]).advance(seconds=600).diverged
+    assert files_of(folders[0]) == files_of(folders[1])
+
+
+@pytest.mark.parametrize("task", ["InvertedPendulum-v4", "HalfCheetah-v4"])
+def test_a_learning_rate_of_ten_ends_every_trial_and_leaves_finite_data(tmp_path: Path, task: str) -> None:
+    experiment = smoke(tmp_path, num_trials=4)
+    collect_settings = dataclasses.replace(experiment.collect, task=task)
+    experiment = dataclasses.replace(
+        experiment, collect=collect_settings, ppo=dataclasses.replace(experiment.ppo, learning_rate=1000.0)
+    )
+    progress = GroupCollector(experiment, ENGINE, [1, 2]).advance(seconds=600)
+    assert progress.finished
+    assert set(progress.diverged) == {1, 2}
+    store = TrajectoryStore(experiment.storage_path)
+    for seed in (1, 2):
+        store.verify(seed, experiment.num_snapshots)
+
+
+def test_a_record_of_a_divergence_that_does_not_fit_its_commits_is_damage(doomed: Path, tmp_path: Path) -> None:
+    shutil.copytree(doomed, tmp_path / "d")
+    experiment = smoke(tmp_path / "d")
+    GroupCollector(experiment, ENGINE, [2]).advance(seconds=600)
+    record = tmp_path / "d" / "commits" / "trial=2" / "diverged.json"
+    before, store = json.loads(record.read_text()), TrajectoryStore(experiment.storage_path)
+    for change in ({"snapshot": 7}, {"seed": 3}, {"config_hash": "0"}, {"array": 5}, {"more": 1}):
+        record.write_text(json.dumps(before | change))
+        for read in (store.divergences, lambda: store.progress(2), lambda: store.verify(2, experiment.num_snapshots)):
+            with pytest.raises(StoreError, match=r"trial=2/diverged\.json: (is no record|says that trial)"):
+                read()
+
+
 def test_progress_counts_what_was_run_before(tmp_path: Path) -> None:
     experiment = smoke(tmp_path)
     collector = GroupCollector(experiment, "torch", [1, 2])
@@ -147,6 +278,15 @@ def test_killed_actors_are_restarted_and_the_data_is_the_same(cluster: None, tmp
     assert store.digest() == expected
     assert pending_seeds(disturbed, store) == []
     assert sum(group.env_steps for group in seen[-1]) == 4 * 30_720
+
+
+def test_a_collection_whose_trials_all_diverge_ends_in_one_line_each_time(cluster: None, tmp_path: Path) -> None:
+    experiment = smoke(tmp_path)
+    experiment = dataclasses.replace(experiment, ppo=dataclasses.replace(experiment.ppo, learning_rate=1000.0))
+    for _ in range(2):
+        with pytest.raises(CollectionError, match=r"all 4 trials diverged, .*; lower ppo\.learning_rate=1000 and"):
+            collect(experiment)
+    assert not TrajectoryStore(experiment.storage_path).finished()
 
 
 def test_ten_thousand_groups_are_driven_over_real_calls(cluster: None) -> None:

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 
 from tipl_ray.config import Collect, Experiment, Ppo
-from tipl_ray.contenders import Contender, Finished, Unit, as_markdown, filled, over_tasks, score, sentences
+from tipl_ray.contenders import (
+    Contender,
+    Finished,
+    Fitted,
+    Unit,
+    as_markdown,
+    best_learning_rate,
+    comparable,
+    filled,
+    over_tasks,
+    score,
+    sentences,
+)
 from tipl_ray.metrics import interquartile_mean, stratified_resamples
 
 SOURCE = Experiment(name="source")
@@ -59,17 +71,22 @@ def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> Non
         for name, search in (("4", True), ("4+ridge", False))
     )
     first, second = (
-        unit.experiment(experiment, SOURCE, {"ridge": "/s/predictors/1/ridge"}) for unit in (plain, jumping)
+        unit.experiment(experiment, SOURCE, {"ridge": Fitted(folder="/s/predictors/1/ridge", digest="a")})
+        for unit in (plain, jumping)
     )
     assert first.collect.seeds == (10_001, 10_002, 10_003, 10_004, 10_005)
     assert second.collect.seeds == tuple(range(101, 111))
     assert (first.ppo.num_epochs, first.ppo.learning_rate, first.collect.task) == (4, 1e-3, "Hopper-v4")
     assert (first.snapshots_per_iteration, second.snapshots_per_iteration) == (2, 5)
     assert first.storage_path != second.storage_path
-    elsewhere = jumping.experiment(
-        dataclasses.replace(experiment, storage="/t"), SOURCE, {"ridge": "/t/predictors/1/ridge"}
-    )
-    assert elsewhere.storage_path.removeprefix("/t") == second.storage_path.removeprefix("/s")
+    moved = dataclasses.replace(experiment, storage="/t")
+    for folder, digest, same in (
+        ("/t/any/name", "a", True),
+        ("s3://b/c?region=d", "a", True),
+        ("/s/1/ridge", "b", False),
+    ):
+        elsewhere = jumping.experiment(moved, SOURCE, {"ridge": Fitted(folder=folder, digest=digest)})
+        assert (elsewhere.storage_path.removeprefix("/t") == second.storage_path.removeprefix("/s")) == same
 
 
 def test_epochs_that_snapshots_do_not_divide_are_refused() -> None:
@@ -140,6 +157,84 @@ def test_a_trial_that_falls_below_half_of_its_best_has_collapsed() -> None:
     returns_SI = rising(100)
     returns_SI[3, 20:] = 10.0
     assert finished("10", returns_SI).num_collapsed == 1
+
+
+@pytest.mark.parametrize(
+    ("returns_I", "collapsed"),
+    [
+        (np.linspace(-500, -100, 40), 0),  # rises to its best, below 0
+        (np.full(40, -1000.0), 0),
+        (np.linspace(-500, 2, 40) - 3 * (np.arange(40) > 35), 0),  # ends a hair below 0, far above where it began
+        (np.concatenate([np.linspace(-500, -100, 30), np.full(10, -480.0)]), 1),
+        (np.concatenate([np.linspace(0, 100, 30), np.full(10, 45.0)]), 1),
+    ],
+)
+def test_a_collapse_is_a_fall_and_not_a_negative_return(returns_I: np.ndarray, collapsed: int) -> None:
+    assert finished("10", returns_I[None]).num_collapsed == collapsed
+
+
+@pytest.mark.parametrize("height", [-100.0, 0.0])
+def test_shares_are_of_areas_that_are_clearly_above_nothing(height: float) -> None:
+    """A better one would be "0.842 of the first" where both are negative."""
+    units = [
+        finished(name, rising(height if task == "Swimmer-v4" else 100.0, 1.0) + better, task)
+        for task in ("Swimmer-v4", "Hopper-v4")
+        for name, better in (("10", 0.0), ("4", 10.0))
+    ]
+    first, second = over_tasks(units, **CHANCES)
+    assert (first["tasks"], second["tasks"]) == (1, 1)
+    assert second["share"] == pytest.approx(59.5 / 49.5)
+    assert over_tasks(units[:2], **CHANCES) == []
+    rows = score(units[:2], "InvertedPendulum-v4", **CHANCES)
+    assert ", more (difference +10, " in sentences(rows, 0.95)[0]
+    # Within a tenth of a final return below 0 is below it, too.
+    assert rows[1]["env_steps_to_90"] is not None
+
+
+@pytest.mark.parametrize(("trials", "verdict"), [(1, "too few"), (2, "too few"), (3, "too few"), (4, "more")])
+def test_a_verdict_says_what_it_rests_on_and_few_trials_have_none(trials: int, verdict: str) -> None:
+    units = [
+        finished("10", rising(100, 1)[:trials]),
+        finished("4", rising(60)[:trials] + 900),
+    ]
+    units += [finished("4+ridge", rising(50, 1)[:trials]), finished("4+tipl", rising(30, 1)[:trials])]
+    lines = sentences(score(units, "InvertedPendulum-v4", **CHANCES), 0.95)
+    assert f" {verdict}" in lines[0]
+    assert all(f"over {trials} trials)" in line for line in lines)
+    assert "nan" not in "\n".join(lines) + as_markdown(score(units, "InvertedPendulum-v4", **CHANCES))
+    assert any("TIPL is worse than the ridge, by" in line for line in lines) == (verdict == "more")
+    assert any("4+ridge does not help" in line for line in lines) == (verdict == "more")
+
+
+def test_from_where_it_diverged_a_trial_counts_as_the_lowest_return_on_its_task() -> None:
+    broken_SI = rising(100, 1.0)
+    broken_SI[2, 5:], broken_SI[3] = np.nan, np.nan
+    lowest = finished("4", rising(10) - 50)
+    first, second, other = comparable(
+        [
+            dataclasses.replace(finished("10", broken_SI), num_diverged=2),
+            lowest,
+            finished("10", rising(1) - 900, task="Walker2d-v4"),
+        ]
+    )
+    np.testing.assert_array_equal(first.returns_SI[2, 5:], -50.0)
+    np.testing.assert_array_equal(first.returns_SI[3], -50.0)
+    np.testing.assert_array_equal(first.returns_SI[2, :5], broken_SI[2, :5])
+    np.testing.assert_array_equal(second.returns_SI, lowest.returns_SI)
+    assert other.returns_SI.min() == -900
+    rows = score([first, second], "InvertedPendulum-v4", **CHANCES)
+    assert rows[0]["diverged"] == 2
+    assert "2 of 10 trials of 10 diverged" in "\n".join(sentences(rows, 0.95))
+
+
+def test_a_learning_rate_at_which_trials_diverge_is_chosen_last() -> None:
+    def at(rate: float, returns_SI: np.ndarray) -> Finished:
+        one = finished("10", returns_SI)
+        return dataclasses.replace(one, unit=dataclasses.replace(one.unit, learning_rate=rate, search=True))
+
+    nothing = np.full((3, 40), np.nan)
+    assert best_learning_rate([at(1e-3, rising(5) - 100), at(10.0, nothing)]) == 1e-3
+    assert best_learning_rate([at(1e-3, nothing), at(10.0, nothing)]) == 1e-3
 
 
 def test_tasks_count_alike_whatever_their_returns() -> None:

@@ -22,6 +22,7 @@ FLOORS = [
         "metrics",
         "tracking",
         "search_space",
+        "resources",
     },
     {"data_sets", "environments", "learner", "segments", "forecasting", "jobs", "jumps"},
     {"ppo", "returns", "objectives", "contenders", "serving"},
@@ -29,7 +30,7 @@ FLOORS = [
     {"stages", "comparison"},
     {"acceleration", "sweep"},
 ]
-RAY = {"jobs", "collection", "training", "evaluation", "acceleration", "sweep"}
+RAY = {"jobs", "resources", "collection", "training", "evaluation", "acceleration", "sweep"}
 MODULES = sorted(path.stem for path in (ROOT / "tipl_ray").glob("*.py") if path.stem != "__init__")
 
 

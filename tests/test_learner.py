@@ -159,9 +159,34 @@ def test_an_engine_that_cannot_be_had_is_refused_with_the_reason(monkeypatch: py
     with pytest.raises(ValueError, match="minibatch size 8 is not a multiple of 16"):
         choose_engine("compiled", Ppo(num_steps=64, num_minibatches=8))
     monkeypatch.setenv("PATH", "")
+    assert choose_engine("torch", Ppo()) == "torch"
     with pytest.raises(ValueError, match="no g\\+\\+"):
         choose_engine("compiled", Ppo())
     assert choose_engine("auto", Ppo()) == "torch"
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a GPU where the trials run, and torch sees none"):
             make_learner(choose_engine("cuda", Ppo()), PENDULUM, Ppo())
+
+
+@pytest.mark.parametrize(
+    ("script", "complaint"),
+    [
+        ("#!/bin/sh\necho 'cc1plus: error: no such instruction' >&2\nexit 1\n", "no such instruction"),
+        ("#!/bin/sh\nexit 4\n", "status 4"),
+        ("no program at all\x00", "g\\+\\+ cannot be run"),
+    ],
+)
+def test_a_compiler_that_fails_is_named_and_auto_goes_on_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, complaint: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "g++").write_text(script)
+    (tmp_path / "bin" / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert choose_engine("auto", Ppo()) == "torch"
+    with pytest.raises(
+        ValueError, match=rf"collect\.engine='compiled' cannot be had: .*{complaint}.*'torch' runs"
+    ) as told:
+        choose_engine("compiled", Ppo())
+    assert "\n" not in str(told.value)

@@ -26,25 +26,31 @@ import pyarrow.csv
 import ray
 
 from tipl_ray import contenders, figures
-from tipl_ray.collection import GroupCollector
-from tipl_ray.config import Experiment, as_table, digest, load_experiment
-from tipl_ray.contenders import TIPL, Contender, Finished, Unit, filled
+from tipl_ray.collection import GroupCollector, pending_seeds, require_seat, seat_resources
+from tipl_ray.config import Experiment, UserError, as_table, digest, load_experiment
+from tipl_ray.contenders import TIPL, Contender, Finished, Fitted, Unit, comparable, filled, jump_question
 from tipl_ray.data_sets import model_folder
-from tipl_ray.forecasting import load_predictor
+from tipl_ray.forecasting import predictor_digest
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
-from tipl_ray.learner import choose_engine
+from tipl_ray.learner import ENGINES, choose_engine
 from tipl_ray.locks import only_one
 from tipl_ray.metrics import interquartile_mean
-from tipl_ray.stages import data_digest, learning_curves
 from tipl_ray.storage import StoreError, file_exists, join, last_name, local_folder, read_file, write_file
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, ui_command
+from tipl_ray.trajectory_store import TrajectoryStore
 
 UNIT_FILE = "unit.json"
 Cell = tuple[str, int, Contender]
 """Task, environment steps and contender: what one row of the table stands for."""
 SLICE_SECONDS = 5.0
 """Seconds of work between two looks at whether a unit has run."""
+NOT_IN_NAME = ("predictors_from", "predictors_storage", "units_at_once", "keep_weights")
+"""Settings that only say where something lies, how fast it goes and what is kept."""
+
+
+class AccelerationError(UserError):
+    """A unit has nothing to compare: says why, and the way out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +59,22 @@ class Plan:
 
     experiment: Experiment
     source: Experiment
-    folders: dict[str, str]
-    """Folder of each predictor, by name."""
+    predictors: dict[str, Fitted]
+    """By name."""
     engine: str
+
+    @property
+    def digest(self) -> str:
+        """What the results depend on, and nothing that says where anything lies."""
+        settings, collect, engine = self.experiment.accelerate, self.experiment.collect, ENGINES[self.engine]
+        told = {name: value for name, value in as_table(settings).items() if name not in NOT_IN_NAME}
+        run = as_table(dataclasses.replace(collect, trials_per_actor=0, physics_threads=1)) | {"engine": engine}
+        answers = {name: one.digest for name, one in self.predictors.items()}
+        return digest(told, run, self.experiment.ppo, self.experiment.evaluate.confidence, answers)
 
     def of(self, unit: Unit) -> Experiment:
         """The experiment that a unit runs."""
-        return unit.experiment(self.experiment, self.source, self.folders)
+        return unit.experiment(self.experiment, self.source, self.predictors)
 
 
 def run_acceleration(experiment: Experiment) -> None:
@@ -73,14 +88,15 @@ def run_acceleration(experiment: Experiment) -> None:
         source = source_experiment(experiment)
         tracker = open_tracker(experiment)
         with connected_to_ray():
+            engine = choose_engine(experiment.collect.engine, experiment.ppo)
+            require_seat(experiment, engine, "unit")
             plan = Plan(
                 experiment=experiment,
                 source=source,
-                folders=find_predictors(experiment, source, named),
-                engine=choose_engine(experiment.collect.engine, experiment.ppo),
+                predictors=find_predictors(experiment, source, named),
+                engine=engine,
             )
-            begin = time.monotonic()
-            key = digest(as_table(experiment.accelerate), experiment.collect, experiment.ppo, plan.folders)
+            begin, key = time.monotonic(), plan.digest
             claim = only_one(experiment.storage_path, f"accelerate-{key}", "running this acceleration")
             with claim, tracker.run("accelerate", f"accelerate-{key}", tags={"experiment": experiment.name}) as run:
                 run.log_parameters({"accelerate": as_table(experiment.accelerate), "ppo": as_table(experiment.ppo)})
@@ -97,35 +113,69 @@ def source_experiment(experiment: Experiment) -> Experiment:
     return dataclasses.replace(source, storage=settings.predictors_storage or source.storage).check("train")
 
 
-def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[Contender]) -> dict[str, str]:
-    """Folder of every predictor that a contender needs, fitted now where it was not before.
+def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[Contender]) -> dict[str, Fitted]:
+    """Every predictor that a contender needs, by name, fitted now where it was not before.
 
-    Raises StoreError where the source's trials or its trained model are missing.
+    Rules, which learn nothing, need no trials. Raises StoreError where others need the source's trials or its trained
+    model, and these are missing.
     """
-    wanted = {one.predictor: one.jump(source, None).horizon for one in named if one.predictor}
-    if not wanted:
-        return {}
-    data = data_digest(source)
+    wanted: dict[str, int] = {}
+    for one in named:
+        if one.predictor:
+            # The furthest that any contender jumps with it: nearer steps are answered too.
+            wanted[one.predictor] = max(one.jump(source, None).horizon, wanted.get(one.predictor, 0))
+    learned = {one.predictor: one.name for one in named if one.learned}
+    data = _source_digest(source, next(iter(learned.values()))) if learned else None
     folders: dict[str, str] = {}
     for horizon in sorted(set(wanted.values())):
         names = [name for name, own in wanted.items() if own == horizon and name != TIPL]
-        digested = digest(data, source.split, source.model.context, horizon)
-        folder = join(experiment.storage_path, "predictors", digested)
-        missing = [name for name in names if not file_exists(join(folder, name), "predictor.json")]
-        if missing:
+        fitted, question = [name for name in names if name in learned], jump_question(source, horizon)
+        rules = join(experiment.storage_path, "predictors", digest(question))
+        folders |= {name: join(rules, name) for name in names}
+        if fitted:
+            fits = join(
+                experiment.storage_path, "predictors", digest(data, source.split, source.model.context, horizon)
+            )
+            folders |= {name: join(fits, name) for name in fitted}
+        missing = [name for name in names if not file_exists(folders[name], "predictor.json")]
+        contenders.save_rules(question, [name for name in missing if name not in learned], rules)
+        if missing := [name for name in missing if name in learned]:
             say(f"accelerate: fitting {', '.join(missing)} on the trials of {source.name}")
-            ray.get(ray.remote(contenders.fit_and_save).remote(source, horizon, missing, folder))
-        folders |= {name: join(folder, name) for name in names}
+            _result(ray.remote(contenders.fit_and_save).remote(source, horizon, missing, fits))
     if TIPL in wanted:
-        folders[TIPL] = model_folder(source, data)
+        folders[TIPL] = model_folder(source, str(data))
         if not file_exists(folders[TIPL], "model.json"):
             raise StoreError(
                 f"{folders[TIPL]}: no trained model of {source.name} is there; run jobs/train.py --preset causal with "
                 "that experiment first"
             )
-    for folder in folders.values():
-        load_predictor(folder)
-    return folders
+    return {name: Fitted(folder=folder, digest=predictor_digest(folder)) for name, folder in folders.items()}
+
+
+def _source_digest(source: Experiment, contender: str) -> str:
+    """Digest of the trials that predictors are fitted on. Raises StoreError where they are not all there."""
+    store = TrajectoryStore(source.storage_path)
+    missing = pending_seeds(source, store)
+    if missing or not store.finished():
+        raise StoreError(
+            f"{source.storage_path}: contender {contender!r} learns from the {source.collect.num_trials} trials of "
+            f"{source.name}, the experiment of accelerate.predictors_from, and {len(missing)} of them are not complete "
+            "there; collect that experiment first, or leave out the contenders that learn"
+        )
+    return store.digest(source.collect.seeds)
+
+
+def _result(reference: ray.ObjectRef) -> Any:
+    """What a task returned. Raises what it raised, AccelerationError where its process was killed again and again."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.WorkerCrashedError as error:
+        raise AccelerationError(
+            "a unit's process was killed four times, as happens where memory runs out; give accelerate.units_at_once a "
+            "lower value, and the same command goes on from the last commits"
+        ) from error
 
 
 def run_unit(experiment: Experiment, engine: str) -> None:
@@ -142,30 +192,52 @@ def run_unit(experiment: Experiment, engine: str) -> None:
     # What was run before a kill took its time elsewhere: the share run here stands for all of it.
     share_here = (progress.env_steps - before.env_steps) / progress.total_env_steps
     seconds = (time.thread_time() - begin) / share_here if share_here else None
-    curves = learning_curves(experiment)
-    table = {
-        "returns": [[None if np.isnan(value) else float(value) for value in returns_I] for _, _, returns_I in curves],
-        "env_steps": curves[0][1].tolist(),
+    store, iterations = TrajectoryStore(folder), experiment.num_iterations
+    diverged = store.divergences(experiment.collect.seeds)
+    first = slice(1, None, experiment.snapshots_per_iteration)  # an iteration's episodes stand at its first snapshot
+    returns = []
+    for seed in experiment.collect.seeds:
+        whole = diverged[seed].iteration if seed in diverged else iterations
+        known_I = store.trajectory(seed, columns=["episodic_return"]).episodic_returns_T[first][:whole]
+        returns.append([None if np.isnan(value) else float(value) for value in known_I])
+    table: dict[str, Any] = {
+        "returns": returns,
+        "diverged": sorted(diverged),
+        "env_steps": (experiment.ppo.num_steps * np.arange(1, iterations + 1)).tolist(),
         "cpu_seconds": seconds,
         "jump_counts": counts,
-        "experiment": as_table(experiment),
+        "experiment": {name: as_table(getattr(experiment, name)) for name in ("collect", "ppo", "jump")},
     }
+    if experiment.jump.predictor:
+        table["experiment"]["jump"]["predictor"] = last_name(experiment.jump.predictor)
     write_file(folder, UNIT_FILE, json.dumps(table).encode())
 
 
 def load_unit(plan: Plan, unit: Unit) -> Finished:
-    """A unit that has run."""
+    """A unit that has run. Raises AccelerationError where no episode of a trial ended."""
     experiment = plan.of(unit)
     table = json.loads(read_file(experiment.storage_path, UNIT_FILE))
-    env_steps_I = np.array(table["env_steps"])
+    env_steps_I, diverged = np.array(table["env_steps"]), table.get("diverged", [])
+    returns_SI = np.full((len(table["returns"]), len(env_steps_I)), np.nan)
+    for seed, returns_I, known in zip(experiment.collect.seeds, returns_SI, table["returns"], strict=True):
+        curve_1I = np.array([known], dtype=np.float64)
+        if not np.isnan(curve_1I).all():
+            returns_I[: len(known)] = filled(curve_1I)[0]
+        elif seed not in diverged:
+            raise AccelerationError(
+                f"{unit.task}, contender {unit.contender.name!r}: no episode of trial {seed} ended within "
+                f"{env_steps_I[-1]:,} env steps, so there is no return to compare; give the task more steps, as in "
+                f"{unit.task}@{10 * env_steps_I[-1]}"
+            )
     per_iteration = experiment.ppo.num_epochs * experiment.ppo.num_minibatches
     return Finished(
         unit=unit,
-        returns_SI=filled(np.array(table["returns"], dtype=np.float64)),
+        returns_SI=returns_SI,
         env_steps_I=env_steps_I,
         gradient_steps_I=per_iteration * np.arange(1, len(env_steps_I) + 1),
         cpu_seconds=float("nan") if table["cpu_seconds"] is None else table["cpu_seconds"],
         jump_counts=table["jump_counts"],
+        num_diverged=len(diverged),
     )
 
 
@@ -196,7 +268,8 @@ def _run_units(
             finals[cell] = _unit(cell, rate, search=False)
             waiting.insert(0, finals[cell])
 
-    send: Any = ray.remote(num_cpus=1, max_retries=3)(run_unit)
+    needs = seat_resources(plan.experiment, plan.engine)
+    send: Any = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=3)(run_unit)
     with ProgressView() as view:
         while waiting or running:
             while waiting and len(running) < limit:
@@ -207,7 +280,7 @@ def _run_units(
                     running[send.remote(plan.of(unit), plan.engine)] = unit
             ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
             for reference in ready:
-                ray.get(reference)
+                _result(reference)
                 settle(running.pop(reference))
             now = ", ".join(f"{unit.contender.name} at {unit.learning_rate:g}" for unit in running.values())
             view.show([], f"accelerate: {len(ran)} of {total} units done; running {now or 'none'}")
@@ -233,10 +306,13 @@ def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
     tags = {"task": unit.task, "contender": unit.contender.name, "search": str(unit.search)}
     with tracker.run(name, f"unit-{last_name(experiment.storage_path)}", parent=parent, tags=tags) as run:
         run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("collect", "ppo", "jump")})
-        middle_I = interquartile_mean(one.returns_SI.T)
-        run.log_history("return_iqm", one.env_steps_I.tolist(), middle_I.tolist())
-        run.log_metrics({"auc": float(one.areas_S.mean()), "final_return": float(one.finals_S.mean())})
-        run.log_metrics({"cpu_seconds": one.cpu_seconds, "collapsed": one.num_collapsed})
+        run.log_metrics({"cpu_seconds": one.cpu_seconds, "diverged": one.num_diverged})
+        (whole,) = comparable([one])
+        if np.isfinite(whole.returns_SI).all():
+            middle_I = interquartile_mean(whole.returns_SI.T)
+            run.log_history("return_iqm", one.env_steps_I.tolist(), middle_I.tolist())
+            run.log_metrics({"auc": float(whole.areas_S.mean()), "final_return": float(whole.finals_S.mean())})
+            run.log_metrics({"collapsed": whole.num_collapsed})
     folder = local_folder(experiment.storage_path)
     if folder and not plan.experiment.accelerate.keep_weights:
         for name in ("trajectories", "commits"):
@@ -244,7 +320,12 @@ def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
 
 
 def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finished], folder: str, run: Run) -> None:
-    experiment = plan.experiment
+    experiment, finished = plan.experiment, comparable(finished)
+    if unknown := [one.unit.task for one in finished if np.isnan(one.returns_SI).any()]:
+        raise AccelerationError(
+            f"{unknown[0]}: every trial of every contender diverged before an episode ended, so there is nothing to "
+            f"compare; lower accelerate.learning_rates={experiment.accelerate.learning_rates}"
+        )
     chances: dict[str, Any] = {
         "resamples": experiment.accelerate.bootstrap,
         "confidence": experiment.evaluate.confidence,
@@ -285,10 +366,13 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
         run.log_file(Path(temporary) / "report.md")
     for line in (*contenders.as_markdown(rows).splitlines(), *lines):
         say(line)
+    tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
+    if not together or together[0]["tasks"] < len(tasks):
+        say("tasks where the area of the first contender is not clearly above 0 are compared by differences alone")
     for row in together:
         say(
-            f"over {row['tasks']} tasks, {row['contender']}: {row['share']:.3f} of the first contender's area "
-            f"[{row['share_low']:.3f}, {row['share_high']:.3f}]"
+            f"over {row['tasks']} of {len(tasks)} tasks, {row['contender']}: {row['share']:.3f} of the first "
+            f"contender's area [{row['share_low']:.3f}, {row['share_high']:.3f}]"
         )
     say(f"accelerate: table, curves and report in {folder}")
 
@@ -314,5 +398,8 @@ def _curve_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
 
 def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
     sink = io.BytesIO()
-    pyarrow.csv.write_csv(pa.Table.from_pylist(list(rows)), sink)
+    # What is not known is empty; a table of nothing has no columns to write.
+    known = [{name: None if value != value else value for name, value in row.items()} for row in rows]
+    if known:
+        pyarrow.csv.write_csv(pa.Table.from_pylist(known), sink)
     return sink.getvalue()

@@ -16,13 +16,14 @@ import numpy as np
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from tipl_ray.config import Experiment, as_table
+from tipl_ray.config import Experiment, UserError, as_table
 from tipl_ray.forecasting import predictor_digest
 from tipl_ray.learner import ENGINES, choose_engine
 from tipl_ray.placement import LOSSES, GroupProgress, Order, Placement, split_into_groups
 from tipl_ray.ppo import TrialGroup, network_shape
+from tipl_ray.resources import require_resources
 from tipl_ray.terminal import log_event
-from tipl_ray.trajectory_store import Header, TrajectoryStore, TrialWriter
+from tipl_ray.trajectory_store import Divergence, Header, TrajectoryStore, TrialWriter
 
 SLICE_SECONDS = 2.0
 """Seconds of work per call of an actor: what passes between two progress messages."""
@@ -30,6 +31,10 @@ MESSAGES_PER_SECOND = 200
 """Progress messages that the driver is sent at most, by longer calls where there are many actors."""
 LOOK_SECONDS = 1.0
 """Seconds between two looks at the whole: nodes that are to go, seats to open and to close, what the caller is told."""
+
+
+class CollectionError(UserError):
+    """No trial came out of a collection: says why, and the way out."""
 
 
 def trial_header(experiment: Experiment, engine: str) -> Header:
@@ -53,6 +58,17 @@ def seat_resources(experiment: Experiment, engine: str) -> dict[str, int]:
     return {"CPU": experiment.collect.physics_threads} | ({"GPU": 1} if engine == "cuda" else {})
 
 
+def require_seat(experiment: Experiment, engine: str, per: str) -> None:
+    """Refuse what the cluster can never have. Raises ValueError."""
+    fields = {
+        "CPU": f"collect.physics_threads={experiment.collect.physics_threads}",
+        "GPU": f"collect.engine={engine!r}",
+    }
+    require_resources(
+        {name: (amount, fields[name]) for name, amount in seat_resources(experiment, engine).items()}, per
+    )
+
+
 class GroupCollector:
     """One group of trials and their writers: goes on from the last commits, commits every few iterations."""
 
@@ -66,14 +82,20 @@ class GroupCollector:
         self._store = TrajectoryStore(self._experiment.storage_path)
         header = trial_header(self._experiment, self._engine)
         self._writers = {seed: TrialWriter(self._store, seed, header) for seed in seeds}
-        states = [writer.state for writer in self._writers.values()]
-        self._group = TrialGroup(self._experiment, self._engine, list(seeds), states) if seeds else None
-        self._iterations: dict[int, int] = {}
+        self._divergences: dict[int, Divergence] = {}
+        for seed, writer in self._writers.items():
+            if writer.divergence:
+                writer.record_divergence()
+                self._divergences[seed] = writer.divergence
+        self._iterations = {seed: one.iteration for seed, one in self._divergences.items()}
         self._returns: dict[int, float] = {}
+        going_on = [seed for seed in seeds if seed not in self._divergences]
+        states = [self._writers[seed].state for seed in going_on]
+        self._group = TrialGroup(self._experiment, self._engine, going_on, states) if going_on else None
         if self._group:
             for snapshot in self._group.initial_snapshots():
                 self._writers[snapshot.seed].append(snapshot)
-            self._iterations = {seed: int(k) for seed, k in zip(seeds, self._group.iterations_K, strict=True)}
+            self._iterations |= {seed: int(k) for seed, k in zip(going_on, self._group.iterations_K, strict=True)}
         return self.advance(0.0)
 
     def advance(self, seconds: float, to_commit: bool = False) -> GroupProgress:
@@ -93,13 +115,16 @@ class GroupCollector:
         done, returns = sum(self._iterations.values()), list(self._returns.values())
         rate = (done - before) * num_steps / max(time.monotonic() - begin, 1e-9)
         self._meters.ran((done - before) * num_steps, rate)
+        # A trial that diverged has nothing left to run.
+        spared = sum(self._experiment.num_iterations - one.iteration for one in self._divergences.values())
         return GroupProgress(
             seeds=tuple(self._writers),
-            env_steps=done * num_steps,
+            env_steps=(done + spared) * num_steps,
             total_env_steps=len(self._writers) * self._experiment.env_steps_per_trial,
             uncommitted_env_steps=self._uncommitted() * num_steps,
             env_steps_per_second=rate,
             mean_return=float(np.mean(returns)) if returns else math.nan,
+            diverged={seed: one.iteration for seed, one in self._divergences.items()},
         )
 
     @property
@@ -116,8 +141,12 @@ class GroupCollector:
             self._iterations[snapshot.seed] = snapshot.iteration
             if snapshot.episodic_return is not None:
                 self._returns[snapshot.seed] = snapshot.episodic_return
+        for seed, (iteration, array) in group.diverged.items():
+            if seed not in self._divergences:
+                self._divergences[seed] = self._writers[seed].diverge(iteration, array)
+                self._iterations[seed] = iteration
         begin = time.monotonic()
-        due = [seed for seed in group.seeds if not self._since_commit(seed)]
+        due = [seed for seed in group.seeds if seed not in self._divergences and not self._since_commit(seed)]
         num_bytes = sum(self._writers[seed].commit(group.state(seed)).part_bytes for seed in due)
         if due:
             self._meters.committed(len(due), num_bytes)
@@ -132,7 +161,7 @@ class GroupCollector:
     def _since_commit(self, seed: int) -> int:
         """Iterations of a trial that are not committed; where commits fall due is part of the data."""
         iteration = self._iterations[seed]
-        at_end = iteration == self._experiment.num_iterations
+        at_end = iteration == self._experiment.num_iterations or seed in self._divergences
         return 0 if at_end else iteration % self._experiment.collect.iterations_per_commit
 
     def _uncommitted(self) -> int:
@@ -163,9 +192,9 @@ class _Meters:
 
 
 def pending_seeds(experiment: Experiment, store: TrajectoryStore) -> list[int]:
-    """Seeds of the trials that are not committed to their end, the least advanced first."""
+    """Seeds of the trials that are not committed to their end and have not diverged, the least advanced first."""
     progress = store.progress_of(experiment.collect.seeds, experiment.num_snapshots)
-    return [p.seed for p in sorted(progress, key=lambda p: p.num_snapshots) if not p.complete]
+    return [p.seed for p in sorted(progress, key=lambda p: p.num_snapshots) if not p.ended]
 
 
 def collect(
@@ -173,7 +202,8 @@ def collect(
 ) -> TrajectoryStore:
     """Collect every trial of the experiment that is not complete, on a connected Ray cluster, and seal the data set.
 
-    Raises StoreError where the storage holds other data, ValueError for a task or an engine that cannot be had.
+    Raises StoreError where the storage holds other data, ValueError for a task, an engine or resources that cannot be
+    had, CollectionError where every trial diverged.
     """
     store = TrajectoryStore(experiment.storage_path)
     engine = choose_engine(experiment.collect.engine, experiment.ppo)
@@ -181,14 +211,26 @@ def collect(
     store.check_header(header)
     seeds = pending_seeds(experiment, store)
     if seeds:
-        if engine == "cuda" and not ray.cluster_resources().get("GPU"):
-            raise ValueError("collect.engine='cuda' needs a GPU per actor, and no node of the cluster has one")
+        require_seat(experiment, engine, "actor")
         _run(experiment, engine, seeds, on_progress)
     if not store.finished():
+        _refuse_all_diverged(experiment, store)
         log_event("seal", trials=name_trials(experiment.collect.seeds))
         # Each group's actor has read back what it finished: one driver would take longer for that than the collection.
         store.finish(experiment.collect.seeds, experiment.num_snapshots, verified=set(seeds))
     return store
+
+
+def _refuse_all_diverged(experiment: Experiment, store: TrajectoryStore) -> None:
+    """Raise CollectionError where there is no trial to learn from."""
+    diverged = store.divergences(experiment.collect.seeds)
+    if len(diverged) == experiment.collect.num_trials:
+        last = max(diverged.values(), key=lambda one: one.iteration)
+        raise CollectionError(
+            f"{experiment.storage_path}: all {len(diverged)} trials diverged, the last one after iteration "
+            f"{last.iteration} ({last.array} not finite), so there is nothing to learn from; lower "
+            f"ppo.learning_rate={experiment.ppo.learning_rate:g} and collect into another storage"
+        )
 
 
 def _run(
@@ -293,6 +335,10 @@ class Crew:
                 raise error.cause from None
             else:
                 if isinstance(answer, GroupProgress):
+                    group = placement.group(seat)
+                    for trial, iteration in answer.diverged.items():
+                        if group and trial not in group.diverged:
+                            log_event("diverged", trial=trial, iteration=iteration)
                     placement.told(seat, answer)
                     if answer.finished:
                         log_event("finished", actor=seat, trials=name_trials(answer.seeds))

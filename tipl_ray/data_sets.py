@@ -31,6 +31,23 @@ class DataSet:
         return TrajectoryStore(self.storage).digest(self.seeds)
 
     @property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """Seeds to train, to choose and to report, without the trials that diverged.
+
+        Where a trial stands in the split does not depend on what became of others. Raises StoreError where trials to
+        train or to choose by are all gone.
+        """
+        store, parts = TrajectoryStore(self.storage), []
+        for use, seeds in zip(("train on", "choose by", "report on"), self.split.cut(self.seeds), strict=True):
+            parts.append(store.sound(seeds))
+            if seeds and not parts[-1]:
+                raise StoreError(
+                    f"{self.storage}: all {len(seeds)} trials to {use} diverged; collect with a lower "
+                    "ppo.learning_rate, or give more trials to that part of the split"
+                )
+        return tuple(parts)
+
+    @property
     def task(self) -> str:
         """Gymnasium id of its task."""
         return TrajectoryStore(self.storage).header(self.seeds[:1]).task

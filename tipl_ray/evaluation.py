@@ -28,6 +28,7 @@ from tipl_ray.learner import choose_engine, make_learner
 from tipl_ray.metrics import Table
 from tipl_ray.model import load_about
 from tipl_ray.ppo import network_shape
+from tipl_ray.resources import require_resources
 from tipl_ray.returns import policy_returns
 from tipl_ray.segments import load_band
 from tipl_ray.storage import StoreError, file_exists, join, last_name, publish, read_published, write_file
@@ -93,14 +94,14 @@ def fit_predictors(experiment: Experiment, model_folders: Sequence[str]) -> byte
 
     Test trials are not opened.
     """
-    question = Question.of(experiment)
+    question, store = Question.of(experiment), TrajectoryStore(experiment.storage_path)
     predictors = make_predictors(question, model_folders, bool(experiment.train.data))
     training, validation = (
         Trials(
             bands=[load_band(experiment.storage_path, seed, question) for seed in seeds],
             weights=lambda seeds=seeds: _read_weights(experiment, seeds),  # type: ignore[misc]  # mypy: lambda defaults
         )
-        for seeds in (experiment.train_seeds, experiment.validation_seeds)
+        for seeds in map(store.sound, (experiment.train_seeds, experiment.validation_seeds))
     )
     for predictor in predictors:
         predictor.fit(training, validation)
@@ -256,6 +257,7 @@ def evaluate(
     if found is None:
         if file_exists(folder, RECONSTRUCTION_FILE):
             say(f"evaluate: the results in {folder} are damaged, and are computed again")
+        require_resources({"CPU": (1.0, "evaluate")}, "task")
         try:
             fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folders))
             brought = _gather(_send(experiment, model_folders, fitted), on_progress)
@@ -293,9 +295,10 @@ def _send(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -
     sent: dict[ray.ObjectRef, str] = {}
     # Fitting a basis takes seconds at full scale, so a trial's windows are cut no finer than keeps the CPUs busy.
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
-    chunks = min(len(run_starts(experiment)), -(-2 * num_cpus // len(experiment.test_seeds)))
+    test_seeds = TrajectoryStore(experiment.storage_path).sound(experiment.test_seeds)
+    chunks = min(len(run_starts(experiment)), -(-2 * num_cpus // len(test_seeds)))
     kept = ray.put(fitted)
-    for seed in experiment.test_seeds:
+    for seed in test_seeds:
         for starts_B in np.array_split(run_starts(experiment), chunks) if experiment.evaluate.run_policies_of else ():
             sent[ray.remote(forecast_returns).remote(experiment, model_folders, kept, seed, starts_B)] = "returns"
         sent[ray.remote(forecast_errors).remote(experiment, model_folders, kept, seed)] = "errors"

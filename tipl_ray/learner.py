@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from tipl_ray.compiler import shared_library
+from tipl_ray.compiler import CompilerError, shared_library
 from tipl_ray.config import Ppo
 from tipl_ray.policy import NetworkShape
 
@@ -86,11 +86,7 @@ class Learner(Protocol):
 
 def choose_engine(engine: str, ppo: Ppo) -> Literal["compiled", "torch", "cuda"]:
     """The learner that a configuration means. Raises ValueError where `compiled` cannot be had."""
-    reason = None
-    if shutil.which("g++") is None:
-        reason = "there is no g++ on the PATH"
-    elif ppo.minibatch_size % LANES:
-        reason = f"the minibatch size {ppo.minibatch_size} is not a multiple of {LANES}"
+    reason = None if engine in ("cuda", "torch") else why_not_compiled(ppo)
     if engine == "compiled" and reason:
         raise ValueError(f"collect.engine='compiled' cannot be had: {reason}; 'torch' runs without")
     if engine == "cuda":
@@ -98,6 +94,22 @@ def choose_engine(engine: str, ppo: Ppo) -> Literal["compiled", "torch", "cuda"]
     if engine == "torch" or reason:
         return "torch"
     return "compiled"
+
+
+def why_not_compiled(ppo: Ppo) -> str | None:
+    """Why the compiled learner cannot be had here; None where it can."""
+    if shutil.which("g++") is None:
+        return "there is no g++ on the PATH"
+    if ppo.minibatch_size % LANES:
+        return f"the minibatch size {ppo.minibatch_size} is not a multiple of {LANES}"
+    try:
+        # What the environments build too, in a second: it tells whether the compiler works.
+        shared_library("wrappers.cpp", "-ffp-contract=off")
+    except CompilerError as error:
+        return f"{str(error).partition('): ')[0]})"
+    except OSError as error:
+        return f"g++ cannot be run: {error.strerror}"
+    return None
 
 
 def make_learner(engine: str, shape: NetworkShape, ppo: Ppo) -> Learner:
@@ -111,7 +123,7 @@ class CompiledLearner:
     """learner.cpp, compiled for the shapes at hand and called through ctypes, which lets other threads run meanwhile.
 
     `precision` float64 is for tests: parameters, moments and gradients are then float64, rollouts stay float32.
-    Raises RuntimeError with the compiler's words if it fails.
+    Raises CompilerError with the compiler's words if it fails.
     """
 
     def __init__(self, shape: NetworkShape, ppo: Ppo, precision: type = np.float32, march: str = "native"):

@@ -10,7 +10,7 @@ import enum
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import numpy as np
 
@@ -38,6 +38,8 @@ class GroupProgress:
     """Over the last slice of work."""
     mean_return: float = math.nan
     """Mean over trials of the last mean episodic return; NaN before the first episode ended."""
+    diverged: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """The group's trials that diverged, and the iterations of each that were whole by then."""
 
     @property
     def finished(self) -> bool:
@@ -58,6 +60,7 @@ class GroupProgress:
             env_steps=round((self.env_steps - self.uncommitted_env_steps) * share),
             total_env_steps=round(self.total_env_steps * share),
             mean_return=self.mean_return,
+            diverged={seed: iteration for seed, iteration in self.diverged.items() if seed in seeds},
         )
 
 

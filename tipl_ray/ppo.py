@@ -53,6 +53,8 @@ class TrialGroup:
         self.parameters_KN = np.stack([self.shape.initial_parameters(generator) for generator in self.generators])
         self.first_moments_KN, self.second_moments_KN = np.zeros((2, count, size), dtype=np.float32)
         self.adam_steps_K, self.iterations_K = np.zeros((2, count), dtype=np.int64)
+        self.diverged: dict[int, tuple[int, str]] = {}
+        """By seed, the trials that ended because something of them is not finite: whole iterations, and what it is."""
         self.jumps: GroupJumps | None = None
         if experiment.jump.predictor:
             predictor, num_weights = load_predictor(experiment.jump.predictor), self.shape.num_policy_weights
@@ -73,8 +75,8 @@ class TrialGroup:
 
     @property
     def finished(self) -> bool:
-        """Whether every trial has run all of its iterations."""
-        return bool((self.iterations_K >= self.num_iterations).all())
+        """Whether every trial has run all of its iterations, or has diverged."""
+        return not len(self._going_on())
 
     def initial_snapshots(self) -> Iterator[Snapshot]:
         """Snapshot 0 of the trials that have not begun."""
@@ -83,8 +85,11 @@ class TrialGroup:
 
     def run_iteration(self) -> Iterator[Snapshot]:
         """One iteration of every trial that is not finished: rollout, update epochs with their snapshots, and a jump
-        with its own where there are jumps."""
-        going_on = np.flatnonzero(self.iterations_K < self.num_iterations)
+        with its own where there are jumps.
+
+        Every snapshot is finite: a trial that is not any more has diverged, and ends with the one before.
+        """
+        going_on = self._going_on()
         if len(going_on) < len(self):
             self._keep(going_on)
         returns = self._collect_rollouts()
@@ -101,8 +106,7 @@ class TrialGroup:
                 self._rollouts,
                 self._permutations(),
             )
-            for k in range(len(self)):
-                yield self._snapshot(k, index, returns[k] if index == 1 else None)
+            yield from self._finite_snapshots(index, returns if index == 1 else [None] * len(self))
             if self.jumps:
                 self.jumps.record(self.parameters_KN)
         if self.jumps:
@@ -121,12 +125,39 @@ class TrialGroup:
             moves_KHM[worse_K] = 0.0
         for step in range(jumps.settings.horizon):
             self.parameters_KN[:, : jumps.num_moved] += moves_KHM[:, step]
-            for k in range(len(self)):
-                yield self._snapshot(k, self.snapshots_run + 1 + step, None)
+            yield from self._finite_snapshots(self.snapshots_run + 1 + step, [None] * len(self))
         jumps.carry_on(moves_KHM, self.parameters_KN)
         if jumps.settings.moments == "reset":
             for array in (self.first_moments_KN, self.second_moments_KN, self.adam_steps_K):
                 array[moves_KHM.any(axis=(1, 2))] = 0
+
+    def _finite_snapshots(self, index: int, returns: list[float | None]) -> Iterator[Snapshot]:
+        """A snapshot of every trial that has not diverged by now."""
+        self._find_divergences(returns)
+        for k, seed in enumerate(self.seeds):
+            if seed not in self.diverged:
+                yield self._snapshot(k, index, returns[k])
+
+    def _find_divergences(self, returns: list[float | None]) -> None:
+        num_weights, statistics = self.shape.num_policy_weights, self.environments.observation_statistics
+        watched = {
+            "weights": self.parameters_KN[:, :num_weights],
+            "critic": self.parameters_KN[:, num_weights:],
+            "observation_mean": statistics.mean,
+            "observation_variance": statistics.variance,
+            "episodic_return": np.array([[0.0 if value is None else value] for value in returns]),
+        }
+        for name, array in watched.items():
+            # What is not finite shows in the sum, at a fraction of the price of looking at each; so does an overflow.
+            with np.errstate(over="ignore", invalid="ignore"):
+                suspects = np.flatnonzero(~np.isfinite(array.sum(axis=1)))
+            for k in map(int, suspects):
+                if not np.isfinite(array[k]).all():
+                    self.diverged.setdefault(self.seeds[k], (int(self.iterations_K[k]) - 1, name))
+
+    def _going_on(self) -> np.ndarray:
+        sound_K = np.array([seed not in self.diverged for seed in self.seeds], dtype=bool)
+        return np.flatnonzero(sound_K & (self.iterations_K < self.num_iterations))
 
     def _surrogates(self, parameters_KN: np.ndarray) -> np.ndarray:
         """PPO's clipped surrogate objective (K,) of some parameters on the stored rollouts, advantages centred."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tipl_ray.config import Experiment, as_table, digest, flat
-from tipl_ray.data_sets import data_sets, missing_model, model_folder, run_digest, training_digest
+from tipl_ray.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.locks import only_one
 from tipl_ray.placement import GroupProgress
@@ -132,7 +132,7 @@ def check_evaluate(context: Context) -> bool:
 def run_collect(context: Context) -> None:
     """Collect every trial, with the progress of each actor, and log the trials' learning curves."""
     from tipl_ray.collection import collect, pending_seeds, trial_header
-    from tipl_ray.learner import choose_engine
+    from tipl_ray.learner import choose_engine, why_not_compiled
     from tipl_ray.tasks import find_task
 
     experiment, settings = context.experiment, context.experiment.collect
@@ -145,14 +145,14 @@ def run_collect(context: Context) -> None:
         f"policy {width} (P = {header.num_weights:,}), {experiment.num_snapshots:,} snapshots a trial"
     )
     if engine == "torch" and settings.engine == "auto":
-        say("collect: no g++ here, or minibatches of no multiple of 16: networks run in torch, several times slower")
+        say(f"collect: {why_not_compiled(experiment.ppo)}: networks run in torch, several times slower")
     if not find_task(settings.task).fast:
         say(f"collect: {settings.task} runs through gymnasium, one environment after the other, several times slower")
     found = settings.num_trials - len(pending_seeds(experiment, store))
     done = found == settings.num_trials and store.finished()
     if done:
         say(f"collect: found all {found} trials complete")
-    elif found:
+    elif 0 < found < settings.num_trials:
         say(f"collect: found {found} trials complete, going on with the others")
     begin = time.monotonic()
     if not done:
@@ -161,6 +161,7 @@ def run_collect(context: Context) -> None:
             view.show([], "collect: starting Ray")
             context.connect()
             collect(experiment, lambda groups: _show_collection(view, groups, time.monotonic() - begin))
+    say_left_out("collect", experiment.storage_path, settings.seeds)
     curves = learning_curves(experiment)
     last = [returns_T[-1] for _, _, returns_T in curves if np.isfinite(returns_T[-1])]
     final = float(np.mean(last)) if last else None
@@ -196,7 +197,9 @@ def run_train(context: Context) -> None:
     sets = data_sets(experiment)
     if not experiment.train.data:
         data_digest(experiment)  # refuses what is not complete
-    cut = [one.split.cut(one.seeds) for one in sets]
+    for one in sets:
+        say_left_out("train", one.storage, one.seeds)
+    cut = [one.parts for one in sets]
     say(
         f"train: {sum(len(seeds) for seeds, _, _ in cut)} trials to train, {sum(len(seeds) for _, seeds, _ in cut)} to "
         f"choose, of {', '.join(one.task for one in sets)}, preset {experiment.preset}, basis {_basis(experiment)}, "
@@ -277,8 +280,11 @@ def run_evaluate(context: Context) -> None:
     data_digest(experiment)  # refuses what is not complete
     models = trained_models(experiment)
     settings = experiment.evaluate
+    say_left_out("evaluate", experiment.storage_path, experiment.test_seeds)
+    data = DataSet(storage=experiment.storage_path, seeds=experiment.collect.seeds, split=experiment.split)
+    num_test_trials = len(data.parts[2])
     say(
-        f"evaluate: {len(experiment.test_seeds)} test trials, h = 1..{settings.horizon}, policies run at "
+        f"evaluate: {num_test_trials} test trials, h = 1..{settings.horizon}, policies run at "
         f"{settings.windows_per_trial} windows a trial on {settings.episodes} episodes each"
     )
     begin = time.monotonic()
@@ -349,10 +355,13 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
         context = Context(experiment, until_the_end)
         if experiment.train.data:
             data_sets(experiment)  # refuses those that are missing before anything else is collected
-        for name in names:
-            if not STAGES[name].check(context):
-                break  # the stages after it need what it is still to do
+        first = next((name for name in names if not STAGES[name].check(context)), None)
         tracker = context.tracker  # one that cannot be used is refused before hours of work
+        if first == "collect" and "train" in names:
+            from tipl_ray.training import require_workers
+
+            context.connect()
+            require_workers(experiment)  # now, and not when all is collected
         for name in names:
             STAGES[name].run(context)
         say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
@@ -423,11 +432,20 @@ def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
         )
 
 
+def say_left_out(stage: str, storage: str, seeds: Sequence[int]) -> None:
+    """A line for each of some trials that diverged."""
+    for divergence in TrajectoryStore(storage).divergences(seeds).values():
+        say(f"{stage}: {divergence}: left out")
+
+
 def learning_curves(experiment: Experiment) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Per trial: seed, env steps, mean return of the episodes that ended in each iteration; the last known, if none."""
+    """Per trial: seed, env steps, mean return of the episodes that ended in each iteration; the last known, if none.
+
+    Trials that diverged are left out.
+    """
     store, curves = TrajectoryStore(experiment.storage_path), []
     first = slice(1, None, experiment.snapshots_per_iteration)  # an iteration's episodes stand at its first snapshot
-    for seed in experiment.collect.seeds:
+    for seed in store.sound(experiment.collect.seeds):
         trial = store.trajectory(seed, columns=["env_step", "episodic_return"])
         returns_T = trial.episodic_returns_T[first].copy()
         for index in range(1, len(returns_T)):
@@ -479,7 +497,7 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
             "trials": name_trials(group.seeds),
             "env steps": f"{group.env_steps:,} of {group.total_env_steps:,}",
             "env steps/s": f"{group.env_steps_per_second:,.0f}",
-            "mean return": f"{group.mean_return:.1f}",
+            "mean return": f"{group.mean_return:.1f}" if np.isfinite(group.mean_return) else "-",
             "left": "done" if group.finished else _left(group.seconds_left),
         }
         for group in shown
@@ -489,10 +507,12 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
     rate = sum(group.env_steps_per_second for group in running)
     left = _left((total - done) / rate if rate else np.inf if done < total else 0.0)
     finished = sum(len(group.seeds) for group in groups if group.finished)
+    diverged = sum(len(group.diverged) for group in groups)
     view.show(
         rows,
-        f"collect: {finished} of {sum(len(group.seeds) for group in groups)} trials done, {done:,} of {total:,} env "
-        f"steps, {rate:,.0f} env steps/s on {len(running)} actors, {duration(seconds)} so far, {left} left",
+        f"collect: {finished} of {sum(len(group.seeds) for group in groups)} trials done"
+        f"{f', {diverged} diverged' if diverged else ''}, {done:,} of {total:,} env steps, {rate:,.0f} env steps/s "
+        f"on {len(running)} actors, {duration(seconds)} so far, {left} left",
     )
 
 
@@ -554,7 +574,7 @@ def _write_report(
             "snapshots a trial": f"{experiment.num_snapshots:,}",
             "weights P": f"{int(evaluation.results['num_weights'][0]):,}",
             "training steps": f"{experiment.train.num_steps:,}",
-            "test trials": len(experiment.test_seeds),
+            "test trials": len(np.unique(evaluation.results["trial"])),
         },
         configuration=as_table(experiment),
         commands={

@@ -35,6 +35,7 @@ from tipl_ray.jobs import check_job, connected_to_ray, open_tracker
 from tipl_ray.locks import only_one
 from tipl_ray.model import WindowTransformer, is_complete
 from tipl_ray.objectives import NextToken, TrainingData
+from tipl_ray.resources import require_resources
 from tipl_ray.search_space import Candidate, Range, Space, corners, describe, make_space, short_names, with_fields
 from tipl_ray.segments import Tokens
 from tipl_ray.stages import data_digest, essence, log_data, run_tags
@@ -126,9 +127,10 @@ def run_sweep(experiment: config.Experiment) -> None:
         say(f"sweep: found it finished, {plan.num_children} children")
         _show(plan, comparison.read_children(tracker.client, found.run_id))
     else:
-        claim = only_one(experiment.storage_path, key, "running this sweep")
-        with claim, connected_to_ray(), tracker.run(plan.name, key, tags=run_tags(experiment)) as parent:
-            _sweep(plan, tracker, parent)
+        with only_one(experiment.storage_path, key, "running this sweep"), connected_to_ray():
+            _require_children(experiment)
+            with tracker.run(plan.name, key, tags=run_tags(experiment)) as parent:
+                _sweep(plan, tracker, parent)
     say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
@@ -212,6 +214,17 @@ def _sweep(plan: Plan, tracker: Tracker, parent: Run) -> None:
         raise TrainingError(f"all {len(trials)} children diverged: lower train.learning_rate")
     _crown(plan, tracker, parent, best, trials)
     say(f"sweep: {len(children)} children in {duration(time.monotonic() - begin)}")
+
+
+def _require_children(experiment: config.Experiment) -> None:
+    """Refuse children that the cluster can never have. Raises ValueError."""
+    settings, num_workers = experiment.sweep, experiment.train.num_workers
+    needs = {
+        "CPU": (float(settings.cpus_per_trial), f"sweep.cpus_per_trial={settings.cpus_per_trial}"),
+        "GPU": (settings.gpus_per_trial, f"sweep.gpus_per_trial={settings.gpus_per_trial:g}"),
+    }
+    per = "worker of a child" if settings.trainer == "ray-train" else "child"
+    require_resources(needs, per, num_workers, f"train.num_workers={num_workers}")
 
 
 def _forget_others(tracker: Tracker, parent: Run, keys: set[str]) -> None:

@@ -35,6 +35,7 @@ from tipl_ray.data_sets import data_sets, model_folder, run_digest
 from tipl_ray.gram import GramBand, Question
 from tipl_ray.model import BASIS_FILE, is_complete, load_about, load_model, read_model_file
 from tipl_ray.objectives import TrainingData, gather_trials, make_objective
+from tipl_ray.resources import require_resources
 from tipl_ray.segments import Tokens, draw_windows, load_band, load_tokens
 from tipl_ray.storage import Storage, StoreError, file_exists, join, publish, read_file, read_published
 from tipl_ray.temporal_svd import FittedBasis, fit_shared_basis
@@ -347,6 +348,14 @@ def worker_training(experiment: config.Experiment, data: TrainingData) -> Traini
     )
 
 
+def require_workers(experiment: config.Experiment) -> None:
+    """Refuse workers that the cluster can never have. Raises ValueError."""
+    settings = experiment.train
+    counted = f"train.num_workers={settings.num_workers}"
+    needs = {"CPU": (1.0, counted), "GPU": (float(settings.use_gpu), "train.use_gpu=True")}
+    require_resources(needs, "worker", settings.num_workers, counted)
+
+
 def _run(
     experiment: config.Experiment,
     name: str,
@@ -359,6 +368,7 @@ def _run(
     The trainer runs in a Ray task. Here it would replace the handler of Ctrl-C for good, with one that ends the process
     as if all were well; and a task can be cancelled, so that nothing trains on behind a caller who has gone on.
     """
+    require_workers(experiment)
     data = ray.put(load_trials(experiment, on_phase))
     num_workers = experiment.train.num_workers
     phase = f"starting {num_workers} Ray Train worker{'s' if num_workers > 1 else ''}"
@@ -404,7 +414,10 @@ def load_trials(experiment: config.Experiment, on_phase: Callable[[str], None] =
     shared: Any = None
     if experiment.basis.kind == "shared":
         shared = ray.remote(num_cpus=1)(_fit_shared_basis).remote(experiment)
-    halves = [[[(one.storage, seed) for seed in one.split.cut(one.seeds)[half]] for one in sets] for half in (0, 1)]
+    parts = [one.parts for one in sets]
+    halves = [
+        [[(one.storage, seed) for seed in part[half]] for one, part in zip(sets, parts, strict=True)] for half in (0, 1)
+    ]
     sent = [[[reduce.remote(experiment, *trial, shared) for trial in trials] for trials in half] for half in halves]
     waiting = [reference for half in sent for trials in half for reference in trials]
     total = len(waiting)
@@ -422,7 +435,8 @@ def load_trials(experiment: config.Experiment, on_phase: Callable[[str], None] =
 
 def _fit_shared_basis(experiment: config.Experiment) -> FittedBasis:
     store, basis = TrajectoryStore(experiment.storage_path), experiment.basis
-    return fit_shared_basis([store.weights(seed) for seed in experiment.train_seeds], basis.rank, basis.centred)
+    seeds = store.sound(experiment.train_seeds)
+    return fit_shared_basis([store.weights(seed) for seed in seeds], basis.rank, basis.centred)
 
 
 def _load_trial(

@@ -4,10 +4,12 @@ Knows how trials are laid out, published and verified under one storage root; kn
 
     <storage>/trajectories/trial=<seed>/part-<first snapshot>-<digest>.parquet
     <storage>/commits/trial=<seed>/commit-<n>.json, state-<n>-<digest>.safetensors
+    <storage>/commits/trial=<seed>/diverged.json
     <storage>/commits/_SUCCESS
 
 A part counts once a commit record names it, and a commit record counts while records 1, 2, ... n have no gap and their
-snapshots follow each other from 0. Everything else is garbage, which readers do not see and `sweep` deletes.
+snapshots follow each other from 0. Everything else is garbage, which readers do not see and `sweep` deletes. A trial
+that stopped being finite has a record of that, and ends with its last finite snapshot.
 
 `_SUCCESS` is the seal: what the data set was when every trial was whole. While it is there, whoever reads holds the
 trials to it, and nothing uncounted may be in the trials' folders, which other readers take as they are.
@@ -48,7 +50,7 @@ ROW_GROUP_BYTES = 8 * 2**20
 """Raw weights per row group at most: what reading a single snapshot costs."""
 
 _TRAJECTORIES, _COMMITS = "trajectories", "commits"
-_SEAL = f"{_COMMITS}/_SUCCESS"
+_SEAL, _DIVERGED = f"{_COMMITS}/_SUCCESS", "diverged.json"
 _TRIAL_FOLDER = re.compile(r"trial=(0|[1-9][0-9]*)")
 _PART_NAME = re.compile(r"part-([0-9]{8,})-[0-9a-f]{16}\.parquet")
 _COMMIT_NAME = re.compile(r"commit-([1-9][0-9]*)\.json")
@@ -186,6 +188,24 @@ class CommitRecord:
             raise ValueError(f"commit={self.commit} and rows={self.rows} are not both at least 1")
 
 
+@pydantic.with_config(extra="forbid")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Divergence:
+    """Where a trial stopped being finite, and so ended: diverged.json, beside its commit records."""
+
+    seed: _Count
+    snapshot: _Count
+    """The last one that is finite; it and all before it are committed."""
+    iteration: _Count
+    """PPO iterations that were whole by then."""
+    array: str
+    """What was no longer finite after it: a field of a snapshot, or `critic`."""
+    config_hash: str
+
+    def __str__(self) -> str:
+        return f"trial {self.seed} diverged after iteration {self.iteration}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrialProgress:
     """How far a trial is committed."""
@@ -198,6 +218,13 @@ class TrialProgress:
     """Size of the committed parts on disk."""
     complete: bool
     """All the expected snapshots are committed; False where no number was expected."""
+    divergence: Divergence | None = None
+    """Why no more of them will be."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the trial has nothing left to run."""
+        return self.complete or self.divergence is not None
 
 
 @pydantic.with_config(extra="forbid")
@@ -214,6 +241,8 @@ class Seal:
     trials: dict[int, str] | None = None
     """Seed -> digest of that trial and of num_snapshots. Seals of earlier versions have None: there the number of
     snapshots is all that a single trial can be held to."""
+    diverged: tuple[_Count, ...] = ()
+    """Seeds of the trials that ended early, because they diverged."""
 
     def __post_init__(self) -> None:
         if self.seeds != tuple(sorted(set(self.seeds))) or (self.trials and sorted(self.trials) != list(self.seeds)):
@@ -221,7 +250,7 @@ class Seal:
 
 
 _Runs = dict[int, tuple[CommitRecord, ...]]
-_RECORD = pydantic.TypeAdapter(CommitRecord)
+_RECORD, _DIVERGENCE = pydantic.TypeAdapter(CommitRecord), pydantic.TypeAdapter(Divergence)
 _SEAL_RECORD = pydantic.TypeAdapter(Seal)
 
 _SCALARS = {
@@ -294,11 +323,22 @@ class TrajectoryStore:
 
         Raises StoreError for a damaged commit record and for a part that is missing or cut short.
         """
-        return _progress(seed, self._present_run(seed), num_snapshots)
+        return self._progress(seed, self._present_run(seed), num_snapshots)
 
     def progress_of(self, seeds: Sequence[int], num_snapshots: int | None = None) -> list[TrialProgress]:
         """`progress` of several trials, of many at once where asking is a round trip."""
         return list(self._files.each(functools.partial(self.progress, num_snapshots=num_snapshots), seeds))
+
+    def divergences(self, seeds: Sequence[int] | None = None) -> dict[int, Divergence]:
+        """Those of all trials, or of some, that diverged, by seed. Raises StoreError for a damaged record."""
+        seeds = self.seeds() if seeds is None else seeds
+        found = self._files.each(lambda seed: self._divergence(seed, None), seeds)
+        return {one.seed: one for one in found if one}
+
+    def sound(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """Those of some trials that did not diverge, in their order. Raises as `divergences` does."""
+        diverged = self.divergences(seeds)
+        return tuple(seed for seed in seeds if seed not in diverged)
 
     def folders(self) -> tuple[int, ...]:
         """Seeds of the trials that have a folder, committed or not, ascending."""
@@ -365,13 +405,14 @@ class TrajectoryStore:
 
         A trial that is being written may be verified; what is committed meanwhile is too.
         Raises StoreError naming the first file that is not what its record says, or that should not be there, or
-        the trial that is not as the data set was sealed, or that does not have `num_snapshots`, where given, or any.
+        the trial that is not as the data set was sealed, or that does not have `num_snapshots`, where given, and has
+        not diverged, or any.
         """
         run = self._verified_run(seed)
         if not run and num_snapshots is None:
             raise self.absent(seed)
-        progress = _progress(seed, run, num_snapshots)
-        if num_snapshots is not None and not progress.complete:
+        progress = self._progress(seed, run, num_snapshots)
+        if num_snapshots is not None and not progress.ended:
             raise StoreError(
                 f"{self._files.show(_folder(_COMMITS, seed))}: trial {seed} has {progress.num_snapshots} of "
                 f"{num_snapshots} snapshots; collect again to go on with it"
@@ -429,7 +470,7 @@ class TrajectoryStore:
         too. Raises StoreError as `verify` does, and for one of these that is not complete.
         """
         for seed in sorted(set(self.committed()) - set(seeds)):
-            if not (progress := self.progress(seed, num_snapshots)).complete:
+            if not (progress := self.progress(seed, num_snapshots)).ended:
                 raise StoreError(
                     f"{self._files.show(_folder(_COMMITS, seed))}: trial {seed}, which is none of this experiment's, "
                     f"has {progress.num_snapshots} of {num_snapshots} snapshots, and readers of the folder would take "
@@ -442,10 +483,12 @@ class TrajectoryStore:
         runs = self._runs({*seeds, *self.folders()})
         self._delete(self._garbage(runs, lost=False))
         runs = {seed: runs[seed] for seed in seeds}
+        short = [seed for seed, run in runs.items() if run[-1].last_snapshot + 1 < num_snapshots]
         seal = Seal(
             seeds=tuple(seeds),
             num_snapshots=num_snapshots,
             digest=_digest(runs),
+            diverged=tuple(sorted(self.divergences(short))),
             trials={seed: _trial_digest(num_snapshots, seed, run) for seed, run in runs.items()},
         )
         self._files.write(_SEAL, json.dumps(config.as_table(seal), indent=2).encode())
@@ -507,6 +550,7 @@ class TrajectoryStore:
                 kept = seal.trials[seed] == _trial_digest(seal.num_snapshots, seed, run)
             else:
                 kept = _progress(seed, run, seal.num_snapshots).complete
+            kept &= seed not in seal.diverged or self._divergence(seed, run) is not None
             if not kept:
                 self._refuse_stray_records(seed, run)
                 complaint = f"its {run[-1].last_snapshot + 1} snapshots are not those that the data set was sealed with"
@@ -642,6 +686,26 @@ class TrajectoryStore:
                 raise self._damaged(_commit_path(seed, record.commit), complaint)
             run.append(record)
         return tuple(run)
+
+    def _progress(self, seed: int, run: Sequence[CommitRecord], num_snapshots: int | None) -> TrialProgress:
+        progress = _progress(seed, run, num_snapshots)
+        # Asked of those alone that are not complete: asking may be a round trip.
+        return progress if progress.complete else dataclasses.replace(progress, divergence=self._divergence(seed, run))
+
+    def _divergence(self, seed: int, run: Sequence[CommitRecord] | None) -> Divergence | None:
+        """The record that a trial diverged, held to its commits, which are read where they are not given."""
+        path = _divergence_path(seed)
+        if _DIVERGED not in self._files.entries(_folder(_COMMITS, seed)):
+            return None
+        try:
+            found = _DIVERGENCE.validate_json(self._read(path), strict=True)
+        except pydantic.ValidationError as error:
+            raise self._damaged(path, f"is no record of a divergence: {error.errors()[0]['msg']}") from error
+        run = self._run(seed) if run is None else run
+        committed = (seed, run[-1].last_snapshot, run[-1].config_hash) if run else None
+        if (found.seed, found.snapshot, found.config_hash) != committed:
+            raise self._damaged(path, f"says that trial {found.seed} ended with snapshot {found.snapshot}, not so here")
+        return found
 
     def _held_run(self, seed: int) -> tuple[CommitRecord, ...]:
         """The unbroken run, at least one commit, its parts known to be there, held to the seal where there is one."""
@@ -840,6 +904,11 @@ class TrialWriter:
         self._last = run[-1] if run else None
         self._state = store._state(seed, run[-1]) if run else None
         self._buffer: list[Snapshot] = []
+        self.divergence = store._divergence(seed, run)
+        """Why nothing more is to be appended, if the trial has diverged."""
+        if self.divergence is None and self._state and _DIVERGED in self._state:
+            # Killed between its last commit and the record of why there are no more.
+            self.divergence = _DIVERGENCE.validate_json(self._state[_DIVERGED].tobytes())
 
     @property
     def state(self) -> dict[str, np.ndarray] | None:
@@ -920,6 +989,29 @@ class TrialWriter:
             f"made commit {record.commit}; end one of the two runs on this storage"
         )
 
+    def diverge(self, iteration: int, array: str) -> Divergence:
+        """End the trial: publish the buffered snapshots, then that `array` is not finite after `iteration` iterations.
+
+        Raises StoreError as `commit` does.
+        """
+        self.divergence = Divergence(
+            seed=self._seed,
+            snapshot=self.next_snapshot - 1,
+            iteration=iteration,
+            array=array,
+            config_hash=self._header.config_hash,
+        )
+        if self._buffer:
+            # There is nothing to resume; the state says what is still to be recorded.
+            self.commit({_DIVERGED: np.frombuffer(_json(self.divergence), dtype=np.uint8)})
+        self.record_divergence()
+        return self.divergence
+
+    def record_divergence(self) -> None:
+        """Publish the record of the divergence, where it is not there yet."""
+        assert self.divergence is not None, "the trial has diverged"
+        self._files.put_if_absent(_divergence_path(self._seed), _json(self.divergence))
+
     def _record(self, part: memoryview, state_file: bytes) -> CommitRecord:
         commit = self._last.commit + 1 if self._last else 1
         first, last = int(self._buffer[0].snapshot), int(self._buffer[-1].snapshot)
@@ -987,6 +1079,10 @@ def _commit_path(seed: int, number: int) -> str:
     return f"{_folder(_COMMITS, seed)}/commit-{number}.json"
 
 
+def _divergence_path(seed: int) -> str:
+    return f"{_folder(_COMMITS, seed)}/{_DIVERGED}"
+
+
 def _part_path(seed: int, record: CommitRecord) -> str:
     return f"{_folder(_TRAJECTORIES, seed)}/{record.part}"
 
@@ -1003,7 +1099,7 @@ def _state_name(commit: int, sha256: str) -> str:
     return f"state-{commit}-{sha256[:16]}.safetensors"
 
 
-def _json(table: Header | CommitRecord) -> bytes:
+def _json(table: Header | CommitRecord | Divergence) -> bytes:
     return json.dumps(config.as_table(table), sort_keys=True).encode()
 
 
