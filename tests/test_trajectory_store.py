@@ -625,7 +625,7 @@ def test_success_is_written_only_when_every_trial_is_whole(tmp_path: Path) -> No
     assert store.finished()
     mark = json.loads((tmp_path / "commits/_SUCCESS").read_text())
     assert mark.pop("trials").keys() == {"3", "4"}
-    assert mark == {"seeds": [3, 4], "num_snapshots": 8, "digest": store.digest()}
+    assert mark == {"seeds": [3, 4], "num_snapshots": 8, "digest": store.digest(), "diverged": []}
     commit_snapshots(TrialWriter(store, 5, HEADER), 1, seed=5)
     assert not store.finished()
 
