@@ -11,11 +11,13 @@ import os
 import runpy
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from trajectories import write_trials
 
 from tipl_ray.config import CHECKOUT
 from tipl_ray.jobs import connected_to_ray, exit_status
@@ -73,6 +75,16 @@ def fails(error: Exception) -> Callable[[], object]:
 def connect() -> None:
     with exit_status(), connected_to_ray():
         raise AssertionError("there is no cluster")
+
+
+def with_trials(seeds: Sequence[int], then: Callable[[], object]) -> Callable[[], object]:
+    """A data set of these trials in `data`, then what the user does."""
+
+    def attempt() -> None:
+        write_trials("data", {seed: np.ones((3, 2), np.float32) for seed in seeds}).finish(seeds, 3)
+        then()
+
+    return attempt
 
 
 CASES = [
@@ -188,6 +200,11 @@ CASES = [
     Case(
         what="The file system is read-only",
         attempt=fails(OSError(errno.EROFS, os.strerror(errno.EROFS), "d/models/x")),
+    ),
+    Case(what="There are no trials to train on", attempt=job("train", "--storage", "data")),
+    Case(
+        what="The trials that are there have other seeds",
+        attempt=with_trials((11, 12, 13, 14), job("train", "--experiment", "smoke", "--storage", "data")),
     ),
 ]
 
