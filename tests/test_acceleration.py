@@ -137,6 +137,12 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
     before = {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")}
     run_acceleration(experiment)
     assert {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")} == before
+    # A unit that was altered since is not believed, but run again.
+    altered = min(before)
+    content = altered.read_bytes()
+    altered.write_bytes(content.replace(b'"returns": [[', b'"returns": [[1'))
+    run_acceleration(experiment)
+    assert json.loads(altered.read_text())["returns"] == json.loads(content)["returns"]
     # Moved elsewhere, and asked with other settings of how fast it goes, it is the same acceleration.
     shutil.copytree(storage, tmp_path / "moved")
     shutil.copytree(str(experiment.accelerate.predictors_storage), tmp_path / "source")

@@ -35,12 +35,21 @@ from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.learner import ENGINES, choose_engine
 from tipl_ray.locks import only_one
 from tipl_ray.metrics import interquartile_mean
-from tipl_ray.storage import StoreError, file_exists, join, last_name, local_folder, read_file, write_file
+from tipl_ray.storage import (
+    StoreError,
+    file_exists,
+    join,
+    last_name,
+    local_folder,
+    publish,
+    read_published,
+    write_file,
+)
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, ui_command
 from tipl_ray.trajectory_store import TrajectoryStore
 
-UNIT_FILE = "unit.json"
+UNIT_FILE, UNIT_RECORD = "unit.json", "unit.sha256"
 Cell = tuple[str, int, Contender]
 """Task, environment steps and contender: what one row of the table stands for."""
 SLICE_SECONDS = 5.0
@@ -178,10 +187,26 @@ def _result(reference: ray.ObjectRef) -> Any:
         ) from error
 
 
+def has_run(folder: str) -> bool:
+    """Whether a unit's learning curves are there, as they were written; damaged ones are made again."""
+    if not file_exists(folder, UNIT_FILE):
+        return False
+    try:
+        json.loads(_read_unit(folder))
+    except (StoreError, ValueError):
+        say(f"accelerate: {join(folder, UNIT_FILE)} is damaged, and the unit is run again")
+        return False
+    return True
+
+
+def _read_unit(folder: str) -> bytes:
+    return read_published(folder, UNIT_FILE, UNIT_RECORD, "delete it, and the same command runs the unit again")
+
+
 def run_unit(experiment: Experiment, engine: str) -> None:
     """Run every trial of a unit, from its last commits, and write its learning curves; nothing if they are there."""
     folder = experiment.storage_path
-    if file_exists(folder, UNIT_FILE):
+    if has_run(folder):
         return
     # Of this thread alone: a Ray worker has others, which wait for messages.
     collector, begin = GroupCollector(experiment, engine), time.thread_time()
@@ -210,13 +235,13 @@ def run_unit(experiment: Experiment, engine: str) -> None:
     }
     if experiment.jump.predictor:
         table["experiment"]["jump"]["predictor"] = last_name(experiment.jump.predictor)
-    write_file(folder, UNIT_FILE, json.dumps(table).encode())
+    publish(folder, {UNIT_FILE: json.dumps(table).encode()}, UNIT_RECORD)
 
 
 def load_unit(plan: Plan, unit: Unit) -> Finished:
     """A unit that has run. Raises AccelerationError where no episode of a trial ended."""
     experiment = plan.of(unit)
-    table = json.loads(read_file(experiment.storage_path, UNIT_FILE))
+    table = json.loads(_read_unit(experiment.storage_path))
     env_steps_I, diverged = np.array(table["env_steps"]), table.get("diverged", [])
     returns_SI = np.full((len(table["returns"]), len(env_steps_I)), np.nan)
     for seed, returns_I, known in zip(experiment.collect.seeds, returns_SI, table["returns"], strict=True):
@@ -274,7 +299,7 @@ def _run_units(
         while waiting or running:
             while waiting and len(running) < limit:
                 unit = waiting.pop(0)
-                if file_exists(plan.of(unit).storage_path, UNIT_FILE):
+                if has_run(plan.of(unit).storage_path):
                     settle(unit)
                 else:
                     running[send.remote(plan.of(unit), plan.engine)] = unit
