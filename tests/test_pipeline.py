@@ -82,7 +82,7 @@ def test_mlflow_has_one_parent_with_one_child_per_stage_however_often_it_ran(fin
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert [run.info.run_name for run in parents] == ["smoke"]
+    assert [run.info.run_name for run in parents] == ["smoke InvertedPendulum-v4"]
     children = {run.info.run_name: run for run in runs if run not in parents}
     assert set(children) == {"collect", "train paper", "evaluate paper"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parents[0].info.run_id}

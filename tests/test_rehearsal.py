@@ -23,7 +23,7 @@ def test_the_pipeline_leaves_its_data_in_s3_and_its_runs_in_postgresql() -> None
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^S3: 4 trials verified, 164 snapshots, data set \w+, sealed: True$", result.stdout, re.MULTILINE)
     runs = dict(re.findall(r"^PostgreSQL: run (\S+) (\S+), \d+ metric points$", result.stdout, re.MULTILINE))
-    assert set(runs) == {"smoke", "collect", "train paper", "evaluate paper"}
+    assert set(runs) == {"smoke InvertedPendulum-v4", "collect", "train paper", "evaluate paper"}
     assert set(runs.values()) == {"FINISHED"}
     artifacts = re.search(r"^S3: (\d+) artifacts of MLflow, ([\d,]+) bytes$", result.stdout, re.MULTILINE)
     assert artifacts

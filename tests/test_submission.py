@@ -162,7 +162,7 @@ def test_a_stopped_pipeline_leaves_no_process_and_good_data_and_is_completed_whe
     actors = client.get("/api/v0/actors?detail=1")["data"]["result"]["result"]
     named = {actor["name"] for actor in actors if actor["class_name"] == "GroupCollector"}
     assert {"collect smoke 1", "collect smoke 2"} <= named
-    assert statuses(storage) == {"smoke": "RUNNING"}
+    assert statuses(storage) == {"smoke InvertedPendulum-v4": "RUNNING"}
     until(
         lambda: all(re.search(rf'^{name}{{.*experiment="smoke".*}} [1-9]', client.scrape(), re.M) for name in METRICS),
         60,
@@ -170,7 +170,7 @@ def test_a_stopped_pipeline_leaves_no_process_and_good_data_and_is_completed_whe
     assert client.jobs.stop_job(job)
     assert "interrupted: run the same command again" in client.wait(job, JobStatus.STOPPED)
     until(lambda: not working(client.processes(), before, storage), 60)
-    assert statuses(storage) == {"smoke": "KILLED"}
+    assert statuses(storage) == {"smoke InvertedPendulum-v4": "KILLED"}
     assert not (storage / "commits" / "_SUCCESS").exists()
     store = TrajectoryStore(str(storage))
     committed = [store.verify(seed).num_snapshots for seed in store.seeds()]
@@ -178,7 +178,9 @@ def test_a_stopped_pipeline_leaves_no_process_and_good_data_and_is_completed_whe
     logs = client.wait(client.submit("pipeline", storage, *overrides), JobStatus.SUCCEEDED)
     assert store.finished()
     assert store.digest() == expected_digest(tmp_path / "expected", steps)
-    assert statuses(storage) == dict.fromkeys(("smoke", "collect", "train paper", "evaluate paper"), "FINISHED")
+    assert statuses(storage) == dict.fromkeys(
+        ("smoke InvertedPendulum-v4", "collect", "train paper", "evaluate paper"), "FINISHED"
+    )
     assert list(storage.glob("evaluations/*/report.html"))
     assert re.search(r"^time=\S+ event=start actor=\d trials=1-2$", logs, re.MULTILINE), logs
     assert re.search(r"event=commit trials=\S+ iteration=\d+ bytes=\d+ seconds=", logs)

@@ -54,8 +54,9 @@ class Context:
     @functools.cached_property
     def pipeline(self) -> Run:
         """The MLflow run that the stages' runs are nested under, whichever job runs them."""
-        table = essence(self.experiment)
-        run = self._until_the_end.enter_context(self.tracker.run(self.experiment.name, f"pipeline-{digest(table)}"))
+        table, name = essence(self.experiment), f"{self.experiment.name} {self.experiment.collect.task}"
+        opened = self.tracker.run(name, f"pipeline-{digest(table)}", tags=run_tags(self.experiment))
+        run = self._until_the_end.enter_context(opened)
         run.log_parameters(table)
         return run
 
