@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from machine import new_root
 
+from tipl_ray import locks
 from tipl_ray.config import CHECKOUT
 from tipl_ray.locks import only_one
-from tipl_ray.storage import StoreError
+from tipl_ray.storage import Storage, StoreError
 
 HOLD = """
 import sys
@@ -95,7 +97,29 @@ def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch
         pass
 
 
-def test_nothing_is_made_where_the_storage_is_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    with only_one("s3://bucket/demo", "train-1", "training this model"):
-        assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place in a bucket, with leases that last for a second."""
+    monkeypatch.setattr(locks, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
+    return new_root(f"http://{server}")
+
+
+def test_a_bucket_has_one_holder_at_a_time_and_is_left_as_it_was(bucket: str):
+    with only_one(bucket, "train-1", "training this model"):
+        said = refused(bucket)
+        assert f"process {os.getpid()} on " in said
+        assert "is already training this model; wait until it has ended" in said
+        with only_one(bucket, "train-2", "training this model"):
+            pass
+    assert Storage(bucket).sizes("locks/train-1") == {}
+    with only_one(bucket, "train-1", "training this model"):
+        pass
+
+
+def test_a_lease_whose_holder_was_killed_is_taken_over_by_one(bucket: str):
+    Storage(bucket).write("locks/train-1/7.json", b'{"host": "a", "process": 1, "since": "yesterday"}')
+    with only_one(bucket, "train-1", "training this model"):
+        assert set(Storage(bucket).sizes("locks/train-1")) == {"7.json", "8.json"}
+        assert "already" in refused(bucket)
+    assert Storage(bucket).sizes("locks/train-1") == {}
