@@ -119,7 +119,7 @@ def _last_lease(files: Storage, folder: str) -> int:
 
 
 def _is_nobodys(files: Storage, path: str, what: str) -> bool:
-    """Whether a lease was left behind, rather than given back. Raises StoreError once its holder is seen to be there."""
+    """Whether a lease was left behind, not given back. Raises StoreError once its holder is seen to be there."""
     try:
         first = files.read(path)
         say(f"{_told(first)} was {what}: looking for {LEASE_SECONDS:g} s whether it still is")
