@@ -103,11 +103,11 @@ def test_a_folder_that_ray_cannot_use_is_named(monkeypatch, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_ends_a_job_as_ctrl_c_does_unless_it_is_ignored(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.SIG_DFL)
     with pytest.raises(SystemExit) as caught, exit_status(), _interruptible(number):
         os.kill(os.getpid(), number)
     assert caught.value.code == 130
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == signal.SIG_DFL
     signal.signal(number, signal.SIG_IGN)
     try:
         with _interruptible(number):

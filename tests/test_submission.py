@@ -140,7 +140,7 @@ def test_a_storage_that_would_be_thrown_away_with_the_job_is_refused(monkeypatch
     experiment = load_experiment(SMOKE)
     check_job(experiment)
     monkeypatch.setenv(SUBMITTED, "{}")
-    check_job(dataclasses.replace(experiment, storage="s3://bucket/mine"))
+    check_job(dataclasses.replace(experiment, storage="s3://bucket/mine?region=us-east-1"))
     for storage, words in (
         (None, "storage is not set"),
         (f"{CHECKOUT}/mine", f"storage lies in it, '{CHECKOUT}/mine'"),

@@ -385,7 +385,7 @@ class GroupError(ray.train.TrainingFailedError):
         (GroupError(OSError(errno.EDQUOT, "Disk quota exceeded")), StoreError, "the disk is full"),
         (GroupError(RuntimeError(), StoreError("part: is missing")), StoreError, "^part: is missing$"),
         (GroupError(training.TrainingError("step 7: diverged")), training.TrainingError, "^step 7: diverged$"),
-        (GroupError(RuntimeError("ours")), GroupError, "^$"),
+        (GroupError(RuntimeError("ours")), GroupError, "^ours$"),
         (ConnectionResetError("a peer"), ConnectionResetError, "a peer"),
     ],
 )

@@ -137,9 +137,9 @@ def load_band(storage: str, seed: int, question: Question) -> GramBand:
 
 def _kept_products(folder: str, name: str, shape: tuple[int, int]) -> NDArray[np.float64] | None:
     """The products that `load_band` kept; None where there are none, or others."""
-    if not file_exists(folder, f"{name}.sha256"):
-        return None
     try:
+        if not file_exists(folder, f"{name}.sha256"):
+            return None
         content = read_published(folder, f"{name}.npy", f"{name}.sha256", "it is made anew")
         products_SW = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except (StoreError, ValueError):
