@@ -22,6 +22,16 @@ def test_examples_in_docstrings_hold() -> None:
     assert doctest.testmod(terminal).failed == 0
 
 
+def test_a_program_without_a_console_says_nothing_and_goes_on() -> None:
+    closed = io.StringIO()
+    closed.close()
+    assert not terminal.is_terminal(closed)
+    with contextlib.redirect_stdout(None), ProgressView() as view:
+        view.show(ROWS, SUMMARY)
+        terminal.say("a line")
+        terminal.log_event("start", trials="1-2")
+
+
 def test_progress_does_not_flood_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     clock = iter(range(1000, 2000))

@@ -21,6 +21,7 @@ import ray.exceptions
 from tipl_ray.config import CHECKOUT, Experiment, UserError, check_places, forget_empty_variables
 from tipl_ray.storage import Storage, local_folder
 from tipl_ray.tasks import find_task
+from tipl_ray.terminal import is_terminal
 from tipl_ray.tracking import Tracker
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -208,7 +209,7 @@ def _interruptible(number: signal.Signals) -> Iterator[None]:
     if signal.getsignal(number) == signal.SIG_IGN:
         yield
         return
-    terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+    terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if is_terminal(stream)]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:

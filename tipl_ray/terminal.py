@@ -11,7 +11,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -29,9 +29,14 @@ def say(message: str) -> None:
     console.print(message, markup=False)
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream leads to a terminal; a program without a console, or one that has gone, has none."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
 def redraws() -> bool:
     """Whether what was printed can be redrawn: on a terminal that moves its cursor, whatever FORCE_COLOR says."""
-    return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
+    return is_terminal(sys.stdout) and console.is_terminal and not console.is_dumb_terminal
 
 
 def log_event(name: str, **fields: object) -> None:
