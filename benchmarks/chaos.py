@@ -40,9 +40,9 @@ from command import make_parser, results_folder  # noqa: E402
 from machine import new_root, own_processes, s3_server  # noqa: E402
 
 from tipl_ray.config import Experiment, load_experiment  # noqa: E402
-from tipl_ray.storage import Storage, join  # noqa: E402
+from tipl_ray.data.storage import Storage, join  # noqa: E402
+from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
 from tipl_ray.terminal import format_rows  # noqa: E402
-from tipl_ray.trajectory_store import TrajectoryStore  # noqa: E402
 
 SMOKE = ROOT / "jobs" / "experiments" / "smoke.toml"
 BOOKS = "CHAOS_BOOKS"
@@ -51,7 +51,7 @@ FILE_CALLS = ("fsync", "replace", "link", "unlink")
 PATIENCE_SECONDS = 300.0
 """Without a new commit for so long, a collection under Ray is stuck."""
 
-PRELOADED = ["tipl_ray.collection", "botocore.client"]
+PRELOADED = ["tipl_ray.collect.collection", "botocore.client"]
 
 context = multiprocessing.get_context("forkserver")
 """Each process is forked from one that has imported everything, and dies alone."""
@@ -95,7 +95,7 @@ def experiment_at(storage: str, *, num_trials: int, num_iterations: int) -> Expe
 
 def keep_books() -> None:
     """In a process that collects, Ray's workers among them: one byte per iteration begun, and per file swept."""
-    from tipl_ray.ppo import TrialGroup
+    from tipl_ray.ppo.trials import TrialGroup
 
     begun, swept = (os.open(Path(os.environ[BOOKS], name), os.O_WRONLY | os.O_APPEND) for name in ("begun", "swept"))
     collect_rollouts, sweep = TrialGroup._collect_rollouts, TrajectoryStore.sweep
@@ -161,8 +161,8 @@ def kind_of(path: str) -> str:
 
 def collect_alone(experiment: Experiment, die_at: int) -> None:
     """Collect all trials as one group, without Ray, and seal the data set."""
-    from tipl_ray.collection import GroupCollector
-    from tipl_ray.learner import choose_engine
+    from tipl_ray.collect.collection import GroupCollector
+    from tipl_ray.ppo.learner import choose_engine
 
     keep_books()
     if die_at:
@@ -176,7 +176,7 @@ def collect_on_ray(experiment: Experiment, address: str) -> None:
     """A driver: collect on the cluster at this address."""
     import ray
 
-    from tipl_ray.collection import collect
+    from tipl_ray.collect.collection import collect
 
     keep_books()
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")])

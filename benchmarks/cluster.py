@@ -33,8 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from command import make_parser, results_folder  # noqa: E402
 from machine import own_processes  # noqa: E402
 
-from tipl_ray import collection  # noqa: E402
-from tipl_ray.collection import (  # noqa: E402
+from tipl_ray.collect import collection  # noqa: E402
+from tipl_ray.collect.collection import (  # noqa: E402
     MESSAGES_PER_SECOND,
     SLICE_SECONDS,
     Crew,
@@ -43,10 +43,10 @@ from tipl_ray.collection import (  # noqa: E402
     pending_seeds,
     trial_header,
 )
+from tipl_ray.collect.placement import GroupProgress, Placement  # noqa: E402
 from tipl_ray.config import Collect, Experiment  # noqa: E402
-from tipl_ray.learner import choose_engine  # noqa: E402
-from tipl_ray.placement import GroupProgress, Placement  # noqa: E402
-from tipl_ray.trajectory_store import Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
+from tipl_ray.data.trajectory_store import Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
+from tipl_ray.ppo.learner import choose_engine  # noqa: E402
 
 SAMPLE_SECONDS = 0.1
 """Between two looks at how far a real collection is, and of each of its slices of work."""

@@ -32,9 +32,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from command import make_parser, results_folder  # noqa: E402
 from machine import peak_bytes  # noqa: E402
 
-from tipl_ray.temporal_svd import fit_basis  # noqa: E402
+from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
+from tipl_ray.paper.temporal_svd import fit_basis  # noqa: E402
 from tipl_ray.terminal import format_rows  # noqa: E402
-from tipl_ray.trajectory_store import TrajectoryStore  # noqa: E402
 
 RANK = 64
 
@@ -49,7 +49,7 @@ def seconds_of(function: Callable[[], Any]) -> tuple[float, Any]:
 def reduce_and_tell(storage: str, seed: int) -> None:
     """What the process runs whose memory is told: tokens of a whole trial."""
     from tipl_ray.config import Basis
-    from tipl_ray.segments import load_tokens
+    from tipl_ray.predict.segments import load_tokens
 
     before = peak_bytes()
     begin = time.process_time()
@@ -60,9 +60,9 @@ def reduce_and_tell(storage: str, seed: int) -> None:
 
 def collect_a_trial(seed: int) -> str:
     """A trial of a quick run, as long as its rank needs; the storage."""
-    from tipl_ray.collection import GroupCollector
+    from tipl_ray.collect.collection import GroupCollector
     from tipl_ray.config import load_experiment
-    from tipl_ray.learner import choose_engine
+    from tipl_ray.ppo.learner import choose_engine
 
     experiment = load_experiment(ROOT / "jobs" / "experiments" / "half_cheetah.toml")
     collect = dataclasses.replace(

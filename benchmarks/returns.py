@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 from command import make_parser, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
-from tipl_ray.learner import choose_engine, make_learner  # noqa: E402
-from tipl_ray.policy import NetworkShape, unflatten  # noqa: E402
-from tipl_ray.ppo import TrialGroup, network_shape  # noqa: E402
-from tipl_ray.returns import policy_returns  # noqa: E402
+from tipl_ray.ppo.learner import choose_engine, make_learner  # noqa: E402
+from tipl_ray.ppo.networks import NetworkShape, unflatten  # noqa: E402
+from tipl_ray.ppo.returns import policy_returns  # noqa: E402
+from tipl_ray.ppo.trials import TrialGroup, network_shape  # noqa: E402
 from tipl_ray.terminal import console, format_rows  # noqa: E402
 
 TASK, NUM_POLICIES, SEEDS = "InvertedPendulum-v4", 24, [101, 102, 103]

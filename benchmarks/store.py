@@ -31,8 +31,8 @@ from command import make_parser, results_folder, use_one_core  # noqa: E402
 from machine import peak_bytes, resident_bytes  # noqa: E402
 
 from tipl_ray.config import Collect  # noqa: E402
+from tipl_ray.data.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
 from tipl_ray.terminal import format_rows  # noqa: E402
-from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
 
 TASKS = (("InvertedPendulum-v4 8-8", 122, 4, 4000), ("HalfCheetah-v4 256-256", 71_948, 17, 200))
 """Task, policy weights P, observation entries O, snapshots measured."""
@@ -224,9 +224,9 @@ def actor_memory(env_steps: int) -> Iterator[dict]:
 
 def collect_and_tell_memory(env_steps: int) -> None:
     """What `actor_memory` runs: two trials to their end, and (snapshots of each, bytes) at every commit."""
-    from tipl_ray.collection import GroupCollector
+    from tipl_ray.collect.collection import GroupCollector
     from tipl_ray.config import load_experiment
-    from tipl_ray.learner import choose_engine
+    from tipl_ray.ppo.learner import choose_engine
 
     experiment = load_experiment(ROOT / "jobs" / "experiments" / "half_cheetah.toml")
     told: dict[str, list[tuple[int, int]]] = {"resident": [], "peak": []}

@@ -30,10 +30,10 @@ sys.path.insert(0, str(ROOT))
 from command import make_parser, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.config import Experiment  # noqa: E402
-from tipl_ray.objectives import TrainingData  # noqa: E402
-from tipl_ray.segments import Tokens  # noqa: E402
+from tipl_ray.predict.objectives import TrainingData  # noqa: E402
+from tipl_ray.predict.segments import Tokens  # noqa: E402
 from tipl_ray.terminal import console, format_rows  # noqa: E402
-from tipl_ray.training import Training  # noqa: E402
+from tipl_ray.train.training import Training  # noqa: E402
 
 NUM_TRIALS, NUM_SNAPSHOTS, RANK = 40, 1951, 32
 

@@ -147,7 +147,7 @@ def submit(head: Head, job: str, experiment: str) -> None:
 
 def tell_storage(storage: str) -> None:
     """Verify every trial in the bucket."""
-    from tipl_ray.trajectory_store import TrajectoryStore
+    from tipl_ray.data.trajectory_store import TrajectoryStore
 
     store = TrajectoryStore(storage)
     trials = [store.verify(seed) for seed in store.seeds()]

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 from websockets.sync.client import ClientConnection, connect
 
-from tipl_ray.config import CHECKOUT
+from tipl_ray.places import CHECKOUT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 1500
@@ -202,7 +202,7 @@ class Page:
 
 def take_pictures(storage: str, parent_id: str | None, output: Path, browser: str) -> list[Path]:
     """The three pictures of a sweep. Raises TimeoutError where a page does not show its part."""
-    from tipl_ray import comparison
+    from tipl_ray.sweep import comparison
     from tipl_ray.tracking import PARENT_TAG, open_to_read
 
     output.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def take_pictures(storage: str, parent_id: str | None, output: Path, browser: st
 
 
 def _show_runs(page: Page, address: str, experiment_id: str, parent_id: str, rows: Sequence[Any]) -> None:
-    from tipl_ray import comparison
+    from tipl_ray.sweep import comparison
 
     columns = [*COLUMNS, *(f"params.`{field}`" for field in comparison.varied(rows)), "tags.`best`"]
     store = {

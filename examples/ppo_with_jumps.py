@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from tipl_ray.config import Jump, UserError  # J
-from tipl_ray.forecasting import load_predictor  # J
-from tipl_ray.jumps import ModuleJumps  # J
+from tipl_ray.accelerate.jumps import ModuleJumps  # J
+from tipl_ray.config import Jump
+from tipl_ray.errors import UserError  # J
+from tipl_ray.predict.forecasting import load_predictor  # J
 
 GAMMA, GAE_LAMBDA, CLIP, NUM_MINIBATCHES = 0.99, 0.95, 0.2, 32
 SECONDS_PER_LINE = 5.0

@@ -16,13 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tipl_ray.config import parse_arguments
+from tipl_ray.command_line import parse_arguments
 
 
 def main() -> None:
     """Read the experiment, then load what runs it: --help is instant."""
     experiment = parse_arguments(__doc__, jobs=["accelerate"], experiment="accelerate")
-    from tipl_ray.acceleration import run_acceleration
+    from tipl_ray.accelerate.acceleration import run_acceleration
 
     run_acceleration(experiment)
 

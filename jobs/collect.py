@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tipl_ray.config import parse_arguments
+from tipl_ray.command_line import parse_arguments
 
 STAGES = ["collect"]
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from tipl_ray.config import CHECKOUT, absolute_storage
+from tipl_ray.places import CHECKOUT, absolute_storage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +63,8 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    from tipl_ray import comparison
     from tipl_ray.jobs import exit_status
+    from tipl_ray.sweep import comparison
     from tipl_ray.terminal import console, format_rows, say
     from tipl_ray.tracking import open_to_read
 

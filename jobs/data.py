@@ -21,10 +21,11 @@ import numpy as np
 import safetensors.numpy
 import tyro
 
-from tipl_ray.config import UserError, as_table
-from tipl_ray.storage import TEMPORARY, Storage, StoreError
+from tipl_ray.data.storage import TEMPORARY, Storage, StoreError
+from tipl_ray.data.trajectory_store import COLUMNS, Header, TrajectoryStore, TrialProgress
+from tipl_ray.digest import as_table
+from tipl_ray.errors import UserError
 from tipl_ray.terminal import console, format_rows, say
-from tipl_ray.trajectory_store import COLUMNS, Header, TrajectoryStore, TrialProgress
 
 Root = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
 Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="seeds of the trials to take; none takes all")]

@@ -24,8 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tipl_ray.config import parse_arguments, refused, take_option
-from tipl_ray.search_space import make_space, parse_over
+from tipl_ray.command_line import parse_arguments, refused, take_option
+from tipl_ray.sweep.space import make_space, parse_over
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     from tipl_ray.jobs import exit_status
 
     with exit_status():
-        from tipl_ray.sweep import run_sweep
+        from tipl_ray.sweep.tune import run_sweep
 
         run_sweep(experiment)
 

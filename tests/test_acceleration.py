@@ -14,17 +14,24 @@ import pytest
 import ray
 import torch
 
-from tipl_ray import acceleration, config, contenders
-from tipl_ray.acceleration import AccelerationError, find_predictors, run_acceleration, run_unit, source_experiment
-from tipl_ray.collection import GroupCollector
+from tipl_ray.accelerate import acceleration, contenders
+from tipl_ray.accelerate.acceleration import (
+    AccelerationError,
+    find_predictors,
+    run_acceleration,
+    run_unit,
+    source_experiment,
+)
+from tipl_ray.accelerate.contenders import Contender, Fitted, Unit, filled
+from tipl_ray.collect.collection import GroupCollector
 from tipl_ray.config import Accelerate, Collect, Experiment, Ppo, Split
-from tipl_ray.contenders import Contender, Fitted, Unit, filled
-from tipl_ray.data_sets import model_folder
-from tipl_ray.forecasting import load_predictor, predictor_digest
-from tipl_ray.gram import Question
-from tipl_ray.model import WindowTransformer
-from tipl_ray.storage import StoreError
-from tipl_ray.trajectory_store import TrajectoryStore
+from tipl_ray.data.storage import StoreError
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.digest import as_table
+from tipl_ray.predict.forecasting import load_predictor, predictor_digest
+from tipl_ray.predict.gram import Question
+from tipl_ray.predict.model import WindowTransformer
+from tipl_ray.train.data_sets import model_folder
 
 SOURCE = """
 [ppo]
@@ -86,7 +93,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     torch.manual_seed(0)
     question = Question.of(source)
     model = WindowTransformer(source.model, question.steps, question.snapshots_per_iteration)
-    model.save(model_folder(source, store.digest(source.collect.seeds)), {"basis": config.as_table(source.basis)})
+    model.save(model_folder(source, store.digest(source.collect.seeds)), {"basis": as_table(source.basis)})
     return made
 
 

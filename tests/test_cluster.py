@@ -14,11 +14,11 @@ from head import until
 from ray.cluster_utils import Cluster
 from test_collection import smoke
 
-from tipl_ray import collection
-from tipl_ray.collection import GroupCollector, collect
+from tipl_ray.collect import collection
+from tipl_ray.collect.collection import GroupCollector, collect
 from tipl_ray.config import Experiment
-from tipl_ray.learner import choose_engine
-from tipl_ray.trajectory_store import TrajectoryStore
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.ppo.learner import choose_engine
 
 
 @pytest.fixture(scope="module")

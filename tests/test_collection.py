@@ -20,8 +20,8 @@ from machine import own_processes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from cluster import measure_driver
-from tipl_ray import collection
-from tipl_ray.collection import (
+from tipl_ray.collect import collection
+from tipl_ray.collect.collection import (
     LOOK_SECONDS,
     MESSAGES_PER_SECOND,
     CollectionError,
@@ -30,13 +30,14 @@ from tipl_ray.collection import (
     pending_seeds,
     seat_resources,
 )
-from tipl_ray.config import CHECKOUT, Experiment, Ppo, load_experiment
-from tipl_ray.data_sets import DataSet
-from tipl_ray.learner import choose_engine
-from tipl_ray.placement import GroupProgress
-from tipl_ray.ppo import State
-from tipl_ray.storage import StoreError
-from tipl_ray.trajectory_store import TrajectoryStore
+from tipl_ray.collect.placement import GroupProgress
+from tipl_ray.config import Experiment, Ppo, load_experiment
+from tipl_ray.data.storage import StoreError
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.places import CHECKOUT
+from tipl_ray.ppo.learner import choose_engine
+from tipl_ray.ppo.trials import State
+from tipl_ray.train.data_sets import DataSet
 
 
 def smoke(storage: Path, **collect_fields: int) -> Experiment:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tipl_ray.compiler import CompilerError, shared_library
+from tipl_ray.ppo.compiler import CompilerError, shared_library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 SOURCE = ("wrappers.cpp", "-ffp-contract=off")

@@ -12,20 +12,13 @@ from typing import Any
 
 import pytest
 
-from tipl_ray import config, contenders, forecasting
-from tipl_ray.config import (
-    CHECKOUT,
-    JOBS,
-    Basis,
-    Experiment,
-    Model,
-    Train,
-    as_table,
-    digest,
-    from_table,
-    load_experiment,
-    parse_arguments,
-)
+from tipl_ray import config
+from tipl_ray.accelerate import contenders
+from tipl_ray.command_line import parse_arguments
+from tipl_ray.config import JOBS, Basis, Experiment, Model, Train, from_table, load_experiment
+from tipl_ray.digest import as_table, digest
+from tipl_ray.places import CHECKOUT
+from tipl_ray.predict import forecasting
 
 EXPERIMENTS = sorted((CHECKOUT / "jobs" / "experiments").glob("*.toml"))
 

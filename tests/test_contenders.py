@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tipl_ray.config import Collect, Experiment, Ppo
-from tipl_ray.contenders import (
+from tipl_ray.accelerate.contenders import (
     Contender,
     Finished,
     Fitted,
@@ -20,7 +19,8 @@ from tipl_ray.contenders import (
     score,
     sentences,
 )
-from tipl_ray.metrics import interquartile_mean, stratified_resamples
+from tipl_ray.config import Collect, Experiment, Ppo
+from tipl_ray.evaluate.metrics import interquartile_mean, stratified_resamples
 
 SOURCE = Experiment(name="source")
 CHANCES: dict[str, Any] = {"resamples": 500, "confidence": 0.95}

@@ -43,9 +43,11 @@ from test_trajectory_store import (
     weights_column,
 )
 
-from tipl_ray import config, trajectory_store
-from tipl_ray.storage import StoreError
-from tipl_ray.trajectory_store import Header, TrajectoryStore, TrialWriter
+from tipl_ray import config
+from tipl_ray.data import trajectory_store
+from tipl_ray.data.storage import StoreError
+from tipl_ray.data.trajectory_store import Header, TrajectoryStore, TrialWriter
+from tipl_ray.digest import as_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PART, STATE = "trial=3/part-00000001-*", "trial=3/state-3-*"
@@ -869,7 +871,7 @@ def test_fuzz_of_a_resume_state_ends_in_a_result_or_our_error(fuzzed: Path, edit
 EXPERIMENTS = sorted((ROOT / "jobs" / "experiments").glob("*.toml"))
 DEFAULTS = {
     f"{section}.{field}": value
-    for section, fields in config.as_table(config.Experiment(name="any")).items()
+    for section, fields in as_table(config.Experiment(name="any")).items()
     if isinstance(fields, dict)
     for field, value in fields.items()
 }

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from plain_ppo import make_environment
 
-from tipl_ray.environments import CompiledEnvironments, Environments, generator_state, restored_generator
-from tipl_ray.tasks import TASKS, BatchSimulations
+from tipl_ray.ppo.environments import CompiledEnvironments, Environments, generator_state, restored_generator
+from tipl_ray.ppo.tasks import TASKS, BatchSimulations
 
 SOME_TASKS = [*sorted(TASKS), "Humanoid-v4", "Reacher-v4"]
 KINDS = [Environments] + ([CompiledEnvironments] if shutil.which("g++") else [])

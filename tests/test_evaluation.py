@@ -9,12 +9,14 @@ import ray
 import torch
 from trajectories import write_trials
 
-from tipl_ray import config, evaluation, metrics
-from tipl_ray.forecasting import CopyLast, Predictor, Starts, Trial, Weights, save_fitted
-from tipl_ray.gram import Contexts, Question
-from tipl_ray.model import WindowTransformer
-from tipl_ray.storage import StoreError, publish
-from tipl_ray.trajectory_store import Snapshot, TrajectoryStore, TrialWriter
+from tipl_ray import config
+from tipl_ray.data.storage import StoreError, publish
+from tipl_ray.data.trajectory_store import Snapshot, TrajectoryStore, TrialWriter
+from tipl_ray.digest import as_table
+from tipl_ray.evaluate import evaluation, metrics
+from tipl_ray.predict.forecasting import CopyLast, Predictor, Starts, Trial, Weights, save_fitted
+from tipl_ray.predict.gram import Contexts, Question
+from tipl_ray.predict.model import WindowTransformer
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,7 @@ def write_models(storage: Path) -> list[str]:
     settings, folder = experiment(storage), f"{storage}/models/tiny"
     question = Question.of(settings)
     model = WindowTransformer(settings.model, question.steps, question.snapshots_per_iteration)
-    model.save(folder, {"basis": config.as_table(settings.basis)})
+    model.save(folder, {"basis": as_table(settings.basis)})
     return [folder]
 
 

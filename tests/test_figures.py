@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tipl_ray import figures
+from tipl_ray.evaluate import figures
 
 STEPS = range(1, 5)
 SKILLS = {"tipl": 0.3, "copy-last": 0.0, "linear": -1.5, "svd-floor": 0.9}
@@ -662,7 +662,7 @@ def test_figures_are_the_same_whatever_the_matplotlibrc_says_and_leave_it_as_it_
 def test_importing_and_drawing_start_no_pyplot_and_choose_no_backend(tmp_path):
     (tmp_path / "matplotlibrc").write_text("backend: svg\ntext.usetex: True\nfont.family: no such font\n")
     code = (
-        "import sys, matplotlib; before = dict(matplotlib.rcParams.copy()); from tipl_ray import figures; "
+        "import sys, matplotlib; before = dict(matplotlib.rcParams.copy()); from tipl_ray.evaluate import figures; "
         "figure = figures.training_curves([{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}]); figures.png(figure); "
         "assert dict(matplotlib.rcParams.copy()) == before; assert matplotlib.get_backend() == 'svg'; "
         "assert 'matplotlib.pyplot' not in sys.modules"

@@ -9,8 +9,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tipl_ray import config, forecasting
-from tipl_ray.forecasting import (
+from tipl_ray import config
+from tipl_ray.data.storage import StoreError
+from tipl_ray.digest import as_table
+from tipl_ray.paper.temporal_svd import fit_basis, fit_shared_basis
+from tipl_ray.predict import forecasting
+from tipl_ray.predict.forecasting import (
     SIMPLE,
     Combination,
     CopyLast,
@@ -43,10 +47,8 @@ from tipl_ray.forecasting import (
     save_fitted,
     save_predictor,
 )
-from tipl_ray.gram import Contexts, Question, future_sums, make_band
-from tipl_ray.model import CONTEXT_PENALTIES, CausalTransformer, Normaliser, WindowTransformer
-from tipl_ray.storage import StoreError
-from tipl_ray.temporal_svd import fit_basis, fit_shared_basis
+from tipl_ray.predict.gram import Contexts, Question, future_sums, make_band
+from tipl_ray.predict.model import CONTEXT_PENALTIES, CausalTransformer, Normaliser, WindowTransformer
 
 STEPS = (1, 2, 3, 5)
 QUESTION = Question(context=6, steps=STEPS, snapshots_per_iteration=5)
@@ -375,7 +377,7 @@ def test_the_basis_is_fitted_once_per_trajectory_and_does_not_keep_it_alive():
 
 
 def save_tipl(folder: Path, basis: config.Basis) -> Tipl | WindowTipl:
-    about = {"basis": config.as_table(basis)}
+    about = {"basis": as_table(basis)}
     if basis.kind == "window":
         ours = window_tipl()
         ours.model.save(str(folder), about)
@@ -501,8 +503,8 @@ def trained(storage: Path, name: str, **fields: Any) -> str:
     """The folder of a model as training leaves it, of an experiment with some fields changed."""
     settings = config.Experiment(name="line", basis=config.Basis(kind=fields.pop("kind", "window")), **fields)
     about = {
-        "experiment": config.as_table(settings),
-        "basis": config.as_table(settings.basis),
+        "experiment": as_table(settings),
+        "basis": as_table(settings.basis),
         "metrics": {"validation_skill": 0.25},
     }
     size = config.Model(context=4, embedding=8, layers=1)

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from tipl_ray import config, gram
-from tipl_ray.gram import Question, banded_products, make_band, squared_errors
+from tipl_ray import config
+from tipl_ray.predict import gram
+from tipl_ray.predict.gram import Question, banded_products, make_band, squared_errors
 
 QUESTION = Question(context=6, steps=(1, 2, 5), snapshots_per_iteration=5)
 

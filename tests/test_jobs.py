@@ -17,8 +17,9 @@ import sqlalchemy.exc
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from tipl_ray.config import CHECKOUT, UserError
+from tipl_ray.errors import UserError
 from tipl_ray.jobs import ClusterError, _interruptible, connected_to_ray, exit_status, in_one_line
+from tipl_ray.places import CHECKOUT
 
 
 def from_a_worker(error: Exception) -> Exception:

@@ -18,9 +18,12 @@ import torch
 from torch import nn
 
 from tipl_ray import config
-from tipl_ray.collection import GroupCollector, trial_header
+from tipl_ray.accelerate.jumps import GATED, REFUSED, TAKEN, History, ModuleJumps
+from tipl_ray.collect.collection import GroupCollector, trial_header
 from tipl_ray.config import Collect, Experiment, Jump, Ppo
-from tipl_ray.forecasting import (
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.ppo.trials import TrialGroup
+from tipl_ray.predict.forecasting import (
     COMBINATIONS,
     Combination,
     CopyLast,
@@ -32,11 +35,8 @@ from tipl_ray.forecasting import (
     load_predictor,
     save_predictor,
 )
-from tipl_ray.gram import Contexts, GramBand, Question, make_band
-from tipl_ray.jumps import GATED, REFUSED, TAKEN, History, ModuleJumps
-from tipl_ray.model import WindowTransformer
-from tipl_ray.ppo import TrialGroup
-from tipl_ray.trajectory_store import TrajectoryStore
+from tipl_ray.predict.gram import Contexts, GramBand, Question, make_band
+from tipl_ray.predict.model import WindowTransformer
 
 ENGINES = ["torch"] + (["compiled"] if shutil.which("g++") else [])
 QUESTION = Question(context=10, steps=(1, 2, 3), snapshots_per_iteration=5)

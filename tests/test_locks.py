@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from machine import new_root
 
-from tipl_ray import locks
-from tipl_ray.config import CHECKOUT
-from tipl_ray.locks import only_one
-from tipl_ray.storage import Storage, StoreError
+from tipl_ray.data import locks
+from tipl_ray.data.locks import only_one
+from tipl_ray.data.storage import Storage, StoreError
+from tipl_ray.places import CHECKOUT
 
 HOLD = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from tipl_ray.locks import only_one
+from tipl_ray.data.locks import only_one
 with only_one(sys.argv[2], "train-1", "training this model"):
     print("held", flush=True)
     sys.stdin.read()

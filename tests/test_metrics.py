@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tipl_ray import metrics
+from tipl_ray.evaluate import metrics
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 from tipl_ray import config
-from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer, is_complete, load_about, load_model
-from tipl_ray.storage import StoreError
+from tipl_ray.data.storage import StoreError
+from tipl_ray.predict.model import CausalTransformer, Normaliser, WindowTransformer, is_complete, load_about, load_model
 
 SIZE = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.1)
 

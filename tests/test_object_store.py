@@ -15,9 +15,9 @@ import pytest
 from machine import BUCKET, make_client, new_root
 from test_trajectory_store import HEADER, collect, commit_snapshots, go_on_from, make_state
 
-from tipl_ray import trajectory_store
-from tipl_ray.storage import StoreError
-from tipl_ray.trajectory_store import TrajectoryStore, TrialWriter
+from tipl_ray.data import trajectory_store
+from tipl_ray.data.storage import StoreError
+from tipl_ray.data.trajectory_store import TrajectoryStore, TrialWriter
 
 Put = Callable[[int, dict[str, str]], None]
 """What to do with the n-th put that carries data, and its headers; counted from 1."""

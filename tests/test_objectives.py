@@ -3,11 +3,11 @@ import pytest
 import torch
 
 from tipl_ray import config
-from tipl_ray.forecasting import Ridge, Trial, Trials, WindowTipl
-from tipl_ray.gram import GramBand, Question, make_band
-from tipl_ray.objectives import NextToken, TrainingData, WindowError, gather_trials, make_objective
-from tipl_ray.segments import Tokens, draw_windows, tokens_of
-from tipl_ray.temporal_svd import fit_basis
+from tipl_ray.paper.temporal_svd import fit_basis
+from tipl_ray.predict.forecasting import Ridge, Trial, Trials, WindowTipl
+from tipl_ray.predict.gram import GramBand, Question, make_band
+from tipl_ray.predict.objectives import NextToken, TrainingData, WindowError, gather_trials, make_objective
+from tipl_ray.predict.segments import Tokens, draw_windows, tokens_of
 
 SIZE = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.1)
 QUESTION = Question(context=6, steps=(1, 2, 4), snapshots_per_iteration=5)

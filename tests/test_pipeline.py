@@ -16,9 +16,9 @@ import pyarrow.parquet
 import pytest
 from machine import new_root
 
-from tipl_ray.config import CHECKOUT
-from tipl_ray.storage import Storage, join, read_file
-from tipl_ray.trajectory_store import TrajectoryStore
+from tipl_ray.data.storage import Storage, join, read_file
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.places import CHECKOUT
 
 SMOKE = ["--experiment", str(CHECKOUT / "jobs" / "experiments" / "smoke.toml")]
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tipl_ray import placement
-from tipl_ray.placement import GroupProgress, Order, Placement, split_into_groups
+from tipl_ray.collect import placement
+from tipl_ray.collect.placement import GroupProgress, Order, Placement, split_into_groups
 
 ITERATIONS, PER_COMMIT, STEPS = 50, 20, 2048
 

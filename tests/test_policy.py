@@ -4,8 +4,8 @@ import doctest
 
 import numpy as np
 
-from tipl_ray import policy
-from tipl_ray.policy import NetworkShape, unflatten
+from tipl_ray.ppo import networks as policy
+from tipl_ray.ppo.networks import NetworkShape, unflatten
 
 PENDULUM = NetworkShape(observation_size=4, action_size=1, policy_hidden=(8, 8), critic_hidden=(64, 64))
 CHEETAH = NetworkShape(observation_size=17, action_size=6, policy_hidden=(256, 256), critic_hidden=(64, 64))

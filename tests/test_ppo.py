@@ -9,8 +9,8 @@ from plain_ppo import PlainTrial
 from torch import nn
 
 from tipl_ray.config import Collect, Experiment, Ppo
-from tipl_ray.policy import unflatten
-from tipl_ray.ppo import TrialGroup
+from tipl_ray.ppo.networks import unflatten
+from tipl_ray.ppo.trials import TrialGroup
 
 ENGINES = ["torch"] + (["compiled"] if shutil.which("g++") else [])
 SMALL = Experiment(

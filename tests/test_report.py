@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tipl_ray import report
+from tipl_ray.evaluate import report
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

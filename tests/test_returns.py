@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tipl_ray.config import Collect, Ppo
-from tipl_ray.learner import Learner, choose_engine, make_learner
-from tipl_ray.policy import NetworkShape, unflatten
-from tipl_ray.ppo import network_shape
-from tipl_ray.returns import SIMULATIONS, policy_returns
+from tipl_ray.ppo.learner import Learner, choose_engine, make_learner
+from tipl_ray.ppo.networks import NetworkShape, unflatten
+from tipl_ray.ppo.returns import SIMULATIONS, policy_returns
+from tipl_ray.ppo.trials import network_shape
 
 
 def some_policies(task: str, count: int) -> tuple[NetworkShape, np.ndarray, np.ndarray, np.ndarray]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from tipl_ray import search_space
-from tipl_ray.config import CHECKOUT, Experiment, Sweep, load_experiment
-from tipl_ray.search_space import Range, corners, describe, make_space, parse_over, short_names, with_fields
+from tipl_ray.config import Experiment, Sweep, load_experiment
+from tipl_ray.places import CHECKOUT
+from tipl_ray.sweep import space as search_space
+from tipl_ray.sweep.space import Range, corners, describe, make_space, parse_over, short_names, with_fields
 
 
 def demo(over: dict[str, Any], preset: str = "paper", **sweep: Any) -> Experiment:

@@ -7,10 +7,13 @@ import pytest
 import torch
 from trajectories import write_trials
 
-from tipl_ray import config, temporal_svd
-from tipl_ray.gram import Question, make_band
-from tipl_ray.model import Normaliser
-from tipl_ray.segments import (
+from tipl_ray import config
+from tipl_ray.data.storage import publish
+from tipl_ray.paper import temporal_svd
+from tipl_ray.paper.temporal_svd import fit_basis
+from tipl_ray.predict.gram import Question, make_band
+from tipl_ray.predict.model import Normaliser
+from tipl_ray.predict.segments import (
     Segments,
     Tokens,
     WindowSegments,
@@ -21,8 +24,6 @@ from tipl_ray.segments import (
     side_by_side,
     tokens_of,
 )
-from tipl_ray.storage import publish
-from tipl_ray.temporal_svd import fit_basis
 
 BASIS = config.Basis(rank=4)
 QUESTION = Question(context=4, steps=(1, 3), snapshots_per_iteration=5)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from tipl_ray import config, tracking
-from tipl_ray.forecasting import Trial, WindowTipl
-from tipl_ray.gram import Question, make_band
-from tipl_ray.model import WindowTransformer
+from tipl_ray.digest import as_table
+from tipl_ray.predict.forecasting import Trial, WindowTipl
+from tipl_ray.predict.gram import Question, make_band
+from tipl_ray.predict.model import WindowTransformer
 
 EXPERIMENT = config.Experiment(
     name="tiny",
@@ -35,7 +36,7 @@ def model(experiment: config.Experiment = EXPERIMENT) -> WindowTransformer:
 
 
 def log(storage: Path, experiment: config.Experiment) -> Any:
-    about = {"experiment": config.as_table(experiment), "basis": config.as_table(experiment.basis)}
+    about = {"experiment": as_table(experiment), "basis": as_table(experiment.basis)}
     model(experiment).save(str(storage / "saved"), about)
     tracker = tracking.Tracker.open(f"sqlite:///{storage}/mlflow.db", "tiny", str(storage))
     with tracker.run("train", "train") as run:

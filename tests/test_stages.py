@@ -12,16 +12,18 @@ import ray
 from test_training import experiment, trajectory, write_model
 from trajectories import write_trials
 
-from tipl_ray import config, stages
-from tipl_ray.config import CHECKOUT, Experiment
-from tipl_ray.data_sets import run_digest
-from tipl_ray.locks import only_one
-from tipl_ray.storage import StoreError
+from tipl_ray import stages
+from tipl_ray.config import Experiment
+from tipl_ray.data.locks import only_one
+from tipl_ray.data.storage import StoreError
+from tipl_ray.digest import as_table
+from tipl_ray.places import CHECKOUT
+from tipl_ray.train.data_sets import run_digest
 
 
 def made_by_collect(settings: Experiment, **changes: object) -> dict:
     """The header's configuration as jobs/collect.py writes it."""
-    table = config.as_table(settings)
+    table = as_table(settings)
     fields = ("policy_hidden", "critic_hidden", "epochs_per_snapshot", "iterations_per_commit", "total_env_steps")
     made = {field: table["collect"][field] for field in fields}
     return {**made, "ppo": table["ppo"], "engine": "compiled-1", **changes}

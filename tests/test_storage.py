@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from machine import new_root
 
-from tipl_ray import storage
-from tipl_ray.storage import Storage, StoreError, file_exists, join, publish, read_file, read_published, write_file
+from tipl_ray.data import storage
+from tipl_ray.data.storage import Storage, StoreError, file_exists, join, publish, read_file, read_published, write_file
 
 
 @pytest.fixture(params=["folder", "file URI", "bucket"])
@@ -79,7 +79,7 @@ def test_of_many_writers_of_one_name_one_is_first_and_its_file_stays(root: str) 
 @pytest.mark.parametrize("call", ["fsync", "replace", "link"])
 def test_a_killed_process_leaves_a_whole_file_or_none(tmp_path: Path, put: str, call: str) -> None:
     script = (
-        "import os, signal, sys; from tipl_ray.storage import Storage\n"
+        "import os, signal, sys; from tipl_ray.data.storage import Storage\n"
         f"os.{call} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"Storage(sys.argv[1], temporaries='half').{put}('name', bytes(1_000_000))\n"
     )

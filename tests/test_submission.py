@@ -14,11 +14,12 @@ import pytest
 from head import Head, answers, ray_head, short_folder, until
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tipl_ray.collection import GroupCollector
-from tipl_ray.config import CHECKOUT, Experiment, load_experiment
+from tipl_ray.collect.collection import GroupCollector
+from tipl_ray.config import Experiment, load_experiment
+from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.jobs import SUBMITTED, check_job
-from tipl_ray.learner import choose_engine
-from tipl_ray.trajectory_store import TrajectoryStore
+from tipl_ray.places import CHECKOUT
+from tipl_ray.ppo.learner import choose_engine
 
 SMOKE = CHECKOUT / "jobs" / "experiments" / "smoke.toml"
 METRICS = [

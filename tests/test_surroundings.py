@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from trajectories import write_trials
 
-from tipl_ray.config import CHECKOUT
 from tipl_ray.jobs import connected_to_ray, exit_status
+from tipl_ray.places import CHECKOUT
 
 PAGE = CHECKOUT / "docs" / "surroundings.md"
 

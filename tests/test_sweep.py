@@ -20,12 +20,16 @@ import numpy as np
 import pytest
 from trajectories import write_trials
 
-from tipl_ray import comparison, search_space, stages, sweep
-from tipl_ray.config import CHECKOUT, Experiment, Sweep, Train, load_experiment
-from tipl_ray.data_sets import model_folder
-from tipl_ray.model import is_complete, load_model
+from tipl_ray import stages
+from tipl_ray.config import Experiment, Sweep, Train, load_experiment
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.places import CHECKOUT
+from tipl_ray.predict.model import is_complete, load_model
+from tipl_ray.sweep import comparison
+from tipl_ray.sweep import space as search_space
+from tipl_ray.sweep import tune as sweep
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
-from tipl_ray.trajectory_store import TrajectoryStore
+from tipl_ray.train.data_sets import model_folder
 
 OVER = {"basis.rank": [3, 6], "model.context": [4, 8]}
 CHILDREN = {"rank=3 context=4", "rank=3 context=8", "rank=6 context=4", "rank=6 context=8"}

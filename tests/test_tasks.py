@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
-from tipl_ray.tasks import TASKS, GymnasiumSimulations, Simulations, find_task
+from tipl_ray.ppo.tasks import TASKS, GymnasiumSimulations, Simulations, find_task
 
 NUM_STEPS = 1000
 SLOW = ["Humanoid-v4", "Pusher-v5", "Reacher-v4"]

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from tipl_ray import temporal_svd
-from tipl_ray.temporal_svd import FittedBasis, fit_basis, fit_shared_basis, reconstruction_error
+from tipl_ray.paper import temporal_svd
+from tipl_ray.paper.temporal_svd import FittedBasis, fit_basis, fit_shared_basis, reconstruction_error
 
 
 def trajectory(num_snapshots: int, num_weights: int, seed: int = 0) -> np.ndarray:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from tipl_ray import terminal
-from tipl_ray.config import CHECKOUT
+from tipl_ray.places import CHECKOUT
 from tipl_ray.terminal import ProgressView, format_rows
 
 

@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tipl_ray import comparison, config, tracking
-from tipl_ray.config import as_table, load_experiment, redacted
-from tipl_ray.storage import Storage, StoreError
+from tipl_ray import config, tracking
+from tipl_ray.config import load_experiment
+from tipl_ray.data.storage import Storage, StoreError
+from tipl_ray.digest import as_table, redacted
+from tipl_ray.places import CHECKOUT
+from tipl_ray.sweep import comparison
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +315,7 @@ def test_a_uri_without_a_secret_is_shown_as_it_is(uri):
 
 @pytest.mark.parametrize("uri", SECRETS)
 def test_a_published_configuration_has_no_secret(uri):
-    smoke = load_experiment(config.CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+    smoke = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
     experiment = dataclasses.replace(smoke, tracking=config.Tracking(uri=uri))
     assert "S3CRET" not in repr(experiment)
     if "://" not in uri:
@@ -324,7 +327,7 @@ def test_a_published_configuration_has_no_secret(uri):
 
 @pytest.mark.parametrize("uri", [uri for uri in SECRETS if uri.startswith("s3:")])
 def test_a_storage_that_carries_credentials_is_refused_without_quoting_them(uri):
-    smoke = load_experiment(config.CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+    smoke = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
     for changed in (
         dataclasses.replace(smoke, storage=uri),
         dataclasses.replace(smoke, jump=config.Jump(predictor=uri)),
@@ -370,7 +373,7 @@ def test_a_server_that_is_reached_by_a_password_keeps_and_prints_none(tmp_path, 
                 break
             time.sleep(0.2)
         tracker = tracking.Tracker.open(f"http://someone:S3CRET@127.0.0.1:{port}", "pendulum", str(tmp_path / "d"))
-        smoke = load_experiment(config.CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+        smoke = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
         with tracker.run("train", "a key") as run:
             run.log_parameters(as_table(dataclasses.replace(smoke, tracking=config.Tracking(uri=tracker.uri))))
             run.log_figure(Figure(), "curve")

@@ -14,15 +14,17 @@ import ray.train
 import torch
 from trajectories import write_trials
 
-from tipl_ray import config, data_sets, training
-from tipl_ray.forecasting import Tipl, Trial, load_tipl
-from tipl_ray.gram import GramBand, Question, make_band
-from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer, load_about, load_model
-from tipl_ray.objectives import TrainingData, gather_trials
-from tipl_ray.segments import Tokens, draw_windows, tokens_of
-from tipl_ray.storage import StoreError
-from tipl_ray.temporal_svd import fit_basis, fit_shared_basis
-from tipl_ray.trajectory_store import TrajectoryStore
+from tipl_ray import config
+from tipl_ray.data.storage import StoreError
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.digest import as_table
+from tipl_ray.paper.temporal_svd import fit_basis, fit_shared_basis
+from tipl_ray.predict.forecasting import Tipl, Trial, load_tipl
+from tipl_ray.predict.gram import GramBand, Question, make_band
+from tipl_ray.predict.model import CausalTransformer, Normaliser, WindowTransformer, load_about, load_model
+from tipl_ray.predict.objectives import TrainingData, gather_trials
+from tipl_ray.predict.segments import Tokens, draw_windows, tokens_of
+from tipl_ray.train import data_sets, training
 
 PPO = {"ppo": {"num_epochs": 10}, "epochs_per_snapshot": 2}
 
@@ -251,7 +253,7 @@ def test_snapshots_that_jumps_predicted_count_in_another_data_sets_iterations(tm
 
 
 def write_model(storage: Path, name: str, settings: config.Experiment, data_digest: str = "data") -> None:
-    about = {"experiment": config.as_table(settings), "data_digest": data_digest}
+    about = {"experiment": as_table(settings), "data_digest": data_digest}
     (storage / "models" / name).mkdir(parents=True)
     (storage / "models" / name / "model.json").write_text(json.dumps(about))
 

@@ -22,9 +22,9 @@ import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pq
 import pytest
 
-from tipl_ray import trajectory_store
-from tipl_ray.storage import StoreError
-from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+from tipl_ray.data import trajectory_store
+from tipl_ray.data.storage import StoreError
+from tipl_ray.data.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
 
 P, O = 7, 3  # noqa: E741
 HEADER = Header(

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tipl_ray import config
-from tipl_ray.forecasting import (
+from tipl_ray.paper.temporal_svd import fit_basis
+from tipl_ray.predict.forecasting import (
     CopyLast,
     Predictor,
     Ridge,
@@ -17,11 +18,10 @@ from tipl_ray.forecasting import (
     WindowFloor,
     WindowTipl,
 )
-from tipl_ray.gram import Question, make_band
-from tipl_ray.model import CausalTransformer, Normaliser, WindowTransformer
-from tipl_ray.segments import Tokens, tokens_of
-from tipl_ray.temporal_svd import fit_basis
-from tipl_ray.validation import Judge
+from tipl_ray.predict.gram import Question, make_band
+from tipl_ray.predict.model import CausalTransformer, Normaliser, WindowTransformer
+from tipl_ray.predict.segments import Tokens, tokens_of
+from tipl_ray.sweep.judge import Judge
 
 STEPS = (1, 2, 5)
 NUM_SNAPSHOTS = 41

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tipl_ray.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+from tipl_ray.data.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
 
 
 def write_trials(

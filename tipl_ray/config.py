@@ -4,35 +4,28 @@ Knows nothing of Ray, torch or MLflow, so that `--help` is instant. Everything t
 The defaults are the paper's (Section 4.1) and, where the paper is silent, what docs/declared.md says.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import functools
-import hashlib
 import json
 import math
-import os
 import re
 import sys
 import tomllib
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote
 
 import pydantic
 import tyro
 
+from tipl_ray.digest import as_table, flat, published, redacted
+from tipl_ray.errors import nearest, no_such
+from tipl_ray.places import CHECKOUT, absolute_storage, check_text, default_storage
 
-class UserError(RuntimeError):
-    """What a user can mend: a job prints it in one line, without a traceback."""
-
-
-CHECKOUT = Path(__file__).resolve().parent.parent
-"""The folder that this package lies in: the checkout, or, where it is installed, site-packages."""
 LARGEST = 2**31 - 1
 """Most that a whole number may be: what the data set's columns and every library's seeds hold."""
+
 MAX_NAME_BYTES = 100
 
 COMBINATIONS = (
@@ -47,6 +40,7 @@ COMBINATIONS = (
     "dmd",
 )
 """Names of the predictors that one small file holds: those that jumps can be made by, beside `tipl`."""
+
 PREDICTORS = (*COMBINATIONS, "context-ridge", "mean-trajectory", "ridge-elsewhere", "tipl", "svd-floor", "window-floor")
 """Names of the predictors in the result table. Here, because forecasting.py loads torch."""
 
@@ -64,6 +58,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "accelerate": ("collect", "ppo", "accelerate", "evaluate.confidence"),
 }
 """What each job reads of an experiment, beside its name, its storage and where it is tracked."""
+
 LEARNING = ("train", "evaluate", "sweep")
 """Jobs that cut the trials in three and look at them through the model's context."""
 
@@ -687,28 +682,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """Fields that a preset sets; the paper's are the dataclasses' own defaults."""
 
 
-def absolute_storage(storage: str) -> str:
-    """A folder as an absolute path, a URI as given. Raises ValueError for the home of a user that is not known."""
-    if "://" in storage:
-        return storage
-    if slip := re.match(r"(s3|gs|gcs|abfss?|hdfs|file|https?):/*", storage):
-        raise ValueError(f"storage={storage!r} is neither a folder nor a URI: did you mean {slip[1]}://...?")
-    try:
-        return str(Path(storage).expanduser().absolute())
-    except RuntimeError as error:
-        raise ValueError(f"storage={storage!r}: {error}") from error
-
-
-def in_checkout() -> bool:
-    """Whether this package lies in a clone of its repository, and is not installed."""
-    return (CHECKOUT / "pyproject.toml").is_file() and (CHECKOUT / "jobs").is_dir()
-
-
-def default_storage(name: str) -> str:
-    """Where an experiment is kept that names no storage: below the checkout, else below the working directory."""
-    return str((CHECKOUT if in_checkout() else Path.cwd()) / "storage" / name)
-
-
 def named_experiments() -> dict[str, Path]:
     """The experiments that are found by their names: those beside the running job, then the checkout's."""
     folders = (CHECKOUT / "jobs" / "experiments", Path(sys.argv[0]).absolute().parent / "experiments")
@@ -727,7 +700,7 @@ def find_experiment(given: str | Path, option: str = "--experiment") -> Path:
         return known[path.name.removesuffix(".toml")]
     if path.is_dir():
         raise IsADirectoryError(f"{option} {given}: is a folder, not an experiment's file")
-    near = _nearest(path.stem, list(known))
+    near = nearest(path.stem, list(known))
     raise FileNotFoundError(f"{option} {given}: no such file, and no name of {', '.join(known)}{near}")
 
 
@@ -779,332 +752,9 @@ def _section(path: Path, value: Any, name: str) -> dict[str, Any]:
     return value
 
 
-def parse_arguments(
-    description: str, arguments: list[str] | None = None, *, jobs: Sequence[str] = (), experiment: str = "demo"
-) -> Experiment:
-    """The experiment of a command line: `--experiment FILE` and `--preset NAME` first, then any field of it by name.
-
-    It is checked for these jobs of `JOBS`, or for all; without `--experiment` it is the one of the name given here.
-    Exits with one line on standard error: status 2 where the file or a field is refused, 1 where nothing can be written
-    where it says. What was said and changes nothing in these jobs is told in a line.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    forget_empty_variables()
-    with refused():
-        said = _options(arguments)
-        given = take_option(arguments, "--experiment")
-        path = find_experiment(given) if given else named_experiments().get(experiment) or find_experiment(experiment)
-        # The preset decides what the other fields' defaults are, wherever it stands among them.
-        loaded = load_experiment(path, take_option(arguments, "--preset"))
-    usage = (
-        f"{description}\n\n--experiment FILE   TOML file with the experiment, or its name; it is read first\n"
-        f"                    (default: {path})"
-    )
-    parsed = tyro.cli(Experiment, default=loaded, args=arguments, description=usage)
-    with refused():
-        parsed = _with_places(parsed).check(*jobs)
-        _check_named(parsed, jobs or tuple(JOBS))
-    for option, why in _without_effect(parsed, jobs or tuple(JOBS), said):
-        print(f"note: {option} has no effect: {why}", file=sys.stderr)
-    try:
-        check_places(parsed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
-    return parsed
-
-
-@contextlib.contextmanager
-def refused() -> Iterator[None]:
-    """Exit with status 2 and one line on standard error where a command line or an experiment's file is refused."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def forget_empty_variables() -> None:
-    """Unset what is set to nothing among the variables that this package, Ray and MLflow take a place from."""
-    for name in (
-        *(
-            "HOME",
-            "TMPDIR",
-            "TMP",
-            "TEMP",
-            "XDG_CACHE_HOME",
-            "XDG_CONFIG_HOME",
-            "RAY_ADDRESS",
-            "RAY_TMPDIR",
-            "RAY_AUTH_MODE",
-        ),
-        *("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION"),
-        *("FORCE_COLOR", "NO_COLOR"),
-    ):
-        value = os.environ.get(name)
-        # By the convention, a relative XDG_CACHE_HOME is none either.
-        if value == "" or (value and name.startswith("XDG_") and not Path(value).is_absolute()):
-            del os.environ[name]
-
-
-def check_places(experiment: Experiment) -> None:
-    """Raise UserError, before anything is loaded, where a job could write neither its storage nor temporary files."""
-    if "://" not in experiment.storage_path and (problem := unwritable(Path(experiment.storage_path))):
-        raise UserError(f"storage {experiment.storage_path} cannot be written: {problem}; give another --storage")
-    folder = os.environ.get("TMPDIR")
-    if folder and (problem := "no such folder" if not Path(folder).is_dir() else unwritable(Path(folder))):
-        raise UserError(f"TMPDIR={folder} cannot be written: {problem}; unset TMPDIR, or set it to another folder")
-
-
-def unwritable(folder: Path) -> str | None:
-    """Why a folder can be neither written nor made; None where it can."""
-    try:
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        if not there.is_dir():
-            return f"{there} is no folder"
-        if os.statvfs(there).f_flag & os.ST_RDONLY:
-            return f"{there} lies on a file system that is read-only"
-        return None if os.access(there, os.W_OK | os.X_OK) else f"no right to write in {there}"
-    except OSError as error:
-        return error.strerror
-
-
-def _with_places(experiment: Experiment) -> Experiment:
-    """With $NAME in its folders as the environment has it, and its own storage wherever a worker stands."""
-    settings = experiment.accelerate
-    storage = _with_variables("storage", experiment.storage)
-    if storage is not None or not in_checkout():
-        storage = dataclasses.replace(experiment, storage=storage).storage_path
-    data = tuple(str(_with_variables("train.data", one)) for one in experiment.train.data)
-    predictors = _with_variables("accelerate.predictors_storage", settings.predictors_storage)
-    jump = _with_variables("jump.predictor", experiment.jump.predictor)
-    return dataclasses.replace(
-        experiment,
-        storage=storage,
-        train=dataclasses.replace(experiment.train, data=data),
-        accelerate=dataclasses.replace(settings, predictors_storage=predictors),
-        jump=dataclasses.replace(experiment.jump, predictor=jump),
-    )
-
-
-def _with_variables(field: str, place: str | None) -> str | None:
-    """As the environment has it: `ray job submit` quotes its command, so that no shell has seen to that."""
-    if place is None:
-        return None
-    _check_text(field, place)
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        # Set to nothing is not set: the rest would be a place at the root.
-        if not os.environ.get(name):
-            raise ValueError(f"{field}={redacted(place)!r}: the environment of the job has no {name}")
-        return os.environ[name]
-
-    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, place)
-
-
-def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
-    """Refuse names of tasks, files and folders that there are not, for these jobs, before anything is loaded."""
-    # A third of a second, which --help does not wait for.
-    import gymnasium
-
-    tasks = {experiment.collect.task: "collect.task"} if set(jobs) - {"accelerate"} else {}
-    if "accelerate" in jobs:
-        tasks |= {task.partition("@")[0]: "accelerate.tasks" for task in experiment.accelerate.tasks}
-    for task, field in tasks.items():
-        module, _, name = task.rpartition(":")
-        if not module and name not in gymnasium.registry:
-            known = sorted(spec.id for spec in gymnasium.registry.values() if "mujoco" in str(spec.entry_point))
-            near = _nearest(name, known) or f"; MuJoCo's are {', '.join(known)}"
-            raise ValueError(f"{field}={name!r} is no task of gymnasium{near}")
-    if "train" in jobs or "evaluate" in jobs:
-        for storage in experiment.train.data:
-            _check_folder("train.data", storage)
-    if "collect" in jobs and experiment.jump.predictor is not None:
-        _check_folder("jump.predictor", experiment.jump.predictor)
-    if "accelerate" in jobs and experiment.accelerate.predictors:
-        settings = experiment.accelerate
-        path = find_experiment(settings.predictors_from, "accelerate.predictors_from")
-        source = load_experiment(path, preset="causal").check_fields()
-        size = source.collect.epochs_per_snapshot
-        for contender, epochs in settings.predictors.items():
-            skipped = source.ppo.num_epochs - epochs
-            if skipped < size or skipped % size or epochs % size:
-                raise ValueError(
-                    f"accelerate.contenders: {contender!r} leaves {skipped} of {source.ppo.num_epochs} epochs to a "
-                    f"predictor of snapshots that are {size} epochs apart"
-                )
-        if settings.predictors_storage is not None:
-            _check_folder("accelerate.predictors_storage", settings.predictors_storage)
-
-
-def _check_folder(field: str, place: str) -> None:
-    folder = Path(absolute_storage(place))
-    if "://" not in place and not folder.is_dir():
-        siblings = [one.name for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
-        raise ValueError(f"{field}={place!r}: there is no folder {folder}{_nearest(folder.name, siblings)}")
-
-
-def _without_effect(experiment: Experiment, jobs: Sequence[str], said: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Options of a command line that change nothing in these jobs, each with the reason."""
-    read = ("name", "storage", "tracking", *(field for job in jobs for field in JOBS[job]))
-    settings, window = experiment.accelerate, experiment.basis.kind == "window"
-    reasons: dict[str, str] = {}
-
-    def none_of(section: str, fields: Sequence[str], why: str) -> None:
-        reasons.update({f"{section}.{field}": why for field in fields})
-
-    if window or experiment.basis.kind == "raw":
-        none_of("basis", ("rank", "centred", "deltas"), f"basis.kind={experiment.basis.kind} fits no Temporal SVD")
-    if not window:
-        none_of("model", ("phase", "clock"), "it is for basis.kind=window")
-        none_of("train", ("joined_windows",), "it is for basis.kind=window")
-    if experiment.jump.predictor is None:
-        fields = [field.name for field in dataclasses.fields(Jump) if field.name != "predictor"]
-        none_of("jump", fields, "without jump.predictor there are no jumps")
-    if not experiment.evaluate.run_policies_of:
-        fields = ["windows_per_trial", "episodes", "sampled_actions"]
-        none_of("evaluate", fields, "evaluate.run_policies_of is empty, so that no policy is run")
-    if experiment.sweep.search == "grid":
-        none_of("sweep", ("num_samples", "seed"), "a grid has every combination once")
-    if list(jobs) == ["sweep"]:
-        none_of("train", ("use_gpu",), "sweep.gpus_per_trial gives the runs of a sweep GPUs")
-        none_of("train", ("num_seeds",), "the runs of a sweep have one seed each; vary train.seed")
-    if list(jobs) == ["accelerate"]:
-        none_of("collect", ("task",), "accelerate.tasks names the tasks")
-        none_of("collect", ("trials_per_actor",), "all trials of a contender are one stack")
-        none_of("ppo", ("num_epochs",), "each contender names its own")
-        none_of("ppo", ("learning_rate",), "each contender's is chosen from accelerate.learning_rates")
-        if not settings.predictors:
-            none_of("accelerate", ("predictors_from", "predictors_storage"), "no contender has a predictor")
-    for field in said:
-        option = f"--{field.replace('_', '-')}"
-        if field in reasons:
-            yield option, reasons[field]
-        elif not any(field == one or field.startswith(f"{one}.") for one in read) and _is_field(experiment, field):
-            yield option, f"{' and '.join(jobs)} does not read it"
-
-
-def _is_field(experiment: Experiment, field: str) -> bool:
-    """Whether an option is an experiment's, and not the job's own."""
-    return field in dict(flat(as_table(experiment))) or field == "preset"
-
-
-def _options(arguments: Sequence[str]) -> list[str]:
-    """Fields that a command line sets, in its order. Raises ValueError for one that is set twice."""
-    said: list[str] = []
-    for argument in arguments:
-        if not argument.startswith("--") or argument == "--":
-            continue
-        option = argument.partition("=")[0]
-        section, dot, field = option.removeprefix("--").replace("-", "_").rpartition(".")
-        field = f"{section}{dot}{field.removeprefix('no_')}"
-        if field in said:
-            raise ValueError(f"{option} is given twice")
-        said.append(field)
-    return said
-
-
-def take_option(arguments: list[str], option: str) -> str | None:
-    """Remove an option from a command line and return its value. Raises ValueError where it has none."""
-    for position, argument in enumerate(arguments):
-        if argument == option:
-            value = arguments[position + 1] if position + 1 < len(arguments) else ""
-            taken = 2
-        elif argument.startswith(f"{option}="):
-            value, taken = argument.removeprefix(f"{option}="), 1
-        else:
-            continue
-        if not value or value.startswith("--"):
-            raise ValueError(f"{option} is given without its value")
-        del arguments[position : position + taken]
-        return value
-    return None
-
-
-def as_table(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON types, fit to be published: its URIs are `redacted`."""
-    return _published(json.loads(json.dumps(dataclasses.asdict(config))))
-
-
-SHOWN_OPTIONS = (
-    "endpoint_override",
-    "scheme",
-    "region",
-    "host",
-    "port",
-    "user",
-    "dbname",
-    "sslmode",
-    "charset",
-    "driver",
-)
-"""Options of a URI that hold no secret; the values of others are not shown."""
-
-
-def redacted(uri: str) -> str:
-    """The URI as it may be shown, logged and written: *** for its password or token and for options not known harmless.
-
-    >>> redacted("postgresql://me:secret@host/runs?sslmode=require&sslpassword=secret")
-    'postgresql://me:***@host/runs?sslmode=require&sslpassword=***'
-    >>> redacted("https://token@host:5000"), redacted("sqlite:////data/a:b@c.db"), redacted("s3://bucket/run@2")
-    ('https://***@host:5000', 'sqlite:////data/a:b@c.db', 's3://bucket/run@2')
-    """
-    scheme, place = re.fullmatch(r"([A-Za-z][\w+.-]*:/+)?(.*)", uri, re.DOTALL).groups("")  # type: ignore[union-attr]
-    user, at = "", ""
-    if 0 < scheme.count("/") < 3 or (not scheme and not place.startswith("/")):
-        before_options = place.partition("?")[0]
-        # A password may hold any sign, the question mark too: what follows a colon is one unless it is a port.
-        odd = "@" in place and re.match(r"[^/:@]*:(?!\d+(/|$))", before_options)
-        user, at, place = place.rpartition("@") if odd or "@" in before_options else ("", "", place)
-    if ":" in user:
-        user = f"{user.partition(':')[0]}:***"
-    elif scheme.lower().startswith("http") and at:
-        user = "***"
-    if scheme:
-        place, mark, options = place.partition("?")
-        place += mark + re.sub(r"([^&;=]+)(=?)([^&;]*)", _shown_option, options)
-    return f"{scheme}{user}{at}{place}"
-
-
-def _shown_option(option: re.Match[str]) -> str:
-    name, equals, value = option.groups()
-    if not equals or name not in SHOWN_OPTIONS:
-        return f"{name}=***" if equals else "***"
-    return f"{name}={value if redacted(unquote(value)) == unquote(value) else redacted(unquote(value))}"
-
-
-def _published(part: Any) -> Any:
-    if isinstance(part, dict):
-        return {name: _published(value) for name, value in part.items()}
-    if isinstance(part, list):
-        return [_published(value) for value in part]
-    return redacted(part) if isinstance(part, str) and ":/" in part else part
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A table's values by their dotted names.
-
-    >>> dict(flat({"basis": {"kind": "trial", "rank": 64}, "name": "demo"}))
-    {'basis.kind': 'trial', 'basis.rank': 64, 'name': 'demo'}
-    """
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def from_table(table: dict[str, Any]) -> Experiment:
     """The experiment that `as_table` wrote down."""
     return _build(table, "table").check_fields()
-
-
-def digest(*parts: Any) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the parts' canonical JSON."""
-    plain = [as_table(part) if dataclasses.is_dataclass(part) else part for part in parts]
-    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -1122,8 +772,8 @@ def _build(table: dict[str, Any], where: str) -> Experiment:
             field = ".".join(map(str, item["loc"]))
             message = item["msg"]
             if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                message = f"unknown key{_nearest(field, _fields())}"
-            complaints.append(f"{field}={_published(item['input'])!r}: {message}")
+                message = f"unknown key{nearest(field, _fields())}"
+            complaints.append(f"{field}={published(item['input'])!r}: {message}")
         raise ValueError(f"{where}: " + "; ".join(complaints)) from error
 
 
@@ -1135,36 +785,17 @@ def _fields() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*sections, *(name for name, _ in flat(as_table(experiment)))]))
 
 
-def no_such(field: str, name: str, known: Sequence[str]) -> ValueError:
-    """The error for a name that there is not: it gives those that there are, and the nearest."""
-    return ValueError(f"{field}={name!r} is not one of {', '.join(known)}{_nearest(name, known)}")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    folded = {one.casefold(): one for one in known}
-    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
-    return f"; did you mean {folded[near[0]]}?" if near else ""
-
-
 def _check_values(section: str, config: Any) -> None:
     """What holds for every field: numbers are finite, whole ones fit 32 bits, text has letters only, and some."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, str):
-                _check_text(f"{section}{field.name}", one)
+                check_text(f"{section}{field.name}", one)
             elif isinstance(one, int) and abs(one) > LARGEST:
                 raise ValueError(f"{section}{field.name}={one} is beyond {LARGEST}")
             elif isinstance(one, float) and not math.isfinite(one):
                 raise ValueError(f"{section}{field.name}={one} is not a finite number")
-
-
-def _check_text(field: str, text: str) -> None:
-    if not text.strip():
-        raise ValueError(f"{field}={text!r} is empty: give a value, or leave it out")
-    for letter in text:
-        if unicodedata.category(letter) in ("Cc", "Cs"):
-            raise ValueError(f"{field}={redacted(text)!r} holds {letter!r}, which is no letter of a name or a path")
 
 
 def _check_name(field: str, whole: str, name: str, also: str = "") -> None:
@@ -1203,7 +834,7 @@ def _check_contender(contender: str) -> None:
         if option not in ("gate", "reset", "both") and not (damping and 0 < float(damping[1]) <= 1e6):
             raise ValueError(
                 f"accelerate.contenders: {contender!r}: {option!r} is not gate, reset, both or xDAMPING, above 0"
-                f"{_nearest(option, ('gate', 'reset', 'both'))}"
+                f"{nearest(option, ('gate', 'reset', 'both'))}"
             )
 
 

@@ -18,9 +18,11 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
-from tipl_ray.config import CHECKOUT, Experiment, UserError, check_places, forget_empty_variables
-from tipl_ray.storage import Storage, local_folder
-from tipl_ray.tasks import find_task
+from tipl_ray.config import Experiment
+from tipl_ray.data.storage import Storage, local_folder
+from tipl_ray.errors import UserError
+from tipl_ray.places import CHECKOUT, check_places, forget_empty_variables
+from tipl_ray.ppo.tasks import find_task
 from tipl_ray.terminal import is_terminal
 from tipl_ray.tracking import Tracker
 
@@ -65,7 +67,7 @@ def check_job(experiment: Experiment) -> None:
     Raises UserError for a storage that cannot be written, StoreError for one that nothing answers to.
     """
     find_task(experiment.collect.task)
-    check_places(experiment)
+    check_places(experiment.storage_path)
     Storage(experiment.storage_path)
     folder = local_folder(experiment.storage_path)
     if SUBMITTED in os.environ and folder and any(folder.is_relative_to(one) for one in _thrown_away()):

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl_ray import config
-from tipl_ray.forecasting import Trial, load_tipl
-from tipl_ray.gram import GramBand, Question, check_starts, make_band
-from tipl_ray.model import load_about
+from tipl_ray.predict.forecasting import Trial, load_tipl
+from tipl_ray.predict.gram import GramBand, Question, check_starts, make_band
+from tipl_ray.predict.model import load_about
 
 
 class Forecaster:

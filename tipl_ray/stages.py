@@ -18,20 +18,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tipl_ray.config import Experiment, as_table, digest, flat
-from tipl_ray.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
+from tipl_ray.collect.placement import GroupProgress
+from tipl_ray.config import Experiment
+from tipl_ray.data.locks import only_one
+from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
+from tipl_ray.data.trajectory_store import Header, TrajectoryStore
+from tipl_ray.digest import as_table, digest, flat
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
-from tipl_ray.locks import only_one
-from tipl_ray.placement import GroupProgress
-from tipl_ray.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
-from tipl_ray.trajectory_store import Header, TrajectoryStore
+from tipl_ray.train.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tipl_ray.evaluation import Evaluation
+    from tipl_ray.evaluate.evaluation import Evaluation
 
 ROWS = 20
 """Groups of trials in the table of progress at most."""
@@ -89,8 +90,8 @@ class Context:
 
 def check_collect(context: Context) -> bool:
     """Whether the data set is found whole. Raises StoreError or ValueError for what cannot be collected."""
-    from tipl_ray.collection import pending_seeds, trial_header
-    from tipl_ray.learner import choose_engine
+    from tipl_ray.collect.collection import pending_seeds, trial_header
+    from tipl_ray.ppo.learner import choose_engine
 
     experiment = context.experiment
     store = TrajectoryStore(experiment.storage_path)
@@ -107,7 +108,7 @@ def check_train(context: Context) -> bool:
     if not experiment.train.data:
         data_digest(experiment)
     data, done = training_digest(experiment), True
-    from tipl_ray.model import is_complete
+    from tipl_ray.predict.model import is_complete
 
     for one in experiment.training_runs:
         if not is_complete(model_folder(one, data)):
@@ -121,7 +122,7 @@ def check_evaluate(context: Context) -> bool:
     experiment = context.experiment
     data_digest(experiment)
     models = trained_models(experiment)
-    from tipl_ray.evaluation import evaluation_folder, is_evaluated
+    from tipl_ray.evaluate.evaluation import evaluation_folder, is_evaluated
 
     folder = evaluation_folder(experiment, models)
     if is_evaluated(folder):
@@ -132,9 +133,9 @@ def check_evaluate(context: Context) -> bool:
 
 def run_collect(context: Context) -> None:
     """Collect every trial, with the progress of each actor, and log the trials' learning curves."""
-    from tipl_ray.collection import collect, pending_seeds, trial_header
-    from tipl_ray.learner import choose_engine, why_not_compiled
-    from tipl_ray.tasks import find_task
+    from tipl_ray.collect.collection import collect, pending_seeds, trial_header
+    from tipl_ray.ppo.learner import choose_engine, why_not_compiled
+    from tipl_ray.ppo.tasks import find_task
 
     experiment, settings = context.experiment, context.experiment.collect
     store = TrajectoryStore(experiment.storage_path)
@@ -178,7 +179,7 @@ def run_collect(context: Context) -> None:
     key = f"collect-{header.config_hash}-{digest(settings.seeds)}"
     if context.logged(key):
         return
-    from tipl_ray import figures
+    from tipl_ray.evaluate import figures
 
     context.claim("collect", "collecting trials")
     with context.run("collect", key) as run:
@@ -212,7 +213,7 @@ def run_train(context: Context) -> None:
 
 
 def _train_one(context: Context, experiment: Experiment) -> None:
-    from tipl_ray.model import is_complete
+    from tipl_ray.predict.model import is_complete
 
     begin = time.monotonic()
     data = training_digest(experiment)
@@ -239,8 +240,8 @@ def _train_one(context: Context, experiment: Experiment) -> None:
 def _train_and_log(
     experiment: Experiment, run: Run, data: str, show: Callable[[str], None], at_first_line: Callable[[], None]
 ) -> None:
-    from tipl_ray import figures
-    from tipl_ray.training import load_history, train
+    from tipl_ray.evaluate import figures
+    from tipl_ray.train.training import load_history, train
 
     run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("basis", "split", "model", "train")})
     for one in data_sets(experiment):
@@ -274,8 +275,8 @@ def trained_models(experiment: Experiment) -> list[str]:
 
 def run_evaluate(context: Context) -> None:
     """Judge the trained models on the test trials: result table, figures, report."""
-    from tipl_ray import report
-    from tipl_ray.evaluation import evaluate, evaluation_folder, is_evaluated
+    from tipl_ray.evaluate import report
+    from tipl_ray.evaluate.evaluation import evaluate, evaluation_folder, is_evaluated
 
     experiment = context.experiment
     data_digest(experiment)  # refuses what is not complete
@@ -359,7 +360,7 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
         first = next((name for name in names if not STAGES[name].check(context)), None)
         tracker = context.tracker  # one that cannot be used is refused before hours of work
         if first == "collect" and "train" in names:
-            from tipl_ray.training import require_workers
+            from tipl_ray.train.training import require_workers
 
             context.connect()
             require_workers(experiment)  # now, and not when all is collected
@@ -376,7 +377,7 @@ def data_digest(experiment: Experiment) -> str:
         _refuse_other_experiment(experiment, store.header(there[:1]))
     if not set(there).issuperset(experiment.collect.seeds):
         raise _incomplete(experiment, sorted(set(experiment.collect.seeds) - set(there)), there)
-    from tipl_ray.collection import pending_seeds
+    from tipl_ray.collect.collection import pending_seeds
 
     missing = pending_seeds(experiment, store)
     if missing or not store.finished():
@@ -396,7 +397,7 @@ def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[
     others = sorted(set(there) - set(asked.seeds))
     if not others:
         return StoreError(f"{start}; run jobs/collect.py with the same experiment first")
-    from tipl_ray.collection import name_trials
+    from tipl_ray.collect.collection import name_trials
 
     in_a_row = there[-1] - there[0] + 1 == len(there)
     ask = f"ask for these with --collect.first-seed {there[0]} --collect.num-trials {len(there)}, or "
@@ -490,7 +491,7 @@ def log_data(experiment: Experiment, run: Run) -> None:
 
 
 def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: float) -> None:
-    from tipl_ray.collection import name_trials
+    from tipl_ray.collect.collection import name_trials
 
     shown = sorted(groups, key=lambda group: group.finished)[:ROWS]
     rows = [
@@ -527,8 +528,8 @@ def _left(seconds: float) -> str:
 
 
 def _draw(context: Context, evaluation: Evaluation, model: str, folder: Path) -> dict[str, Path]:
-    from tipl_ray import figures
-    from tipl_ray.training import load_history
+    from tipl_ray.evaluate import figures
+    from tipl_ray.train.training import load_history
 
     results, summary = evaluation.results, evaluation.summary
     drawing: dict[str, Callable[[], Figure]] = {
@@ -562,7 +563,7 @@ def _those_with_data(stage: str, drawing: Mapping[str, Callable[[], Figure]]) ->
 def _write_report(
     path: Path, context: Context, evaluation: Evaluation, models: list[str], pictures: dict[str, Path]
 ) -> Path:
-    from tipl_ray import report
+    from tipl_ray.evaluate import report
 
     experiment = context.experiment
     return report.write_report(

@@ -30,9 +30,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from tipl_ray import config
-from tipl_ray.config import redacted
-from tipl_ray.storage import join, local_folder
+from tipl_ray.data.storage import join, local_folder
+from tipl_ray.digest import flat, redacted
+from tipl_ray.errors import UserError
+from tipl_ray.places import CHECKOUT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +73,7 @@ PARAMETERS_PER_BATCH = 100
 METRICS_PER_BATCH = 1000
 
 
-class TrackingError(config.UserError):
+class TrackingError(UserError):
     """MLflow's store cannot be used; the message names its URI and a way out."""
 
 
@@ -125,7 +126,7 @@ def ui_command(uri: str, experiment_id: str | None = None) -> str:
     return f"{command}  # then http://127.0.0.1:5000{page}" if page else command
 
 
-def source_tags(folder: Path = config.CHECKOUT) -> dict[str, str]:
+def source_tags(folder: Path = CHECKOUT) -> dict[str, str]:
     """MLflow's tags for the user, the program and, where the folder is a git repository, the commit."""
     tags = {"mlflow.user": _user(), "mlflow.source.name": sys.argv[0], "mlflow.source.type": "LOCAL"}
     commit = _git(folder, "rev-parse", "HEAD")
@@ -250,9 +251,9 @@ class Run:
         from mlflow.entities import Param, RunTag
 
         known = self.client.get_run(self.run_id).data.params
-        flat = {name: str(value)[:MAX_PARAMETER_LETTERS] for name, value in config.flat(parameters)}
-        fresh = [Param(name, value) for name, value in flat.items() if name not in known]
-        changed = [RunTag(f"now.{name}", value) for name, value in flat.items() if known.get(name, value) != value]
+        told = {name: str(value)[:MAX_PARAMETER_LETTERS] for name, value in flat(parameters)}
+        fresh = [Param(name, value) for name, value in told.items() if name not in known]
+        changed = [RunTag(f"now.{name}", value) for name, value in told.items() if known.get(name, value) != value]
         for start in range(0, len(fresh), PARAMETERS_PER_BATCH):
             self.client.log_batch(self.run_id, params=fresh[start : start + PARAMETERS_PER_BATCH])
         for start in range(0, len(changed), PARAMETERS_PER_BATCH):

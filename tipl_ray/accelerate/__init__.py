@@ -1,0 +1,1 @@
+"""Update epochs replaced by inference: jumps, and the contenders that try them."""

@@ -1,0 +1,462 @@
+"""Jumps: a predictor's forecast in place of the update epochs that would have led there.
+
+`History` is one vector of weights on its way: its last displacements, their inner products, and how a predictor carries
+it on. `GroupJumps` keeps the histories of stacked trials for the PPO engine, `ModuleJumps` that of any torch module for
+anybody's own training loop. Knows predictors by what they answer; knows nothing of PPO, environments or files.
+
+Shapes: K displacements of context, P weights of one history, H snapshots of a jump, B trials, N parameters of a trial.
+"""
+
+import itertools
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tipl_ray import config
+from tipl_ray.predict.gram import Contexts, Question
+
+COLUMNS_AT_ONCE = 4096
+"""Columns of the displacements whose products are summed in float32; such sums are added up in float64."""
+TAKEN, GATED, REFUSED = range(3)
+"""What became of a jump, as indices of the counts."""
+MOVED_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Types of parameters that a module's jump moves; a complex parameter is moved as its real and imaginary parts."""
+
+State = dict[str, np.ndarray]
+
+
+class Forecaster(Protocol):
+    """What a jump asks of a predictor: `forecasting.Combination` has it."""
+
+    question: Question
+
+    def coefficients(self, contexts: Contexts) -> NDArray[np.float64]:
+        """What each displacement of the context counts in each forward step; (B, H, K)."""
+
+
+class History:
+    """The last K displacements of a vector of weights, with their inner products; the oldest gives way.
+
+    A displacement not yet made is 0. Of float64 weights the last is kept as such, their displacements in float32.
+    Memory: (K + 1) P float32, and K x K float64.
+    """
+
+    def __init__(self, weights_P: NDArray[np.floating], context: int):
+        self.last_P = np.array(weights_P)
+        # A ring: the oldest displacement lies at `oldest`, and nothing is moved when it gives way.
+        self.displacements_KP = np.zeros((context, len(self.last_P)), dtype=np.float32)
+        self.products_KK = np.zeros((context, context))
+        self.oldest, self.fresh = 0, 0
+
+    def record(self, weights_P: NDArray[np.floating]) -> None:
+        """Take the next snapshot, a copy of it."""
+        np.subtract(weights_P, self.last_P, out=self.displacements_KP[self.oldest])
+        self.last_P[:] = weights_P
+        self.oldest = (self.oldest + 1) % len(self.displacements_KP)
+        self.fresh = min(self.fresh + 1, len(self.displacements_KP))
+
+    def gram(self) -> NDArray[np.float64]:
+        """Inner products (K, K) of the displacements, the oldest first."""
+        self._multiply_fresh()
+        order_K = self._order()
+        return self.products_KK[np.ix_(order_K, order_K)]
+
+    def moves(self, coefficients_HK: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The displacements (H, P) that coefficients mean, of the displacements with the oldest first."""
+        if not coefficients_HK.any():
+            # Nothing times a displacement that is not finite is not nothing.
+            return np.zeros((len(coefficients_HK), len(self.last_P)), dtype=np.float32)
+        return self._in_ring(coefficients_HK).astype(np.float32) @ self.displacements_KP
+
+    def carry_on(
+        self, coefficients_HK: NDArray[np.float64], moves_HP: NDArray[np.float32], weights_P: NDArray[np.floating]
+    ) -> None:
+        """Take the moves of these coefficients as the next displacements, at whose end the weights are `weights_P`."""
+        self._multiply_fresh()
+        ring_HK, places_H = self._in_ring(coefficients_HK), self._order()[: len(coefficients_HK)]
+        # Products of combinations are combinations of products: the moves need not be multiplied.
+        towards_HK = ring_HK @ self.products_KK if ring_HK.any() else ring_HK
+        among_HH = towards_HK @ ring_HK.T
+        self.products_KK[places_H], self.products_KK[:, places_H] = towards_HK, towards_HK.T
+        self.products_KK[np.ix_(places_H, places_H)] = among_HH
+        self.displacements_KP[places_H] = moves_HP
+        self.last_P[:] = weights_P
+        self.oldest = (self.oldest + len(places_H)) % len(self.displacements_KP)
+
+    def of_others(self, weights_P: NDArray[np.floating], kept: Iterable[tuple[slice, slice]]) -> "History":
+        """The history of other weights: those of the slices kept, (here, there), go on; the rest has not moved yet."""
+        other = History(weights_P, len(self.displacements_KP))
+        for here, there in kept:
+            other.last_P[there], other.displacements_KP[:, there] = self.last_P[here], self.displacements_KP[:, here]
+        other.oldest, other.fresh = self.oldest, len(self.displacements_KP)
+        return other
+
+    def state(self) -> State:
+        """Everything that the next jump depends on."""
+        marks = np.array([self.oldest, self.fresh], dtype=np.int64)
+        return {
+            "last": self.last_P.copy(),
+            "displacements": self.displacements_KP.copy(),
+            "products": self.products_KK.copy(),
+            "marks": marks,
+        }
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a state. Raises ValueError if it is of another context or of other weights."""
+        own = {"displacements": self.displacements_KP, "last": self.last_P, "products": self.products_KK}
+        for name, array in own.items():
+            if state[name].shape != array.shape:
+                raise ValueError(f"{name} of shape {state[name].shape} do not fit a history's of {array.shape}")
+        self.last_P[:], self.displacements_KP[:] = state["last"], state["displacements"]
+        self.products_KK[:] = state["products"]
+        self.oldest, self.fresh = map(int, state["marks"])
+
+    def _order(self) -> NDArray[np.int64]:
+        """Places in the ring, the oldest displacement's first."""
+        return (self.oldest + np.arange(len(self.displacements_KP))) % len(self.displacements_KP)
+
+    def _in_ring(self, coefficients_HK: NDArray[np.float64]) -> NDArray[np.float64]:
+        ring_HK = np.empty_like(coefficients_HK)
+        ring_HK[:, self._order()] = coefficients_HK
+        return ring_HK
+
+    def _multiply_fresh(self) -> None:
+        """Inner products of the displacements that came since the last time with all of them, in one pass."""
+        if not self.fresh:
+            return
+        places_F, size = self._order()[-self.fresh :], self.displacements_KP.shape[1]
+        towards_FK = np.zeros((self.fresh, len(self.displacements_KP)))
+        for column in range(0, size, COLUMNS_AT_ONCE):
+            part_Kp = self.displacements_KP[:, column : column + COLUMNS_AT_ONCE]
+            towards_FK += part_Kp[places_F] @ part_Kp.T
+        self.products_KK[places_F], self.products_KK[:, places_F] = towards_FK, towards_FK.T
+        self.fresh = 0
+
+
+def check_schedule(question: Question, recorded: int, horizon: int) -> None:
+    """Raise ValueError where a predictor cannot stand for `horizon` snapshots after `recorded` ones of an iteration."""
+    if question.steps[:horizon] != tuple(range(1, horizon + 1)):
+        raise ValueError(f"jump.horizon={horizon} exceeds the predictor's forward steps {question.steps}")
+    if recorded + horizon != question.snapshots_per_iteration:
+        raise ValueError(
+            f"{recorded} snapshots of an iteration and jump.horizon={horizon} are not the "
+            f"{question.snapshots_per_iteration} snapshots per iteration that the predictor was fitted on"
+        )
+    if horizon > question.context:
+        raise ValueError(f"jump.horizon={horizon} exceeds the predictor's context of {question.context} displacements")
+
+
+def propose(
+    forecaster: Forecaster,
+    history: History,
+    settings: config.Jump,
+    *,
+    phase: int,
+    progress: float,
+    learning_rate: float,
+) -> tuple[NDArray[np.float64], str | None]:
+    """What each displacement counts in each move of a jump (H, K), all 0 where refused; and why it was refused.
+
+    Refused is what is not finite, and what goes further than any optimiser that moved as in the context would.
+    """
+    gram_KK = history.gram()
+    nothing_HK = np.zeros((settings.horizon, len(gram_KK)))
+    if not np.isfinite(gram_KK).all():
+        return nothing_HK, "the weights are not finite"
+    contexts = Contexts(
+        grams_BKK=gram_KK[None],
+        phases_B=np.array([phase]),
+        progress_B=np.array([progress]),
+        learning_rates_B=np.array([learning_rate]),
+    )
+    # One trial at a time: what a trial is told does not depend on those beside it.
+    ahead_HK = settings.damping * forecaster.coefficients(contexts)[0, : settings.horizon]
+    if not np.isfinite(ahead_HK).all():
+        return nothing_HK, "the forecast is not finite"
+    length = float(np.sqrt(max(ahead_HK[-1] @ gram_KK @ ahead_HK[-1], 0.0)))
+    longest = settings.limit * settings.horizon * float(np.sqrt(gram_KK.diagonal().max()))
+    if length > longest:
+        return nothing_HK, f"the forecast moves the weights by {length:.3g}, beyond jump.limit's {longest:.3g}"
+    return np.diff(ahead_HK, axis=0, prepend=0.0), None
+
+
+class GroupJumps:
+    """The jumps of B stacked trials, whose parameters are a policy's weights and then a critic's."""
+
+    def __init__(
+        self,
+        settings: config.Jump,
+        forecaster: Forecaster,
+        parameters_BN: NDArray[np.float32],
+        num_policy_weights: int,
+        snapshots_run: int,
+    ):
+        check_schedule(forecaster.question, snapshots_run, settings.horizon)
+        self.settings, self.forecaster, self.phase = settings, forecaster, snapshots_run
+        bounds = (0, num_policy_weights, parameters_BN.shape[1])[: 2 if settings.networks == "policy" else 3]
+        self._parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        self._histories = [
+            [History(parameters_N[part], forecaster.question.context) for part in self._parts]
+            for parameters_N in parameters_BN
+        ]
+        self.num_moved = bounds[-1]
+        """Parameters M that a jump moves, a trial's first ones."""
+        self.counts_B3 = np.zeros((len(parameters_BN), 3), dtype=np.int64)
+        """Jumps taken, dropped by the gate, and refused."""
+        self._coefficients: list[list[NDArray[np.float64]]] = []
+
+    def record(self, parameters_BN: NDArray[np.float32]) -> None:
+        """Take every trial's next snapshot."""
+        for histories, parameters_N in zip(self._histories, parameters_BN, strict=True):
+            for part, history in zip(self._parts, histories, strict=True):
+                history.record(parameters_N[part])
+
+    def propose(self, progress_B: NDArray[np.float64], learning_rates_B: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The moves (B, H, M) that stand for the epochs not run; 0 and a warning where a forecast is refused.
+
+        Progress is the share of the trial that has passed, a learning rate the share of its first.
+        """
+        moves_BHM = np.zeros((len(self._histories), self.settings.horizon, self.num_moved), dtype=np.float32)
+        self._coefficients = []
+        for b, histories in enumerate(self._histories):
+            answers = [
+                propose(
+                    self.forecaster,
+                    history,
+                    self.settings,
+                    phase=self.phase,
+                    progress=float(progress_B[b]),
+                    learning_rate=float(learning_rates_B[b]),
+                )
+                for history in histories
+            ]
+            reasons = [reason for _, reason in answers if reason]
+            if reasons:
+                self.counts_B3[b, REFUSED] += 1
+                warnings.warn(f"jump refused: {reasons[0]}; training goes on without it", RuntimeWarning, stacklevel=2)
+            self._coefficients.append([np.zeros_like(found) if reasons else found for found, _ in answers])
+            if not reasons:
+                self.counts_B3[b, TAKEN] += 1
+                for part, history, found in zip(self._parts, histories, self._coefficients[b], strict=True):
+                    moves_BHM[b, :, part] = history.moves(found)
+        return moves_BHM
+
+    def drop(self, dropped_B: NDArray[np.bool_]) -> None:
+        """Let some trials' proposals go: the gate found them wanting. Their moves are the caller's to forget."""
+        for b in map(int, np.flatnonzero(dropped_B)):
+            self.counts_B3[b] += np.array([-1, 1, 0])
+            self._coefficients[b] = [np.zeros_like(found) for found in self._coefficients[b]]
+
+    def carry_on(self, moves_BHM: NDArray[np.float32], parameters_BN: NDArray[np.float32]) -> None:
+        """Record the moves as made; the parameters are those after them."""
+        for b, histories in enumerate(self._histories):
+            for part, history, found in zip(self._parts, histories, self._coefficients[b], strict=True):
+                history.carry_on(found, moves_BHM[b, :, part], parameters_BN[b, part])
+
+    def keep(self, kept: NDArray[np.integer]) -> None:
+        """Go on with the kept trials alone, in their order."""
+        self._histories = [self._histories[b] for b in kept]
+        self.counts_B3 = self.counts_B3[kept]
+
+    def state(self, b: int) -> State:
+        """Everything that trial b's next jump depends on, and its counts."""
+        parts = [history.state() for history in self._histories[b]]
+        arrays = {f"jump.{index}.{name}": array for index, part in enumerate(parts) for name, array in part.items()}
+        return {**arrays, "jump.counts": self.counts_B3[b].copy()}
+
+    def set_state(self, b: int, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a state."""
+        for index, history in enumerate(self._histories[b]):
+            prefix = f"jump.{index}."
+            part = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+            history.set_state(part)
+        self.counts_B3[b] = state["jump.counts"]
+
+
+class ModuleJumps:
+    """Jumps for any torch module, in anybody's training loop: call `record` where the predictor's data had a snapshot,
+    and `jump` in place of the epochs left out.
+
+    What jumps is what is trained at the time of the call: every parameter that requires a gradient, each once and in
+    its own type. A parameter that is replaced, moved or converted between calls goes on under its name; one that is
+    frozen is forgotten; one that is new has not moved yet. A jump changes no bit of a parameter that did not move, nor
+    of anything else.
+
+    Costs, for P trained parameters and a context of K: 4 (K + 1) P bytes on the CPU; per jump about one pass over them
+    in float64 and one in float32, and one call of the predictor, which does not depend on P. On a GPU the parameters
+    are copied to the CPU at each call, and their moves back at a jump.
+    """
+
+    def __init__(self, module: torch.nn.Module, predictor: Forecaster, settings: config.Jump | None = None):
+        """Of the settings `horizon`, `damping` and `limit` count. Raises ValueError for others that ask for what is not
+        done here, where the predictor cannot look so far ahead, and for a module with nothing to train."""
+        self.settings = settings or config.Jump()
+        _check_module_settings(self.settings)
+        if not hasattr(predictor, "coefficients"):
+            raise ValueError(
+                f"{type(predictor).__name__} is not a predictor that combines displacements: it cannot jump"
+            )
+        question = predictor.question
+        check_schedule(question, question.snapshots_per_iteration - self.settings.horizon, self.settings.horizon)
+        self._module, self._predictor = module, predictor
+        trained = _trained(module)
+        self._layout, self._history = _layout(trained), History(_flat(trained), question.context)
+        self.recorded = 0
+        """Snapshots recorded since the last jump."""
+        self.taken, self.refused = 0, 0
+
+    def record(self) -> None:
+        """Take a snapshot of the module's weights. Raises ValueError where nothing is trained any more."""
+        trained = self._follow()
+        self._history.record(_flat(trained))
+        self.recorded += 1
+
+    def jump(self, progress: float, learning_rate: float | None = None) -> bool:
+        """Move the weights to where the epochs left out would have led; whether the jump was taken.
+
+        `progress` is the share of the training that has passed, 0 to 1; `learning_rate` is the present one as a share
+        of the first, by default annealed linearly. A forecast that is not finite or absurdly far is refused with a
+        RuntimeWarning. Raises ValueError for shares that are none, and if another number of snapshots was recorded than
+        the predictor expects.
+        """
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(
+                f"progress={progress} is not between 0 and 1: it is the share of the training that has passed"
+            )
+        learning_rate = 1.0 - progress if learning_rate is None else learning_rate
+        if not 0.0 <= learning_rate < float("inf"):
+            raise ValueError(f"learning_rate={learning_rate} is not a share of the first learning rate, such as 0.5")
+        check_schedule(self._predictor.question, self.recorded, self.settings.horizon)
+        trained = self._follow()
+        coefficients_HK, refused = propose(
+            self._predictor,
+            self._history,
+            self.settings,
+            phase=self.recorded,
+            progress=float(progress),
+            learning_rate=float(learning_rate),
+        )
+        moves_HP = self._history.moves(coefficients_HK)
+        if not refused and not _move(trained, moves_HP.sum(axis=0)):
+            refused, coefficients_HK = "it leads beyond what the weights' types hold", np.zeros_like(coefficients_HK)
+            moves_HP = self._history.moves(coefficients_HK)
+        if refused:
+            self.refused += 1
+            warnings.warn(f"jump refused: {refused}; training goes on without it", RuntimeWarning, stacklevel=2)
+        else:
+            self.taken += 1
+        # Read back, as a narrow type rounds: what it lost is no displacement of the next snapshot.
+        self._history.carry_on(coefficients_HK, moves_HP, _flat(trained))
+        self.recorded = 0
+        return refused is None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and counts that the next jumps depend on, the whole history included; for `torch.save`."""
+        self._follow()
+        history = {name: torch.from_numpy(array) for name, array in self._history.state().items()}
+        shapes = [list(shape) for shape, _ in self._layout.values()]
+        counts = {"recorded": self.recorded, "taken": self.taken, "refused": self.refused}
+        return {"history": history, "shapes": shapes, **counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, on whatever device its tensors are by now.
+
+        Raises ValueError if it is of another context or module.
+        """
+        if missing := sorted({"history", "recorded", "taken", "refused"} - state.keys()):
+            raise ValueError(f"the state has no {missing[0]!r}: it is not what state_dict() returned")
+        self._follow()
+        shapes = [list(shape) for shape, _ in self._layout.values()]
+        # A state of an earlier version has no shapes.
+        for index, (there, here) in enumerate(itertools.zip_longest(state.get("shapes", shapes), shapes)):
+            if there != here:
+                raise ValueError(f"trained parameter {index} has shape {there} in the state and {here} in the module")
+        self._history.set_state({name: tensor.detach().cpu().numpy() for name, tensor in state["history"].items()})
+        self.recorded, self.taken, self.refused = (int(state[name]) for name in ("recorded", "taken", "refused"))
+
+    def _follow(self) -> dict[str, Tensor]:
+        """The parameters that are trained now, by name; where they are others than before, so is the history."""
+        trained = _trained(self._module)
+        layout = _layout(trained)
+        if list(layout.items()) != list(self._layout.items()):
+            before, after = _slices(self._layout), _slices(layout)
+            same = [name for name, (shape, _) in layout.items() if name in before and self._layout[name][0] == shape]
+            self._history = self._history.of_others(_flat(trained), [(before[name], after[name]) for name in same])
+            for name in same:
+                # Converted as the parameter was, or what conversion rounds away would pass for a displacement.
+                last_p = torch.from_numpy(self._history.last_P[after[name]])
+                last_p.copy_(last_p.to(layout[name][1]))
+            self._layout = layout
+        return trained
+
+
+Layout = dict[str, tuple[torch.Size, torch.dtype]]
+
+
+def _check_module_settings(settings: config.Jump) -> None:
+    settings.check()
+    for field, done, otherwise in (
+        ("networks", "policy", "make a ModuleJumps for each module that is to jump"),
+        ("moments", "kept", "reset your optimizer's state where jump() returns True"),
+        ("gate", False, "compare your objective before and after jump(), and restore the weights where it fell"),
+    ):
+        if (value := getattr(settings, field)) != done:
+            raise ValueError(f"jump.{field}={value!r} is for PPO's engine; with ModuleJumps, {otherwise}")
+
+
+def _trained(module: torch.nn.Module) -> dict[str, Tensor]:
+    """What an optimizer can move, by name, a tied parameter once: real tensors that share the parameters' memory."""
+    trained = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if torch.nn.parameter.is_lazy(parameter) or parameter.is_meta:
+            raise ValueError(f"{name} has no values yet: run the module once, or load its weights, before it can jump")
+        value = parameter.detach()
+        real = torch.view_as_real(value) if value.is_complex() else value
+        if type(value) is not Tensor or value.layout != torch.strided or real.dtype not in MOVED_TYPES:
+            kind = f"{type(value).__name__} of {value.dtype} and {value.layout}"
+            raise ValueError(
+                f"{name} is a {kind}, which cannot jump; freeze it (requires_grad_(False)), or pass a part"
+            )
+        trained[name] = real
+    if not trained:
+        raise ValueError("no parameter of the module requires a gradient: there is nothing to train, and none to jump")
+    return trained
+
+
+def _layout(trained: Mapping[str, Tensor]) -> Layout:
+    return {name: (value.shape, value.dtype) for name, value in trained.items()}
+
+
+def _slices(layout: Layout) -> dict[str, slice]:
+    """Where each parameter lies in the vector of all."""
+    ends = itertools.accumulate((shape.numel() for shape, _ in layout.values()), initial=0)
+    return {name: slice(*bounds) for name, bounds in zip(layout, itertools.pairwise(ends), strict=True)}
+
+
+def _flat(trained: Mapping[str, Tensor]) -> NDArray[np.floating]:
+    """A copy of all parameters as one vector (P,), of float64 where one of them is, else of float32."""
+    wide = torch.float64 if any(value.dtype == torch.float64 for value in trained.values()) else torch.float32
+    return torch.cat([value.reshape(-1).to("cpu", wide) for value in trained.values()]).numpy()
+
+
+def _move(trained: Mapping[str, Tensor], move_P: NDArray[np.float32]) -> bool:
+    """Add a move to the parameters that it moves; False, with nothing done, where one would no longer be finite."""
+    parts = torch.from_numpy(move_P).split([value.numel() for value in trained.values()])
+    moved = []
+    for value, part in zip(trained.values(), parts, strict=True):
+        by = part.view(value.shape).to(value.device)
+        # A sum with a narrow type is made in float32, and rounded once; 0 is not added, as it would turn -0 into 0.
+        ahead = torch.where(by == 0, value, (value + by).to(value.dtype))
+        if not torch.isfinite(ahead[by != 0]).all():
+            return False
+        moved.append(ahead)
+    for value, ahead in zip(trained.values(), moved, strict=True):
+        value.copy_(ahead)
+    return True

@@ -1,0 +1,579 @@
+"""One page that answers: does the Transformer add anything over copying, over a ridge, over rank-1; where; and what
+does that do to returns?
+
+Turns a summary (rows as `metrics.summarise` makes them) into plain sentences, a table and one self-contained HTML
+file. Negative findings are said as plainly as positive ones. Knows nothing of how the numbers were made.
+"""
+
+import base64
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+
+from tipl_ray.digest import flat
+from tipl_ray.evaluate.metrics import MIN_TRIALS
+
+Row = Mapping[str, Any]
+Verdict = Literal["yes", "partly", "no", "unknown"]
+Side = Literal["better", "level", "worse", "far", "unclear", "unknown"]
+"""Where a figure is beside what it is compared with; `level` by its interval, `unclear` where it has none."""
+
+SHORT_STEPS = (1, 2, 5, 10)
+COLUMNS = ("predictor", "basis", "causal", "h", "skill", "WPE", "REPW", "noise floor", "beats last", "windows")
+RIVALS = {
+    "ridge": "a ridge regression that knows the phase",
+    "ridge-elsewhere": "the ridge regression of the tasks that it was trained on",
+    "context-ridge": "a ridge regression on the context alone",
+    "linear": "linear extrapolation",
+    "rank-1": "rank-1 extrapolation",
+    "rank-1-from-last": "rank-1 extrapolation from the last snapshot",
+    "dmd": "dynamic mode decomposition",
+}
+"""Predictors that TIPL is asked to beat, in the order of the questions."""
+FLOORS = ("svd-floor", "window-floor")
+CLEAR = 0.1
+"""Difference of skill that is said to be one where there is no interval."""
+TWICE = 2.0
+"""Ratio of two REPWs from which on they are said to differ where there is no interval."""
+FAR = -1.0
+"""Skill, or difference of skill, from which on a predictor is not just worse but far worse: twice the error."""
+ALIKE = 0.9
+"""Ratio of distances, either way round, from which on two of them are said to be about the same."""
+GROUPS = {"phase": "phase", "third": "third of training"}
+THIRDS = ("first", "second", "last")
+BASELINE = "the copy-last baseline"
+NO_FORECASTS = "The results hold no forecast of the Transformer to compare."
+NO_POLICIES = "No policies were run, so nothing is known about returns."
+
+CAPTIONS = {
+    "figure_2": (
+        "The paper's Figure 2",
+        "Left: how far predicted weights are from the true ones (WPE) and how far their returns are (REPW), per "
+        "forward step. Right: each point is one predicted policy; on the diagonal it returns what the true one does. "
+        "TIPL says something only as far as its points lie closer to the diagonal than those of copying.",
+    ),
+    "skill_by_step": (
+        "Skill per forward step",
+        "Skill is the share of the copy-last baseline's squared error that a predictor removes: 1 is perfect, 0 is no "
+        "better than copying the last snapshot, below 0 is worse. Bands are confidence intervals over held-out trials.",
+    ),
+    "skill_over_ridge": (
+        "What the Transformer adds to a ridge",
+        "TIPL's skill less the ridge's on the same windows, overall and by phase: above 0 the Transformer has learned "
+        "something that one linear regression per phase has not. Bands are intervals of the difference itself.",
+    ),
+    "skill_by_phase": (
+        "Skill within a PPO iteration",
+        "At phase 0 an iteration has just closed and what follows rests on a rollout that is not in the weights yet; "
+        "at the other phases the next epochs reuse a rollout whose effect is already visible.",
+    ),
+    "skill_by_third": (
+        "Skill by stage of training",
+        "The same skill, with each held-out trial cut into thirds: early, middle and late learning.",
+    ),
+    "spread": (
+        "Are predicted policies as different as true ones?",
+        "A model whose modes have collapsed answers the same everywhere: its policies return alike, and lie closer to "
+        "each other than the true ones do. Left: standard deviation of returns over the windows run. Right: mean "
+        "distance between the policies of one trial's windows, as a share of the true ones'.",
+    ),
+    "learning_curves": (
+        "The trials that were learned from",
+        "Every thin line is one seeded PPO trial; its policy weights along the way are the data set.",
+    ),
+    "reconstruction": (
+        "What the Temporal SVD keeps",
+        "How much of a held-out trial's weights is lost when only the first D singular vectors of its own trajectory "
+        "are kept.",
+    ),
+    "training_curves": (
+        "Training the Transformer",
+        "Loss on the training trials and on held-out validation trials; where the two part, the model memorises. With "
+        "the paper's bases it is the squared error of tokens, with `window` the share of copying's squared error that "
+        "is left: 1 is copying.",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A question that the experiment was made for, what its numbers say, and how many trials that rests on."""
+
+    question: str
+    verdict: Verdict
+    text: str
+    trials: int | None = None
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    summary: Sequence[Row],
+    figures: Mapping[str, str | Path],
+    facts: Mapping[str, Any],
+    configuration: Mapping[str, Any],
+    commands: Mapping[str, str],
+    files: Mapping[str, str],
+    confidence: float = 0.95,
+    comparisons: Sequence[Row] = (),
+    groups: Sequence[Row] = (),
+) -> Path:
+    """Write the report as one HTML file that needs nothing beside it, and return its path.
+
+    `figures` maps names of CAPTIONS to PNG files and keeps its order; `facts` are the few figures of the page's head;
+    `configuration` may be nested and is printed as it is, so secrets must be out of it; `commands` and `files` map what
+    it is to the command or the path. `comparisons` and `groups` are the rows of `metrics.compare` and
+    `metrics.group_skills`.
+    Raises ValueError for a picture that has no caption.
+    """
+    unknown = [name for name in figures if name not in CAPTIONS]
+    if unknown:
+        raise ValueError(f"figures={unknown} have no caption; known are {sorted(CAPTIONS)}")
+    path = Path(path)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    page = template.render(
+        title=title,
+        facts=facts,
+        answers=answers(summary, confidence, comparisons, groups),
+        pictures=[(*CAPTIONS[name], _embedded(file)) for name, file in figures.items()],
+        columns=COLUMNS,
+        tables={"short": _sorted(summary, SHORT_STEPS), "whole": _sorted(summary)},
+        cells=_cells,
+        confidence=f"{confidence:.0%}",
+        configuration=list(flat(configuration)),
+        commands=commands,
+        files=files,
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def format_table(summary: Sequence[Row]) -> str:
+    """The result table for a terminal: steps 1, 2, 5 and 10, intervals in brackets."""
+    rows = [_cells(row) for row in _sorted(summary, SHORT_STEPS)]
+    widths = [max(len(line[column]) for line in [COLUMNS, *rows]) for column in range(len(COLUMNS))]
+    lines = []
+    for line in (COLUMNS, tuple("-" * width for width in widths), *rows):
+        words = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
+        lines.append("  ".join(words + numbers).rstrip())
+    return "\n".join(lines)
+
+
+def answers(
+    summary: Sequence[Row],
+    confidence: float = 0.95,
+    comparisons: Sequence[Row] = (),
+    groups: Sequence[Row] = (),
+) -> list[Answer]:
+    """What the tables say about TIPL, in sentences; only about the predictors that they hold."""
+    return [
+        beats_copying(summary, confidence),
+        *(beats(summary, rival, comparisons) for rival in RIVALS if _of(summary, rival)),
+        *([where_it_lies(groups)] if groups else []),
+        returns_like_the_true_policy(summary),
+        returns_closer_than_a_copy(summary),
+        *([modes_are_kept(summary)] if _run(_of(summary, "tipl")) else []),
+        *(basis_suffices(summary, floor) for floor in FLOORS if _of(summary, floor)),
+    ]
+
+
+def beats_copying(summary: Sequence[Row], confidence: float = 0.95) -> Answer:
+    """Whether TIPL's skill lies above 0 with its whole interval, and at which steps."""
+    rows = _of(summary, "tipl")
+    verdict, sentences = _judge(
+        {step: _skill_side(row) for step, row in rows.items()},
+        better=f"It beats {BASELINE} at {{steps}}.",
+        level=f"No significant difference at {{steps}}: the {confidence:.0%} interval of its skill includes 0.",
+        unclear=f"At {{steps}} it is within {CLEAR} of {BASELINE}'s skill of 0, too close to call without an interval.",
+        worse=f"It is worse than {BASELINE} at {{steps}}.",
+        far=f"It is far worse than {BASELINE} at {{steps}}.",
+    )
+    sentences += _sizes(rows)
+    if any(not row["causal"] for row in rows.values()):
+        sentences.append(
+            "Its basis was fitted on the whole trajectory, the future included, so this is not yet a forecast that "
+            "could be made while a policy is being trained."
+        )
+    question = "Does the Transformer predict weights better than copying the last snapshot?"
+    return _answer(question, verdict, sentences, rows, NO_FORECASTS)
+
+
+def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -> Answer:
+    """Whether TIPL's skill lies above a rival's, and at which steps.
+
+    With `comparisons` the interval of the difference on the same windows decides; without, intervals must lie apart.
+    """
+    theirs, words = _of(summary, rival), RIVALS[rival]
+    rows = {step: row for step, row in _of(summary, "tipl").items() if step in theirs}
+    paired = {int(row["step"]): row for row in comparisons if row["against"] == rival and row["group"] == "all"}
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        if step in paired:
+            names = ("skill_difference", "difference_low", "difference_high")
+            difference, low, high = (_number(paired[step], name) for name in names)
+        else:
+            difference = _number(row, "skill") - _number(theirs[step], "skill")
+            low = _number(row, "skill_low") - _number(theirs[step], "skill_high")
+            high = _number(row, "skill_high") - _number(theirs[step], "skill_low")
+        sides[step] = _side(difference, low, high)
+    reason = "the interval of the difference includes 0" if paired else "the intervals of their skills overlap"
+    verdict, sentences = _judge(
+        sides,
+        better=f"It beats {words} at {{steps}}.",
+        level=f"No significant difference at {{steps}}: {reason}.",
+        unclear=f"At {{steps}} their skills are within {CLEAR} of each other, too close to call without an interval.",
+        worse=f"It is worse than {words} at {{steps}}.",
+        far=f"It is far worse than {words} at {{steps}}.",
+    )
+    sentences += _at_both_ends(
+        rows,
+        "Skill is",
+        lambda row: f"{_with_interval(row, 'skill')} against {_with_interval(theirs[row['step']], 'skill')}",
+    )
+    if paired and rows:
+        sentences += _at_both_ends(
+            {step: paired[step] for step in rows if step in paired},
+            "On the same windows the difference is",
+            _difference,
+        )
+    return _answer(f"Does it predict weights better than {words}?", verdict, sentences, rows, NO_FORECASTS)
+
+
+def where_it_lies(groups: Sequence[Row]) -> Answer:
+    """In which phases and thirds TIPL's skill one step ahead lies above 0, and where it does not."""
+    own = [row for row in groups if row["predictor"] == "tipl" and math.isfinite(_number(row, "skill"))]
+    first = min((row["step"] for row in own), default=1)
+    sentences, decided = [], []
+    for group, words in GROUPS.items():
+        rows = [row for row in own if row["group"] == group and row["step"] == first]
+        if not rows:
+            continue
+        named = [f"{_with_interval(row, 'skill')} in {_group_name(group, int(row['value']))}" for row in rows]
+        sentences.append(f"By {words}, skill at h = {first} is {_listed(named)}.")
+        sides = [_skill_side(row) for row in rows]
+        compared = {
+            "far": f"it is far worse than {BASELINE}",
+            "worse": f"it is worse than {BASELINE}",
+            "level": f"there is no significant difference from {BASELINE}",
+            "unclear": f"it is too close to {BASELINE} to call without an interval",
+        }
+        for side, finding in compared.items():
+            names = [_group_name(group, int(row["value"])) for row, of in zip(rows, sides, strict=True) if of == side]
+            if names:
+                where = _listed(names) if len(names) < len(rows) or len(rows) == 1 else "all of them"
+                sentences.append(f"In {where} {finding}.")
+        decided += sides
+    phases = {
+        int(row["value"]): _number(row, "skill") for row in own if row["group"] == "phase" and row["step"] == first
+    }
+    inside = [value for phase, value in phases.items() if phase]
+    if 0 in phases and inside and phases[0] < min(inside):
+        sentences.append(
+            "Skill is lowest where an iteration has just closed and the next one's rollout is not in the weights yet."
+        )
+        if max(inside) > 0:
+            sentences.append("Most of what is predicted is the rest of an update on data that the weights have met.")
+    question = "Does it hold in every phase of a PPO iteration and at every stage of training?"
+    return _answer(question, _verdict(decided), sentences, {0: own[0]} if own else {}, NO_FORECASTS)
+
+
+def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
+    """How far TIPL's REPW lies above the noise floor: the true policy against itself on other episodes."""
+    rows = _run(_of(summary, "tipl"))
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        apart, floor = _number(row, "repw"), _number(row, "repw_noise_floor")
+        low = _number(row, "repw_low")
+        if math.isfinite(low):
+            sides[step] = "worse" if low > floor else "better"
+        else:
+            sides[step] = "better" if apart <= floor else "worse" if apart > TWICE * floor else "unclear"
+    has_interval = any(math.isfinite(_number(row, "repw_low")) for row in rows.values())
+    verdict, sentences = _judge(
+        sides,
+        better="No difference beyond the noise of the evaluation at {steps}.",
+        unclear="At {steps} the difference is less than twice the noise of the evaluation, too close to call.",
+        worse=(
+            "They do not at {steps}: the difference lies above the noise floor with its whole interval."
+            if has_interval
+            else "They do not at {steps}: the difference is more than twice the noise of the evaluation."
+        ),
+    )
+    sentences += _at_both_ends(
+        rows,
+        "Returns differ by",
+        lambda row: (
+            f"{_with_interval(row, 'repw')} ({_above(row)} the noise floor of "
+            f"{_format('repw', _number(row, 'repw_noise_floor'))})"
+        ),
+    )
+    return _answer("Do the predicted policies return what the true ones return?", verdict, sentences, rows, NO_POLICIES)
+
+
+def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
+    """Whether TIPL's REPW lies below copy-last's, their intervals apart, and at which steps."""
+    copied = _run(_of(summary, "copy-last"))
+    rows = {step: row for step, row in _run(_of(summary, "tipl")).items() if step in copied}
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        ours, theirs = ([_number(one, f"repw{end}") for end in ("", "_low", "_high")] for one in (row, copied[step]))
+        if math.isfinite(ours[1]) and math.isfinite(theirs[1]):
+            sides[step] = _side(theirs[0] - ours[0], theirs[1] - ours[2], theirs[2] - ours[1], far=-math.inf)
+        else:
+            better, worse = TWICE * ours[0] <= theirs[0], ours[0] >= TWICE * theirs[0]
+            sides[step] = "unclear" if better == worse else "better" if better else "worse"
+    verdict, sentences = _judge(
+        sides,
+        better="They do at {steps}.",
+        level="No significant difference at {steps}: the intervals of both REPWs overlap.",
+        unclear="At {steps} neither is twice the other, too close to call without an interval.",
+        worse="They return further from it than the copy at {steps}.",
+    )
+    sentences += _at_both_ends(
+        rows,
+        "REPW is",
+        lambda row: f"{_with_interval(row, 'repw')} against {_with_interval(copied[row['step']], 'repw')} of the copy",
+    )
+    if rows and math.isfinite(_number(rows[max(rows)], "beats_last")):
+        sentences.append(
+            f"At h = {max(rows)} the predicted policy returns more than the last snapshot in "
+            f"{_number(rows[max(rows)], 'beats_last'):.0%} of windows, ties counted half."
+        )
+    question = "Do they return closer to the true policy than a copy of the last snapshot does?"
+    nothing = NO_POLICIES if not _run(_of(summary, "tipl")) else "No policies of the copy-last baseline were run."
+    return _answer(question, verdict, sentences, rows, nothing)
+
+
+def modes_are_kept(summary: Sequence[Row]) -> Answer:
+    """Whether predicted policies differ among each other as much as the true ones, in returns and in weights."""
+    run = _run(_of(summary, "tipl"))
+    shares = {step: _number(row, "distance") / (_number(row, "distance_true") or math.nan) for step, row in run.items()}
+    rows = {step: row for step, row in run.items() if math.isfinite(shares[step])}
+    sides: dict[int, Side] = {
+        step: "worse" if shares[step] < ALIKE else "level" if shares[step] > 1 / ALIKE else "better" for step in rows
+    }
+    verdict, sentences = _judge(
+        sides,
+        better="At {steps} the policies predicted from one trial's windows are about as far apart as the true ones.",
+        level="At {steps} they are further apart than the true ones: no collapse, but not alike either.",
+        worse="At {steps} they lie closer together than the true ones, as where modes collapse.",
+    )
+    if rows and set(sides.values()) == {"level"}:
+        verdict = "partly"
+    sentences += _at_both_ends(rows, "Their distance is", lambda row: f"{_times(shares[row['step']])} the true ones'")
+    spreads = ("returns_spread", "returns_spread_true")
+    sentences += _at_both_ends(
+        {step: row for step, row in rows.items() if all(math.isfinite(_number(row, name)) for name in spreads)},
+        "The spread of their returns is",
+        lambda row: " against ".join(_format("repw", _number(row, name)) for name in spreads),
+    )
+    nothing = "There are no two windows of one trial whose policies differ, so there are no distances." if run else ""
+    question = "Do predicted policies differ as much as true ones, or do its modes collapse?"
+    return _answer(question, verdict, sentences, rows, nothing or NO_POLICIES)
+
+
+def basis_suffices(summary: Sequence[Row], floor: str = "svd-floor") -> Answer:
+    """What the basis alone costs: the skill of the true future projected on it, which bounds every predictor."""
+    rows = {step: row for step, row in _of(summary, floor).items() if math.isfinite(_number(row, "skill"))}
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        skill = _number(row, "skill")
+        sides[step] = "better" if skill >= 0.9 else "level" if skill > 0 else "far" if skill <= FAR else "worse"
+    verdict, sentences = _judge(
+        sides,
+        better=f"At {{steps}} it leaves less than a tenth of {BASELINE}'s error out of reach.",
+        level=f"At {{steps}} it puts a tenth of {BASELINE}'s error or more out of any predictor's reach.",
+        worse="It does not at {steps}: copying the last snapshot is closer than the true future on this basis.",
+        far="It does not at {steps}: copying the last snapshot is far closer than the true future on this basis.",
+    )
+    if verdict == "no" and "level" in sides.values():
+        verdict = "partly"
+    sentences += _at_both_ends(
+        rows, "The true future on this basis has skill", lambda row: _with_interval(row, "skill")
+    )
+    nothing = "Nothing moved in the test trials, so there is nothing to keep."
+    return _answer("Does the basis keep enough of the weights to predict them?", verdict, sentences, rows, nothing)
+
+
+def _side(difference: float, low: float, high: float, far: float = FAR) -> Side:
+    """Which side of 0 a difference is on: by its interval, or, where it has none, by its size."""
+    if not math.isfinite(difference):
+        return "far" if difference == -math.inf else "unknown"
+    if math.isfinite(low) and math.isfinite(high):
+        side: Side = "better" if low > 0 else "worse" if high < 0 else "level"
+    else:
+        side = "better" if difference >= CLEAR else "worse" if difference <= -CLEAR else "unclear"
+    return "far" if side == "worse" and difference <= far else side
+
+
+def _skill_side(row: Row) -> Side:
+    return _side(*(_number(row, name) for name in ("skill", "skill_low", "skill_high")))
+
+
+def _judge(sides: Mapping[int, Side], **sentences: str) -> tuple[Verdict, list[str]]:
+    """The verdict over all steps, and a sentence for each side that some steps are on."""
+    sentences |= {"unknown": "At {steps} there is nothing to compare: no window moved, or the forecasts diverged."}
+    steps = {side: [step for step, of in sides.items() if of == side] for side in sentences}
+    return _verdict(list(sides.values())), [
+        sentence.format(steps=_steps_text(steps[side])) for side, sentence in sentences.items() if steps[side]
+    ]
+
+
+def _verdict(sides: Sequence[Side]) -> Verdict:
+    if not set(sides) - {"unknown", "unclear"}:
+        return "unknown"
+    if "better" not in sides:
+        return "no"
+    return "yes" if set(sides) == {"better"} else "partly"
+
+
+def _answer(question: str, verdict: Verdict, sentences: Sequence[str], rows: Mapping[int, Row], nothing: str) -> Answer:
+    """The answer, with the number of trials that it rests on; `nothing` is said where there are no sentences."""
+    known = [int(row["trials"]) for row in rows.values() if row.get("trials")]
+    if not sentences or not known:
+        return Answer(question=question, verdict=verdict, text=" ".join(sentences) or nothing)
+    trials = max(known)
+    basis = f"This rests on {trials} test trial{'s' * (trials > 1)}"
+    few = f", too few for an interval, which takes {MIN_TRIALS}." if trials < MIN_TRIALS else "."
+    return Answer(question=question, verdict=verdict, text=" ".join([*sentences, basis + few]), trials=trials)
+
+
+def _sizes(rows: Mapping[int, Row]) -> list[str]:
+    """What the first and the last skill are, in words: the share of the baseline's squared error gone, or on top."""
+    known = {step: row for step, row in rows.items() if math.isfinite(_number(row, "skill"))}
+    sentence, latest = "", ""
+    for step in sorted({min(known), max(known)}) if known else ():
+        skill = _number(known[step], "skill")
+        verb, amount, link = (
+            ("has", f"{_number_text(1 - skill)} times", "")
+            if skill <= FAR
+            else ("adds", _percent(-skill), "to ")
+            if skill < 0
+            else ("removes", _percent(skill), "of ")
+        )
+        words = amount if verb == latest else f"it {verb} {amount} {link}{BASELINE}'s squared error"
+        sentence += f"{' and ' * bool(sentence)}{words} at h = {step} (skill {_with_interval(known[step], 'skill')})"
+        latest = verb
+    return [f"{sentence[0].upper()}{sentence[1:]}."] if sentence else []
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.0995 or share == 0 else f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
+
+
+def _number_text(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _times(ratio: float) -> str:
+    return f"{_number_text(ratio)} times" if ratio >= 2 else f"{ratio:.0%} of"
+
+
+def _at_both_ends(rows: Mapping[int, Row], start: str, words: Callable[[Row], str]) -> list[str]:
+    ends = [f"{words(rows[step])} at h = {step}" for step in sorted({min(rows), max(rows)})] if rows else []
+    return [f"{start} {' and '.join(ends)}."] if ends else []
+
+
+def _of(summary: Sequence[Row], predictor: str) -> dict[int, Row]:
+    """The predictor's rows by step; of several bases, the one that the summary names first."""
+    own = [row for row in summary if row["predictor"] == predictor]
+    return {int(row["step"]): row for row in _sorted(own) if row["basis"] == own[0]["basis"]}
+
+
+def _difference(row: Row) -> str:
+    names = ("skill_difference", "difference_low", "difference_high")
+    value, low, high = (_number(row, name) for name in names)
+    if not math.isfinite(value):
+        return "not known"
+    # Adding 0.0 keeps a rounded -0.000 from being read as worse.
+    words = [f"{round(number, 3) + 0.0:+,.{3 if abs(number) < 10 else 0}f}" for number in (value, low, high)]
+    return f"{words[0]} [{words[1]}, {words[2]}]" if math.isfinite(low) and math.isfinite(high) else words[0]
+
+
+def _group_name(group: str, value: int) -> str:
+    return f"the {THIRDS[value]} third" if group == "third" else f"phase {value}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _run(rows: Mapping[int, Row]) -> dict[int, Row]:
+    """The steps whose policies were run."""
+    return {step: row for step, row in rows.items() if math.isfinite(_number(row, "repw"))}
+
+
+def _sorted(summary: Sequence[Row], steps: Sequence[int] | None = None) -> list[Row]:
+    """Rows by predictor, TIPL first and the others as the summary names them, then by step."""
+    named = dict.fromkeys((row["task"], row["predictor"], row["basis"]) for row in summary)
+    order = sorted(named, key=lambda line: line[1] != "tipl")
+    some = any(row["step"] in steps for row in summary) if steps is not None else False
+    chosen = [row for row in summary if not some or steps is None or row["step"] in steps]
+    return sorted(chosen, key=lambda row: (order.index((row["task"], row["predictor"], row["basis"])), row["step"]))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    beats = _number(row, "beats_last")
+    return (
+        str(row["predictor"]),
+        str(row["basis"]),
+        "yes" if row["causal"] else "no",
+        str(row["step"]),
+        _with_interval(row, "skill"),
+        _format("wpe", _number(row, "wpe")),
+        _with_interval(row, "repw"),
+        _format("repw", _number(row, "repw_noise_floor")),
+        f"{beats:.0%}" if math.isfinite(beats) else "-",
+        f"{row['windows']:,}",
+    )
+
+
+def _with_interval(row: Row, key: str) -> str:
+    value, low, high = (_number(row, name) for name in (key, f"{key}_low", f"{key}_high"))
+    if not (math.isfinite(value) and math.isfinite(low) and math.isfinite(high)):
+        return _format(key, value)
+    return f"{_format(key, value)} [{_format(key, low)}, {_format(key, high)}]"
+
+
+def _format(key: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
+    if key == "repw":
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+    # Adding 0.0 keeps a rounded -0.00 from being read as worse than copying.
+    if key == "wpe":
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{round(value, 2) + 0.0:.2f}"
+
+
+def _above(row: Row) -> str:
+    difference = _number(row, "repw") - _number(row, "repw_noise_floor")
+    return f"{_format('repw', abs(difference))} {'above' if difference >= 0 else 'below'}"
+
+
+def _steps_text(steps: Sequence[int]) -> str:
+    """Steps as words: `h = 1 to 4 and 7`."""
+    runs: list[list[int]] = []
+    for step in sorted(steps):
+        if runs and step == runs[-1][-1] + 1:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]} {'to' if len(run) > 2 else 'and'} {run[-1]}" for run in runs]
+    return "h = " + (words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
+
+
+def _number(row: Row, key: str) -> float:
+    value = row.get(key)
+    return math.nan if value is None or value == "" else float(value)
+
+
+def _embedded(png_file: str | Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(Path(png_file).read_bytes()).decode("ascii")

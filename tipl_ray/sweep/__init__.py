@@ -1,0 +1,1 @@
+"""Many trainings side by side: what varies, how they are judged, and the comparison."""

@@ -1,0 +1,287 @@
+"""Runs side by side, read from MLflow alone: a table, figures and one page of some runs, whoever made them.
+
+Knows MLflow's client and figures; knows nothing of data sets, models or Ray.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import difflib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from tipl_ray.digest import redacted
+from tipl_ray.evaluate import figures
+from tipl_ray.sweep.space import short_names
+from tipl_ray.tracking import KEY_TAG, PARENT_TAG
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+BEST_TAG, DIVERGED_TAG = "best", "diverged"
+SEED = "train.seed"
+"""The field whose values are repetitions, not choices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One run of MLflow."""
+
+    run_id: str
+    name: str
+    status: str
+    parameters: Mapping[str, str]
+    metrics: Mapping[str, float]
+    """Last value of each."""
+    tags: Mapping[str, str]
+
+
+def read_children(client: MlflowClient, parent_run_id: str) -> list[Row]:
+    """The runs nested under one, oldest first."""
+    experiment_id = client.get_run(parent_run_id).info.experiment_id
+    return search(client, [experiment_id], f"tags.`{PARENT_TAG}` = '{parent_run_id}'")
+
+
+def choose(
+    client: MlflowClient, run_ids: Sequence[str], parent: str | None, query: str | None, metric: str
+) -> tuple[str, list[Row]]:
+    """The runs that a person asks for, and what they are called together; see jobs/compare.py.
+
+    Raises ValueError where there are none, or none that has the metric.
+    """
+    if run_ids:
+        title, rows = "Chosen runs", [as_row(client.get_run(run_id)) for run_id in run_ids]
+    elif query is not None:
+        title, rows = _found(client, query, metric)
+    else:
+        title, rows = _children(client, parent)
+    if not any(metric in row.metrics for row in rows):
+        known = sorted({name for row in rows for name in row.metrics if not name.startswith("system/")})
+        near = difflib.get_close_matches(metric, known, n=3, cutoff=0.0) or ["none at all"]
+        raise ValueError(
+            f"by={metric!r}: none of these {len(rows)} runs has this metric; near it are {', '.join(near)}"
+        )
+    return title, rows
+
+
+def _found(client: MlflowClient, query: str, metric: str) -> tuple[str, list[Row]]:
+    found = search(client, [experiment.experiment_id for experiment in client.search_experiments()], query)
+    rows = [row for row in found if row.status == "FINISHED" and metric in row.metrics]
+    if not rows:
+        raise ValueError(f"query={query!r} finds {len(found)} runs, of which none has ended with a metric {metric!r}")
+    return f"Runs with {query}" if query else "Runs", rows
+
+
+def _children(client: MlflowClient, parent: str | None) -> tuple[str, list[Row]]:
+    """Those of the newest sweep where no parent is given."""
+    if parent is None:
+        experiment_ids = [experiment.experiment_id for experiment in client.search_experiments()]
+        sweeps = search(client, experiment_ids, f"tags.`{KEY_TAG}` LIKE 'sweep-%'")
+        newest = [row for row in sweeps if PARENT_TAG not in row.tags][-1:]
+        if not newest:
+            raise ValueError("no sweep is there: run jobs/sweep.py first, or give runs, a parent or a query")
+        parent = newest[0].run_id
+    rows = read_children(client, parent)
+    if not rows:
+        raise ValueError(f"parent={parent}: this run has no children")
+    return client.get_run(parent).info.run_name or parent, rows
+
+
+def search(client: MlflowClient, experiment_ids: Sequence[str], query: str = "") -> list[Row]:
+    """Every run that MLflow's own query finds, oldest first."""
+    rows: list[Row] = []
+    token = None
+    while True:
+        page = client.search_runs(list(experiment_ids), query, order_by=["attributes.start_time ASC"], page_token=token)
+        rows += [as_row(run) for run in page]
+        token = page.token
+        if not token:
+            return rows
+
+
+def as_row(run: Run) -> Row:
+    """What a comparison needs of a run."""
+    return Row(
+        run_id=run.info.run_id,
+        name=run.info.run_name or run.info.run_id,
+        status=run.info.status,
+        parameters=run.data.params,
+        metrics=run.data.metrics,
+        tags=run.data.tags,
+    )
+
+
+def varied(rows: Sequence[Row]) -> list[str]:
+    """Parameters in which the runs differ and that choose something: a number or a word, not a folder."""
+    names = sorted({name for row in rows for name in row.parameters})
+    differing = [name for name in names if len({row.parameters.get(name) for row in rows}) > 1]
+    return [name for name in differing if not any("/" in (row.parameters.get(name) or "") for row in rows)]
+
+
+def by_metric(rows: Sequence[Row], metric: str, less: bool = False) -> list[Row]:
+    """The best runs first, those with the most of a metric, or the least; those without it, or that diverged, last."""
+    sign = -1 if less else 1
+
+    def rank(row: Row) -> tuple[bool, float]:
+        figure = sign * row.metrics.get(metric, -sign * math.inf)
+        return not diverged(row), -math.inf if math.isnan(figure) else figure
+
+    return sorted(rows, key=rank, reverse=True)
+
+
+def diverged(row: Row) -> bool:
+    """Whether a training diverged: whatever it had reached before, its model is the worst."""
+    return row.tags.get(DIVERGED_TAG) == "true"
+
+
+def best(rows: Sequence[Row], metric: str) -> Row | None:
+    """The finished run with the most of a metric, if any has it."""
+    known = [row for row in rows if row.status == "FINISHED" and metric in row.metrics]
+    return max(known, key=lambda row: row.metrics[metric], default=None)
+
+
+def table(rows: Sequence[Row], metric: str) -> list[dict[str, str]]:
+    """Cells for the terminal and the page, in the rows' order: what differs, the metric, the ridge's, what it took."""
+    fields = varied(rows)
+    names = short_names(fields)
+    others = {f"ridge_{metric}": "ridge", f"floor_{metric}": "floor"}
+    others |= {"validation_loss": "validation", "training_seconds": "seconds"}
+    shown = {name: told for name, told in others.items() if any(name in row.metrics for row in rows)}
+    told = all("=" in row.name for row in rows)  # a child's name is made of its fields
+    return [
+        {
+            **({} if told else {"run": row.name}),
+            **{names[field]: row.parameters.get(field, "") for field in fields},
+            metric: "" if diverged(row) else number(row.metrics.get(metric)),
+            **{title: number(row.metrics.get(name)) for name, title in shown.items()},
+            "status": _status(row),
+        }
+        for row in rows
+    ]
+
+
+def _status(row: Row) -> str:
+    if diverged(row):
+        return "diverged"
+    return "best" if row.tags.get(BEST_TAG) == "true" else row.status.lower()
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """A line for each run, in their order: the fields that differ, and the last value of every metric but `system/`."""
+    fields = varied(rows)
+    metrics = sorted({name for row in rows for name in row.metrics if not name.startswith("system/")})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", *fields, *metrics])
+    for row in rows:
+        figures_of_run = [row.metrics.get(name, "") for name in metrics]
+        writer.writerow([row.name, *(row.parameters.get(field, "") for field in fields), *figures_of_run])
+    return text.getvalue()
+
+
+def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Figure]:
+    """Heat map of two fields, parallel coordinates of all, and curves over training; what the runs have to show."""
+    known = [row for row in rows if metric in row.metrics and not diverged(row)]
+    fields = [field for field in varied(known) if all(field in row.parameters for row in known)]
+    cells = [
+        {
+            **{field: value(row.parameters[field]) for field in fields},
+            "skill": row.metrics[metric],
+            "ridge": row.metrics.get(f"ridge_{metric}", math.nan),
+            "floor": row.metrics.get(f"floor_{metric}", math.nan),
+        }
+        for row in known
+    ]
+    drawn: dict[str, Figure] = {}
+    choices = [field for field in fields if field != SEED]
+    numbers = [field for field in choices if all(isinstance(cell[field], float) for cell in cells)]
+    if len(choices) >= 2 and len(cells) > 1:
+        up, across = sorted(choices, key=lambda field: (field in numbers, field == "model.context"))[-2:]
+        names = short_names([across, up])
+        drawn["heat_map"] = figures.sweep_heat_map(cells, across, up, names, metric)
+    if choices and len(cells) > 1:
+        drawn["parallel_coordinates"] = figures.parallel_coordinates(cells, short_names(choices), metric)
+    curves = {row.run_id: _history(client, row.run_id, metric) for row in known}
+    curves = {run_id: curve for run_id, curve in curves.items() if len(curve[0]) > 1}
+    if curves:
+        first = by_metric([row for row in known if row.run_id in curves], metric)[0]
+        ridge = first.metrics.get(f"ridge_{metric}", math.nan)
+        drawn["curves"] = figures.sweep_curves(list(curves.values()), curves[first.run_id], first.name, ridge, metric)
+    return drawn
+
+
+def page(title: str, rows: Sequence[Row], metric: str, drawn: Mapping[str, Figure], source: str) -> str:
+    """One HTML page that needs nothing beside it; `source` is MLflow's URI, of which no password is shown."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    pictures = {
+        name: f"data:image/png;base64,{base64.b64encode(figures.png(figure)).decode()}"
+        for name, figure in drawn.items()
+    }
+    return environment.from_string(PAGE).render(
+        title=title,
+        rows=table(rows, metric),
+        pictures=pictures,
+        captions=CAPTIONS,
+        metric=metric,
+        source=redacted(source),
+    )
+
+
+def value(text: str) -> float | str:
+    """A parameter as MLflow keeps it, as a number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def number(figure: Any) -> str:
+    """A figure in four digits; nothing for none."""
+    if figure is None or not isinstance(figure, float | int):
+        return ""
+    return f"{figure:,.0f}" if abs(figure) >= 1000 and math.isfinite(figure) else f"{figure:.4g}"
+
+
+def _history(client: MlflowClient, run_id: str, metric: str) -> tuple[list[int], list[float]]:
+    points = sorted(client.get_metric_history(run_id, metric), key=lambda point: point.step)
+    return [point.step for point in points], [point.value for point in points]
+
+
+CAPTIONS = {
+    "heat_map": "Mean over whatever else varies, with the standard deviation where there are several runs. The ridge "
+    "has a row of its own; where it is known, a column says what the true future on each line's basis has.",
+    "parallel_coordinates": "Every line is a run, from the values of its fields to what it reached.",
+    "curves": "Of the model that would be kept if training ended there.",
+}
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 70em; padding: 0 1em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+div { overflow-x: auto }
+img { max-width: 100% }
+</style></head><body>
+<h1>{{ title }}</h1>
+<p>{{ rows | length }} runs of {{ source }}, the best by {{ metric }} first. <code>skill</code> is the share of
+copying's squared error that a model takes away: 1 is perfect, 0 is no better than copying the last snapshot, below 0 is
+worse.</p>
+<div><table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}
+<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% for name, picture in pictures.items() %}
+<figure><img src="{{ picture }}" alt="{{ name }}"><figcaption>{{ captions[name] }}</figcaption></figure>
+{% endfor %}
+</body></html>
+"""

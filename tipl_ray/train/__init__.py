@@ -1,0 +1,1 @@
+"""Training on Ray Train, what it is trained on, and what is left of it."""

@@ -1,0 +1,167 @@
+"""What a model is trained on, and what it is called for it: data sets, their digests, the folders of trained models.
+
+Knows nothing of torch or Ray, so that a job can refuse what is not there at once.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from tipl_ray import config
+from tipl_ray.data.storage import Storage, StoreError, join, read_file
+from tipl_ray.data.trajectory_store import Header, TrajectoryStore
+from tipl_ray.digest import as_table, digest, flat
+from tipl_ray.places import absolute_storage
+
+MODELS_NAMED = 3
+"""Trained models that an error names at most."""
+FIELDS_NAMED = 4
+"""Fields that it names of each at most."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataSet:
+    """One data set that a model is trained on."""
+
+    storage: str
+    seeds: tuple[int, ...]
+    split: config.Split
+
+    @property
+    def digest(self) -> str:
+        """See `TrajectoryStore.digest`."""
+        return TrajectoryStore(self.storage).digest(self.seeds)
+
+    @property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """Seeds to train, to choose and to report, without the trials that diverged.
+
+        Where a trial stands in the split does not depend on what became of others. Raises StoreError where trials to
+        train or to choose by are all gone.
+        """
+        store, parts = TrajectoryStore(self.storage), []
+        for use, seeds in zip(("train on", "choose by", "report on"), self.split.cut(self.seeds), strict=True):
+            parts.append(store.sound(seeds))
+            if seeds and not parts[-1]:
+                raise StoreError(
+                    f"{self.storage}: all {len(seeds)} trials to {use} diverged; collect with a lower "
+                    "ppo.learning_rate, or give more trials to that part of the split"
+                )
+        return tuple(parts)
+
+    @property
+    def task(self) -> str:
+        """Gymnasium id of its task."""
+        return TrajectoryStore(self.storage).header(self.seeds[:1]).task
+
+
+def data_sets(experiment: config.Experiment) -> tuple[DataSet, ...]:
+    """What the experiment's model is trained on: its own data set, or those that `train.data` names.
+
+    Raises StoreError for one of these that is not complete, ValueError for one that does not fit the experiment.
+    """
+    if not experiment.train.data:
+        return (DataSet(storage=experiment.storage_path, seeds=experiment.collect.seeds, split=experiment.split),)
+    found = []
+    for storage in map(absolute_storage, experiment.train.data):
+        store = TrajectoryStore(storage)
+        if not store.finished():
+            raise StoreError(f"{storage}: train.data names it, and no complete data set is there; collect it first")
+        phases = _snapshots_per_iteration(storage, store.header())
+        if phases != experiment.snapshots_per_iteration:
+            raise ValueError(
+                f"{storage}: {phases} snapshots per PPO iteration do not fit the experiment's "
+                f"{experiment.snapshots_per_iteration}"
+            )
+        found.append(DataSet(storage=storage, seeds=store.seeds(), split=experiment.split))
+        if not experiment.split.cut(store.seeds())[0]:
+            raise ValueError(
+                f"{storage}: split.validation_trials={experiment.split.validation_trials} and split.test_trials="
+                f"{experiment.split.test_trials} leave none of its {len(store.seeds())} trials to train on"
+            )
+    return tuple(found)
+
+
+def _snapshots_per_iteration(storage: str, header: Header) -> int:
+    """Snapshots per PPO iteration of a data set, those that jumps predicted included."""
+    made = header.config
+    try:
+        run = made["ppo"]["num_epochs"] // made["epochs_per_snapshot"]
+    except KeyError as error:
+        raise StoreError(
+            f"{storage}: train.data names it, and its trials do not record {error.args[0]}, without which their "
+            "snapshots have no phase; take a data set of jobs/collect.py"
+        ) from error
+    return run + (made["jump"]["horizon"] if "jump" in made else 0)
+
+
+def training_digest(experiment: config.Experiment) -> str:
+    """Digest of the data that the experiment's model is trained on. Raises as `data_sets` does."""
+    digests = [one.digest for one in data_sets(experiment)]
+    return digests[0] if len(digests) == 1 else digest(*digests)
+
+
+def run_digest(experiment: config.Experiment, data_digest: str) -> str:
+    """What a trained model depends on, and nothing that only says where it is trained."""
+    made_of = _made_of(as_table(experiment))
+    # On the basis `window` all forward steps are learned at once; elsewhere one, whatever is asked of it later.
+    steps = experiment.evaluate.steps if experiment.basis.kind == "window" else ()
+    return digest(data_digest, *made_of.values(), steps)
+
+
+def _made_of(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sections of an experiment's table that a trained model depends on, without what changes nothing in it."""
+    made_of = {section: dict(experiment[section]) for section in ("basis", "split", "model", "train")}
+    # The data sets, wherever they lie, are known by their digest.
+    for field in ("num_workers", "use_gpu", "num_seeds", "data"):
+        made_of["train"].pop(field, None)
+    if made_of["basis"]["kind"] != "window":
+        made_of["train"].pop("joined_windows", None)
+    return made_of
+
+
+def model_folder(experiment: config.Experiment, data_digest: str) -> str:
+    """Where `training.train` leaves the model of this experiment and data."""
+    return join(experiment.storage_path, "models", run_digest(experiment, data_digest))
+
+
+def missing_model(experiment: config.Experiment, data_digest: str) -> StoreError:
+    """What is said where `model_folder` holds no trained model: which models there are, and what differs in them."""
+    models = join(experiment.storage_path, "models")
+    differences = [
+        (_differences(experiment, data_digest, join(models, name)), name) for name in Storage(models).folders()
+    ]
+    found = sorted(((fields, name) for fields, name in differences if fields), key=lambda item: (len(item[0]), item))
+    start = f"{model_folder(experiment, data_digest)}: no trained model of this experiment is there"
+    if not found:
+        return StoreError(f"{start}, nor any other; run jobs/train.py first")
+    named = "; ".join(f"{name} with {_few(fields)}" for fields, name in found[:MODELS_NAMED])
+    rest = f" and {len(found) - MODELS_NAMED} more" if len(found) > MODELS_NAMED else ""
+    return StoreError(
+        f"{start}. There are {named}{rest}. Ask for one of these, or run jobs/train.py with this experiment first"
+    )
+
+
+def _few(fields: list[str]) -> str:
+    more = len(fields) - FIELDS_NAMED
+    return ", ".join(fields[:FIELDS_NAMED]) + (f" and {more} more fields that differ" if more > 0 else "")
+
+
+def _differences(experiment: config.Experiment, data_digest: str, folder: str) -> list[str]:
+    """In which fields the model of a folder differs from the one that is asked for; none where that is not known."""
+    try:
+        about = json.loads(read_file(folder, "model.json"))
+        there = {**_made_of(about["experiment"]), "evaluate": about["experiment"]["evaluate"]}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []  # a training that has not ended, or a model of another making
+    here = as_table(experiment)
+    preset = about["experiment"].get("preset")
+    presets = [f"preset={preset!r}, not {experiment.preset!r}"] if preset not in (None, experiment.preset) else []
+    here = {**_made_of(here), "evaluate": here["evaluate"]}
+    for table in (there, here):
+        asked = ("horizon", "extra_horizons") if here["basis"]["kind"] == "window" else ()
+        table["evaluate"] = {field: table["evaluate"].get(field) for field in asked}
+    before, now = dict(flat(there)), dict(flat(here))
+    fields = [name for name in now | before if before.get(name) != now.get(name)]
+    other_data = ["other data"] if about.get("data_digest", data_digest) != data_digest else []
+    return [*other_data, *presets, *(f"{name}={before.get(name)!r}, not {now.get(name)!r}" for name in fields)]
