@@ -29,10 +29,11 @@ from command import make_parser, results_folder, use_one_core  # noqa: E402
 from tipl_ray.config import PRESETS, Collect, Experiment, Jump, Model, Ppo  # noqa: E402
 from tipl_ray.ppo.learner import choose_engine  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
-from tipl_ray.predict.forecasting import Ridge, save_predictor  # noqa: E402
+from tipl_ray.predict.baselines import Ridge  # noqa: E402
 from tipl_ray.predict.gram import Question  # noqa: E402
-from tipl_ray.predict.model import WindowTransformer  # noqa: E402
+from tipl_ray.predict.saved import save_predictor  # noqa: E402
 from tipl_ray.terminal import format_rows  # noqa: E402
+from tipl_ray.window.transformer import WindowTransformer  # noqa: E402
 
 SHAPES = (("InvertedPendulum-v4", 8, 10), ("HalfCheetah-v4", 64, 10), ("HalfCheetah-v4", 256, 10))
 """Task, width of the policy's hidden layers, trials of one actor."""

@@ -49,7 +49,7 @@ def seconds_of(function: Callable[[], Any]) -> tuple[float, Any]:
 def reduce_and_tell(storage: str, seed: int) -> None:
     """What the process runs whose memory is told: tokens of a whole trial."""
     from tipl_ray.config import Basis
-    from tipl_ray.predict.segments import load_tokens
+    from tipl_ray.paper.tokens import load_tokens
 
     before = peak_bytes()
     begin = time.process_time()

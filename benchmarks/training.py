@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 from command import make_parser, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.config import Experiment  # noqa: E402
-from tipl_ray.predict.objectives import TrainingData  # noqa: E402
-from tipl_ray.predict.segments import Tokens  # noqa: E402
+from tipl_ray.paper.tokens import Tokens  # noqa: E402
+from tipl_ray.predict.training_data import TrainingData  # noqa: E402
 from tipl_ray.terminal import console, format_rows  # noqa: E402
 from tipl_ray.train.training import Training  # noqa: E402
 

@@ -19,7 +19,7 @@ from torch import nn
 from tipl_ray.accelerate.jumps import ModuleJumps  # J
 from tipl_ray.config import Jump
 from tipl_ray.errors import UserError  # J
-from tipl_ray.predict.forecasting import load_predictor  # J
+from tipl_ray.predict.saved import load_predictor  # J
 
 GAMMA, GAE_LAMBDA, CLIP, NUM_MINIBATCHES = 0.99, 0.95, 0.2, 32
 SECONDS_PER_LINE = 5.0

@@ -28,10 +28,10 @@ from tipl_ray.config import Accelerate, Collect, Experiment, Ppo, Split
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table
-from tipl_ray.predict.forecasting import load_predictor, predictor_digest
 from tipl_ray.predict.gram import Question
-from tipl_ray.predict.model import WindowTransformer
+from tipl_ray.predict.saved import load_predictor, predictor_digest
 from tipl_ray.train.data_sets import model_folder
+from tipl_ray.window.transformer import WindowTransformer
 
 SOURCE = """
 [ppo]

@@ -14,9 +14,11 @@ from tipl_ray.data.storage import StoreError, publish
 from tipl_ray.data.trajectory_store import Snapshot, TrajectoryStore, TrialWriter
 from tipl_ray.digest import as_table
 from tipl_ray.evaluate import evaluation, metrics
-from tipl_ray.predict.forecasting import CopyLast, Predictor, Starts, Trial, Weights, save_fitted
+from tipl_ray.predict.baselines import CopyLast
 from tipl_ray.predict.gram import Contexts, Question
-from tipl_ray.predict.model import WindowTransformer
+from tipl_ray.predict.predictor import Predictor, Starts, Trial, Weights
+from tipl_ray.predict.saved import save_fitted
+from tipl_ray.window.transformer import WindowTransformer
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tipl_ray import config
-from tipl_ray.predict.model import WindowTransformer
+from tipl_ray.window.transformer import WindowTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,43 +12,40 @@ from numpy.typing import NDArray
 from tipl_ray import config
 from tipl_ray.data.storage import StoreError
 from tipl_ray.digest import as_table
+from tipl_ray.paper.predictor import SvdFloor, Tipl, TrialBasis
 from tipl_ray.paper.temporal_svd import fit_basis, fit_shared_basis
-from tipl_ray.predict import forecasting
-from tipl_ray.predict.forecasting import (
+from tipl_ray.paper.transformer import CausalTransformer, Normaliser
+from tipl_ray.predict import baselines
+from tipl_ray.predict.baselines import (
     SIMPLE,
-    Combination,
     CopyLast,
     Damped,
     DynamicModes,
     FirstAgain,
     Linear,
     MeanTrajectory,
-    Predictor,
     RankOne,
     RankOneFromLast,
     Ridge,
-    RidgeElsewhere,
     RidgeOnContext,
-    SvdFloor,
-    Tipl,
-    Trial,
-    TrialBasis,
-    Trials,
-    WindowFloor,
     WindowLinear,
-    WindowTipl,
+    phase_moments,
+)
+from tipl_ray.predict.context_ridge import CONTEXT_PENALTIES
+from tipl_ray.predict.gram import Contexts, Question, future_sums, make_band
+from tipl_ray.predict.predictor import Combination, Predictor, Trial, Trials
+from tipl_ray.predict.saved import (
     find_predictor,
     load_fitted,
     load_predictor,
     load_tipl,
     make_predictors,
-    phase_moments,
     predictor_digest,
     save_fitted,
     save_predictor,
 )
-from tipl_ray.predict.gram import Contexts, Question, future_sums, make_band
-from tipl_ray.predict.model import CONTEXT_PENALTIES, CausalTransformer, Normaliser, WindowTransformer
+from tipl_ray.window.predictor import RidgeElsewhere, WindowFloor, WindowTipl
+from tipl_ray.window.transformer import WindowTransformer
 
 STEPS = (1, 2, 3, 5)
 QUESTION = Question(context=6, steps=STEPS, snapshots_per_iteration=5)
@@ -130,7 +127,7 @@ def test_forecasts_have_one_row_of_weights_per_start_and_step(predictor):
 def test_squared_errors_are_those_of_the_forecast_weights(predictor, monkeypatch):
     """For predictors on Gram matrices the two ways have nothing but the trajectory in common."""
     weights_TP = trajectory(num_weights=31)
-    monkeypatch.setattr(forecasting, "FORECAST_BYTES", 4 * 5 * 31 * 2)
+    monkeypatch.setattr("tipl_ray.predict.predictor.FORECAST_BYTES", 4 * 5 * 31 * 2)
     forecast_BHP = predictor.forecast(trial(weights_TP), STARTS).astype(np.float64)
     direct_BH = np.square(forecast_BHP - truth(weights_TP)).sum(axis=2)
     np.testing.assert_allclose(predictor.squared_errors(trial(weights_TP), STARTS), direct_BH, rtol=1e-6)
@@ -230,8 +227,8 @@ def test_ridge_takes_the_penalty_that_validation_trials_prefer():
     ridge, judge = Ridge(QUESTION), phase_moments(trials(5, 6, 7).bands, QUESTION)
     ridge.fit(trials(1), trials(5, 6, 7))
     moments = phase_moments(trials(1).bands, QUESTION)
-    skills = [judge.mean_skill(moments.ridge(penalty)) for penalty in forecasting.RIDGE_PENALTIES]
-    assert forecasting.RIDGE_PENALTIES[int(np.argmax(skills))] == float(ridge.fitted["penalty"])
+    skills = [judge.mean_skill(moments.ridge(penalty)) for penalty in baselines.RIDGE_PENALTIES]
+    assert baselines.RIDGE_PENALTIES[int(np.argmax(skills))] == float(ridge.fitted["penalty"])
     assert judge.mean_skill(ridge.table_QHK()) == max(skills) > skills[0]
 
 
@@ -301,7 +298,7 @@ def test_mean_trajectory_predicts_what_all_trials_have_in_common():
 
 
 def test_a_mean_trajectory_too_large_to_keep_is_kept_at_fewer_snapshots(monkeypatch):
-    monkeypatch.setattr(forecasting, "MEAN_BYTES", 4 * 31 * 14)
+    monkeypatch.setattr(baselines, "MEAN_BYTES", 4 * 31 * 14)
     line_TP = np.arange(40)[:, None].astype(np.float32) * np.ones((1, 31), np.float32)
     mean = MeanTrajectory(QUESTION)
     mean.fit(Trials(bands=[], weights=lambda: [line_TP]), Trials(bands=[], weights=list))

@@ -23,20 +23,12 @@ from tipl_ray.collect.collection import GroupCollector, trial_header
 from tipl_ray.config import Collect, Experiment, Jump, Ppo
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.ppo.trials import TrialGroup
-from tipl_ray.predict.forecasting import (
-    COMBINATIONS,
-    Combination,
-    CopyLast,
-    Linear,
-    Ridge,
-    Trial,
-    Trials,
-    WindowTipl,
-    load_predictor,
-    save_predictor,
-)
+from tipl_ray.predict.baselines import COMBINATIONS, CopyLast, Linear, Ridge
 from tipl_ray.predict.gram import Contexts, GramBand, Question, make_band
-from tipl_ray.predict.model import WindowTransformer
+from tipl_ray.predict.predictor import Combination, Trial, Trials
+from tipl_ray.predict.saved import load_predictor, save_predictor
+from tipl_ray.window.predictor import WindowTipl
+from tipl_ray.window.transformer import WindowTransformer
 
 ENGINES = ["torch"] + (["compiled"] if shutil.which("g++") else [])
 QUESTION = Question(context=10, steps=(1, 2, 3), snapshots_per_iteration=5)

@@ -3,11 +3,16 @@ import pytest
 import torch
 
 from tipl_ray import config
+from tipl_ray.paper.objective import NextToken
 from tipl_ray.paper.temporal_svd import fit_basis
-from tipl_ray.predict.forecasting import Ridge, Trial, Trials, WindowTipl
+from tipl_ray.paper.tokens import Tokens, tokens_of
+from tipl_ray.predict.baselines import Ridge
 from tipl_ray.predict.gram import GramBand, Question, make_band
-from tipl_ray.predict.objectives import NextToken, TrainingData, WindowError, gather_trials, make_objective
-from tipl_ray.predict.segments import Tokens, draw_windows, tokens_of
+from tipl_ray.predict.objective import draw_windows
+from tipl_ray.predict.predictor import Trial, Trials
+from tipl_ray.predict.training_data import TrainingData, gather_trials, make_objective
+from tipl_ray.window.objective import WindowError
+from tipl_ray.window.predictor import WindowTipl
 
 SIZE = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.1)
 QUESTION = Question(context=6, steps=(1, 2, 4), snapshots_per_iteration=5)

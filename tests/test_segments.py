@@ -11,19 +11,13 @@ from tipl_ray import config
 from tipl_ray.data.storage import publish
 from tipl_ray.paper import temporal_svd
 from tipl_ray.paper.temporal_svd import fit_basis
+from tipl_ray.paper.tokens import Segments, Tokens, load_tokens, tokens_of
+from tipl_ray.paper.transformer import Normaliser
+from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import Question, make_band
-from tipl_ray.predict.model import Normaliser
-from tipl_ray.predict.segments import (
-    Segments,
-    Tokens,
-    WindowSegments,
-    draw_windows,
-    load_band,
-    load_tokens,
-    periodic_grams,
-    side_by_side,
-    tokens_of,
-)
+from tipl_ray.predict.objective import draw_windows
+from tipl_ray.window.augmentation import periodic_grams, side_by_side
+from tipl_ray.window.windows import WindowSegments
 
 BASIS = config.Basis(rank=4)
 QUESTION = Question(context=4, steps=(1, 3), snapshots_per_iteration=5)

@@ -12,9 +12,10 @@ import torch
 
 from tipl_ray import config, tracking
 from tipl_ray.digest import as_table
-from tipl_ray.predict.forecasting import Trial, WindowTipl
 from tipl_ray.predict.gram import Question, make_band
-from tipl_ray.predict.model import WindowTransformer
+from tipl_ray.predict.predictor import Trial
+from tipl_ray.window.predictor import WindowTipl
+from tipl_ray.window.transformer import WindowTransformer
 
 EXPERIMENT = config.Experiment(
     name="tiny",

@@ -24,7 +24,7 @@ from tipl_ray import stages
 from tipl_ray.config import Experiment, Sweep, Train, load_experiment
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.places import CHECKOUT
-from tipl_ray.predict.model import is_complete, load_model
+from tipl_ray.predict.models import is_complete, load_model
 from tipl_ray.sweep import comparison
 from tipl_ray.sweep import space as search_space
 from tipl_ray.sweep import tune as sweep

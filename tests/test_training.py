@@ -18,13 +18,18 @@ from tipl_ray import config
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table
+from tipl_ray.paper.predictor import Tipl
 from tipl_ray.paper.temporal_svd import fit_basis, fit_shared_basis
-from tipl_ray.predict.forecasting import Tipl, Trial, load_tipl
+from tipl_ray.paper.tokens import Tokens, tokens_of
+from tipl_ray.paper.transformer import CausalTransformer, Normaliser
 from tipl_ray.predict.gram import GramBand, Question, make_band
-from tipl_ray.predict.model import CausalTransformer, Normaliser, WindowTransformer, load_about, load_model
-from tipl_ray.predict.objectives import TrainingData, gather_trials
-from tipl_ray.predict.segments import Tokens, draw_windows, tokens_of
+from tipl_ray.predict.models import load_about, load_model
+from tipl_ray.predict.objective import draw_windows
+from tipl_ray.predict.predictor import Trial
+from tipl_ray.predict.saved import load_tipl
+from tipl_ray.predict.training_data import TrainingData, gather_trials
 from tipl_ray.train import data_sets, training
+from tipl_ray.window.transformer import WindowTransformer
 
 PPO = {"ppo": {"num_epochs": 10}, "epochs_per_snapshot": 2}
 

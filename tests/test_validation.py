@@ -5,23 +5,16 @@ import pytest
 import torch
 
 from tipl_ray import config
+from tipl_ray.paper.predictor import SvdFloor, Tipl, TrialBasis
 from tipl_ray.paper.temporal_svd import fit_basis
-from tipl_ray.predict.forecasting import (
-    CopyLast,
-    Predictor,
-    Ridge,
-    SvdFloor,
-    Tipl,
-    Trial,
-    TrialBasis,
-    Trials,
-    WindowFloor,
-    WindowTipl,
-)
+from tipl_ray.paper.tokens import Tokens, tokens_of
+from tipl_ray.paper.transformer import CausalTransformer, Normaliser
+from tipl_ray.predict.baselines import CopyLast, Ridge
 from tipl_ray.predict.gram import Question, make_band
-from tipl_ray.predict.model import CausalTransformer, Normaliser, WindowTransformer
-from tipl_ray.predict.segments import Tokens, tokens_of
+from tipl_ray.predict.predictor import Predictor, Trial, Trials
 from tipl_ray.sweep.judge import Judge
+from tipl_ray.window.predictor import WindowFloor, WindowTipl
+from tipl_ray.window.transformer import WindowTransformer
 
 STEPS = (1, 2, 5)
 NUM_SNAPSHOTS = 41

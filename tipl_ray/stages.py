@@ -108,7 +108,7 @@ def check_train(context: Context) -> bool:
     if not experiment.train.data:
         data_digest(experiment)
     data, done = training_digest(experiment), True
-    from tipl_ray.predict.model import is_complete
+    from tipl_ray.predict.models import is_complete
 
     for one in experiment.training_runs:
         if not is_complete(model_folder(one, data)):
@@ -213,7 +213,7 @@ def run_train(context: Context) -> None:
 
 
 def _train_one(context: Context, experiment: Experiment) -> None:
-    from tipl_ray.predict.model import is_complete
+    from tipl_ray.predict.models import is_complete
 
     begin = time.monotonic()
     data = training_digest(experiment)

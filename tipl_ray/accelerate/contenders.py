@@ -19,9 +19,11 @@ from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest
 from tipl_ray.evaluate.metrics import interquartile_mean, stratified_resamples
-from tipl_ray.predict.forecasting import COMBINATIONS, Predictor, Trials, save_predictor
+from tipl_ray.predict.bands import load_band
+from tipl_ray.predict.baselines import COMBINATIONS
 from tipl_ray.predict.gram import Question
-from tipl_ray.predict.segments import load_band
+from tipl_ray.predict.predictor import Predictor, Trials
+from tipl_ray.predict.saved import save_predictor
 
 SHARES = (80, 90, 95)
 """Percents of the first contender's final return that are waited for."""

@@ -23,7 +23,7 @@ from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
 from tipl_ray.ppo.learner import ENGINES, choose_engine
 from tipl_ray.ppo.trials import TrialGroup, network_shape
-from tipl_ray.predict.forecasting import predictor_digest
+from tipl_ray.predict.saved import predictor_digest
 from tipl_ray.resources import require_resources
 from tipl_ray.terminal import log_event
 

@@ -30,10 +30,11 @@ from tipl_ray.paper.temporal_svd import reconstruction_error
 from tipl_ray.ppo.learner import choose_engine, make_learner
 from tipl_ray.ppo.returns import policy_returns
 from tipl_ray.ppo.trials import network_shape
-from tipl_ray.predict.forecasting import Predictor, Trial, Trials, Weights, load_fitted, make_predictors, save_fitted
+from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import Question, squared_errors
-from tipl_ray.predict.model import load_about
-from tipl_ray.predict.segments import load_band
+from tipl_ray.predict.models import load_about
+from tipl_ray.predict.predictor import Predictor, Trial, Trials, Weights
+from tipl_ray.predict.saved import load_fitted, make_predictors, save_fitted
 from tipl_ray.resources import require_resources
 from tipl_ray.terminal import say
 

@@ -18,7 +18,7 @@ from tipl_ray.ppo.environments import CompiledEnvironments, Environments, genera
 from tipl_ray.ppo.learner import Rollouts, make_learner
 from tipl_ray.ppo.networks import NetworkShape
 from tipl_ray.ppo.tasks import find_task
-from tipl_ray.predict.forecasting import load_predictor
+from tipl_ray.predict.saved import load_predictor
 
 State = dict[str, np.ndarray]
 

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tipl_ray.predict.forecasting import CopyLast, Ridge, Trials, WindowFloor, WindowTipl
+from tipl_ray.paper.tokens import Tokens
+from tipl_ray.paper.transformer import CausalTransformer, Normaliser
+from tipl_ray.predict.baselines import CopyLast, Ridge
 from tipl_ray.predict.gram import GramBand, Question
-from tipl_ray.predict.model import CausalTransformer, Normaliser, WindowTransformer
-from tipl_ray.predict.segments import Tokens
+from tipl_ray.predict.predictor import Trials
+from tipl_ray.window.predictor import WindowFloor, WindowTipl
+from tipl_ray.window.transformer import WindowTransformer
 
 WINDOWS = 512
 """Most windows that are judged, evenly spaced over each validation trial."""

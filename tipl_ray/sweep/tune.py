@@ -34,10 +34,11 @@ from tipl_ray.data.storage import Storage, join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest
 from tipl_ray.jobs import check_job, connected_to_ray, open_tracker
+from tipl_ray.paper.objective import NextToken
+from tipl_ray.paper.tokens import Tokens
 from tipl_ray.predict.gram import GramBand
-from tipl_ray.predict.model import WindowTransformer, is_complete
-from tipl_ray.predict.objectives import NextToken, TrainingData
-from tipl_ray.predict.segments import Tokens
+from tipl_ray.predict.models import is_complete
+from tipl_ray.predict.training_data import TrainingData
 from tipl_ray.resources import require_resources
 from tipl_ray.stages import data_digest, essence, log_data, run_tags
 from tipl_ray.sweep import comparison
@@ -47,6 +48,7 @@ from tipl_ray.terminal import ProgressView, console, duration, format_rows, say
 from tipl_ray.tracking import KEY_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder, run_digest
 from tipl_ray.train.training import Training, TrainingError, load_trials, make_trainer, publish_model, worker_training
+from tipl_ray.window.transformer import WindowTransformer
 
 CURVES = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
 """What MLflow is told of every iteration, beside the skills."""

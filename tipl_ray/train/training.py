@@ -36,10 +36,12 @@ from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
 from tipl_ray.paper.temporal_svd import FittedBasis, fit_shared_basis
+from tipl_ray.paper.tokens import Tokens, load_tokens
+from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import GramBand, Question
-from tipl_ray.predict.model import BASIS_FILE, is_complete, load_about, load_model, read_model_file
-from tipl_ray.predict.objectives import TrainingData, gather_trials, make_objective
-from tipl_ray.predict.segments import Tokens, draw_windows, load_band, load_tokens
+from tipl_ray.predict.models import BASIS_FILE, is_complete, load_about, load_model, read_model_file
+from tipl_ray.predict.objective import draw_windows
+from tipl_ray.predict.training_data import TrainingData, gather_trials, make_objective
 from tipl_ray.resources import require_resources
 from tipl_ray.train.data_sets import data_sets, model_folder, run_digest
 

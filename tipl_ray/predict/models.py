@@ -1,0 +1,89 @@
+"""Trained models on disk: safetensors plus JSON, in a folder or under a URI; nothing is unpickled."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from tipl_ray.data.storage import Storage, StoreError, file_exists, publish, read_published
+from tipl_ray.paper.transformer import CausalTransformer
+from tipl_ray.predict.blocks import DTYPE
+from tipl_ray.window.transformer import WindowTransformer
+
+WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "model.json"
+
+RECORD_FILE = "model.sha256"
+"""Digests of a model's files, as they were published."""
+
+BASIS_FILE = "basis.safetensors"
+"""The shared basis that a model's tokens are of, where they are; see `temporal_svd.FittedBasis.to_bytes`."""
+
+WAY_OUT = "restore it from a copy (MLflow keeps one), or delete the folder and train again"
+
+
+def save_model(model: nn.Module, folder: str, described: dict[str, Any], beside: Mapping[str, bytes]) -> None:
+    """Write all files, model.json last: where it stands, the model is whole."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    described["architecture"] = type(model).__name__
+    about = json.dumps(described, indent=1).encode()
+    publish(folder, {**beside, WEIGHTS_FILE: safetensors.torch.save(weights), ABOUT_FILE: about}, RECORD_FILE)
+
+
+MODELS: dict[str, type[CausalTransformer] | type[WindowTransformer]] = {
+    kind.__name__: kind for kind in (CausalTransformer, WindowTransformer)
+}
+
+
+def read_model_file(folder: str, name: str) -> bytes:
+    """A file of a model's folder. Raises StoreError where it is missing, or not the one that was saved."""
+    return read_published(folder, name, RECORD_FILE, WAY_OUT)
+
+
+@contextlib.contextmanager
+def understood(folder: str, name: str, way_out: str = WAY_OUT) -> Iterator[None]:
+    """What fails in here fails for what the file holds, which may have no record: a StoreError in one line."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(
+            f"{Storage(folder).show(name)}: is not understood: {type(error).__name__}: {reason}; {way_out}"
+        ) from error
+
+
+def load_about(folder: str) -> dict[str, Any]:
+    """What model.json says of the model in a folder. Raises StoreError where there is none, or it is damaged."""
+    content = read_model_file(folder, ABOUT_FILE)
+    with understood(folder, ABOUT_FILE):
+        about = json.loads(content)
+        return {**about, "architecture": about["architecture"]}
+
+
+def load_model(folder: str) -> "CausalTransformer | WindowTransformer":
+    """The model in a folder, whichever it is, on the CPU and in evaluation mode.
+
+    Draws no random number, and takes neither type nor device from torch's defaults. Raises StoreError where there is no
+    model, or a damaged one.
+    """
+    about, content = load_about(folder), read_model_file(folder, WEIGHTS_FILE)
+    with understood(folder, ABOUT_FILE), torch.device("meta"):
+        model = MODELS[about["architecture"]].described_by(about)
+    with understood(folder, WEIGHTS_FILE):
+        # A tensor of its own for each, aligned as torch does it: products may depend on that.
+        weights = {name: tensor.to(DTYPE, copy=True) for name, tensor in safetensors.torch.load(content).items()}
+        model.load_state_dict(weights, assign=True)
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("some weights are NaN or infinite")
+    return model.eval()
+
+
+def is_complete(folder: str) -> bool:
+    """Whether `save` has finished in this folder."""
+    return file_exists(folder, ABOUT_FILE)

@@ -1,0 +1,103 @@
+"""Our causal Transformer: inner products of K displacements in, coefficients that combine these out.
+
+All H forward steps are answered at once, and one set of weights serves policies of any size. Knows nothing of trials or
+how it is trained.
+
+Shapes: B windows, K tokens of context, H forward steps, Q phases of a PPO iteration, E embedding, R ridge regressions.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tipl_ray import config
+from tipl_ray.data.storage import StoreError
+from tipl_ray.digest import as_table
+from tipl_ray.predict.blocks import DTYPE, Blocks
+from tipl_ray.predict.context_ridge import CONTEXT_PENALTIES, ContextRidge, lengths_and_cosines
+from tipl_ray.predict.models import load_model, save_model
+
+CLOCK_SIZE = 4
+
+MOST_LOG_LENGTH = 8.0
+"""Limit of a token's log length: a displacement may be 0."""
+
+
+class WindowTransformer(nn.Module):
+    """TIPL on the basis `window`: each displacement of the context is a token, answered with H coefficients.
+
+    A token holds nothing but the displacement's cosines with the context's others and its length against theirs, the
+    phase in which it was made and, if `size.clock` says so, how far the trial has come: neither the number of weights
+    nor their scale. The model weighs two kinds of ridge regression against each other, one that other trials were
+    fitted on, by phase, which it is given, and `ContextRidge`, and corrects their coefficients.
+    """
+
+    def __init__(self, size: config.Model, steps: tuple[int, ...], num_phases: int):
+        super().__init__()
+        self.size, self.steps, self.num_phases = size, tuple(steps), num_phases
+        self.embed_token = nn.Linear(size.context + 1, size.embedding, dtype=DTYPE)
+        self.embed_position = nn.Embedding(size.context, size.embedding, dtype=DTYPE)
+        self.embed_phase = nn.Embedding(num_phases, size.embedding, dtype=DTYPE)
+        self.embed_clock = nn.Linear(CLOCK_SIZE, size.embedding, bias=False, dtype=DTYPE)
+        self.blocks = Blocks(size)
+        self.final_norm = nn.LayerNorm(size.embedding, dtype=DTYPE)
+        self.predict = nn.Linear(size.embedding, len(steps), dtype=DTYPE)
+        self.weigh = nn.Linear(size.embedding, len(steps) * (1 + len(CONTEXT_PENALTIES)), dtype=DTYPE)
+        self.context_ridge = ContextRidge(size.context, self.steps, num_phases)
+        self.register_buffer("ridge_QHK", torch.zeros(num_phases, len(steps), size.context, dtype=DTYPE))
+        self.ridge_QHK: Tensor
+        nn.init.normal_(self.embed_position.weight, std=0.02)
+        nn.init.zeros_(self.predict.bias)
+        # The first forecasts are the fitted ridge's own, but for a whisper.
+        nn.init.normal_(self.predict.weight, std=0.002)
+        nn.init.normal_(self.weigh.weight, std=0.002)
+        with torch.no_grad():
+            self.weigh.bias.copy_(torch.eye(1 + len(CONTEXT_PENALTIES))[0].repeat(len(steps)))
+
+    def forward(self, grams_BKK: Tensor, phases_B: Tensor, progress_B: Tensor, learning_rates_B: Tensor) -> Tensor:
+        """Coefficients of the K displacements in each forward step; (B, H, K). What comes in: see `gram.Contexts`."""
+        lengths_BK, cosines_BKK = lengths_and_cosines(grams_BKK)
+        logs_BK = lengths_BK.log()
+        relative_BK = (logs_BK - logs_BK.mean(dim=1, keepdim=True)).clamp(-MOST_LOG_LENGTH, MOST_LOG_LENGTH)
+        tokens_BKD = torch.cat((cosines_BKK, relative_BK[:, :, None]), dim=2).float()
+        hidden_BKE = self.embed_token(tokens_BKD) + self.embed_position.weight
+        if self.size.phase:
+            # The last displacement led to the start's phase, the one before it to the phase before.
+            ages_K = torch.arange(self.size.context - 1, -1, -1, device=phases_B.device)
+            hidden_BKE = hidden_BKE + self.embed_phase((phases_B[:, None] - ages_K) % self.num_phases)
+        if self.size.clock != "none":
+            clock_B = progress_B if self.size.clock == "progress" else 1.0 - learning_rates_B
+            hidden_BKE = hidden_BKE + self.embed_clock(_clock_features(clock_B.float()))[:, None]
+        hidden_BKE = functional.dropout(hidden_BKE, self.size.dropout, self.training)
+        hidden_BKE = self.final_norm(self.blocks(hidden_BKE))
+        fitted_BH1K, own_BHRK = self.ridge_QHK[phases_B][:, :, None], self.context_ridge(grams_BKK, CONTEXT_PENALTIES)
+        # The last token alone has seen them all.
+        shares_BH1R = self.weigh(hidden_BKE[:, -1]).unflatten(-1, (len(self.steps), 1, -1))
+        weighed_BHK = (shares_BH1R @ torch.cat((fitted_BH1K, own_BHRK.float()), dim=2)).squeeze(2)
+        return weighed_BHK + self.predict(hidden_BKE).transpose(1, 2)
+
+    def save(self, folder: str, about: dict[str, Any] | None = None, beside: Mapping[str, bytes] | None = None) -> None:
+        """Write the model, JSON that belongs to it, for `load_about`, and files beside it, for `read_model_file`."""
+        described = {"steps": self.steps, "num_phases": self.num_phases}
+        save_model(self, folder, {**(about or {}), "model": as_table(self.size), **described}, beside or {})
+
+    @classmethod
+    def load(cls, folder: str) -> Self:
+        """The model that `save` wrote, on the CPU and in evaluation mode. Raises StoreError as `load_model` does."""
+        model = load_model(folder)
+        if not isinstance(model, cls):
+            raise StoreError(f"{folder}: holds a {type(model).__name__}, not a {cls.__name__}; name another folder")
+        return model
+
+    @classmethod
+    def described_by(cls, about: Mapping[str, Any]) -> Self:
+        """An untrained model of the size that model.json says."""
+        return cls(config.Model(**about["model"]), tuple(about["steps"]), about["num_phases"])
+
+
+def _clock_features(clock_B: Tensor) -> Tensor:
+    """A share of the trial, seen so that its beginning, where most happens, is told apart finely; (B, CLOCK_SIZE)."""
+    return torch.stack((clock_B, clock_B**2, torch.exp(-10 * clock_B), torch.exp(-50 * clock_B)), dim=1)
