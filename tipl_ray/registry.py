@@ -1,4 +1,4 @@
-"""Things that are named in an experiment and may come from outside this package: predictors, representations, and so on.
+"""What an experiment names and may come from outside this package: predictors, representations, algorithms.
 
 A name is one of this package's own, one that an installed package declares as an entry point, or `module:Name`, which
 is imported where it is used: from the working directory too, as a cluster's workers have it. What is named is loaded

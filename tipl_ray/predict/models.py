@@ -11,9 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tipl_ray.data.storage import Storage, StoreError, file_exists, publish, read_published
-from tipl_ray.paper.transformer import CausalTransformer
 from tipl_ray.predict.blocks import DTYPE
-from tipl_ray.window.transformer import WindowTransformer
+from tipl_ray.registry import Registry
 
 WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "model.json"
 
@@ -34,9 +33,15 @@ def save_model(model: nn.Module, folder: str, described: dict[str, Any], beside:
     publish(folder, {**beside, WEIGHTS_FILE: safetensors.torch.save(weights), ABOUT_FILE: about}, RECORD_FILE)
 
 
-MODELS: dict[str, type[CausalTransformer] | type[WindowTransformer]] = {
-    kind.__name__: kind for kind in (CausalTransformer, WindowTransformer)
-}
+ARCHITECTURES = Registry(
+    "architecture",
+    "tipl_ray.architectures",
+    {
+        "CausalTransformer": "tipl_ray.paper.transformer:CausalTransformer",
+        "WindowTransformer": "tipl_ray.window.transformer:WindowTransformer",
+    },
+)
+"""Models by what model.json calls them."""
 
 
 def read_model_file(folder: str, name: str) -> bytes:
@@ -66,7 +71,7 @@ def load_about(folder: str) -> dict[str, Any]:
         return {**about, "architecture": about["architecture"]}
 
 
-def load_model(folder: str) -> "CausalTransformer | WindowTransformer":
+def load_model(folder: str) -> Any:
     """The model in a folder, whichever it is, on the CPU and in evaluation mode.
 
     Draws no random number, and takes neither type nor device from torch's defaults. Raises StoreError where there is no
@@ -74,7 +79,7 @@ def load_model(folder: str) -> "CausalTransformer | WindowTransformer":
     """
     about, content = load_about(folder), read_model_file(folder, WEIGHTS_FILE)
     with understood(folder, ABOUT_FILE), torch.device("meta"):
-        model = MODELS[about["architecture"]].described_by(about)
+        model = ARCHITECTURES.load(about["architecture"]).described_by(about)
     with understood(folder, WEIGHTS_FILE):
         # A tensor of its own for each, aligned as torch does it: products may depend on that.
         weights = {name: tensor.to(DTYPE, copy=True) for name, tensor in safetensors.torch.load(content).items()}
