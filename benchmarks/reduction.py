@@ -49,11 +49,13 @@ def seconds_of(function: Callable[[], Any]) -> tuple[float, Any]:
 def reduce_and_tell(storage: str, seed: int) -> None:
     """What the process runs whose memory is told: tokens of a whole trial."""
     from tipl_ray.config import Basis
-    from tipl_ray.paper.tokens import load_tokens
+    from tipl_ray.paper.representation import TrialTokens
+    from tipl_ray.predict.gram import Question
 
+    question = Question(context=20, steps=(1,), snapshots_per_iteration=5)
     before = peak_bytes()
     begin = time.process_time()
-    tokens = load_tokens(TrajectoryStore(storage), (seed,), Basis(kind="trial", rank=RANK))
+    tokens = TrialTokens(Basis(rank=RANK)).read(storage, seed, question)
     told = {"seconds": time.process_time() - begin, "before": before, "peak": peak_bytes()}
     print(json.dumps({**told, "snapshots": tokens.coordinates_NTD.shape[1]}))
 

@@ -31,7 +31,7 @@ from command import make_parser, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.config import Experiment  # noqa: E402
 from tipl_ray.paper.tokens import Tokens  # noqa: E402
-from tipl_ray.predict.training_data import TrainingData  # noqa: E402
+from tipl_ray.predict.representation import TrainingData  # noqa: E402
 from tipl_ray.terminal import console, format_rows  # noqa: E402
 from tipl_ray.train.training import Training  # noqa: E402
 

@@ -18,7 +18,8 @@ from tipl_ray.command_line import parse_arguments
 from tipl_ray.config import JOBS, Basis, Experiment, Model, Train, from_table, load_experiment
 from tipl_ray.digest import as_table, digest
 from tipl_ray.places import CHECKOUT
-from tipl_ray.predict import baselines, predictor
+from tipl_ray.predict.predictor import Predictor
+from tipl_ray.registry import PREDICTORS
 
 EXPERIMENTS = sorted((CHECKOUT / "jobs" / "experiments").glob("*.toml"))
 
@@ -166,11 +167,11 @@ def test_help_explains_every_option_at_once() -> None:
 
 
 def test_the_names_of_predictors_are_those_that_there_are() -> None:
-    kinds = [predictor.Predictor]
+    kinds = [Predictor]
     for kind in kinds:
-        kinds += kind.__subclasses__()
-    assert set(config.PREDICTORS) == {kind.name for kind in kinds if hasattr(kind, "name")}
-    assert set(config.COMBINATIONS) == set(baselines.COMBINATIONS)
+        kinds += [one for one in kind.__subclasses__() if one.__module__.startswith("tipl_ray.")]
+    assert set(config.known_predictors()) == {kind.name for kind in kinds if hasattr(kind, "name")}
+    assert all(PREDICTORS.load(name).name == name for name in PREDICTORS.own)
 
 
 @pytest.mark.parametrize(

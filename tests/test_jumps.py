@@ -23,10 +23,11 @@ from tipl_ray.collect.collection import GroupCollector, trial_header
 from tipl_ray.config import Collect, Experiment, Jump, Ppo
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.ppo.trials import TrialGroup
-from tipl_ray.predict.baselines import COMBINATIONS, CopyLast, Linear, Ridge
+from tipl_ray.predict.baselines import CopyLast, Linear, Ridge
 from tipl_ray.predict.gram import Contexts, GramBand, Question, make_band
 from tipl_ray.predict.predictor import Combination, Trial, Trials
-from tipl_ray.predict.saved import load_predictor, save_predictor
+from tipl_ray.predict.saved import combinations, load_predictor, save_predictor
+from tipl_ray.registry import PREDICTORS
 from tipl_ray.window.predictor import WindowTipl
 from tipl_ray.window.transformer import WindowTransformer
 
@@ -68,7 +69,7 @@ def predictors(trajectories: list[np.ndarray], tmp_path_factory: pytest.TempPath
     """A folder for every predictor that can drive a jump, fitted; TIPL's ridge gets a correction, as after training."""
     folders = {}
     data = Trials(bands=[band(weights_TP) for weights_TP in trajectories], weights=lambda: trajectories)
-    for name, kind in COMBINATIONS.items():
+    for name, kind in [(name, PREDICTORS.load(name)) for name in combinations()]:
         predictor = kind(QUESTION)
         predictor.fit(data, data)
         folders[name] = str(tmp_path_factory.mktemp(name))
@@ -120,7 +121,7 @@ def test_products_of_moves_are_those_of_the_displacements_that_they_make(traject
     np.testing.assert_allclose(history.gram(), shown_KP @ shown_KP.T, rtol=1e-4, atol=1e-5 * history.gram().max())
 
 
-@pytest.mark.parametrize("name", [*COMBINATIONS, "tipl"])
+@pytest.mark.parametrize("name", [*combinations(), "tipl"])
 def test_a_modules_jump_is_the_predictors_own_forecast(
     name: str, predictors: dict[str, str], trajectories: list[np.ndarray]
 ) -> None:

@@ -23,6 +23,7 @@ from trajectories import write_trials
 from tipl_ray import stages
 from tipl_ray.config import Experiment, Sweep, Train, load_experiment
 from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.paper.transformer import CausalTransformer
 from tipl_ray.places import CHECKOUT
 from tipl_ray.predict.models import is_complete, load_model
 from tipl_ray.sweep import comparison
@@ -30,6 +31,7 @@ from tipl_ray.sweep import space as search_space
 from tipl_ray.sweep import tune as sweep
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
 from tipl_ray.train.data_sets import model_folder
+from tipl_ray.window.transformer import WindowTransformer
 
 OVER = {"basis.rank": [3, 6], "model.context": [4, 8]}
 CHILDREN = {"rank=3 context=4", "rank=3 context=8", "rank=6 context=4", "rank=6 context=8"}
@@ -147,7 +149,9 @@ def test_children_are_left_where_jobs_train_and_evaluate_look_for_them(finished:
         child = search_space.with_fields(base, candidate)
         folder = model_folder(child, data)
         assert is_complete(folder)
-        assert load_model(folder).size.context == child.model.context
+        model = load_model(folder)
+        assert isinstance(model, CausalTransformer | WindowTransformer)
+        assert model.size.context == child.model.context
 
 
 def test_a_finished_sweep_is_found_and_nothing_is_done(finished: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,6 +12,7 @@ import pytest
 import ray
 import ray.train
 import torch
+from tipl_ray.predict.training_data import TrainingData, gather_trials
 from trajectories import write_trials
 
 from tipl_ray import config
@@ -26,8 +27,7 @@ from tipl_ray.predict.gram import GramBand, Question, make_band
 from tipl_ray.predict.models import load_about, load_model
 from tipl_ray.predict.objective import draw_windows
 from tipl_ray.predict.predictor import Trial
-from tipl_ray.predict.saved import load_tipl
-from tipl_ray.predict.training_data import TrainingData, gather_trials
+from tipl_ray.predict.representation import load_tipl
 from tipl_ray.train import data_sets, training
 from tipl_ray.window.transformer import WindowTransformer
 

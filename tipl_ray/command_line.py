@@ -12,6 +12,7 @@ from tipl_ray.config import JOBS, Experiment, Jump, find_experiment, load_experi
 from tipl_ray.digest import as_table, flat
 from tipl_ray.errors import UserError, nearest
 from tipl_ray.places import absolute_storage, check_places, forget_empty_variables, in_checkout, with_variables
+from tipl_ray.registry import REPRESENTATIONS
 
 
 def parse_arguments(
@@ -122,17 +123,13 @@ def _check_folder(field: str, place: str) -> None:
 def _without_effect(experiment: Experiment, jobs: Sequence[str], said: Collection[str]) -> Iterator[tuple[str, str]]:
     """Options of a command line that change nothing in these jobs, each with the reason."""
     read = ("name", "storage", "tracking", *(field for job in jobs for field in JOBS[job]))
-    settings, window = experiment.accelerate, experiment.basis.kind == "window"
+    settings = experiment.accelerate
     reasons: dict[str, str] = {}
 
     def none_of(section: str, fields: Sequence[str], why: str) -> None:
         reasons.update({f"{section}.{field}": why for field in fields})
 
-    if window or experiment.basis.kind == "raw":
-        none_of("basis", ("rank", "centred", "deltas"), f"basis.kind={experiment.basis.kind} fits no Temporal SVD")
-    if not window:
-        none_of("model", ("phase", "clock"), "it is for basis.kind=window")
-        none_of("train", ("joined_windows",), "it is for basis.kind=window")
+    reasons.update(REPRESENTATIONS.load(experiment.basis.kind)(experiment.basis).without_effect())
     if experiment.jump.predictor is None:
         fields = [field.name for field in dataclasses.fields(Jump) if field.name != "predictor"]
         none_of("jump", fields, "without jump.predictor there are no jumps")

@@ -22,27 +22,12 @@ import tyro
 from tipl_ray.digest import as_table, flat, published, redacted
 from tipl_ray.errors import nearest, no_such
 from tipl_ray.places import CHECKOUT, absolute_storage, check_text, default_storage
+from tipl_ray.registry import PREDICTORS, REPRESENTATIONS
 
 LARGEST = 2**31 - 1
 """Most that a whole number may be: what the data set's columns and every library's seeds hold."""
 
 MAX_NAME_BYTES = 100
-
-COMBINATIONS = (
-    "copy-last",
-    "linear",
-    "damped",
-    "window-linear",
-    "ridge",
-    "first-again",
-    "rank-1",
-    "rank-1-from-last",
-    "dmd",
-)
-"""Names of the predictors that one small file holds: those that jumps can be made by, beside `tipl`."""
-
-PREDICTORS = (*COMBINATIONS, "context-ridge", "mean-trajectory", "ridge-elsewhere", "tipl", "svd-floor", "window-floor")
-"""Names of the predictors in the result table. Here, because forecasting.py loads torch."""
 
 JOBS: dict[str, tuple[str, ...]] = {
     "collect": ("collect", "ppo", "jump"),
@@ -210,10 +195,10 @@ class Split:
 class Basis:
     """How snapshots become tokens and tokens become weights (Section 3.2)."""
 
-    kind: Literal["trial", "raw", "shared", "window"] = "trial"
+    kind: str = "trial"
     """`trial`: Temporal SVD of the trial's own trajectory, the paper's, not causal; `raw`: the weights themselves;
     `shared`: one Temporal SVD of all training trials, causal; `window`: the displacements of the context, known by
-    their inner products alone, causal."""
+    their inner products alone, causal; or `module:Name`, a representation of one's own (docs/extending.md)."""
     rank: int = 32
     """SVD rank D of `trial` and `shared`."""
     centred: bool = False
@@ -223,10 +208,9 @@ class Basis:
 
     def check(self) -> None:
         _at_least("basis", self, rank=1)
+        REPRESENTATIONS.check("basis.kind", self.kind)
         if self.centred and self.deltas:
             raise ValueError("basis.centred=True and basis.deltas=True exclude each other: choose one origin")
-        if self.deltas and self.kind == "shared":
-            raise ValueError("basis.deltas=True is not for basis.kind=shared, whose origin is that of all trials")
 
 
 @pydantic.with_config(extra="forbid")
@@ -324,6 +308,8 @@ class Evaluate:
     run_policies_of: tuple[str, ...] = ("copy-last", "linear", "ridge", "tipl", "svd-floor", "window-floor")
     """Predictors whose policies are run, by their names in the result table; WPE takes all predictors, and of
     none no policy is run."""
+    predictors: tuple[str, ...] = dataclasses.field(default=(), metadata={"later": True})
+    """Predictors of one's own that are compared too, as `module:Name` (docs/extending.md)."""
     episodes: int = 10
     """Evaluation episodes E per policy; the noise floor takes as many again on other seeds."""
     sampled_actions: bool = False
@@ -345,9 +331,13 @@ class Evaluate:
         _between("evaluate", self, 1, 10_000, "horizon")
         _between("evaluate", self, 1, 1_000_000, "episodes", "bootstrap")
         _between("evaluate", self, 0.5, 0.999, "confidence")
+        for name in self.predictors:
+            PREDICTORS.check("evaluate.predictors", name)
+        _check_once("evaluate", "predictors", self.predictors)
+        known = known_predictors(self.predictors)
         for name in self.run_policies_of:
-            if name not in PREDICTORS:
-                raise no_such("evaluate.run_policies_of", name, PREDICTORS)
+            if name not in known:
+                raise no_such("evaluate.run_policies_of", name, known)
         _check_once("evaluate", "run_policies_of", self.run_policies_of)
         extra = (self.horizon, *self.extra_horizons)
         if list(extra) != sorted(set(extra)):
@@ -621,9 +611,9 @@ class Experiment:
                 f"split.validation_trials + split.test_trials = {held_out} leaves no trial to train on: "
                 f"collect.num_trials={self.collect.num_trials}"
             )
-        if self.basis.kind == "trial" and self.basis.rank > self.num_snapshots:
-            raise ValueError(f"basis.rank={self.basis.rank} exceeds the {self.num_snapshots} snapshots of a trial")
-        if self.train.data and self.basis.kind != "window":
+        representation = REPRESENTATIONS.load(self.basis.kind)(self.basis)
+        representation.check(self)
+        if self.train.data and not representation.across_tasks:
             raise ValueError(
                 f"train.data={self.train.data} needs basis.kind=window: tokens of {self.basis.kind!r} fit one task"
             )
@@ -636,7 +626,9 @@ class Experiment:
             )
 
     def _check_policies_run(self) -> None:
-        missing = {"svd-floor" if self.basis.kind == "window" else "window-floor"}
+        brought = {name: REPRESENTATIONS.load(name).own_predictors for name in REPRESENTATIONS.own}
+        missing = {name for names in brought.values() for name in names}
+        missing -= set(REPRESENTATIONS.load(self.basis.kind).own_predictors)
         if not self.train.data:
             missing.add("ridge-elsewhere")
         if missing.issuperset(self.evaluate.run_policies_of):
@@ -680,6 +672,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Fields that a preset sets; the paper's are the dataclasses' own defaults."""
+
+
+def known_predictors(outside: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names that a result table may have: this package's, those that representations bring, and those from outside."""
+    brought = [name for kind in REPRESENTATIONS.own for name in REPRESENTATIONS.load(kind).own_predictors]
+    return tuple(dict.fromkeys([*PREDICTORS.own, *brought, *(PREDICTORS.load(name).name for name in outside)]))
 
 
 def named_experiments() -> dict[str, Path]:
@@ -819,7 +817,7 @@ def _check_contender(contender: str) -> None:
     """EPOCHS or EPOCHS+PREDICTOR[:OPTION,...], as contenders.py reads it."""
     plan, colon, options = contender.partition(":")
     epochs, plus, predictor = plan.partition("+")
-    known = (*COMBINATIONS, "tipl")
+    known = (*PREDICTORS.names(), "tipl")
     if not epochs.isdecimal() or not 1 <= int(epochs) <= 10_000 or (colon and not (predictor and options)):
         raise ValueError(
             f"accelerate.contenders: {contender!r} is not EPOCHS or EPOCHS+PREDICTOR[:OPTION,...], with 1 to 10000 "

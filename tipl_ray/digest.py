@@ -14,6 +14,20 @@ def as_table(config: Any) -> dict[str, Any]:
     return published(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
+def identity(config: Any) -> dict[str, Any]:
+    """What a result depends on, as plain JSON types: a field that came later counts where it is not its default.
+
+    So what was made before the field was there keeps its name.
+    """
+    later = {field.name for field in dataclasses.fields(config) if field.metadata.get("later")}
+    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in later}
+    return {
+        name: value
+        for name, value in as_table(config).items()
+        if name not in later or getattr(config, name) != defaults[name]
+    }
+
+
 SHOWN_OPTIONS = (
     "endpoint_override",
     "scheme",

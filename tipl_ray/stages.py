@@ -25,6 +25,7 @@ from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_n
 from tipl_ray.data.trajectory_store import Header, TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
+from tipl_ray.predict.representation import representation_of
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
@@ -204,9 +205,9 @@ def run_train(context: Context) -> None:
     cut = [one.parts for one in sets]
     say(
         f"train: {sum(len(seeds) for seeds, _, _ in cut)} trials to train, {sum(len(seeds) for _, seeds, _ in cut)} to "
-        f"choose, of {', '.join(one.task for one in sets)}, preset {experiment.preset}, basis {_basis(experiment)}, "
-        f"context {experiment.model.context}, {experiment.train.num_steps:,} steps of {experiment.train.batch_size} "
-        "windows"
+        f"choose, of {', '.join(one.task for one in sets)}, preset {experiment.preset}, basis "
+        f"{representation_of(experiment.basis)}, context {experiment.model.context}, {experiment.train.num_steps:,} "
+        f"steps of {experiment.train.batch_size} windows"
     )
     for run_of_seed in experiment.training_runs:
         _train_one(context, run_of_seed)
@@ -516,11 +517,6 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
         f"{f', {diverged} diverged' if diverged else ''}, {done:,} of {total:,} env steps, {rate:,.0f} env steps/s "
         f"on {len(running)} actors, {duration(seconds)} so far, {left} left",
     )
-
-
-def _basis(experiment: Experiment) -> str:
-    basis = experiment.basis
-    return f"{basis.kind} of rank {basis.rank}" if basis.kind in ("trial", "shared") else basis.kind
 
 
 def _left(seconds: float) -> str:

@@ -20,10 +20,10 @@ from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest
 from tipl_ray.evaluate.metrics import interquartile_mean, stratified_resamples
 from tipl_ray.predict.bands import load_band
-from tipl_ray.predict.baselines import COMBINATIONS
 from tipl_ray.predict.gram import Question
 from tipl_ray.predict.predictor import Predictor, Trials
-from tipl_ray.predict.saved import save_predictor
+from tipl_ray.predict.saved import combinations, save_predictor
+from tipl_ray.registry import PREDICTORS
 
 SHARES = (80, 90, 95)
 """Percents of the first contender's final return that are waited for."""
@@ -53,7 +53,7 @@ class Contender:
         """The contender of a name such as `10`, `4+ridge` or `4+tipl:gate,x0.5`. Raises ValueError for another."""
         plan, _, options = name.partition(":")
         epochs, plus, predictor = plan.partition("+")
-        known = [*COMBINATIONS, TIPL]
+        known = [*combinations(), TIPL]
         if not epochs.isdecimal() or (plus and predictor not in known) or (options and not predictor):
             raise ValueError(
                 f"accelerate.contenders: {name!r} is not EPOCHS or EPOCHS+PREDICTOR[:OPTION,...] with a predictor of "
@@ -78,7 +78,7 @@ class Contender:
         """Whether its predictor was fitted on anything: some are rules."""
         if self.predictor in (None, TIPL):
             return self.predictor is not None
-        return COMBINATIONS[self.predictor].fit is not Predictor.fit
+        return PREDICTORS.load(self.predictor).fit is not Predictor.fit
 
     def jump(self, source: Experiment, folder: str | None) -> Jump:
         """Its jumps, by the predictor in a folder. Raises ValueError where no whole snapshots are left to predict."""
@@ -236,7 +236,7 @@ def jump_question(source: Experiment, horizon: int) -> Question:
 def save_rules(question: Question, names: Sequence[str], folder: str) -> None:
     """Write predictors that learn nothing. One folder each, for `forecasting.load_predictor`."""
     for name in names:
-        save_predictor(COMBINATIONS[name](question), join(folder, name), {})
+        save_predictor(PREDICTORS.load(name)(question), join(folder, name), {})
 
 
 def fit_and_save(source: Experiment, horizon: int, names: Sequence[str], folder: str) -> None:
@@ -252,7 +252,7 @@ def fit_and_save(source: Experiment, horizon: int, names: Sequence[str], folder:
     )
     about = {"trained_on": source.collect.task, "data": store.digest(source.train_seeds)}
     for name in names:
-        predictor = COMBINATIONS[name](question)
+        predictor = PREDICTORS.load(name)(question)
         predictor.fit(training, validation)
         save_predictor(predictor, join(folder, name), about)
 

@@ -16,7 +16,6 @@ import safetensors.numpy
 from numpy.typing import DTypeLike, NDArray
 from scipy import linalg
 
-from tipl_ray import config
 from tipl_ray.data.rows import Rows
 
 BLOCK_BYTES = 32 * 2**20
@@ -158,15 +157,6 @@ def fit_shared_basis(trajectories: Sequence[Rows], rank: int, centred: bool = Fa
     parts = [one[row : row + 1] for one, rows in zip(trajectories, chosen, strict=True) for row in rows]
     fitted = fit_basis(np.concatenate(parts), "trial", rank, centred)
     return dataclasses.replace(fitted, kind="shared", coordinates_TD=np.empty((0, rank), np.float32))
-
-
-def basis_of(weights_TP: Rows, basis: config.Basis, shared: FittedBasis | None = None) -> FittedBasis:
-    """The basis that a configuration means for a trajectory, with its tokens. Raises ValueError as `fit_basis` does."""
-    assert basis.kind != "window", "displacements have a band, not tokens"
-    if basis.kind == "shared":
-        assert shared is not None, "a shared basis is fitted before the trials are reduced"
-        return shared.on(weights_TP)
-    return fit_basis(weights_TP, basis.kind, basis.rank, centred=basis.centred, deltas=basis.deltas)
 
 
 def reconstruction_error(

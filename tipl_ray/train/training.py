@@ -31,17 +31,14 @@ from ray.util.queue import Queue
 from torch import Tensor, nn
 
 from tipl_ray import config
-from tipl_ray.data.storage import Storage, StoreError, file_exists, join, publish, read_file, read_published
+from tipl_ray.data.storage import Storage, StoreError, join, publish, read_file, read_published
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
-from tipl_ray.paper.temporal_svd import FittedBasis, fit_shared_basis
-from tipl_ray.paper.tokens import Tokens, load_tokens
-from tipl_ray.predict.bands import load_band
-from tipl_ray.predict.gram import GramBand, Question
-from tipl_ray.predict.models import BASIS_FILE, is_complete, load_about, load_model, read_model_file
+from tipl_ray.predict.gram import Question
+from tipl_ray.predict.models import files_beside, is_complete, load_about, load_model, read_model_file
 from tipl_ray.predict.objective import draw_windows
-from tipl_ray.predict.training_data import TrainingData, gather_trials, make_objective
+from tipl_ray.predict.representation import TrainingData, representation_of
 from tipl_ray.resources import require_resources
 from tipl_ray.train.data_sets import data_sets, model_folder, run_digest
 
@@ -77,8 +74,7 @@ class Training:
         self.experiment, self.config = experiment, experiment.train
         self.device, self.rank, self.num_workers = device, rank, num_workers
         torch.manual_seed(self.config.seed)
-        self.objective = make_objective(experiment, data, device)
-        self._shared = data.shared
+        self.objective = representation_of(experiment.basis).objective(experiment, data, device)
         self.model = self.objective.model
         self.model.blocks.in_bfloat16 = self.config.precision == "bfloat16"
         self.best = copy.deepcopy(self.model)
@@ -125,8 +121,7 @@ class Training:
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        beside = {BASIS_FILE: self._shared.to_bytes()} if self._shared else {}
-        self.best.save(join(folder, "model"), self._about(), beside)
+        self.best.save(join(folder, "model"), self._about(), self.objective.beside())
         progress = json.dumps({"step": self.step, "history": self.history}).encode()
         publish(folder, {STATE_FILE: safetensors.torch.save(tensors), PROGRESS_FILE: progress}, CHECKPOINT_RECORD)
 
@@ -250,9 +245,9 @@ def publish_model(checkpoint_folder: str, folder: str, experiment: config.Experi
     beside = {HISTORY_FILE: json.dumps(history, indent=1).encode()}
     about = load_about(f"{checkpoint_folder}/model") | {"data_digest": data_digest}
     about["trained_on"] = "+".join(dict.fromkeys(one.task for one in data_sets(experiment)))
-    if file_exists(f"{checkpoint_folder}/model", BASIS_FILE):
-        beside[BASIS_FILE] = read_model_file(f"{checkpoint_folder}/model", BASIS_FILE)
-    load_model(f"{checkpoint_folder}/model").save(folder, about, beside)
+    trained = f"{checkpoint_folder}/model"
+    beside |= {name: read_model_file(trained, name) for name in files_beside(trained)}
+    load_model(trained).save(folder, about, beside)
 
 
 def _step_of(folder: str) -> int | None:
@@ -409,20 +404,37 @@ def _run(
 
 
 def load_trials(experiment: config.Experiment, on_phase: Callable[[str], None] = lambda phase: None) -> TrainingData:
-    """All trials but the test trials, reduced in parallel, one Ray task per trial.
+    """All trials but the test trials, as the experiment's representation reads them, in parallel.
 
     `on_phase` is called about twice a second with what is being done.
     """
-    reduce = ray.remote(num_cpus=1)(_load_trial)
+    representation = representation_of(experiment.basis)
+    shared = ray.remote(num_cpus=1)(_fit_shared).remote(experiment) if representation.shares else None
+    train, validation = read_trials(experiment, representation.read, shared, on_phase)
+    return TrainingData(
+        train=representation.gather(train),
+        validation=representation.gather(validation),
+        shared=ray.get(shared) if shared else None,
+    )
+
+
+def read_trials(
+    experiment: config.Experiment,
+    read: Callable[..., Any],
+    shared: ray.ObjectRef | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+) -> tuple[list[list[Any]], list[list[Any]]]:
+    """The trials that train and those that choose, of each data set, read in parallel, one Ray task per trial.
+
+    `read` is called as `Representation.read` is.
+    """
+    asked, task = (Question.of(experiment), *([shared] if shared else [])), ray.remote(num_cpus=1)(read)
     sets = data_sets(experiment)
-    shared: Any = None
-    if experiment.basis.kind == "shared":
-        shared = ray.remote(num_cpus=1)(_fit_shared_basis).remote(experiment)
     parts = [one.parts for one in sets]
     halves = [
         [[(one.storage, seed) for seed in part[half]] for one, part in zip(sets, parts, strict=True)] for half in (0, 1)
     ]
-    sent = [[[reduce.remote(experiment, *trial, shared) for trial in trials] for trials in half] for half in halves]
+    sent = [[[task.remote(*trial, *asked) for trial in trials] for trials in half] for half in halves]
     waiting = [reference for half in sent for trials in half for reference in trials]
     total = len(waiting)
     try:
@@ -431,31 +443,21 @@ def load_trials(experiment: config.Experiment, on_phase: Callable[[str], None] =
             ray.get(ready)
             on_phase(f"reading and reducing trials, {total - len(waiting)} of {total} done")
         train, validation = ([ray.get(trials) for trials in half] for half in sent)
-        fitted = ray.get(shared) if shared else None
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    return TrainingData(train=gather_trials(train), validation=gather_trials(validation), shared=fitted)
+    return train, validation
 
 
-def _fit_shared_basis(experiment: config.Experiment) -> FittedBasis:
-    store, basis = TrajectoryStore(experiment.storage_path), experiment.basis
-    seeds = store.sound(experiment.train_seeds)
-    return fit_shared_basis([store.weights(seed) for seed in seeds], basis.rank, basis.centred)
-
-
-def _load_trial(
-    experiment: config.Experiment, storage: str, seed: int, shared: FittedBasis | None
-) -> Tokens | GramBand:
-    if experiment.basis.kind == "window":
-        return load_band(storage, seed, Question.of(experiment))
-    return load_tokens(TrajectoryStore(storage), (seed,), experiment.basis, shared)
+def _fit_shared(experiment: config.Experiment) -> Any:
+    seeds = TrajectoryStore(experiment.storage_path).sound(experiment.train_seeds)
+    return representation_of(experiment.basis).fit(experiment.storage_path, seeds)
 
 
 def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> ray.train.Checkpoint | None:
     """What the Ray task runs; None where the model diverged before its first checkpoint."""
     use_gpu = experiment.train.use_gpu
-    # The model on the basis `window` gains little by a second thread, and loses all where that has to wait for its CPU.
-    one_thread = use_gpu or experiment.basis.kind == "window"
+    # A small model gains little by a second thread, and loses all where that has to wait for its CPU.
+    one_thread = use_gpu or representation_of(experiment.basis).one_thread
     num_threads = 1 if one_thread else _cpus_per_worker(experiment.train.num_workers)
     settings = {**settings, "num_threads": num_threads}
     return make_trainer(train_loop, settings, experiment, name, num_threads, float(use_gpu)).fit().checkpoint
