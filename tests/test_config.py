@@ -56,7 +56,6 @@ def test_the_papers_experiment_has_the_papers_numbers() -> None:
         ("colect = 3", "colect=3: unknown key"),
         ("[ppo]\ngamma = 'high'", "ppo.gamma='high'"),
         ("[collect]\npolicy_hidden = [8]", "policy_hidden"),
-        ("[basis]\nkind = 'fourier'", "basis.kind='fourier'"),
         ("preset = 'mine'", "preset='mine' is not one of"),
         ("name = ", "is not TOML"),
     ],
@@ -70,6 +69,7 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--basis.kind", "fourier"], "basis.kind='fourier' is not one of trial, raw, shared, window, nor module:Name"),
         (["--preset", "paper", "--basis.rank", "999"], "basis.rank=999 exceeds the 251 snapshots of a trial"),
         (
             ["--model.context", "250"],
@@ -340,7 +340,7 @@ def test_an_installed_package_keeps_its_data_in_the_working_directory_and_finds_
     (tmp_path / "work" / "mine.toml").write_text("")
     script = tmp_path / "work" / "jobs" / "where.py"
     script.write_text(
-        "import sys; from tipl_ray.config import parse_arguments\n"
+        "import sys; from tipl_ray.command_line import parse_arguments\n"
         "print(parse_arguments('Where.', jobs=['collect']).storage_path)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site-packages")}

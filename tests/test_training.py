@@ -12,7 +12,6 @@ import pytest
 import ray
 import ray.train
 import torch
-from tipl_ray.predict.training_data import TrainingData, gather_trials
 from trajectories import write_trials
 
 from tipl_ray import config
@@ -27,7 +26,7 @@ from tipl_ray.predict.gram import GramBand, Question, make_band
 from tipl_ray.predict.models import load_about, load_model
 from tipl_ray.predict.objective import draw_windows
 from tipl_ray.predict.predictor import Trial
-from tipl_ray.predict.representation import load_tipl
+from tipl_ray.predict.representation import TrainingData, load_tipl, representation_of
 from tipl_ray.train import data_sets, training
 from tipl_ray.window.transformer import WindowTransformer
 
@@ -486,7 +485,8 @@ def test_a_model_is_trained_on_several_other_data_sets_and_never_on_its_own(clus
     settings = elsewhere(tmp_path / "own", tmp_path / "one", tmp_path / "two")
     folder = training.train(settings, data_sets.training_digest(settings), say=lambda line: None)
     assert load_about(folder)["trained_on"] == "Line-v0"
-    halves = [gather_trials([bands(3, 4), bands(7, 8)]), gather_trials([bands(5), bands(9)])]
+    gather = representation_of(settings.basis).gather
+    halves = [gather([bands(3, 4), bands(7, 8)]), gather([bands(5), bands(9)])]
     alone = training.Training(settings, TrainingData(train=halves[0], validation=halves[1]))
     list(alone.iterations())
     assert_close_weights(load_model(folder), alone.best)

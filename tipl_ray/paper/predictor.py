@@ -3,19 +3,24 @@
 Shapes: T snapshots, P policy weights, D numbers per token, B starts, K tokens of context, F and H forward steps.
 """
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tipl_ray.paper.representation import TokenRepresentation
 from tipl_ray.paper.temporal_svd import FittedBasis
 from tipl_ray.paper.tokens import Tokens, tokens_of
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
 from tipl_ray.predict.gram import Question, check_starts
 from tipl_ray.predict.predictor import Predictor, Starts, Trial, Weights
+
+if TYPE_CHECKING:
+    from tipl_ray.paper.representation import TokenRepresentation
 
 WINDOWS_AT_ONCE = 256
 """Windows that are forecast together."""

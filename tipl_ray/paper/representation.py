@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from tipl_ray.paper.tokens import Tokens
     from tipl_ray.predict.predictor import Predictor
 
-BASIS_FILE = "basis.safetensors"
-"""Beside a model: the basis that all its trials share, where they do; see `temporal_svd.FittedBasis.to_bytes`."""
 FOR_WINDOWS = "it is for basis.kind=window"
 
 
@@ -156,7 +154,7 @@ class SharedTokens(TrialTokens):
         return shared.on(weights_TP)
 
     def _load_shared(self, folder: str) -> FittedBasis:
-        from tipl_ray.paper.temporal_svd import FittedBasis
+        from tipl_ray.paper.temporal_svd import BASIS_FILE, FittedBasis
         from tipl_ray.predict.models import read_model_file, understood
 
         content = read_model_file(folder, BASIS_FILE)

@@ -35,6 +35,9 @@ KRYLOV_BLOCKS = 5
 ACCURACY = 1e-7
 """Relative error of singular values that a subspace found in this way must promise, or a Gram matrix is made."""
 
+BASIS_FILE = "basis.safetensors"
+"""Beside a model: the basis that all its trials share, where they do; see `FittedBasis.to_bytes`."""
+
 Array = NDArray[np.floating]
 
 

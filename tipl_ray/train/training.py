@@ -428,13 +428,13 @@ def read_trials(
 
     `read` is called as `Representation.read` is.
     """
-    asked, task = (Question.of(experiment), *([shared] if shared else [])), ray.remote(num_cpus=1)(read)
+    asked, task = (Question.of(experiment), *([shared] if shared else [])), ray.remote(num_cpus=1)(_call)
     sets = data_sets(experiment)
     parts = [one.parts for one in sets]
     halves = [
         [[(one.storage, seed) for seed in part[half]] for one, part in zip(sets, parts, strict=True)] for half in (0, 1)
     ]
-    sent = [[[task.remote(*trial, *asked) for trial in trials] for trials in half] for half in halves]
+    sent = [[[task.remote(read, *trial, *asked) for trial in trials] for trials in half] for half in halves]
     waiting = [reference for half in sent for trials in half for reference in trials]
     total = len(waiting)
     try:
@@ -446,6 +446,10 @@ def read_trials(
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     return train, validation
+
+
+def _call(read: Callable[..., Any], *arguments: Any) -> Any:
+    return read(*arguments)  # which may be a method, and no Ray task is
 
 
 def _fit_shared(experiment: config.Experiment) -> Any:
