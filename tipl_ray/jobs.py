@@ -187,7 +187,8 @@ def _start(address: str) -> None:
         return
     # A local cluster is this process' own. A token, which Ray would write into the home, belongs to real ones.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    paths = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    # What an experiment names as `module:Name` may lie where the job was started.
+    paths = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH"), str(Path.cwd())]))
     # What matters of the workers' output comes as exceptions; the rest is Ray Train missing the dashboard.
     # By default Ray would join whatever cluster last ran on this machine, or wait for one that died.
     ray.init(

@@ -58,7 +58,7 @@ class SvdFloor(Predictor):
     def __init__(self, question: Question, trial_basis: TrialBasis):
         super().__init__(question)
         self.trial_basis = trial_basis
-        self.basis = trial_basis.representation.basis.kind
+        self.basis = trial_basis.representation.name
 
     def forecast(self, trial: Trial, starts_B: Starts) -> Weights:
         """Decoded tokens of the snapshots to come. Raises ValueError for a start without its future."""
@@ -90,7 +90,7 @@ class Tipl(Predictor):
         super().__init__(question)
         self.model, self.trial_basis, self.normaliser = model.to(device).eval(), trial_basis, normaliser
         self.device = device
-        self.basis, self.causal = trial_basis.representation.basis.kind, trial_basis.representation.causal
+        self.basis, self.causal = trial_basis.representation.name, trial_basis.representation.causal
 
     def forecast(self, trial: Trial, starts_B: Starts) -> Weights:
         """See `Predictor.forecast`. Raises ValueError also for tokens of another size than the model's."""

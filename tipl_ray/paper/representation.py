@@ -98,7 +98,7 @@ class TrialTokens(TokenRepresentation):
     causal = False
 
     def __str__(self) -> str:
-        return f"{self.basis.kind} of rank {self.basis.rank}"
+        return f"{self.name} of rank {self.basis.rank}"
 
     def check(self, experiment: config.Experiment) -> None:
         """See `Representation.check`."""

@@ -52,9 +52,14 @@ class Representation(abc.ABC):
     def __init__(self, basis: config.Basis) -> None:
         self.basis = basis
 
+    @property
+    def name(self) -> str:
+        """Its name in the result table."""
+        return self.basis.kind.rpartition(":")[2]
+
     def __str__(self) -> str:
         """In a few words."""
-        return self.basis.kind
+        return self.name
 
     def check(self, experiment: config.Experiment) -> None:  # noqa: B027  # most fit every experiment
         """Refuse an experiment that it does not fit. Raises ValueError naming the field, the value and the limit."""
