@@ -242,7 +242,8 @@ def _train_and_log(
     experiment: Experiment, run: Run, data: str, show: Callable[[str], None], at_first_line: Callable[[], None]
 ) -> None:
     from tipl_ray.evaluate import figures
-    from tipl_ray.train.training import load_history, train
+    from tipl_ray.train.ray_train import train
+    from tipl_ray.train.training import load_history
 
     run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("basis", "split", "model", "train")})
     for one in data_sets(experiment):
@@ -361,7 +362,7 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
         first = next((name for name in names if not STAGES[name].check(context)), None)
         tracker = context.tracker  # one that cannot be used is refused before hours of work
         if first == "collect" and "train" in names:
-            from tipl_ray.train.training import require_workers
+            from tipl_ray.train.ray_train import require_workers
 
             context.connect()
             require_workers(experiment)  # now, and not when all is collected

@@ -46,15 +46,9 @@ from tipl_ray.sweep.space import Candidate, Range, Space, corners, describe, mak
 from tipl_ray.terminal import ProgressView, console, duration, format_rows, say
 from tipl_ray.tracking import KEY_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder, run_digest
-from tipl_ray.train.training import (
-    Training,
-    TrainingError,
-    load_trials,
-    make_trainer,
-    publish_model,
-    read_trials,
-    worker_training,
-)
+from tipl_ray.train.ray_train import make_trainer, publish_model, worker_training
+from tipl_ray.train.reading import load_trials, read_trials
+from tipl_ray.train.training import Training, TrainingError
 
 CURVES = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
 """What MLflow is told of every iteration, beside the skills."""
