@@ -20,23 +20,18 @@ from machine import own_processes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from cluster import measure_driver
-from tipl_ray.collect import collection
-from tipl_ray.collect.collection import (
-    LOOK_SECONDS,
-    MESSAGES_PER_SECOND,
-    CollectionError,
-    GroupCollector,
-    collect,
-    pending_seeds,
-    seat_resources,
-)
+from tipl_ray.collect import group as group_module
+from tipl_ray.collect.collection import CollectionError, collect, pending_seeds
+from tipl_ray.collect.crew import LOOK_SECONDS, MESSAGES_PER_SECOND, seat_resources
+from tipl_ray.collect.group import GroupCollector
 from tipl_ray.collect.placement import GroupProgress
 from tipl_ray.config import Experiment, Ppo, load_experiment
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.places import CHECKOUT
+from tipl_ray.ppo.algorithms import State
 from tipl_ray.ppo.learner import choose_engine
-from tipl_ray.ppo.trials import State
+from tipl_ray.ppo.trials import TrialGroup
 from tipl_ray.train.data_sets import DataSet
 
 
@@ -61,7 +56,7 @@ ENGINE = choose_engine("auto", Ppo())
 
 
 def test_examples_in_docstrings_hold() -> None:
-    assert doctest.testmod(collection).failed == 0
+    assert doctest.testmod(group_module).failed == 0
 
 
 @pytest.mark.parametrize("groups", [[[1, 2, 3, 4]], [[4], [2, 1, 3]]])
@@ -125,13 +120,14 @@ def doomed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("doomed")
     collector = GroupCollector(smoke(folder), ENGINE, [1, 2, 3, 4])
     group = collector._group
-    assert group is not None
+    assert isinstance(group, TrialGroup)
+    num_weights = group.shape.num_policy_weights
     healthy = group.state
 
     def state(seed: int) -> State:
         found = healthy(seed)
         if seed == 2:
-            found["parameters_KN"][group.shape.num_policy_weights - 1] = 100.0
+            found["parameters_KN"][num_weights - 1] = 100.0
         return found
 
     monkeypatch = pytest.MonkeyPatch()
@@ -201,7 +197,7 @@ def test_what_was_finite_since_the_last_commit_is_kept_whenever_the_killing_come
         for iteration in range(4):
             if iteration == 2:
                 group = collector._group
-                assert group is not None
+                assert isinstance(group, TrialGroup)
                 group.parameters_KN[0, group.shape.num_policy_weights - 1] = 100.0
             collector._run_iteration()
     (record,) = folders[1].glob("commits/*/diverged.json")

@@ -248,7 +248,6 @@ def test_no_number_of_any_section_is_nan_or_infinite_or_beyond_what_is_stored(pa
         (["--preset", "paper"], "collect", "note: --preset has no effect: collect does not read it"),
         (["--basis.rank", "3"], "train", "note: --basis.rank has no effect: basis.kind=window fits no Temporal SVD"),
         (["--evaluate.episodes=3"], "train", "note: --evaluate.episodes has no effect: train does not read it"),
-        (["--jump.gate"], "collect", "note: --jump.gate has no effect: without jump.predictor"),
         (["--sweep.num-samples", "3"], "sweep", "note: --sweep.num-samples has no effect: a grid has every"),
         (["--train.use-gpu"], "sweep", "note: --train.use-gpu has no effect: sweep.gpus_per_trial gives"),
         (["--collect.task", "Hopper-v4"], "accelerate", "note: --collect.task has no effect: accelerate.tasks names"),

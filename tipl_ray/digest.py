@@ -14,6 +14,21 @@ def as_table(config: Any) -> dict[str, Any]:
     return published(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
+def identity(config: Any) -> dict[str, Any]:
+    """`as_table` for what is named after a configuration: fields whose metadata says `later` count only where they
+    differ from their default, so that what was named before they came keeps its name."""
+    table = as_table(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if field.metadata.get("later") and value == default:
+            del table[field.name]
+        elif dataclasses.is_dataclass(value):
+            table[field.name] = identity(value)
+    return table
+
+
 SHOWN_OPTIONS = (
     "endpoint_override",
     "scheme",
@@ -84,7 +99,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def digest(*parts: Any) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the parts' canonical JSON."""
-    plain = [as_table(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    """First 16 hexadecimal digits of the SHA-256 of the parts' canonical JSON; of a dataclass, its `identity`."""
+    plain = [identity(part) if dataclasses.is_dataclass(part) else part for part in parts]
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -133,9 +133,7 @@ def find_predictor(folder: str) -> str:
     if able:
         raise ValueError(f"{folder} holds {len(able)} models; name the folder of one: {'; '.join(_differences(able))}")
     found = f"; of its {len(models)} models none is of that basis (train with --preset causal)" if models else ""
-    raise ValueError(
-        f"jump.predictor={folder!r} holds neither a saved predictor nor a model of the basis `window`{found}"
-    )
+    raise ValueError(f"{folder} holds neither a saved predictor nor a model of the basis `window`{found}")
 
 
 def _models_below(folder: str) -> list[str]:
