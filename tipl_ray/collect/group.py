@@ -49,7 +49,6 @@ class GroupCollector:
 
     def __init__(self, experiment: Experiment, engine: str, seeds: Sequence[int] = (), extension: Extension = NOTHING):
         self._experiment, self._engine, self._extension = experiment, engine, extension
-        self._algorithm: type[Algorithm] = ALGORITHMS.load(experiment.collect.algorithm)
         self._meters = _Meters(experiment.name)
         self.start(seeds)
 
@@ -69,7 +68,8 @@ class GroupCollector:
         states = [self._writers[seed].state for seed in going_on]
         self._group: Algorithm | None = None
         if going_on:
-            self._group = self._algorithm(self._experiment, self._engine, going_on, states, self._extension)
+            algorithm: type[Algorithm] = ALGORITHMS.load(self._experiment.collect.algorithm)
+            self._group = algorithm(self._experiment, self._engine, going_on, states, self._extension)
             for snapshot in self._group.initial_snapshots():
                 self._writers[snapshot.seed].append(snapshot)
             self._iterations |= {seed: int(k) for seed, k in zip(going_on, self._group.iterations_K, strict=True)}
