@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from command import make_parser, results_folder  # noqa: E402
 
-from tipl_ray.collect.collection import SLICE_SECONDS, GroupCollector  # noqa: E402
+from tipl_ray.collect.crew import SLICE_SECONDS  # noqa: E402
+from tipl_ray.collect.group import GroupCollector  # noqa: E402
 from tipl_ray.config import Collect, Experiment  # noqa: E402
 from tipl_ray.ppo.learner import choose_engine  # noqa: E402
 from tipl_ray.terminal import console, format_rows  # noqa: E402

@@ -23,7 +23,7 @@ from tipl_ray.accelerate.acceleration import (
     source_experiment,
 )
 from tipl_ray.accelerate.contenders import Contender, Fitted, Unit, filled
-from tipl_ray.collect.collection import GroupCollector
+from tipl_ray.collect.group import GroupCollector
 from tipl_ray.config import Accelerate, Collect, Experiment, Ppo, Split
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
@@ -131,7 +131,7 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
             unit["experiment"]["ppo"]["learning_rate"]: np.nanmean(filled(np.array(unit["returns"], float)))
             for unit in searched
             if unit["experiment"]["ppo"]["num_epochs"] == row["epochs"]
-            and (unit["experiment"]["jump"]["predictor"] or "").endswith("ridge") == (row["predictor"] == "ridge")
+            and (unit["experiment"]["jump"]["predictor"] is None) == (row["predictor"] == "none")
             and unit["experiment"]["jump"]["gate"] == ("gate" in row["contender"])
         }
         assert row["learning_rate"] == max(chosen, key=lambda rate: chosen[rate])
@@ -168,18 +168,20 @@ def test_a_unit_that_was_killed_goes_on_to_the_same_curves(experiment: Experimen
     source = source_experiment(experiment)
     contenders.fit_and_save(source, 3, ["ridge"], f"{tmp_path}/predictors/1")
     folder = f"{tmp_path}/predictors/1/ridge"
-    predictors = {"ridge": Fitted(folder=folder, digest=predictor_digest(folder))}
+    predictors = {"ridge": Fitted(predictor=load_predictor(folder), digest=predictor_digest(folder))}
     unit = Unit(task="InvertedPendulum-v4", env_steps=768, contender=named[0], learning_rate=1e-3, search=True)
     tables = []
     for name, killed_after in (("killed", 3), ("whole", 0)):
-        made = unit.experiment(dataclasses.replace(experiment, storage=str(tmp_path / name)), source, predictors)
+        jumps = unit.jumps(source, predictors)
+        assert jumps is not None
+        made = unit.experiment(dataclasses.replace(experiment, storage=str(tmp_path / name)), jumps)
         made = dataclasses.replace(made, collect=dataclasses.replace(made.collect, iterations_per_commit=2))
         if killed_after:
-            killed = GroupCollector(made, "torch")
+            killed = GroupCollector(made, "torch", extension=jumps)
             killed.start(made.collect.seeds)
             for _ in range(killed_after):
                 killed._run_iteration()
-        run_unit(made, "torch")
+        run_unit(made, "torch", jumps)
         tables.append(json.loads((Path(made.storage_path) / "unit.json").read_text()))
     assert tables[0]["returns"] == tables[1]["returns"]
     assert tables[0]["jump_counts"] == tables[1]["jump_counts"] == [12, 0, 0]
@@ -238,9 +240,9 @@ def test_rules_that_learn_nothing_need_no_trials(experiment: Experiment, tmp_pat
     assert set(found) == {one.predictor for one in named if one.predictor}
     for one in named:
         if one.predictor:
-            question = load_predictor(found[one.predictor].folder).question
+            question = found[one.predictor].predictor.question
             assert question.context == source.model.context
-            assert len(question.steps) >= one.jump(source, None).horizon
+            assert len(question.steps) >= one.jump_settings(source).horizon
     assert not (tmp_path / "nothing").exists()
     with pytest.raises(
         StoreError, match=r"contender '4\+ridge' learns from the 3 trials of source, the experiment of acc"

@@ -15,8 +15,8 @@ import pytest
 from tipl_ray import config
 from tipl_ray.accelerate import contenders
 from tipl_ray.command_line import parse_arguments
-from tipl_ray.config import JOBS, Basis, Experiment, Model, Train, from_table, load_experiment
-from tipl_ray.digest import as_table, digest
+from tipl_ray.config import JOBS, Basis, Collect, Experiment, Model, Train, from_table, load_experiment
+from tipl_ray.digest import as_table, digest, identity
 from tipl_ray.places import CHECKOUT
 from tipl_ray.predict.predictor import Predictor
 from tipl_ray.registry import PREDICTORS
@@ -40,6 +40,21 @@ def test_every_experiment_that_is_shipped_passes_its_checks(path: Path) -> None:
     assert experiment.name == path.stem
     assert path.read_text().startswith("#")
     assert from_table(as_table(experiment)) == experiment
+
+
+def test_a_table_of_an_experiment_that_could_jump_is_still_read() -> None:
+    experiment = Experiment(name="before")
+    before = {"predictor": None, "horizon": 3, "damping": 1.0, "networks": "policy", "moments": "kept", "gate": False}
+    assert from_table(as_table(experiment) | {"jump": before | {"limit": 3.0}}) == experiment
+
+
+def test_a_field_that_came_later_counts_where_it_is_not_at_its_default() -> None:
+    default, own = Experiment(name="any"), Experiment(name="any", collect=Collect(algorithm="mine:Mine"))
+    assert as_table(default)["collect"]["algorithm"] == "ppo"
+    assert "algorithm" not in identity(default)["collect"]
+    assert identity(own)["collect"]["algorithm"] == "mine:Mine"
+    before = {name: value for name, value in as_table(default.collect).items() if name != "algorithm"}
+    assert digest(default.collect) == digest(before) != digest(own.collect)
 
 
 def test_the_papers_experiment_has_the_papers_numbers() -> None:
@@ -249,7 +264,6 @@ def test_no_number_of_any_section_is_nan_or_infinite_or_beyond_what_is_stored(pa
         (["--preset", "paper"], "collect", "note: --preset has no effect: collect does not read it"),
         (["--basis.rank", "3"], "train", "note: --basis.rank has no effect: basis.kind=window fits no Temporal SVD"),
         (["--evaluate.episodes=3"], "train", "note: --evaluate.episodes has no effect: train does not read it"),
-        (["--jump.gate"], "collect", "note: --jump.gate has no effect: without jump.predictor"),
         (["--sweep.num-samples", "3"], "sweep", "note: --sweep.num-samples has no effect: a grid has every"),
         (["--train.use-gpu"], "sweep", "note: --train.use-gpu has no effect: sweep.gpus_per_trial gives"),
         (["--collect.task", "Hopper-v4"], "accelerate", "note: --collect.task has no effect: accelerate.tasks names"),

@@ -15,12 +15,14 @@ from tipl_ray.accelerate.contenders import (
     best_learning_rate,
     comparable,
     filled,
+    jump_question,
     over_tasks,
     score,
     sentences,
 )
 from tipl_ray.config import Collect, Experiment, Ppo
 from tipl_ray.evaluate.metrics import interquartile_mean, stratified_resamples
+from tipl_ray.predict.baselines import Ridge
 
 SOURCE = Experiment(name="source")
 CHANCES: dict[str, Any] = {"resamples": 500, "confidence": 0.95}
@@ -47,8 +49,8 @@ def rising(height: float, spread: float = 0.0) -> np.ndarray:
 def test_a_contenders_name_says_its_epochs_its_predictor_and_its_jumps() -> None:
     assert Contender.parse("10") == Contender(name="10", num_epochs=10)
     options = Contender.parse("4+tipl:gate,both,reset,x0.5")
-    jump = options.jump(SOURCE, "there")
-    assert (jump.predictor, jump.horizon, jump.damping) == ("there", 3, 0.5)
+    jump = options.jump_settings(SOURCE)
+    assert (options.predictor, jump.horizon, jump.damping) == ("tipl", 3, 0.5)
     assert (jump.gate, jump.networks, jump.moments) == (True, "both", "reset")
 
 
@@ -61,7 +63,7 @@ def test_a_name_that_means_nothing_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", ["10+ridge", "3+ridge", "12+ridge"])
 def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="to a predictor of snapshots that are 2 epochs apart"):
-        Contender.parse(name).jump(SOURCE, "there")
+        Contender.parse(name).jump_settings(SOURCE)
 
 
 def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> None:
@@ -70,29 +72,37 @@ def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> Non
         Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse(name), learning_rate=1e-3, search=search)
         for name, search in (("4", True), ("4+ridge", False))
     )
-    first, second = (
-        unit.experiment(experiment, SOURCE, {"ridge": Fitted(folder="/s/predictors/1/ridge", digest="a")})
-        for unit in (plain, jumping)
-    )
+    ridge = Ridge(jump_question(SOURCE, 3))
+    jumps = jumping.jumps(SOURCE, {"ridge": Fitted(predictor=ridge, digest="a")})
+    assert jumps is not None
+    assert plain.jumps(SOURCE, {}) is None
+    first, second = plain.experiment(experiment, None), jumping.experiment(experiment, jumps)
     assert first.collect.seeds == (10_001, 10_002, 10_003, 10_004, 10_005)
     assert second.collect.seeds == tuple(range(101, 111))
     assert (first.ppo.num_epochs, first.ppo.learning_rate, first.collect.task) == (4, 1e-3, "Hopper-v4")
-    assert (first.snapshots_per_iteration, second.snapshots_per_iteration) == (2, 5)
+    assert second.snapshots_per_iteration == 2
+    assert jumps.snapshots_per_iteration(second) == 5
     assert first.storage_path != second.storage_path
     moved = dataclasses.replace(experiment, storage="/t")
-    for folder, digest, same in (
-        ("/t/any/name", "a", True),
-        ("s3://b/c?region=d", "a", True),
-        ("/s/1/ridge", "b", False),
-    ):
-        elsewhere = jumping.experiment(moved, SOURCE, {"ridge": Fitted(folder=folder, digest=digest)})
+    for digest, same in (("a", True), ("b", False)):
+        elsewhere = jumping.experiment(moved, dataclasses.replace(jumps, digest=digest))
         assert (elsewhere.storage_path.removeprefix("/t") == second.storage_path.removeprefix("/s")) == same
+
+
+def test_units_are_named_as_they_always_were() -> None:
+    experiment = Experiment(name="e", storage="/s", collect=Collect(first_seed=101, num_trials=10))
+    names = []
+    for name in ("4", "4+ridge:gate"):
+        unit = Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse(name), learning_rate=1e-3, search=True)
+        fitted = Fitted(predictor=Ridge(jump_question(SOURCE, 3)), digest="a")
+        names.append(unit.experiment(experiment, unit.jumps(SOURCE, {"ridge": fitted})).storage_path)
+    assert names == ["/s/units/029cd8e64253ee5f", "/s/units/0a732ad7ddb3333a"]
 
 
 def test_epochs_that_snapshots_do_not_divide_are_refused() -> None:
     unit = Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse("5"), learning_rate=1e-3, search=False)
     with pytest.raises(ValueError, match=r"does not divide the epochs of accelerate\.contenders '5'"):
-        unit.experiment(Experiment(name="e"), SOURCE, {})
+        unit.experiment(Experiment(name="e"), None)
 
 
 def test_the_interquartile_mean_leaves_out_a_quarter_rounded_down_at_each_end() -> None:

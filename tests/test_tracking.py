@@ -330,7 +330,6 @@ def test_a_storage_that_carries_credentials_is_refused_without_quoting_them(uri)
     smoke = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
     for changed in (
         dataclasses.replace(smoke, storage=uri),
-        dataclasses.replace(smoke, jump=config.Jump(predictor=uri)),
         dataclasses.replace(smoke, accelerate=config.Accelerate(predictors_storage=uri)),
         dataclasses.replace(smoke, train=config.Train(data=("/data", uri)), basis=config.Basis(kind="window")),
     ):

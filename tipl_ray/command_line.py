@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from tipl_ray.config import JOBS, Experiment, Jump, find_experiment, load_experiment, named_experiments
+from tipl_ray.config import JOBS, Experiment, find_experiment, load_experiment, named_experiments
 from tipl_ray.digest import as_table, flat
 from tipl_ray.errors import UserError, nearest
 from tipl_ray.places import absolute_storage, check_places, forget_empty_variables, in_checkout, with_variables
@@ -68,13 +68,11 @@ def _with_places(experiment: Experiment) -> Experiment:
         storage = dataclasses.replace(experiment, storage=storage).storage_path
     data = tuple(str(with_variables("train.data", one)) for one in experiment.train.data)
     predictors = with_variables("accelerate.predictors_storage", settings.predictors_storage)
-    jump = with_variables("jump.predictor", experiment.jump.predictor)
     return dataclasses.replace(
         experiment,
         storage=storage,
         train=dataclasses.replace(experiment.train, data=data),
         accelerate=dataclasses.replace(settings, predictors_storage=predictors),
-        jump=dataclasses.replace(experiment.jump, predictor=jump),
     )
 
 
@@ -95,8 +93,6 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
     if "train" in jobs or "evaluate" in jobs:
         for storage in experiment.train.data:
             _check_folder("train.data", storage)
-    if "collect" in jobs and experiment.jump.predictor is not None:
-        _check_folder("jump.predictor", experiment.jump.predictor)
     if "accelerate" in jobs and experiment.accelerate.predictors:
         settings = experiment.accelerate
         path = find_experiment(settings.predictors_from, "accelerate.predictors_from")
@@ -130,9 +126,6 @@ def _without_effect(experiment: Experiment, jobs: Sequence[str], said: Collectio
         reasons.update({f"{section}.{field}": why for field in fields})
 
     reasons.update(REPRESENTATIONS.load(experiment.basis.kind)(experiment.basis).without_effect())
-    if experiment.jump.predictor is None:
-        fields = [field.name for field in dataclasses.fields(Jump) if field.name != "predictor"]
-        none_of("jump", fields, "without jump.predictor there are no jumps")
     if not experiment.evaluate.run_policies_of:
         fields = ["windows_per_trial", "episodes", "sampled_actions"]
         none_of("evaluate", fields, "evaluate.run_policies_of is empty, so that no policy is run")

@@ -30,14 +30,14 @@ LARGEST = 2**31 - 1
 MAX_NAME_BYTES = 100
 
 JOBS: dict[str, tuple[str, ...]] = {
-    "collect": ("collect", "ppo", "jump"),
+    "collect": ("collect", "ppo"),
     "train": (
-        *("preset", "collect", "ppo", "jump", "split", "basis", "model", "train"),
+        *("preset", "collect", "ppo", "split", "basis", "model", "train"),
         *("evaluate.horizon", "evaluate.extra_horizons"),
     ),
-    "evaluate": ("preset", "collect", "ppo", "jump", "split", "basis", "model", "train", "evaluate"),
+    "evaluate": ("preset", "collect", "ppo", "split", "basis", "model", "train", "evaluate"),
     "sweep": (
-        *("preset", "collect", "ppo", "jump", "split", "basis", "model", "train", "sweep"),
+        *("preset", "collect", "ppo", "split", "basis", "model", "train", "sweep"),
         *("evaluate.horizon", "evaluate.extra_horizons"),
     ),
     "accelerate": ("collect", "ppo", "accelerate", "evaluate.confidence"),
@@ -116,6 +116,9 @@ class Collect:
     """PPO iterations between two commits of a trial: what a kill can cost at most."""
     trials_per_actor: int = 0
     """Trials that one Ray actor runs in lock step; 0 spreads them over the cluster's CPUs."""
+    algorithm: str = dataclasses.field(default="ppo", metadata={"later": True})
+    """What trains the policies: `ppo`, an entry point of the group `tipl_ray.algorithms`, or a class of one's own as
+    module:Name."""
     engine: Literal["auto", "compiled", "torch", "cuda"] = "auto"
     """What runs the networks: `compiled` (C++, needs g++), `torch`, `cuda` (torch on one GPU per actor), or `auto`:
     compiled where g++ is found, else torch."""
@@ -144,31 +147,6 @@ class Collect:
             widths = getattr(self, field)
             if len(widths) != 2 or min(widths) < 1 or max(widths) > 16_384:
                 raise ValueError(f"collect.{field}={widths} is not two widths from 1 to 16384")
-
-
-@pydantic.with_config(extra="forbid")
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Jump:
-    """Update epochs replaced by inference: ppo.num_epochs are run, and a predictor jumps to where more would lead."""
-
-    predictor: str | None = None
-    """Folder or URI of a saved predictor or a trained model on the basis `window`; none: no jumps."""
-    horizon: int = 3
-    """Snapshots that end an iteration and are predicted; ppo.num_epochs are those before them."""
-    damping: float = 1.0
-    """Share of the forecast that is taken; above 1 goes further."""
-    networks: Literal["policy", "both"] = "policy"
-    """What jumps: the policy alone, or the critic too, by a forecast of its own."""
-    moments: Literal["kept", "reset"] = "kept"
-    """Adam's moments and step count after a jump."""
-    gate: bool = False
-    """Keep a jump only if the surrogate objective on the stored rollout does not fall."""
-    limit: float = 3.0
-    """Refuse a jump that goes further per snapshot than this many times the context's longest displacement."""
-
-    def check(self) -> None:
-        _between("jump", self, 1, 10_000, "horizon")
-        _positive("jump", self, "damping", "limit")
 
 
 @pydantic.with_config(extra="forbid")
@@ -486,7 +464,6 @@ class Experiment:
     our own on the basis `window`. The file's sections [causal.train], [paper.train] and so on hold for one of them."""
     collect: Collect = dataclasses.field(default_factory=Collect)
     ppo: Ppo = dataclasses.field(default_factory=Ppo)
-    jump: Jump = dataclasses.field(default_factory=Jump)
     split: Split = dataclasses.field(default_factory=Split)
     basis: Basis = dataclasses.field(default_factory=Basis)
     model: Model = dataclasses.field(default_factory=Model)
@@ -512,14 +489,9 @@ class Experiment:
         return self.num_iterations * self.ppo.num_steps
 
     @property
-    def snapshots_run(self) -> int:
-        """Snapshots per iteration that update epochs lead to."""
-        return self.ppo.num_epochs // self.collect.epochs_per_snapshot
-
-    @property
     def snapshots_per_iteration(self) -> int:
-        """Snapshots per iteration, those that a jump predicts included."""
-        return self.snapshots_run + (self.jump.horizon if self.jump.predictor else 0)
+        """Snapshots per iteration, each of which update epochs lead to."""
+        return self.ppo.num_epochs // self.collect.epochs_per_snapshot
 
     @property
     def num_snapshots(self) -> int:
@@ -570,8 +542,7 @@ class Experiment:
         """Refuse values that no job can use. Raises ValueError naming the field, the value and the limit."""
         _check_values("", self)
         _check_name("name", self.name, self.name)
-        places = [("storage", self.storage), ("jump.predictor", self.jump.predictor)]
-        places += [("accelerate.predictors_storage", self.accelerate.predictors_storage)]
+        places = [("storage", self.storage), ("accelerate.predictors_storage", self.accelerate.predictors_storage)]
         for named, place in places + [("train.data", storage) for storage in self.train.data]:
             if place and redacted(place) != place:
                 raise ValueError(
@@ -752,7 +723,8 @@ def _section(path: Path, value: Any, name: str) -> dict[str, Any]:
 
 def from_table(table: dict[str, Any]) -> Experiment:
     """The experiment that `as_table` wrote down."""
-    return _build(table, "table").check_fields()
+    # Tables once had a section `jump`, which is no part of an experiment any more.
+    return _build({name: value for name, value in table.items() if name != "jump"}, "table").check_fields()
 
 
 @functools.cache

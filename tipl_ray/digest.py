@@ -15,17 +15,18 @@ def as_table(config: Any) -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """What a result depends on, as plain JSON types: a field that came later counts where it is not its default.
-
-    So what was made before the field was there keeps its name.
-    """
-    later = {field.name for field in dataclasses.fields(config) if field.metadata.get("later")}
-    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in later}
-    return {
-        name: value
-        for name, value in as_table(config).items()
-        if name not in later or getattr(config, name) != defaults[name]
-    }
+    """`as_table` for what is named after a configuration: fields whose metadata says `later` count only where they
+    differ from their default, so that what was named before they came keeps its name."""
+    table = as_table(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if field.metadata.get("later") and value == default:
+            del table[field.name]
+        elif dataclasses.is_dataclass(value):
+            table[field.name] = identity(value)
+    return table
 
 
 SHOWN_OPTIONS = (
@@ -98,7 +99,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def digest(*parts: Any) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the parts' canonical JSON."""
-    plain = [as_table(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    """First 16 hexadecimal digits of the SHA-256 of the parts' canonical JSON; of a dataclass, its `identity`."""
+    plain = [identity(part) if dataclasses.is_dataclass(part) else part for part in parts]
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

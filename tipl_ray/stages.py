@@ -91,7 +91,8 @@ class Context:
 
 def check_collect(context: Context) -> bool:
     """Whether the data set is found whole. Raises StoreError or ValueError for what cannot be collected."""
-    from tipl_ray.collect.collection import pending_seeds, trial_header
+    from tipl_ray.collect.collection import pending_seeds
+    from tipl_ray.collect.group import trial_header
     from tipl_ray.ppo.learner import choose_engine
 
     experiment = context.experiment
@@ -134,7 +135,8 @@ def check_evaluate(context: Context) -> bool:
 
 def run_collect(context: Context) -> None:
     """Collect every trial, with the progress of each actor, and log the trials' learning curves."""
-    from tipl_ray.collect.collection import collect, pending_seeds, trial_header
+    from tipl_ray.collect.collection import collect, pending_seeds
+    from tipl_ray.collect.group import trial_header
     from tipl_ray.ppo.learner import choose_engine, why_not_compiled
     from tipl_ray.ppo.tasks import find_task
 
@@ -399,7 +401,7 @@ def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[
     others = sorted(set(there) - set(asked.seeds))
     if not others:
         return StoreError(f"{start}; run jobs/collect.py with the same experiment first")
-    from tipl_ray.collect.collection import name_trials
+    from tipl_ray.collect.group import name_trials
 
     in_a_row = there[-1] - there[0] + 1 == len(there)
     ask = f"ask for these with --collect.first-seed {there[0]} --collect.num-trials {len(there)}, or "
@@ -411,21 +413,16 @@ def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[
 
 def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
     """Raises StoreError where the trials were collected with other settings than the experiment's, and says which."""
-    made = dict(header.config)
+    made = {"algorithm": "ppo", **header.config}
     if "policy_hidden" not in made:
         return  # not from jobs/collect.py: nothing is recorded that could differ
     here = as_table(experiment)
-    ppo, jump = made.pop("ppo", {}), made.pop("jump", None)
+    ppo, jump = made.pop("ppo", {}), dict(made.pop("jump", {}))
+    jump.pop("predictor", None)  # a digest, which means nothing to a reader
     for field in ("engine", "iterations_per_commit"):  # of no account to who reads the trials
         made.pop(field, None)
-    there = {"collect": {"task": header.task, **made}, "ppo": ppo, "jump": jump or {}}
-    asked: dict[str, dict] = {
-        "collect": {field: here["collect"][field] for field in there["collect"]},
-        "ppo": here["ppo"],
-    }
-    asked["jump"] = here["jump"] if experiment.jump.predictor else {}
-    for table in (there, asked):
-        table["jump"].pop("predictor", None)  # told by its digest there, by its folder here
+    there = {"collect": {"task": header.task, **made}, "ppo": ppo, "jump": jump}
+    asked = {"collect": {field: here["collect"].get(field) for field in there["collect"]}, "ppo": here["ppo"]}
     before, now = dict(flat(there)), dict(flat(asked))
     fields = [name for name in now | before if before.get(name) != now.get(name)]
     if fields:
@@ -493,7 +490,7 @@ def log_data(experiment: Experiment, run: Run) -> None:
 
 
 def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: float) -> None:
-    from tipl_ray.collect.collection import name_trials
+    from tipl_ray.collect.group import name_trials
 
     shown = sorted(groups, key=lambda group: group.finished)[:ROWS]
     rows = [

@@ -26,8 +26,21 @@ import pyarrow.csv
 import ray
 
 from tipl_ray.accelerate import contenders
-from tipl_ray.accelerate.contenders import TIPL, Contender, Finished, Fitted, Unit, comparable, filled, jump_question
-from tipl_ray.collect.collection import GroupCollector, pending_seeds, require_seat, seat_resources
+from tipl_ray.accelerate.contenders import (
+    TIPL,
+    Contender,
+    Finished,
+    Fitted,
+    Unit,
+    comparable,
+    filled,
+    jump_question,
+    unit_table,
+)
+from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps
+from tipl_ray.collect.collection import pending_seeds
+from tipl_ray.collect.crew import require_seat, seat_resources
+from tipl_ray.collect.group import GroupCollector
 from tipl_ray.config import Experiment, load_experiment
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import (
@@ -41,13 +54,14 @@ from tipl_ray.data.storage import (
     write_file,
 )
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.digest import as_table, digest
+from tipl_ray.digest import as_table, digest, identity
 from tipl_ray.errors import UserError
 from tipl_ray.evaluate import figures
 from tipl_ray.evaluate.metrics import interquartile_mean
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
+from tipl_ray.ppo.algorithms import NOTHING
 from tipl_ray.ppo.learner import ENGINES, choose_engine
-from tipl_ray.predict.saved import predictor_digest
+from tipl_ray.predict.saved import load_predictor, predictor_digest
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder
@@ -79,14 +93,18 @@ class Plan:
     def digest(self) -> str:
         """What the results depend on, and nothing that says where anything lies."""
         settings, collect, engine = self.experiment.accelerate, self.experiment.collect, ENGINES[self.engine]
-        told = {name: value for name, value in as_table(settings).items() if name not in NOT_IN_NAME}
-        run = as_table(dataclasses.replace(collect, trials_per_actor=0, physics_threads=1)) | {"engine": engine}
+        told = {name: value for name, value in identity(settings).items() if name not in NOT_IN_NAME}
+        run = identity(dataclasses.replace(collect, trials_per_actor=0, physics_threads=1)) | {"engine": engine}
         answers = {name: one.digest for name, one in self.predictors.items()}
         return digest(told, run, self.experiment.ppo, self.experiment.evaluate.confidence, answers)
 
     def of(self, unit: Unit) -> Experiment:
         """The experiment that a unit runs."""
-        return unit.experiment(self.experiment, self.source, self.predictors)
+        return unit.experiment(self.experiment, self.jumps(unit))
+
+    def jumps(self, unit: Unit) -> Jumps | None:
+        """The jumps of a unit; None where its contender has none."""
+        return unit.jumps(self.source, self.predictors)
 
 
 def run_acceleration(experiment: Experiment) -> None:
@@ -135,7 +153,7 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
     for one in named:
         if one.predictor:
             # The furthest that any contender jumps with it: nearer steps are answered too.
-            wanted[one.predictor] = max(one.jump(source, None).horizon, wanted.get(one.predictor, 0))
+            wanted[one.predictor] = max(one.jump_settings(source).horizon, wanted.get(one.predictor, 0))
     learned = {one.predictor: one.name for one in named if one.learned}
     data = _source_digest(source, next(iter(learned.values()))) if learned else None
     folders: dict[str, str] = {}
@@ -161,7 +179,10 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
                 f"{folders[TIPL]}: no trained model of {source.name} is there; run jobs/train.py --preset causal with "
                 "that experiment first"
             )
-    return {name: Fitted(folder=folder, digest=predictor_digest(folder)) for name, folder in folders.items()}
+    return {
+        name: Fitted(predictor=load_predictor(folder), digest=predictor_digest(folder))
+        for name, folder in folders.items()
+    }
 
 
 def _source_digest(source: Experiment, contender: str) -> str:
@@ -206,23 +227,25 @@ def _read_unit(folder: str) -> bytes:
     return read_published(folder, UNIT_FILE, UNIT_RECORD, "delete it, and the same command runs the unit again")
 
 
-def run_unit(experiment: Experiment, engine: str) -> None:
+def run_unit(experiment: Experiment, engine: str, jumps: Jumps | None = None) -> None:
     """Run every trial of a unit, from its last commits, and write its learning curves; nothing if they are there."""
     folder = experiment.storage_path
     if has_run(folder):
         return
     # Of this thread alone: a Ray worker has others, which wait for messages.
-    collector, begin = GroupCollector(experiment, engine), time.thread_time()
+    extension = jumps or NOTHING
+    collector, begin = GroupCollector(experiment, engine, extension=extension), time.thread_time()
     progress = before = collector.start(experiment.collect.seeds)
-    counts = collector.jump_counts
     while not progress.finished:
-        progress, counts = collector.advance(SLICE_SECONDS), collector.jump_counts
+        progress = collector.advance(SLICE_SECONDS)
     # What was run before a kill took its time elsewhere: the share run here stands for all of it.
     share_here = (progress.env_steps - before.env_steps) / progress.total_env_steps
     seconds = (time.thread_time() - begin) / share_here if share_here else None
     store, iterations = TrajectoryStore(folder), experiment.num_iterations
     diverged = store.divergences(experiment.collect.seeds)
-    first = slice(1, None, experiment.snapshots_per_iteration)  # an iteration's episodes stand at its first snapshot
+    first = slice(
+        1, None, extension.snapshots_per_iteration(experiment)
+    )  # an iteration's episodes stand at its first snapshot
     returns = []
     for seed in experiment.collect.seeds:
         whole = diverged[seed].iteration if seed in diverged else iterations
@@ -233,12 +256,16 @@ def run_unit(experiment: Experiment, engine: str) -> None:
         "diverged": sorted(diverged),
         "env_steps": (experiment.ppo.num_steps * np.arange(1, iterations + 1)).tolist(),
         "cpu_seconds": seconds,
-        "jump_counts": counts,
-        "experiment": {name: as_table(getattr(experiment, name)) for name in ("collect", "ppo", "jump")},
+        "jump_counts": _jump_counts(collector),
+        "experiment": unit_table(experiment, jumps),
     }
-    if experiment.jump.predictor:
-        table["experiment"]["jump"]["predictor"] = last_name(experiment.jump.predictor)
     publish(folder, {UNIT_FILE: json.dumps(table).encode()}, UNIT_RECORD)
+
+
+def _jump_counts(collector: GroupCollector) -> list[int]:
+    """Jumps taken, dropped by the gate, and refused, over the trials that have not diverged; empty without jumps."""
+    hooks = collector.hooks
+    return hooks.counts_K3.sum(axis=0).tolist() if isinstance(hooks, GroupJumps) else []
 
 
 def load_unit(plan: Plan, unit: Unit) -> Finished:
@@ -305,7 +332,7 @@ def _run_units(
                 if has_run(plan.of(unit).storage_path):
                     settle(unit)
                 else:
-                    running[send.remote(plan.of(unit), plan.engine)] = unit
+                    running[send.remote(plan.of(unit), plan.engine, plan.jumps(unit))] = unit
             ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
             for reference in ready:
                 _result(reference)
@@ -333,7 +360,7 @@ def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
     name = f"{unit.task} {unit.contender.name} {unit.learning_rate:g}{' search' if unit.search else ''}"
     tags = {"task": unit.task, "contender": unit.contender.name, "search": str(unit.search)}
     with tracker.run(name, f"unit-{last_name(experiment.storage_path)}", parent=parent, tags=tags) as run:
-        run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("collect", "ppo", "jump")})
+        run.log_parameters(unit_table(experiment, plan.jumps(unit)))
         run.log_metrics({"cpu_seconds": one.cpu_seconds, "diverged": one.num_diverged})
         (whole,) = comparable([one])
         if np.isfinite(whole.returns_SI).all():

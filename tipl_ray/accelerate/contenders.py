@@ -14,14 +14,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl_ray.config import Experiment, Jump, Ppo
+from tipl_ray.accelerate.group_jumps import Jumps
+from tipl_ray.accelerate.jumps import JumpSettings
+from tipl_ray.config import Experiment
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.digest import digest
+from tipl_ray.digest import as_table, digest, identity
 from tipl_ray.evaluate.metrics import interquartile_mean, stratified_resamples
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import Question
-from tipl_ray.predict.predictor import Predictor, Trials
+from tipl_ray.predict.predictor import Combination, Predictor, Trials
 from tipl_ray.predict.saved import combinations, save_predictor
 from tipl_ray.registry import PREDICTORS
 
@@ -80,18 +82,15 @@ class Contender:
             return self.predictor is not None
         return PREDICTORS.load(self.predictor).fit is not Predictor.fit
 
-    def jump(self, source: Experiment, folder: str | None) -> Jump:
-        """Its jumps, by the predictor in a folder. Raises ValueError where no whole snapshots are left to predict."""
-        if self.predictor is None:
-            return Jump()
+    def jump_settings(self, source: Experiment) -> JumpSettings:
+        """How it jumps, if it does. Raises ValueError where no whole snapshots are left to predict."""
         skipped, size = source.ppo.num_epochs - self.num_epochs, source.collect.epochs_per_snapshot
         if skipped < size or skipped % size or self.num_epochs % size:
             raise ValueError(
                 f"accelerate.contenders: {self.name!r} leaves {skipped} of {source.ppo.num_epochs} epochs to a "
                 f"predictor of snapshots that are {size} epochs apart"
             )
-        return Jump(
-            predictor=folder,
+        return JumpSettings(
             horizon=skipped // size,
             damping=self.damping,
             networks=self.networks,
@@ -104,9 +103,9 @@ class Contender:
 class Fitted:
     """A predictor at hand."""
 
-    folder: str
+    predictor: Combination
     digest: str
-    """Of what its answers depend on, wherever it lies."""
+    """Of what its answers depend on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,8 +119,16 @@ class Unit:
     search: bool
     """Whether it runs the seeds that choose the learning rate, and not those that are reported."""
 
-    def experiment(self, experiment: Experiment, source: Experiment, predictors: Mapping[str, Fitted]) -> Experiment:
-        """What it runs, in a storage of its own below the experiment's, named after nothing that says where it lies."""
+    def jumps(self, source: Experiment, predictors: Mapping[str, Fitted]) -> Jumps | None:
+        """Its jumps. Raises ValueError where no whole snapshots are left to predict."""
+        if self.contender.predictor is None:
+            return None
+        fitted = predictors[self.contender.predictor]
+        settings = self.contender.jump_settings(source)
+        return Jumps(settings=settings, predictor=fitted.predictor, digest=fitted.digest)
+
+    def experiment(self, experiment: Experiment, jumps: Jumps | None) -> Experiment:
+        """What it runs, in a storage of its own below the experiment's, named after nothing that says where it is."""
         settings, contender = experiment.accelerate, self.contender
         collect = dataclasses.replace(
             experiment.collect, task=self.task, total_env_steps=self.env_steps, trials_per_actor=0
@@ -134,19 +141,16 @@ class Unit:
                 f"collect.epochs_per_snapshot={collect.epochs_per_snapshot} does not divide the epochs of "
                 f"accelerate.contenders {contender.name!r}"
             )
-        fitted = predictors[contender.predictor] if contender.predictor else None
-        made = dataclasses.replace(
-            experiment,
-            collect=collect,
-            ppo=self._ppo(experiment.ppo),
-            jump=contender.jump(source, fitted.folder if fitted else None),
-        )
-        answers = fitted.digest if fitted else None
-        name = digest(made.collect, made.ppo, dataclasses.replace(made.jump, predictor=answers))
+        ppo = dataclasses.replace(experiment.ppo, num_epochs=contender.num_epochs, learning_rate=self.learning_rate)
+        made = dataclasses.replace(experiment, collect=collect, ppo=ppo)
+        name = digest(*unit_table(made, jumps).values())
         return dataclasses.replace(made, storage=join(experiment.storage_path, "units", name))
 
-    def _ppo(self, ppo: Ppo) -> Ppo:
-        return dataclasses.replace(ppo, num_epochs=self.contender.num_epochs, learning_rate=self.learning_rate)
+
+def unit_table(experiment: Experiment, jumps: Jumps | None) -> dict[str, dict[str, Any]]:
+    """What a unit's learning curves depend on; of its predictor the digest, and None where nothing jumps."""
+    jump = jumps.header["jump"] if jumps else as_table(JumpSettings()) | {"predictor": None}
+    return {"collect": identity(experiment.collect), "ppo": identity(experiment.ppo), "jump": jump}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -98,9 +98,7 @@ def find_predictor(folder: str) -> str:
     found = (
         f"; of its {len(models)} models none answers with displacements (train with --preset causal)" if models else ""
     )
-    raise ValueError(
-        f"jump.predictor={folder!r} holds neither a saved predictor nor a trained model that can jump{found}"
-    )
+    raise ValueError(f"{folder} holds neither a saved predictor nor a trained model that can jump{found}")
 
 
 def _models_below(folder: str) -> list[str]:
