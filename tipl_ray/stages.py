@@ -180,6 +180,7 @@ def run_collect(context: Context) -> None:
     if context.logged(key):
         return
     from tipl_ray.evaluate import figures
+    from tipl_ray.evaluate.metrics import Resampling
 
     context.claim("collect", "collecting trials")
     with context.run("collect", key) as run:
@@ -188,7 +189,7 @@ def run_collect(context: Context) -> None:
         run.log_history("episodic_return_mean", steps, mean_T)
         run.log_metrics({"final_episodic_return_mean": final, "num_weights": header.num_weights})
         log_data(experiment, run)
-        drawing = {"learning_curves": lambda: figures.learning_curves(curves)}
+        drawing = {"learning_curves": lambda: figures.learning_curves(curves, Resampling.of(experiment.evaluate))}
         for name, figure in _those_with_data("collect", drawing).items():
             run.log_figure(figure, name)
 
@@ -528,25 +529,28 @@ def _left(seconds: float) -> str:
 
 
 def _draw(context: Context, evaluation: Evaluation, model: str, folder: Path) -> dict[str, Path]:
+    from tipl_ray.drawing import save
     from tipl_ray.evaluate import figures
+    from tipl_ray.evaluate.metrics import Resampling
     from tipl_ray.train.training import load_history
 
     results, summary = evaluation.results, evaluation.summary
+    resampling = Resampling.of(context.experiment.evaluate)
     drawing: dict[str, Callable[[], Figure]] = {
         "figure_2": lambda: figures.figure_2(results, summary),
         "skill_by_step": lambda: figures.skill_by_step(summary),
         "skill_over_ridge": lambda: figures.skill_over_ridge(evaluation.comparisons),
-        "skill_by_phase": lambda: figures.skill_by_phase(results),
-        "skill_by_third": lambda: figures.skill_by_third(results),
+        "skill_by_phase": lambda: figures.skill_by_group(evaluation.groups, "phase"),
+        "skill_by_third": lambda: figures.skill_by_group(evaluation.groups, "third"),
         "spread": lambda: figures.spread(summary),
         "reconstruction": lambda: figures.reconstruction(evaluation.reconstruction),
         "training_curves": lambda: figures.training_curves(load_history(model)),
-        "learning_curves": lambda: figures.learning_curves(learning_curves(context.experiment)),
+        "learning_curves": lambda: figures.learning_curves(learning_curves(context.experiment), resampling),
     }
     if not context.experiment.evaluate.run_policies_of:
         del drawing["spread"]
     drawn = _those_with_data("evaluate", drawing)
-    return {name: figures.save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
+    return {name: save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
 
 
 def _those_with_data(stage: str, drawing: Mapping[str, Callable[[], Figure]]) -> dict[str, Figure]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.csv
 import ray
 
-from tipl_ray.accelerate import contenders
+from tipl_ray.accelerate import contenders, figures
 from tipl_ray.accelerate.contenders import TIPL, Contender, Finished, Fitted, Unit, comparable, filled, jump_question
 from tipl_ray.collect.collection import GroupCollector, pending_seeds, require_seat, seat_resources
 from tipl_ray.config import Experiment, load_experiment
@@ -42,9 +42,9 @@ from tipl_ray.data.storage import (
 )
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest
+from tipl_ray.drawing import save
 from tipl_ray.errors import UserError
-from tipl_ray.evaluate import figures
-from tipl_ray.evaluate.metrics import interquartile_mean
+from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.ppo.learner import ENGINES, choose_engine
 from tipl_ray.predict.saved import predictor_digest
@@ -354,13 +354,12 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
             f"{unknown[0]}: every trial of every contender diverged before an episode ended, so there is nothing to "
             f"compare; lower accelerate.learning_rates={experiment.accelerate.learning_rates}"
         )
-    chances: dict[str, Any] = {
-        "resamples": experiment.accelerate.bootstrap,
-        "confidence": experiment.evaluate.confidence,
-    }
-    rows = contenders.score(finished, plan.source.collect.task, **chances)
+    resampling = Resampling(
+        confidence=experiment.evaluate.confidence, bootstrap=experiment.accelerate.bootstrap, seed=0
+    )
+    rows = contenders.score(finished, plan.source.collect.task, resampling)
     rates = contenders.search_rows(searched)
-    together = contenders.over_tasks(finished, **chances)
+    together = contenders.over_tasks(finished, resampling)
     lines = contenders.sentences(rows, experiment.evaluate.confidence)
     write_file(folder, "table.csv", _csv(rows))
     write_file(folder, "search.csv", _csv(rates))
@@ -374,17 +373,17 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
         contenders.as_markdown(rows),
     ]
     pictures = {
-        "acceleration_areas": ("Areas under the curve", figures.contender_differences(rows)),
+        "acceleration_areas": ("Areas under the curve", figures.areas(rows)),
         "acceleration_learning_rates": ("Areas by learning rate, in the search", figures.learning_rates(rates)),
     }
     for task, env_steps in dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished):
         own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
         curves = {one.unit.contender.name: (one.env_steps_I, one.returns_SI) for one in own}
-        picture = figures.contenders(curves, f"{task}, {len(own[0].returns_SI)} trials")
+        picture = figures.contenders(curves, f"{task}, {len(own[0].returns_SI)} trials", resampling)
         pictures[f"acceleration_{task.removesuffix('-v4')}_{env_steps}"] = (task, picture)
     with tempfile.TemporaryDirectory() as temporary:
         for name, (title, picture) in pictures.items():
-            path = figures.save(picture, Path(temporary) / f"{name}.png")
+            path = save(picture, Path(temporary) / f"{name}.png")
             run.log_figure(path, name)
             write_file(join(folder, "figures"), path.name, path.read_bytes())
             page += ["", f"![{title}](figures/{path.name})"]

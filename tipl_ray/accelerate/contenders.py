@@ -18,7 +18,7 @@ from tipl_ray.config import Experiment, Jump, Ppo
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest
-from tipl_ray.evaluate.metrics import interquartile_mean, stratified_resamples
+from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.baselines import COMBINATIONS
 from tipl_ray.predict.gram import Question
@@ -290,7 +290,7 @@ def search_rows(searched: Sequence[Finished]) -> list[Row]:
     return rows
 
 
-def score(finished: Sequence[Finished], trained_on: str, *, resamples: int, confidence: float) -> list[Row]:
+def score(finished: Sequence[Finished], trained_on: str, resampling: Resampling) -> list[Row]:
     """The result table: one row per task and contender, in their order; the first contender of a task is its reference.
 
     A difference's interval resamples both contenders' trials on their own; with too few trials to tell anything there
@@ -320,13 +320,13 @@ def score(finished: Sequence[Finished], trained_on: str, *, resamples: int, conf
                     "learning_rate": one.unit.learning_rate,
                     "seeds": len(one.returns_SI),
                     "env_steps": int(one.env_steps_I[-1]),
-                    **_with_interval("auc", one.areas_S, resamples, confidence),
+                    **_with_interval("auc", [one.areas_S], resampling),
                     **{
                         key: value
                         for name, other in others.items()
-                        for key, value in _difference(name, one, other, resamples, confidence).items()
+                        for key, value in _difference(name, one, other, resampling).items()
                     },
-                    **_with_interval("final_return", one.finals_S, resamples, confidence),
+                    **_with_interval("final_return", [one.finals_S], resampling),
                     "gradient_steps": int(one.gradient_steps_I[-1]),
                     **_waited(one, _middle(reference.finals_S)),
                     "seconds": one.cpu_seconds / len(one.returns_SI),
@@ -338,7 +338,7 @@ def score(finished: Sequence[Finished], trained_on: str, *, resamples: int, conf
     return rows
 
 
-def over_tasks(finished: Sequence[Finished], *, resamples: int, confidence: float) -> list[Row]:
+def over_tasks(finished: Sequence[Finished], resampling: Resampling) -> list[Row]:
     """Area under the curve as a share of each task's first contender's, over all tasks at once; one row a contender.
 
     Over the tasks alone where the first contender's area is clearly above 0: of another there are no shares.
@@ -346,11 +346,7 @@ def over_tasks(finished: Sequence[Finished], *, resamples: int, confidence: floa
     references: dict[tuple[str, int], Finished] = {}
     for one in finished:
         references.setdefault((one.unit.task, one.unit.env_steps), one)
-    tasks = [
-        key
-        for key, one in references.items()
-        if _with_interval("auc", one.areas_S, resamples, confidence)["auc_low"] > 0
-    ]
+    tasks = [key for key, one in references.items() if _with_interval("auc", [one.areas_S], resampling)["auc_low"] > 0]
     names = dict.fromkeys(one.unit.contender.name for one in finished)
     rows = []
     for name in names:
@@ -359,9 +355,7 @@ def over_tasks(finished: Sequence[Finished], *, resamples: int, confidence: floa
             own = [one for one in finished if (one.unit.task, one.unit.env_steps) == key]
             strata += [one.areas_S / _middle(own[0].areas_S) for one in own if one.unit.contender.name == name]
         if tasks and len(strata) == len(tasks):
-            together = _middle(np.concatenate(strata))
-            apart = _interval("share", _resample(strata, resamples, 0), confidence)
-            rows.append({"contender": name, "tasks": len(tasks), "share": together, **apart})
+            rows.append({"contender": name, "tasks": len(tasks), **_with_interval("share", strata, resampling)})
     return rows
 
 
@@ -460,33 +454,28 @@ def _middle(values: NDArray[np.float64]) -> float:
     return float(interquartile_mean(values))
 
 
-def _resample(strata: Sequence[NDArray[np.float64]], resamples: int, seed: int) -> NDArray[np.float64]:
-    return stratified_resamples(strata, resamples=resamples, seed=seed)
+def _with_interval(name: str, strata: Sequence[NDArray[np.float64]], resampling: Resampling) -> Row:
+    """The interquartile mean over all runs of all strata, one for each task."""
+    low, high = resampling.ends(resampling.resample(*strata))
+    return {name: _middle(np.concatenate(strata)), f"{name}_low": low, f"{name}_high": high}
 
 
-def _with_interval(name: str, values_S: NDArray[np.float64], resamples: int, confidence: float) -> Row:
-    return {name: _middle(values_S), **_interval(name, _resample([values_S], resamples, 0), confidence)}
-
-
-def _interval(name: str, statistics_R: NDArray[np.float64], confidence: float) -> Row:
-    low, high = np.quantile(statistics_R, ((1 - confidence) / 2, (1 + confidence) / 2))
-    return {f"{name}_low": float(low), f"{name}_high": float(high)}
-
-
-def _difference(name: str, one: Finished, other: Finished | None, resamples: int, confidence: float) -> Row:
+def _difference(name: str, one: Finished, other: Finished | None, resampling: Resampling) -> Row:
     """Of two contenders' areas, with the trials that it rests on; None where there is no other."""
     if other is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high", f"{name}_trials"))
     numbers = [len(one.areas_S), len(other.areas_S)]
-    trials = f"{numbers[0]}" if numbers[0] == numbers[1] else f"{numbers[0]} and {numbers[1]}"
-    found: Row = {name: _middle(one.areas_S) - _middle(other.areas_S)}
+    low, high = np.nan, np.nan
     # Were they alike, all trials of one would still be above all of the other's so often, by luck alone.
-    if 2 / math.comb(sum(numbers), numbers[0]) > 1 - confidence:
-        found |= {f"{name}_low": np.nan, f"{name}_high": np.nan}
-    else:
-        apart = [_resample([each.areas_S], resamples, seed) for seed, each in enumerate((one, other))]
-        found |= _interval(name, apart[0] - apart[1], confidence)
-    return {**found, f"{name}_trials": trials}
+    if 2 / math.comb(sum(numbers), numbers[0]) <= 1 - resampling.confidence:
+        independent = dataclasses.replace(resampling, seed=resampling.seed + 1)
+        low, high = resampling.ends(resampling.resample(one.areas_S) - independent.resample(other.areas_S))
+    return {
+        name: _middle(one.areas_S) - _middle(other.areas_S),
+        f"{name}_low": low,
+        f"{name}_high": high,
+        f"{name}_trials": f"{numbers[0]}" if numbers[0] == numbers[1] else f"{numbers[0]} and {numbers[1]}",
+    }
 
 
 def _bracketed(row: Row, name: str, sign: str = "") -> str:

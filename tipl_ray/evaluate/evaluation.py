@@ -273,15 +273,14 @@ def evaluate(
         publish(folder, {FITTED_FILE: fitted, **files}, RECORD_FILE)
         found = _from_parquet(files[RESULTS_FILE]), reconstruction
     results, reconstruction = found
-    settings = experiment.evaluate
-    resampling = metrics.Resampling(confidence=settings.confidence, bootstrap=settings.bootstrap, seed=settings.seed)
+    resampling = metrics.Resampling.of(experiment.evaluate)
     evaluation = Evaluation(
         folder=folder,
         results=results,
         summary=metrics.summarise(
             results, resampling, trained_on=load_about(model_folders[0]).get("trained_on", experiment.collect.task)
         ),
-        groups=[row for column in ("phase", "third") for row in metrics.group_skills(results, column, resampling)],
+        groups=metrics.group_skills(results, resampling),
         comparisons=metrics.compare(results, "tipl", resampling),
         reconstruction=reconstruction,
     )

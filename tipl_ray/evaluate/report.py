@@ -15,9 +15,8 @@ from typing import Any, Literal
 import jinja2
 
 from tipl_ray.digest import flat
-from tipl_ray.evaluate.metrics import MIN_TRIALS
+from tipl_ray.evaluate.metrics import MIN_TRIALS, Row, number
 
-Row = Mapping[str, Any]
 Verdict = Literal["yes", "partly", "no", "unknown"]
 Side = Literal["better", "level", "worse", "far", "unclear", "unknown"]
 """Where a figure is beside what it is compared with; `level` by its interval, `unclear` where it has none."""
@@ -217,11 +216,11 @@ def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -
     for step, row in rows.items():
         if step in paired:
             names = ("skill_difference", "difference_low", "difference_high")
-            difference, low, high = (_number(paired[step], name) for name in names)
+            difference, low, high = (number(paired[step], name) for name in names)
         else:
-            difference = _number(row, "skill") - _number(theirs[step], "skill")
-            low = _number(row, "skill_low") - _number(theirs[step], "skill_high")
-            high = _number(row, "skill_high") - _number(theirs[step], "skill_low")
+            difference = number(row, "skill") - number(theirs[step], "skill")
+            low = number(row, "skill_low") - number(theirs[step], "skill_high")
+            high = number(row, "skill_high") - number(theirs[step], "skill_low")
         sides[step] = _side(difference, low, high)
     reason = "the interval of the difference includes 0" if paired else "the intervals of their skills overlap"
     verdict, sentences = _judge(
@@ -248,7 +247,7 @@ def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -
 
 def where_it_lies(groups: Sequence[Row]) -> Answer:
     """In which phases and thirds TIPL's skill one step ahead lies above 0, and where it does not."""
-    own = [row for row in groups if row["predictor"] == "tipl" and math.isfinite(_number(row, "skill"))]
+    own = [row for row in groups if row["predictor"] == "tipl" and math.isfinite(number(row, "skill"))]
     first = min((row["step"] for row in own), default=1)
     sentences, decided = [], []
     for group, words in GROUPS.items():
@@ -271,7 +270,7 @@ def where_it_lies(groups: Sequence[Row]) -> Answer:
                 sentences.append(f"In {where} {finding}.")
         decided += sides
     phases = {
-        int(row["value"]): _number(row, "skill") for row in own if row["group"] == "phase" and row["step"] == first
+        int(row["value"]): number(row, "skill") for row in own if row["group"] == "phase" and row["step"] == first
     }
     inside = [value for phase, value in phases.items() if phase]
     if 0 in phases and inside and phases[0] < min(inside):
@@ -289,13 +288,13 @@ def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
     rows = _run(_of(summary, "tipl"))
     sides: dict[int, Side] = {}
     for step, row in rows.items():
-        apart, floor = _number(row, "repw"), _number(row, "repw_noise_floor")
-        low = _number(row, "repw_low")
+        apart, floor = number(row, "repw"), number(row, "repw_noise_floor")
+        low = number(row, "repw_low")
         if math.isfinite(low):
             sides[step] = "worse" if low > floor else "better"
         else:
             sides[step] = "better" if apart <= floor else "worse" if apart > TWICE * floor else "unclear"
-    has_interval = any(math.isfinite(_number(row, "repw_low")) for row in rows.values())
+    has_interval = any(math.isfinite(number(row, "repw_low")) for row in rows.values())
     verdict, sentences = _judge(
         sides,
         better="No difference beyond the noise of the evaluation at {steps}.",
@@ -311,7 +310,7 @@ def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
         "Returns differ by",
         lambda row: (
             f"{_with_interval(row, 'repw')} ({_above(row)} the noise floor of "
-            f"{_format('repw', _number(row, 'repw_noise_floor'))})"
+            f"{_format('repw', number(row, 'repw_noise_floor'))})"
         ),
     )
     return _answer("Do the predicted policies return what the true ones return?", verdict, sentences, rows, NO_POLICIES)
@@ -323,7 +322,7 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
     rows = {step: row for step, row in _run(_of(summary, "tipl")).items() if step in copied}
     sides: dict[int, Side] = {}
     for step, row in rows.items():
-        ours, theirs = ([_number(one, f"repw{end}") for end in ("", "_low", "_high")] for one in (row, copied[step]))
+        ours, theirs = ([number(one, f"repw{end}") for end in ("", "_low", "_high")] for one in (row, copied[step]))
         if math.isfinite(ours[1]) and math.isfinite(theirs[1]):
             sides[step] = _side(theirs[0] - ours[0], theirs[1] - ours[2], theirs[2] - ours[1], far=-math.inf)
         else:
@@ -341,10 +340,10 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
         "REPW is",
         lambda row: f"{_with_interval(row, 'repw')} against {_with_interval(copied[row['step']], 'repw')} of the copy",
     )
-    if rows and math.isfinite(_number(rows[max(rows)], "beats_last")):
+    if rows and math.isfinite(number(rows[max(rows)], "beats_last")):
         sentences.append(
             f"At h = {max(rows)} the predicted policy returns more than the last snapshot in "
-            f"{_number(rows[max(rows)], 'beats_last'):.0%} of windows, ties counted half."
+            f"{number(rows[max(rows)], 'beats_last'):.0%} of windows, ties counted half."
         )
     question = "Do they return closer to the true policy than a copy of the last snapshot does?"
     nothing = NO_POLICIES if not _run(_of(summary, "tipl")) else "No policies of the copy-last baseline were run."
@@ -354,7 +353,7 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
 def modes_are_kept(summary: Sequence[Row]) -> Answer:
     """Whether predicted policies differ among each other as much as the true ones, in returns and in weights."""
     run = _run(_of(summary, "tipl"))
-    shares = {step: _number(row, "distance") / (_number(row, "distance_true") or math.nan) for step, row in run.items()}
+    shares = {step: number(row, "distance") / (number(row, "distance_true") or math.nan) for step, row in run.items()}
     rows = {step: row for step, row in run.items() if math.isfinite(shares[step])}
     sides: dict[int, Side] = {
         step: "worse" if shares[step] < ALIKE else "level" if shares[step] > 1 / ALIKE else "better" for step in rows
@@ -370,9 +369,9 @@ def modes_are_kept(summary: Sequence[Row]) -> Answer:
     sentences += _at_both_ends(rows, "Their distance is", lambda row: f"{_times(shares[row['step']])} the true ones'")
     spreads = ("returns_spread", "returns_spread_true")
     sentences += _at_both_ends(
-        {step: row for step, row in rows.items() if all(math.isfinite(_number(row, name)) for name in spreads)},
+        {step: row for step, row in rows.items() if all(math.isfinite(number(row, name)) for name in spreads)},
         "The spread of their returns is",
-        lambda row: " against ".join(_format("repw", _number(row, name)) for name in spreads),
+        lambda row: " against ".join(_format("repw", number(row, name)) for name in spreads),
     )
     nothing = "There are no two windows of one trial whose policies differ, so there are no distances." if run else ""
     question = "Do predicted policies differ as much as true ones, or do its modes collapse?"
@@ -381,10 +380,10 @@ def modes_are_kept(summary: Sequence[Row]) -> Answer:
 
 def basis_suffices(summary: Sequence[Row], floor: str = "svd-floor") -> Answer:
     """What the basis alone costs: the skill of the true future projected on it, which bounds every predictor."""
-    rows = {step: row for step, row in _of(summary, floor).items() if math.isfinite(_number(row, "skill"))}
+    rows = {step: row for step, row in _of(summary, floor).items() if math.isfinite(number(row, "skill"))}
     sides: dict[int, Side] = {}
     for step, row in rows.items():
-        skill = _number(row, "skill")
+        skill = number(row, "skill")
         sides[step] = "better" if skill >= 0.9 else "level" if skill > 0 else "far" if skill <= FAR else "worse"
     verdict, sentences = _judge(
         sides,
@@ -414,7 +413,7 @@ def _side(difference: float, low: float, high: float, far: float = FAR) -> Side:
 
 
 def _skill_side(row: Row) -> Side:
-    return _side(*(_number(row, name) for name in ("skill", "skill_low", "skill_high")))
+    return _side(*(number(row, name) for name in ("skill", "skill_low", "skill_high")))
 
 
 def _judge(sides: Mapping[int, Side], **sentences: str) -> tuple[Verdict, list[str]]:
@@ -447,10 +446,10 @@ def _answer(question: str, verdict: Verdict, sentences: Sequence[str], rows: Map
 
 def _sizes(rows: Mapping[int, Row]) -> list[str]:
     """What the first and the last skill are, in words: the share of the baseline's squared error gone, or on top."""
-    known = {step: row for step, row in rows.items() if math.isfinite(_number(row, "skill"))}
+    known = {step: row for step, row in rows.items() if math.isfinite(number(row, "skill"))}
     sentence, latest = "", ""
     for step in sorted({min(known), max(known)}) if known else ():
-        skill = _number(known[step], "skill")
+        skill = number(known[step], "skill")
         verb, amount, link = (
             ("has", f"{_number_text(1 - skill)} times", "")
             if skill <= FAR
@@ -489,11 +488,11 @@ def _of(summary: Sequence[Row], predictor: str) -> dict[int, Row]:
 
 def _difference(row: Row) -> str:
     names = ("skill_difference", "difference_low", "difference_high")
-    value, low, high = (_number(row, name) for name in names)
+    value, low, high = (number(row, name) for name in names)
     if not math.isfinite(value):
         return "not known"
     # Adding 0.0 keeps a rounded -0.000 from being read as worse.
-    words = [f"{round(number, 3) + 0.0:+,.{3 if abs(number) < 10 else 0}f}" for number in (value, low, high)]
+    words = [f"{round(one, 3) + 0.0:+,.{3 if abs(one) < 10 else 0}f}" for one in (value, low, high)]
     return f"{words[0]} [{words[1]}, {words[2]}]" if math.isfinite(low) and math.isfinite(high) else words[0]
 
 
@@ -507,7 +506,7 @@ def _listed(words: Sequence[str]) -> str:
 
 def _run(rows: Mapping[int, Row]) -> dict[int, Row]:
     """The steps whose policies were run."""
-    return {step: row for step, row in rows.items() if math.isfinite(_number(row, "repw"))}
+    return {step: row for step, row in rows.items() if math.isfinite(number(row, "repw"))}
 
 
 def _sorted(summary: Sequence[Row], steps: Sequence[int] | None = None) -> list[Row]:
@@ -520,23 +519,23 @@ def _sorted(summary: Sequence[Row], steps: Sequence[int] | None = None) -> list[
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    beats = _number(row, "beats_last")
+    beats = number(row, "beats_last")
     return (
         str(row["predictor"]),
         str(row["basis"]),
         "yes" if row["causal"] else "no",
         str(row["step"]),
         _with_interval(row, "skill"),
-        _format("wpe", _number(row, "wpe")),
+        _format("wpe", number(row, "wpe")),
         _with_interval(row, "repw"),
-        _format("repw", _number(row, "repw_noise_floor")),
+        _format("repw", number(row, "repw_noise_floor")),
         f"{beats:.0%}" if math.isfinite(beats) else "-",
         f"{row['windows']:,}",
     )
 
 
 def _with_interval(row: Row, key: str) -> str:
-    value, low, high = (_number(row, name) for name in (key, f"{key}_low", f"{key}_high"))
+    value, low, high = (number(row, name) for name in (key, f"{key}_low", f"{key}_high"))
     if not (math.isfinite(value) and math.isfinite(low) and math.isfinite(high)):
         return _format(key, value)
     return f"{_format(key, value)} [{_format(key, low)}, {_format(key, high)}]"
@@ -554,7 +553,7 @@ def _format(key: str, value: float) -> str:
 
 
 def _above(row: Row) -> str:
-    difference = _number(row, "repw") - _number(row, "repw_noise_floor")
+    difference = number(row, "repw") - number(row, "repw_noise_floor")
     return f"{_format('repw', abs(difference))} {'above' if difference >= 0 else 'below'}"
 
 
@@ -568,11 +567,6 @@ def _steps_text(steps: Sequence[int]) -> str:
             runs.append([step])
     words = [str(run[0]) if len(run) == 1 else f"{run[0]} {'to' if len(run) > 2 else 'and'} {run[-1]}" for run in runs]
     return "h = " + (words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
-
-
-def _number(row: Row, key: str) -> float:
-    value = row.get(key)
-    return math.nan if value is None or value == "" else float(value)
 
 
 def _embedded(png_file: str | Path) -> str:

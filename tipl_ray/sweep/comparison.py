@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from tipl_ray.digest import redacted
-from tipl_ray.evaluate import figures
+from tipl_ray.drawing import png
+from tipl_ray.sweep import figures
 from tipl_ray.sweep.space import short_names
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
 
@@ -206,7 +207,7 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Fi
     if len(choices) >= 2 and len(cells) > 1:
         up, across = sorted(choices, key=lambda field: (field in numbers, field == "model.context"))[-2:]
         names = short_names([across, up])
-        drawn["heat_map"] = figures.sweep_heat_map(cells, across, up, names, metric)
+        drawn["heat_map"] = figures.heat_map(cells, across, up, names, metric)
     if choices and len(cells) > 1:
         drawn["parallel_coordinates"] = figures.parallel_coordinates(cells, short_names(choices), metric)
     curves = {row.run_id: _history(client, row.run_id, metric) for row in known}
@@ -214,7 +215,7 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Fi
     if curves:
         first = by_metric([row for row in known if row.run_id in curves], metric)[0]
         ridge = first.metrics.get(f"ridge_{metric}", math.nan)
-        drawn["curves"] = figures.sweep_curves(list(curves.values()), curves[first.run_id], first.name, ridge, metric)
+        drawn["curves"] = figures.curves(list(curves.values()), curves[first.run_id], first.name, ridge, metric)
     return drawn
 
 
@@ -222,8 +223,7 @@ def page(title: str, rows: Sequence[Row], metric: str, drawn: Mapping[str, Figur
     """One HTML page that needs nothing beside it; `source` is MLflow's URI, of which no password is shown."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     pictures = {
-        name: f"data:image/png;base64,{base64.b64encode(figures.png(figure)).decode()}"
-        for name, figure in drawn.items()
+        name: f"data:image/png;base64,{base64.b64encode(png(figure)).decode()}" for name, figure in drawn.items()
     }
     return environment.from_string(PAGE).render(
         title=title,
