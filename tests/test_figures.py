@@ -708,7 +708,8 @@ def test_importing_and_drawing_start_no_pyplot_and_choose_no_backend(tmp_path):
     (tmp_path / "matplotlibrc").write_text("backend: svg\ntext.usetex: True\nfont.family: no such font\n")
     code = (
         "import sys, matplotlib; before = dict(matplotlib.rcParams.copy()); from tipl_ray import drawing; "
-        "from tipl_ray.evaluate import figures; figure = figures.training_curves([{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}]); drawing.png(figure); "
+        "from tipl_ray.evaluate import figures; "
+        "figure = figures.training_curves([{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}]); drawing.png(figure); "
         "assert dict(matplotlib.rcParams.copy()) == before; assert matplotlib.get_backend() == 'svg'; "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

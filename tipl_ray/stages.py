@@ -25,7 +25,7 @@ from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_n
 from tipl_ray.data.trajectory_store import Header, TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
-from tipl_ray.terminal import ProgressView, duration, say
+from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
 
@@ -312,16 +312,14 @@ def run_evaluate(context: Context) -> None:
             for row in evaluation.summary:
                 values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
                 run.log_metrics(values, step=row["step"])
-            with tempfile.TemporaryDirectory() as temporary:
-                pictures = _draw(context, evaluation, models[0], Path(temporary))
-                for name, picture in pictures.items():
-                    run.log_figure(picture, name)
-                    write_file(join(evaluation.folder, "figures"), picture.name, picture.read_bytes())
-                page = _write_report(Path(temporary) / "report.html", context, evaluation, models, pictures)
-                run.log_file(page)
-                write_file(evaluation.folder, page.name, page.read_bytes())
-    for line in report.format_table(evaluation.summary).splitlines():
-        say(line)
+            pictures = _draw(context, evaluation, models[0])
+            for name, picture in pictures.items():
+                run.log_figure(picture, name)
+                write_file(join(evaluation.folder, "figures"), f"{name}.png", picture)
+            page = _report(context, evaluation, models, pictures).encode()
+            run.log_file(page, "report.html")
+            write_file(evaluation.folder, "report.html", page)
+    say_rows(report.table(evaluation.summary, report.SHORT_STEPS))
     answers = report.answers(
         evaluation.summary, settings.confidence, comparisons=evaluation.comparisons, groups=evaluation.groups
     )
@@ -528,8 +526,9 @@ def _left(seconds: float) -> str:
     return duration(seconds) if np.isfinite(seconds) else "?"
 
 
-def _draw(context: Context, evaluation: Evaluation, model: str, folder: Path) -> dict[str, Path]:
-    from tipl_ray.drawing import save
+def _draw(context: Context, evaluation: Evaluation, model: str) -> dict[str, bytes]:
+    """The pictures that the report shows, as PNG."""
+    from tipl_ray.drawing import png
     from tipl_ray.evaluate import figures
     from tipl_ray.evaluate.metrics import Resampling
     from tipl_ray.train.training import load_history
@@ -550,7 +549,7 @@ def _draw(context: Context, evaluation: Evaluation, model: str, folder: Path) ->
     if not context.experiment.evaluate.run_policies_of:
         del drawing["spread"]
     drawn = _those_with_data("evaluate", drawing)
-    return {name: save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
+    return {name: png(figure) for name, figure in drawn.items()}
 
 
 def _those_with_data(stage: str, drawing: Mapping[str, Callable[[], Figure]]) -> dict[str, Figure]:
@@ -564,17 +563,14 @@ def _those_with_data(stage: str, drawing: Mapping[str, Callable[[], Figure]]) ->
     return drawn
 
 
-def _write_report(
-    path: Path, context: Context, evaluation: Evaluation, models: list[str], pictures: dict[str, Path]
-) -> Path:
+def _report(context: Context, evaluation: Evaluation, models: list[str], pictures: dict[str, bytes]) -> str:
     from tipl_ray.evaluate import report
 
     experiment = context.experiment
-    return report.write_report(
-        path,
+    return report.page(
         title=f"TIPL on {experiment.collect.task}: {experiment.name}",
         summary=evaluation.summary,
-        figures=pictures,
+        pictures=pictures,
         facts={
             "trials": experiment.collect.num_trials,
             "snapshots a trial": f"{experiment.num_snapshots:,}",

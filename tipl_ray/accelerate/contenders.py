@@ -377,8 +377,9 @@ def sentences(rows: Sequence[Row], confidence: float) -> list[str]:
         tipl = [row for row in own if row["contender"].endswith("+tipl")]
         if ridge and tipl:
             row, apart = tipl[0], tipl[0]["auc_less_ridge"]
-            verdict = _verdict(row, "auc_less_ridge", ("better than the ridge, by", "worse than the ridge, by"))
-            words = f"is {verdict} {abs(apart):.0f}" if verdict.endswith("by") else f"and the ridge are {verdict}"
+            verdict = _verdict(row, "auc_less_ridge", ("better", "worse"))
+            decided = verdict in ("better", "worse")
+            words = f"is {verdict} than the ridge, by {abs(apart):.0f}" if decided else f"against the ridge: {verdict}"
             lines.append(
                 f"{task}, {env_steps:,} env steps: TIPL {words} {_grounds(row, 'auc_less_ridge', confidence)}."
             )
@@ -400,12 +401,26 @@ def sentences(rows: Sequence[Row], confidence: float) -> list[str]:
     return lines
 
 
+def sentences_over_tasks(together: Sequence[Row], num_tasks: int) -> list[str]:
+    """What `over_tasks` found, a sentence for each contender, of so many tasks in all."""
+    lines = []
+    if not together or together[0]["tasks"] < num_tasks:
+        lines.append(
+            "Tasks where the area of the first contender is not clearly above 0 are compared by differences alone."
+        )
+    return lines + [
+        f"Over {row['tasks']} of {num_tasks} tasks, {row['contender']}: {row['share']:.3f} of the first contender's "
+        f"area [{row['share_low']:.3f}, {row['share_high']:.3f}]."
+        for row in together
+    ]
+
+
 def _verdict(row: Row, name: str, words: tuple[str, str]) -> str:
     """Words for a difference above and below 0, where it is told apart from 0."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     if np.isnan(low):
         return "too few trials to tell"
-    return words[0] if low > 0 else words[1] if high < 0 else "not told apart"
+    return words[0] if low > 0 else words[1] if high < 0 else "no significant difference"
 
 
 def _grounds(row: Row, name: str, confidence: float) -> str:
@@ -416,23 +431,25 @@ def _grounds(row: Row, name: str, confidence: float) -> str:
     return f"(difference {row[name]:+.0f}, {interval}over {row[f'{name}_trials']} trials)"
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
-    """The result table for a page: what was chosen, areas and final returns with intervals, steps to 90%."""
-    lines = [
-        "| task | env steps | contender | learning rate | area under the curve | less the first | final return | "
-        "gradient steps | env steps to 90% | CPU s a trial | collapsed |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+def table(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Cells of the result table: what was chosen, areas and final returns with intervals, steps to 90%."""
+    return [
+        {
+            "task": row["task"],
+            "env steps": f"{row['env_steps']:,}",
+            "contender": row["contender"],
+            "learning rate": f"{row['learning_rate']:g}",
+            "area under the curve": _bracketed(row, "auc"),
+            "less the first": _bracketed(row, "auc_less_first", "+"),
+            "final return": _bracketed(row, "final_return"),
+            "gradient steps": f"{row['gradient_steps']:,}",
+            "env steps to 90%": f"{row['env_steps_to_90']:,}" if row["env_steps_to_90"] else "not reached",
+            "CPU s a trial": f"{row['seconds']:.1f}",
+            "collapsed": f"{row['collapsed']} of {row['seeds']}"
+            + (f", {row['diverged']} diverged" if row["diverged"] else ""),
+        }
+        for row in rows
     ]
-    for row in rows:
-        reached, diverged = row["env_steps_to_90"], f", {row['diverged']} diverged" if row["diverged"] else ""
-        lines.append(
-            f"| {row['task']} | {row['env_steps']:,} | {row['contender']} | {row['learning_rate']:g} "
-            f"| {_bracketed(row, 'auc')} | {_bracketed(row, 'auc_less_first', '+')} "
-            f"| {_bracketed(row, 'final_return')} "
-            f"| {row['gradient_steps']:,} | {f'{reached:,}' if reached else 'not reached'} | {row['seconds']:.1f} "
-            f"| {row['collapsed']} of {row['seeds']}{diverged} |"
-        )
-    return "\n".join(lines)
 
 
 def _waited(one: Finished, final: float) -> Row:

@@ -1,19 +1,16 @@
 """One page that answers: does the Transformer add anything over copying, over a ridge, over rank-1; where; and what
 does that do to returns?
 
-Turns a summary (rows as `metrics.summarise` makes them) into plain sentences, a table and one self-contained HTML
-file. Negative findings are said as plainly as positive ones. Knows nothing of how the numbers were made.
+Turns a summary (rows as `metrics.summarise` makes them) into plain sentences, a table and one HTML page. Negative
+findings are said as plainly as positive ones. Knows nothing of how the numbers were made.
 """
 
-import base64
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-
+from tipl_ray import pages
 from tipl_ray.digest import flat
 from tipl_ray.evaluate.metrics import MIN_TRIALS, Row, number
 
@@ -22,7 +19,6 @@ Side = Literal["better", "level", "worse", "far", "unclear", "unknown"]
 """Where a figure is beside what it is compared with; `level` by its interval, `unclear` where it has none."""
 
 SHORT_STEPS = (1, 2, 5, 10)
-COLUMNS = ("predictor", "basis", "causal", "h", "skill", "WPE", "REPW", "noise floor", "beats last", "windows")
 RIVALS = {
     "ridge": "a ridge regression that knows the phase",
     "ridge-elsewhere": "the ridge regression of the tasks that it was trained on",
@@ -108,12 +104,11 @@ class Answer:
     trials: int | None = None
 
 
-def write_report(
-    path: str | Path,
+def page(
     *,
     title: str,
     summary: Sequence[Row],
-    figures: Mapping[str, str | Path],
+    pictures: Mapping[str, bytes],
     facts: Mapping[str, Any],
     configuration: Mapping[str, Any],
     commands: Mapping[str, str],
@@ -121,48 +116,36 @@ def write_report(
     confidence: float = 0.95,
     comparisons: Sequence[Row] = (),
     groups: Sequence[Row] = (),
-) -> Path:
-    """Write the report as one HTML file that needs nothing beside it, and return its path.
+) -> str:
+    """The report as one HTML page that needs nothing beside it.
 
-    `figures` maps names of CAPTIONS to PNG files and keeps its order; `facts` are the few figures of the page's head;
+    `pictures` maps names of CAPTIONS to PNGs and keeps its order; `facts` are the few figures of the page's head;
     `configuration` may be nested and is printed as it is, so secrets must be out of it; `commands` and `files` map what
     it is to the command or the path. `comparisons` and `groups` are the rows of `metrics.compare` and
     `metrics.group_skills`.
     Raises ValueError for a picture that has no caption.
     """
-    unknown = [name for name in figures if name not in CAPTIONS]
+    unknown = [name for name in pictures if name not in CAPTIONS]
     if unknown:
-        raise ValueError(f"figures={unknown} have no caption; known are {sorted(CAPTIONS)}")
-    path = Path(path)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    page = template.render(
+        raise ValueError(f"pictures={unknown} have no caption; known are {sorted(CAPTIONS)}")
+    return pages.page(
+        "evaluation.html",
         title=title,
         facts=facts,
         answers=answers(summary, confidence, comparisons, groups),
-        pictures=[(*CAPTIONS[name], _embedded(file)) for name, file in figures.items()],
-        columns=COLUMNS,
-        tables={"short": _sorted(summary, SHORT_STEPS), "whole": _sorted(summary)},
-        cells=_cells,
+        pictures=[(*CAPTIONS[name], pages.embedded(png)) for name, png in pictures.items()],
+        short_table=table(summary, SHORT_STEPS),
+        whole_table=table(summary),
         confidence=f"{confidence:.0%}",
         configuration=list(flat(configuration)),
         commands=commands,
         files=files,
     )
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
-def format_table(summary: Sequence[Row]) -> str:
-    """The result table for a terminal: steps 1, 2, 5 and 10, intervals in brackets."""
-    rows = [_cells(row) for row in _sorted(summary, SHORT_STEPS)]
-    widths = [max(len(line[column]) for line in [COLUMNS, *rows]) for column in range(len(COLUMNS))]
-    lines = []
-    for line in (COLUMNS, tuple("-" * width for width in widths), *rows):
-        words = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True)]
-        numbers = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
-        lines.append("  ".join(words + numbers).rstrip())
-    return "\n".join(lines)
+def table(summary: Sequence[Row], steps: Sequence[int] | None = None) -> list[dict[str, str]]:
+    """Cells of the result table, intervals in brackets: at some steps, or at all where none of those is there."""
+    return [_cells(row) for row in _sorted(summary, steps)]
 
 
 def answers(
@@ -518,20 +501,20 @@ def _sorted(summary: Sequence[Row], steps: Sequence[int] | None = None) -> list[
     return sorted(chosen, key=lambda row: (order.index((row["task"], row["predictor"], row["basis"])), row["step"]))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row) -> dict[str, str]:
     beats = number(row, "beats_last")
-    return (
-        str(row["predictor"]),
-        str(row["basis"]),
-        "yes" if row["causal"] else "no",
-        str(row["step"]),
-        _with_interval(row, "skill"),
-        _format("wpe", number(row, "wpe")),
-        _with_interval(row, "repw"),
-        _format("repw", number(row, "repw_noise_floor")),
-        f"{beats:.0%}" if math.isfinite(beats) else "-",
-        f"{row['windows']:,}",
-    )
+    return {
+        "predictor": str(row["predictor"]),
+        "basis": str(row["basis"]),
+        "causal": "yes" if row["causal"] else "no",
+        "h": str(row["step"]),
+        "skill": _with_interval(row, "skill"),
+        "WPE": _format("wpe", number(row, "wpe")),
+        "REPW": _with_interval(row, "repw"),
+        "noise floor": _format("repw", number(row, "repw_noise_floor")),
+        "beats last": f"{beats:.0%}" if math.isfinite(beats) else "-",
+        "windows": f"{row['windows']:,}",
+    }
 
 
 def _with_interval(row: Row, key: str) -> str:
@@ -567,7 +550,3 @@ def _steps_text(steps: Sequence[int]) -> str:
             runs.append([step])
     words = [str(run[0]) if len(run) == 1 else f"{run[0]} {'to' if len(run) > 2 else 'and'} {run[-1]}" for run in runs]
     return "h = " + (words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
-
-
-def _embedded(png_file: str | Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(Path(png_file).read_bytes()).decode("ascii")
