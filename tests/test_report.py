@@ -1,10 +1,14 @@
 import base64
 import html
 import re
+import tomllib
 
+import jinja2
 import pytest
 
+from tipl_ray import pages
 from tipl_ray.evaluate import report
+from tipl_ray.places import CHECKOUT
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -376,3 +380,46 @@ def test_nothing_but_tables_and_commands_is_wider_than_a_telephone():
 def test_steps_other_than_the_usual_ones_are_in_the_short_table_too():
     summary = [row("tipl", 3, 0.4), row("tipl", 20, 0.2)]
     assert len(report.table(summary, report.SHORT_STEPS)) == 2
+
+
+NAME = "<b>&\"' {{ 7 * 7 }}"
+PICTURES = [(NAME, NAME, pages.embedded(PNG))]
+COMPARED = {"title": NAME, "rows": [{NAME: NAME, "status": "best"}], "pictures": PICTURES, "metric": NAME}
+ACCELERATED = {"title": NAME, "facts": {NAME: NAME}, "sentences": [NAME], "pictures": PICTURES, "rows": [{NAME: NAME}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "values"),
+    [
+        ("comparison.html", COMPARED | {"source": NAME}),
+        ("comparison.html", COMPARED | {"source": NAME, "rows": []}),
+        ("acceleration.html", ACCELERATED | {"confidence": "95%", "files": {NAME: NAME}}),
+    ],
+)
+def test_every_other_page_too_needs_nothing_beside_it_and_escapes_what_it_is_given(template, values):
+    page = pages.page(template, **values)
+    assert set(re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'>\s]+)", page)) == {pages.embedded(PNG)}
+    assert not re.search(r"<script|<link|<iframe|@import|url\(", page)
+    assert "<b>" not in page
+    assert html.unescape(page).count(NAME) >= 6
+    assert page.count("<table") == page.count('<div class="scroll"><table')
+
+
+def test_a_page_that_lacks_a_value_is_refused():
+    with pytest.raises(jinja2.UndefinedError, match="'source' is undefined"):
+        pages.page("comparison.html", **COMPARED)
+
+
+def test_every_template_is_packaged():
+    declared = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = {path for pattern in declared["tipl_ray"] for path in (CHECKOUT / "tipl_ray").glob(pattern)}
+    assert {path for path in pages.TEMPLATES.rglob("*") if path.is_file()} == packaged
+
+
+def test_a_table_is_written_in_full_and_what_is_none_is_empty():
+    rows = [{"name": 'a "b", c', "figure": 1 / 3, "none": None}, {"name": "d", "figure": float("nan"), "none": 2}]
+    header, first, second = pages.as_csv(rows).decode().splitlines()
+    assert header == '"name","figure","none"'
+    assert first == f'"a ""b"", c",{1 / 3!r},'
+    assert second == '"d",nan,2'
+    assert pages.as_csv([]) == b""

@@ -9,7 +9,6 @@ import io
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -50,38 +49,6 @@ class _Picture(Figure):
     def savefig(self, *arguments: Any, **settings: Any) -> None:
         with as_shipped():
             super().savefig(*arguments, **settings)
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG, the same bytes for the same figure: fixed resolution, no date, no version."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def save(figure: Figure, path: str | Path) -> Path:
-    """Write the figure as PNG and return where."""
-    path = Path(path)
-    path.write_bytes(png(figure))
-    return path
-
-
-def log_scale(axes: Axes) -> None:
-    """A logarithmic axis over what is drawn, its ticks plain numbers."""
-    axes.set_yscale("log")
-    low, high = np.log10(axes.get_ylim())
-    tick_decades(axes, low, high)
-
-
-def tick_decades(axes: Axes, low: float, high: float) -> None:
-    """Label a logarithmic axis between two powers of ten: by decades, and between them where there are few."""
-    between = (1.0,) if high - low > 2.5 else (1.0, 2.0, 5.0)
-    ticks = [tick for tick in LogLocator(subs=between).tick_values(10**low, 10**high) if low <= np.log10(tick) <= high]
-    if len(ticks) < 2:
-        ticks = [tick for tick in MaxNLocator(5).tick_values(10**low, 10**high) if 10**low <= tick <= 10**high]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def new_figure(
@@ -139,6 +106,24 @@ def explain(axes: Axes, words: str) -> None:
     )
 
 
+def log_scale(axes: Axes) -> None:
+    """A logarithmic axis over what is drawn, its ticks plain numbers."""
+    axes.set_yscale("log")
+    low, high = np.log10(axes.get_ylim())
+    tick_decades(axes, low, high)
+
+
+def tick_decades(axes: Axes, low: float, high: float) -> None:
+    """Label a logarithmic axis between two powers of ten: by decades, and between them where there are few."""
+    between = (1.0,) if high - low > 2.5 else (1.0, 2.0, 5.0)
+    ticks = [tick for tick in LogLocator(subs=between).tick_values(10**low, 10**high) if low <= np.log10(tick) <= high]
+    if len(ticks) < 2:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(10**low, 10**high) if 10**low <= tick <= 10**high]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def wrapped(figure: Figure, text: str, inches: float, size: float, weight: str = "normal") -> str:
     """The text, over as many lines as keep it within so many inches; a word that is longer is broken."""
     probe = Text(0, 0, text, fontsize=size, fontweight=weight)
@@ -174,3 +159,10 @@ def legend_below(figure: Figure, entries: Sequence[Line2D], notes: Sequence[str]
             break
         legend.remove()
     figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG, the same bytes for the same figure: fixed resolution, no date, no version."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()

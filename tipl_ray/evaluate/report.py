@@ -8,15 +8,16 @@ findings are said as plainly as positive ones. Knows nothing of how the numbers 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tipl_ray import pages
 from tipl_ray.digest import flat
 from tipl_ray.evaluate.metrics import MIN_TRIALS, Row, number
 
 Verdict = Literal["yes", "partly", "no", "unknown"]
-Side = Literal["better", "level", "worse", "far", "unclear", "unknown"]
-"""Where a figure is beside what it is compared with; `level` by its interval, `unclear` where it has none."""
+Side = Literal["better", "level", "unclear", "worse", "far", "unknown"]
+"""Where a figure is compared with another: `level` by its interval, `unclear` where it has none; in this order they
+are said."""
 
 SHORT_STEPS = (1, 2, 5, 10)
 RIVALS = {
@@ -40,6 +41,8 @@ ALIKE = 0.9
 """Ratio of distances, either way round, from which on two of them are said to be about the same."""
 GROUPS = {"phase": "phase", "third": "third of training"}
 THIRDS = ("first", "second", "last")
+DIFFERENCE = ("skill_difference", "difference")
+"""Column of a comparison, and how those of its interval begin."""
 BASELINE = "the copy-last baseline"
 NO_FORECASTS = "The results hold no forecast of the Transformer to compare."
 NO_POLICIES = "No policies were run, so nothing is known about returns."
@@ -171,11 +174,9 @@ def beats_copying(summary: Sequence[Row], confidence: float = 0.95) -> Answer:
     rows = _of(summary, "tipl")
     verdict, sentences = _judge(
         {step: _skill_side(row) for step, row in rows.items()},
-        better=f"It beats {BASELINE} at {{steps}}.",
+        **_against(BASELINE),
         level=f"No significant difference at {{steps}}: the {confidence:.0%} interval of its skill includes 0.",
         unclear=f"At {{steps}} it is within {CLEAR} of {BASELINE}'s skill of 0, too close to call without an interval.",
-        worse=f"It is worse than {BASELINE} at {{steps}}.",
-        far=f"It is far worse than {BASELINE} at {{steps}}.",
     )
     sentences += _sizes(rows)
     if any(not row["causal"] for row in rows.values()):
@@ -198,33 +199,24 @@ def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -
     sides: dict[int, Side] = {}
     for step, row in rows.items():
         if step in paired:
-            names = ("skill_difference", "difference_low", "difference_high")
-            difference, low, high = (number(paired[step], name) for name in names)
+            sides[step] = _side(*_interval(paired[step], *DIFFERENCE))
         else:
-            difference = number(row, "skill") - number(theirs[step], "skill")
-            low = number(row, "skill_low") - number(theirs[step], "skill_high")
-            high = number(row, "skill_high") - number(theirs[step], "skill_low")
-        sides[step] = _side(difference, low, high)
+            ours, other = _interval(row, "skill"), _interval(theirs[step], "skill")
+            sides[step] = _side(ours[0] - other[0], ours[1] - other[2], ours[2] - other[1])
     reason = "the interval of the difference includes 0" if paired else "the intervals of their skills overlap"
     verdict, sentences = _judge(
         sides,
-        better=f"It beats {words} at {{steps}}.",
+        **_against(words),
         level=f"No significant difference at {{steps}}: {reason}.",
         unclear=f"At {{steps}} their skills are within {CLEAR} of each other, too close to call without an interval.",
-        worse=f"It is worse than {words} at {{steps}}.",
-        far=f"It is far worse than {words} at {{steps}}.",
     )
     sentences += _at_both_ends(
         rows,
         "Skill is",
         lambda row: f"{_with_interval(row, 'skill')} against {_with_interval(theirs[row['step']], 'skill')}",
     )
-    if paired and rows:
-        sentences += _at_both_ends(
-            {step: paired[step] for step in rows if step in paired},
-            "On the same windows the difference is",
-            _difference,
-        )
+    on_both = {step: paired[step] for step in rows if step in paired}
+    sentences += _at_both_ends(on_both, "On the same windows the difference is", _difference)
     return _answer(f"Does it predict weights better than {words}?", verdict, sentences, rows, NO_FORECASTS)
 
 
@@ -271,8 +263,7 @@ def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
     rows = _run(_of(summary, "tipl"))
     sides: dict[int, Side] = {}
     for step, row in rows.items():
-        apart, floor = number(row, "repw"), number(row, "repw_noise_floor")
-        low = number(row, "repw_low")
+        (apart, low, _), floor = _interval(row, "repw"), number(row, "repw_noise_floor")
         if math.isfinite(low):
             sides[step] = "worse" if low > floor else "better"
         else:
@@ -305,7 +296,7 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
     rows = {step: row for step, row in _run(_of(summary, "tipl")).items() if step in copied}
     sides: dict[int, Side] = {}
     for step, row in rows.items():
-        ours, theirs = ([number(one, f"repw{end}") for end in ("", "_low", "_high")] for one in (row, copied[step]))
+        ours, theirs = _interval(row, "repw"), _interval(copied[step], "repw")
         if math.isfinite(ours[1]) and math.isfinite(theirs[1]):
             sides[step] = _side(theirs[0] - ours[0], theirs[1] - ours[2], theirs[2] - ours[1], far=-math.inf)
         else:
@@ -352,7 +343,7 @@ def modes_are_kept(summary: Sequence[Row]) -> Answer:
     sentences += _at_both_ends(rows, "Their distance is", lambda row: f"{_times(shares[row['step']])} the true ones'")
     spreads = ("returns_spread", "returns_spread_true")
     sentences += _at_both_ends(
-        {step: row for step, row in rows.items() if all(math.isfinite(number(row, name)) for name in spreads)},
+        _known(rows, *spreads),
         "The spread of their returns is",
         lambda row: " against ".join(_format("repw", number(row, name)) for name in spreads),
     )
@@ -363,7 +354,7 @@ def modes_are_kept(summary: Sequence[Row]) -> Answer:
 
 def basis_suffices(summary: Sequence[Row], floor: str = "svd-floor") -> Answer:
     """What the basis alone costs: the skill of the true future projected on it, which bounds every predictor."""
-    rows = {step: row for step, row in _of(summary, floor).items() if math.isfinite(number(row, "skill"))}
+    rows = _known(_of(summary, floor), "skill")
     sides: dict[int, Side] = {}
     for step, row in rows.items():
         skill = number(row, "skill")
@@ -396,15 +387,24 @@ def _side(difference: float, low: float, high: float, far: float = FAR) -> Side:
 
 
 def _skill_side(row: Row) -> Side:
-    return _side(*(number(row, name) for name in ("skill", "skill_low", "skill_high")))
+    return _side(*_interval(row, "skill"))
+
+
+def _against(words: str) -> dict[str, str]:
+    """What is said of a clear difference from a rival, by side."""
+    return {
+        "better": f"It beats {words} at {{steps}}.",
+        "worse": f"It is worse than {words} at {{steps}}.",
+        "far": f"It is far worse than {words} at {{steps}}.",
+    }
 
 
 def _judge(sides: Mapping[int, Side], **sentences: str) -> tuple[Verdict, list[str]]:
     """The verdict over all steps, and a sentence for each side that some steps are on."""
     sentences |= {"unknown": "At {steps} there is nothing to compare: no window moved, or the forecasts diverged."}
-    steps = {side: [step for step, of in sides.items() if of == side] for side in sentences}
+    steps = {side: [step for step, of in sides.items() if of == side] for side in get_args(Side) if side in sentences}
     return _verdict(list(sides.values())), [
-        sentence.format(steps=_steps_text(steps[side])) for side, sentence in sentences.items() if steps[side]
+        sentences[side].format(steps=_steps_text(some)) for side, some in steps.items() if some
     ]
 
 
@@ -429,7 +429,7 @@ def _answer(question: str, verdict: Verdict, sentences: Sequence[str], rows: Map
 
 def _sizes(rows: Mapping[int, Row]) -> list[str]:
     """What the first and the last skill are, in words: the share of the baseline's squared error gone, or on top."""
-    known = {step: row for step, row in rows.items() if math.isfinite(number(row, "skill"))}
+    known = _known(rows, "skill")
     sentence, latest = "", ""
     for step in sorted({min(known), max(known)}) if known else ():
         skill = number(known[step], "skill")
@@ -470,8 +470,7 @@ def _of(summary: Sequence[Row], predictor: str) -> dict[int, Row]:
 
 
 def _difference(row: Row) -> str:
-    names = ("skill_difference", "difference_low", "difference_high")
-    value, low, high = (number(row, name) for name in names)
+    value, low, high = _interval(row, *DIFFERENCE)
     if not math.isfinite(value):
         return "not known"
     # Adding 0.0 keeps a rounded -0.000 from being read as worse.
@@ -489,7 +488,12 @@ def _listed(words: Sequence[str]) -> str:
 
 def _run(rows: Mapping[int, Row]) -> dict[int, Row]:
     """The steps whose policies were run."""
-    return {step: row for step, row in rows.items() if math.isfinite(number(row, "repw"))}
+    return _known(rows, "repw")
+
+
+def _known(rows: Mapping[int, Row], *keys: str) -> dict[int, Row]:
+    """The steps at which figures are numbers."""
+    return {step: row for step, row in rows.items() if all(math.isfinite(number(row, key)) for key in keys)}
 
 
 def _sorted(summary: Sequence[Row], steps: Sequence[int] | None = None) -> list[Row]:
@@ -517,8 +521,13 @@ def _cells(row: Row) -> dict[str, str]:
     }
 
 
+def _interval(row: Row, key: str, ends: str | None = None) -> tuple[float, float, float]:
+    """A figure and its interval's ends."""
+    return number(row, key), number(row, f"{ends or key}_low"), number(row, f"{ends or key}_high")
+
+
 def _with_interval(row: Row, key: str) -> str:
-    value, low, high = (number(row, name) for name in (key, f"{key}_low", f"{key}_high"))
+    value, low, high = _interval(row, key)
     if not (math.isfinite(value) and math.isfinite(low) and math.isfinite(high)):
         return _format(key, value)
     return f"{_format(key, value)} [{_format(key, low)}, {_format(key, high)}]"
