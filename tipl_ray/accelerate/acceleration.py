@@ -371,24 +371,20 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
     tables = {"table": rows, "search": rates, "tasks": together, "curves": _curve_rows(finished)}
     for name, table in tables.items():
         write_file(folder, f"{name}.csv", as_csv(table))
-    drawn = _draw(finished, rows, rates, resampling)
-    pictures = {name: png(figure) for name, (_, figure) in drawn.items()}
-    for name, picture in pictures.items():
-        run.log_figure(picture, name)
-        write_file(join(folder, "figures"), f"{name}.png", picture)
     lines = contenders.sentences(rows, resampling.confidence)
     lines += contenders.sentences_over_tasks(together, len({(row["task"], row["env_steps"]) for row in rows}))
+    shown = []
+    for name, (heading, sentence, figure) in _draw(finished, rows, rates, resampling).items():
+        picture = png(figure)
+        run.log_figure(picture, name)
+        write_file(join(folder, "figures"), f"{name}.png", picture)
+        shown.append((heading, sentence, pages.embedded(picture)))
     page = pages.page(
         "acceleration.html",
         title="Update epochs replaced by inference",
-        facts={
-            "tasks": len({row["task"] for row in rows}),
-            "contenders": len({row["contender"] for row in rows}),
-            "trials of each": experiment.collect.num_trials,
-            "predictors from": plan.source.collect.task,
-        },
+        facts=_facts(plan, rows),
         sentences=lines,
-        pictures=[(*heading, pages.embedded(pictures[name])) for name, (heading, _) in drawn.items()],
+        pictures=shown,
         rows=contenders.table(rows),
         confidence=f"{resampling.confidence:.0%}",
         files={name: join(folder, f"{name}.csv") for name in tables},
@@ -401,17 +397,29 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
     say(f"accelerate: table, curves and report in {folder}")
 
 
+def _facts(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
+    """The few figures of the report's head."""
+    return {
+        "tasks": len({row["task"] for row in rows}),
+        "contenders": len({row["contender"] for row in rows}),
+        "trials of each": plan.experiment.collect.num_trials,
+        "predictors from": plan.source.collect.task,
+    }
+
+
 def _draw(
     finished: Sequence[Finished], rows: Sequence[Row], rates: Sequence[Row], resampling: Resampling
-) -> dict[str, tuple[tuple[str, str], Figure]]:
+) -> dict[str, tuple[str, str, Figure]]:
     """Heading, sentence and figure of every picture, by its file's name."""
     drawn = {
         "acceleration_areas": (
-            ("Areas under the curve", "Filled where the interval of the difference does not include 0."),
+            "Areas under the curve",
+            "Filled where the interval of the difference does not include 0.",
             figures.areas(rows),
         ),
         "acceleration_learning_rates": (
-            ("Areas by learning rate, in the search", "The chosen rates are the large points."),
+            "Areas by learning rate, in the search",
+            "The chosen rates are the large points.",
             figures.learning_rates(rates),
         ),
     }
@@ -419,9 +427,11 @@ def _draw(
         own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
         curves = {one.unit.contender.name: (one.env_steps_I, one.returns_SI) for one in own}
         title = f"{task}, {len(own[0].returns_SI)} trials"
-        name = f"acceleration_{task.removesuffix('-v4')}_{env_steps}"
-        sentence = f"Interquartile mean over trials; bands are {resampling.confidence:.0%} intervals."
-        drawn[name] = ((title, sentence), figures.contenders(curves, title, resampling))
+        drawn[f"acceleration_{task.removesuffix('-v4')}_{env_steps}"] = (
+            title,
+            f"Interquartile mean over trials; bands are {resampling.confidence:.0%} intervals.",
+            figures.contenders(curves, title, resampling),
+        )
     return drawn
 
 
