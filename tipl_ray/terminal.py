@@ -11,7 +11,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -83,7 +83,8 @@ def format_rows(rows: Iterable[Mapping[str, str]], title: str | None = None) -> 
     """Rows of equal keys as a table, numbers and all, headed by the keys; text as it is, whatever brackets it has."""
     rows = list(rows)
     heading = None if title is None else Text(plain(title))
-    table = Table(title=heading, title_justify="left", header_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    lean: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False}
+    table = Table(title=heading, title_justify="left", header_style="bold", **lean)
     for column, key in enumerate(rows[0] if rows else ()):
         table.add_column(Text(plain(key)), justify="left" if column == 0 else "right", overflow="fold")
     for row in rows:
