@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,7 +34,7 @@ from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
 from tipl_ray.predict.baselines import Ridge  # noqa: E402
 from tipl_ray.predict.gram import Question  # noqa: E402
 from tipl_ray.predict.saved import save_predictor  # noqa: E402
-from tipl_ray.terminal import format_rows  # noqa: E402
+from tipl_ray.terminal import say_rows  # noqa: E402
 from tipl_ray.window.transformer import WindowTransformer  # noqa: E402
 
 SHAPES = (("InvertedPendulum-v4", 8, 10), ("HalfCheetah-v4", 64, 10), ("HalfCheetah-v4", 256, 10))
@@ -131,7 +130,7 @@ def main() -> None:
                         "jump's share": f"{seconds['jump'] / seconds['iteration']:.1%}",
                     }
                 )
-    Console(width=150).print(format_rows([{name: str(value) for name, value in row.items()} for row in rows]))
+    say_rows([{name: str(value) for name, value in row.items()} for row in rows])
     (results_folder(arguments.quick) / "acceleration.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 

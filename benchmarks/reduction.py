@@ -24,7 +24,6 @@ for threads in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[threads] = "1"  # read when numpy is imported
 
 import numpy as np  # noqa: E402
-from rich.console import Console  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -34,7 +33,7 @@ from machine import peak_bytes  # noqa: E402
 
 from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
 from tipl_ray.paper.temporal_svd import fit_basis  # noqa: E402
-from tipl_ray.terminal import format_rows  # noqa: E402
+from tipl_ray.terminal import say_rows  # noqa: E402
 
 RANK = 64
 
@@ -121,9 +120,7 @@ def main() -> None:
     }
     (results_folder(arguments.quick) / "reduction.json").write_text(json.dumps(rows, indent=1) + "\n")
     title = f"One core, medians of {arguments.rounds} alternating rounds"
-    Console(width=150).print(
-        format_rows([{"": name, "found": str(value)} for name, value in rows.items()], title=title)
-    )
+    say_rows([{"": name, "found": str(value)} for name, value in rows.items()], title=title)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,9 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
         }
         assert row["learning_rate"] == max(chosen, key=lambda rate: chosen[rate])
     assert list(storage.glob("units/*/trajectories")) == []
-    assert (folder / "report.md").read_text().count("gradient steps") == 3
+    page = (folder / "report.html").read_text()
+    assert page.count("of the gradient steps of") == 2
+    assert page.count("data:image/png;base64,") == 3
     rates = pyarrow.csv.read_csv(folder / "search.csv").to_pylist()
     assert [row["learning_rate"] for row in rates if row["chosen"]] == [row["learning_rate"] for row in rows]
     assert len(rates) == len(searched)

@@ -169,7 +169,7 @@ def test_compare_reads_a_sweep_from_mlflow_alone(finished: Path, tmp_path: Path)
     assert said.returncode == 0, said.stderr
     assert "3 runs compared" in said.stdout
     page = output.read_text()
-    rows = re.findall(r"<tr><td>(\d)</td><td>(\d)</td><td>(-?[\d.,]+)</td>", page)
+    rows = re.findall(r"<tr[^>]*><td>(\d)</td><td>(\d)</td><td>(-?[\d.,]+)</td>", page)
     assert len(rows) == 3
     skills = [float(skill.replace(",", "")) for *_, skill in rows]
     assert skills == sorted(skills, reverse=True)

@@ -26,7 +26,7 @@ from tipl_ray.data.trajectory_store import Header, TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.predict.representation import representation_of
-from tipl_ray.terminal import ProgressView, duration, say
+from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
 
@@ -183,6 +183,7 @@ def run_collect(context: Context) -> None:
     if context.logged(key):
         return
     from tipl_ray.evaluate import figures
+    from tipl_ray.evaluate.metrics import Resampling
 
     context.claim("collect", "collecting trials")
     with context.run("collect", key) as run:
@@ -191,7 +192,7 @@ def run_collect(context: Context) -> None:
         run.log_history("episodic_return_mean", steps, mean_T)
         run.log_metrics({"final_episodic_return_mean": final, "num_weights": header.num_weights})
         log_data(experiment, run)
-        drawing = {"learning_curves": lambda: figures.learning_curves(curves)}
+        drawing = {"learning_curves": lambda: figures.learning_curves(curves, Resampling.of(experiment.evaluate))}
         for name, figure in _those_with_data("collect", drawing).items():
             run.log_figure(figure, name)
 
@@ -315,16 +316,14 @@ def run_evaluate(context: Context) -> None:
             for row in evaluation.summary:
                 values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
                 run.log_metrics(values, step=row["step"])
-            with tempfile.TemporaryDirectory() as temporary:
-                pictures = _draw(context, evaluation, models[0], Path(temporary))
-                for name, picture in pictures.items():
-                    run.log_figure(picture, name)
-                    write_file(join(evaluation.folder, "figures"), picture.name, picture.read_bytes())
-                page = _write_report(Path(temporary) / "report.html", context, evaluation, models, pictures)
-                run.log_file(page)
-                write_file(evaluation.folder, page.name, page.read_bytes())
-    for line in report.format_table(evaluation.summary).splitlines():
-        say(line)
+            pictures = _draw(context, evaluation, models[0])
+            for name, picture in pictures.items():
+                run.log_figure(picture, name)
+                write_file(join(evaluation.folder, "figures"), f"{name}.png", picture)
+            page = _report(context, evaluation, models, pictures).encode()
+            run.log_file(page, "report.html")
+            write_file(evaluation.folder, "report.html", page)
+    say_rows(report.table(evaluation.summary, report.SHORT_STEPS))
     answers = report.answers(
         evaluation.summary, settings.confidence, comparisons=evaluation.comparisons, groups=evaluation.groups
     )
@@ -521,26 +520,30 @@ def _left(seconds: float) -> str:
     return duration(seconds) if np.isfinite(seconds) else "?"
 
 
-def _draw(context: Context, evaluation: Evaluation, model: str, folder: Path) -> dict[str, Path]:
+def _draw(context: Context, evaluation: Evaluation, model: str) -> dict[str, bytes]:
+    """The pictures that the report shows, as PNG."""
+    from tipl_ray.drawing import png
     from tipl_ray.evaluate import figures
+    from tipl_ray.evaluate.metrics import Resampling
     from tipl_ray.train.training import load_history
 
     results, summary = evaluation.results, evaluation.summary
+    resampling = Resampling.of(context.experiment.evaluate)
     drawing: dict[str, Callable[[], Figure]] = {
         "figure_2": lambda: figures.figure_2(results, summary),
         "skill_by_step": lambda: figures.skill_by_step(summary),
         "skill_over_ridge": lambda: figures.skill_over_ridge(evaluation.comparisons),
-        "skill_by_phase": lambda: figures.skill_by_phase(results),
-        "skill_by_third": lambda: figures.skill_by_third(results),
+        "skill_by_phase": lambda: figures.skill_by_group(evaluation.groups, "phase"),
+        "skill_by_third": lambda: figures.skill_by_group(evaluation.groups, "third"),
         "spread": lambda: figures.spread(summary),
         "reconstruction": lambda: figures.reconstruction(evaluation.reconstruction),
         "training_curves": lambda: figures.training_curves(load_history(model)),
-        "learning_curves": lambda: figures.learning_curves(learning_curves(context.experiment)),
+        "learning_curves": lambda: figures.learning_curves(learning_curves(context.experiment), resampling),
     }
     if not context.experiment.evaluate.run_policies_of:
         del drawing["spread"]
     drawn = _those_with_data("evaluate", drawing)
-    return {name: figures.save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
+    return {name: png(figure) for name, figure in drawn.items()}
 
 
 def _those_with_data(stage: str, drawing: Mapping[str, Callable[[], Figure]]) -> dict[str, Figure]:
@@ -554,17 +557,14 @@ def _those_with_data(stage: str, drawing: Mapping[str, Callable[[], Figure]]) ->
     return drawn
 
 
-def _write_report(
-    path: Path, context: Context, evaluation: Evaluation, models: list[str], pictures: dict[str, Path]
-) -> Path:
+def _report(context: Context, evaluation: Evaluation, models: list[str], pictures: dict[str, bytes]) -> str:
     from tipl_ray.evaluate import report
 
     experiment = context.experiment
-    return report.write_report(
-        path,
+    return report.page(
         title=f"TIPL on {experiment.collect.task}: {experiment.name}",
         summary=evaluation.summary,
-        figures=pictures,
+        pictures=pictures,
         facts={
             "trials": experiment.collect.num_trials,
             "snapshots a trial": f"{experiment.num_snapshots:,}",

@@ -7,30 +7,28 @@ in one Ray task, committed to a data set of its own: whatever is killed goes on 
     <storage>/predictors/<digest>/<name>/    what the jumps are made of, fitted on another experiment's trials
     <storage>/units/<digest>/unit.json       a unit's learning curves; beside it its trials while it runs
     <storage>/accelerations/<digest>/        table.csv, curves.csv, search.csv, tasks.csv,
-                                             report.md, figures/
+                                             report.html, figures/
 """
 
 import dataclasses
-import io
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
 import ray
+from matplotlib.figure import Figure
 
-from tipl_ray.accelerate import contenders
+from tipl_ray import pages
+from tipl_ray.accelerate import contenders, figures
 from tipl_ray.accelerate.contenders import (
     TIPL,
     Contender,
     Finished,
     Fitted,
+    Row,
     Unit,
     comparable,
     filled,
@@ -55,14 +53,15 @@ from tipl_ray.data.storage import (
 )
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, identity
+from tipl_ray.drawing import png
 from tipl_ray.errors import UserError
-from tipl_ray.evaluate import figures
-from tipl_ray.evaluate.metrics import interquartile_mean
+from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
+from tipl_ray.pages import as_csv
 from tipl_ray.ppo.algorithms import NOTHING
 from tipl_ray.ppo.learner import ENGINES, choose_engine
 from tipl_ray.predict.saved import load_predictor, predictor_digest
-from tipl_ray.terminal import ProgressView, duration, say
+from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder
 
@@ -381,55 +380,77 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
             f"{unknown[0]}: every trial of every contender diverged before an episode ended, so there is nothing to "
             f"compare; lower accelerate.learning_rates={experiment.accelerate.learning_rates}"
         )
-    chances: dict[str, Any] = {
-        "resamples": experiment.accelerate.bootstrap,
-        "confidence": experiment.evaluate.confidence,
-    }
-    rows = contenders.score(finished, plan.source.collect.task, **chances)
+    resampling = Resampling(
+        confidence=experiment.evaluate.confidence, bootstrap=experiment.accelerate.bootstrap, seed=0
+    )
+    rows = contenders.score(finished, plan.source.collect.task, resampling)
     rates = contenders.search_rows(searched)
-    together = contenders.over_tasks(finished, **chances)
-    lines = contenders.sentences(rows, experiment.evaluate.confidence)
-    write_file(folder, "table.csv", _csv(rows))
-    write_file(folder, "search.csv", _csv(rates))
-    write_file(folder, "tasks.csv", _csv(together))
-    write_file(folder, "curves.csv", _csv(_curve_rows(finished)))
-    page = [
-        "# Update epochs replaced by inference",
-        "",
-        *(f"- {line}" for line in lines),
-        "",
-        contenders.as_markdown(rows),
-    ]
-    pictures = {
-        "acceleration_areas": ("Areas under the curve", figures.contender_differences(rows)),
-        "acceleration_learning_rates": ("Areas by learning rate, in the search", figures.learning_rates(rates)),
+    together = contenders.over_tasks(finished, resampling)
+    tables = {"table": rows, "search": rates, "tasks": together, "curves": _curve_rows(finished)}
+    for name, table in tables.items():
+        write_file(folder, f"{name}.csv", as_csv(table))
+    lines = contenders.sentences(rows, resampling.confidence)
+    lines += contenders.sentences_over_tasks(together, len({(row["task"], row["env_steps"]) for row in rows}))
+    shown = []
+    for name, (heading, sentence, figure) in _draw(finished, rows, rates, resampling).items():
+        picture = png(figure)
+        run.log_figure(picture, name)
+        write_file(join(folder, "figures"), f"{name}.png", picture)
+        shown.append((heading, sentence, pages.embedded(picture)))
+    page = pages.page(
+        "acceleration.html",
+        title="Update epochs replaced by inference",
+        facts=_facts(plan, rows),
+        sentences=lines,
+        pictures=shown,
+        rows=contenders.table(rows),
+        confidence=f"{resampling.confidence:.0%}",
+        files={name: join(folder, f"{name}.csv") for name in tables},
+    ).encode()
+    run.log_file(page, "report.html")
+    write_file(folder, "report.html", page)
+    say_rows(contenders.table(rows))
+    for line in lines:
+        say(line)
+    say(f"accelerate: table, curves and report in {folder}")
+
+
+def _facts(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
+    """The few figures of the report's head."""
+    return {
+        "tasks": len({row["task"] for row in rows}),
+        "contenders": len({row["contender"] for row in rows}),
+        "trials of each": plan.experiment.collect.num_trials,
+        "predictors from": plan.source.collect.task,
+    }
+
+
+def _draw(
+    finished: Sequence[Finished], rows: Sequence[Row], rates: Sequence[Row], resampling: Resampling
+) -> dict[str, tuple[str, str, Figure]]:
+    """Heading, sentence and figure of every picture, by its file's name."""
+    drawn = {
+        "acceleration_areas": (
+            "Areas under the curve",
+            "Filled where the interval of the difference does not include 0.",
+            figures.areas(rows),
+        ),
+        "acceleration_learning_rates": (
+            "Areas by learning rate, in the search",
+            "The chosen rates are the large points.",
+            figures.learning_rates(rates),
+        ),
     }
     for task, env_steps in dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished):
         own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
         curves = {one.unit.contender.name: (one.env_steps_I, one.returns_SI) for one in own}
-        picture = figures.contenders(curves, f"{task}, {len(own[0].returns_SI)} trials")
-        pictures[f"acceleration_{task.removesuffix('-v4')}_{env_steps}"] = (task, picture)
-    with tempfile.TemporaryDirectory() as temporary:
-        for name, (title, picture) in pictures.items():
-            path = figures.save(picture, Path(temporary) / f"{name}.png")
-            run.log_figure(path, name)
-            write_file(join(folder, "figures"), path.name, path.read_bytes())
-            page += ["", f"![{title}](figures/{path.name})"]
-        content = "\n".join([*page, ""]).encode()
-        write_file(folder, "report.md", content)
-        (Path(temporary) / "report.md").write_bytes(content)
-        run.log_file(Path(temporary) / "report.md")
-    for line in (*contenders.as_markdown(rows).splitlines(), *lines):
-        say(line)
-    tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
-    if not together or together[0]["tasks"] < len(tasks):
-        say("tasks where the area of the first contender is not clearly above 0 are compared by differences alone")
-    for row in together:
-        say(
-            f"over {row['tasks']} of {len(tasks)} tasks, {row['contender']}: {row['share']:.3f} of the first "
-            f"contender's area [{row['share_low']:.3f}, {row['share_high']:.3f}]"
+        title = f"{task}, {len(own[0].returns_SI)} trials"
+        drawn[f"acceleration_{task.removesuffix('-v4')}_{env_steps}"] = (
+            title,
+            f"Interquartile mean over trials; bands are {resampling.confidence:.0%} intervals.",
+            figures.contenders(curves, title, resampling),
         )
-    say(f"accelerate: table, curves and report in {folder}")
+    return drawn
 
 
 def _curve_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
@@ -449,12 +470,3 @@ def _curve_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    sink = io.BytesIO()
-    # What is not known is empty; a table of nothing has no columns to write.
-    known = [{name: None if value != value else value for name, value in row.items()} for row in rows]
-    if known:
-        pyarrow.csv.write_csv(pa.Table.from_pylist(known), sink)
-    return sink.getvalue()

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 import ray
 import torch
@@ -26,6 +25,7 @@ from tipl_ray.data.trajectory_store import Trajectory, TrajectoryStore
 from tipl_ray.digest import digest, identity
 from tipl_ray.evaluate import metrics
 from tipl_ray.evaluate.metrics import Table
+from tipl_ray.pages import as_csv
 from tipl_ray.paper.temporal_svd import reconstruction_error
 from tipl_ray.ppo.learner import choose_engine, make_learner
 from tipl_ray.ppo.returns import policy_returns
@@ -297,22 +297,19 @@ def evaluate(
         publish(folder, {FITTED_FILE: fitted, **files}, RECORD_FILE)
         found = _from_parquet(files[RESULTS_FILE]), reconstruction
     results, reconstruction = found
-    settings = experiment.evaluate
-    resampling = metrics.Resampling(confidence=settings.confidence, bootstrap=settings.bootstrap, seed=settings.seed)
+    resampling = metrics.Resampling.of(experiment.evaluate)
     evaluation = Evaluation(
         folder=folder,
         results=results,
         summary=metrics.summarise(
             results, resampling, trained_on=load_about(model_folders[0]).get("trained_on", experiment.collect.task)
         ),
-        groups=[row for column in ("phase", "third") for row in metrics.group_skills(results, column, resampling)],
+        groups=metrics.group_skills(results, resampling),
         comparisons=metrics.compare(results, "tipl", resampling),
         reconstruction=reconstruction,
     )
     for name in ("summary", "groups", "comparisons"):
-        sink = pa.BufferOutputStream()
-        pyarrow.csv.write_csv(pa.Table.from_pylist(getattr(evaluation, name)), sink)
-        write_file(folder, f"{name}.csv", sink.getvalue().to_pybytes())
+        write_file(folder, f"{name}.csv", as_csv(getattr(evaluation, name)))
     return evaluation
 
 

@@ -43,7 +43,7 @@ from tipl_ray.stages import data_digest, essence, log_data, run_tags
 from tipl_ray.sweep import comparison
 from tipl_ray.sweep.judge import Judge
 from tipl_ray.sweep.space import Candidate, Range, Space, corners, describe, make_space, short_names, with_fields
-from tipl_ray.terminal import ProgressView, console, duration, format_rows, say
+from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import KEY_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder, run_digest
 from tipl_ray.train.ray_train import make_trainer, publish_model, worker_training
@@ -565,9 +565,7 @@ def _crown(plan: Plan, tracker: Tracker, parent: Run, best: comparison.Row, tria
 
 def _show(plan: Plan, children: Sequence[comparison.Row]) -> None:
     metric = plan.experiment.sweep.metric
-    console.print(
-        format_rows(comparison.table(comparison.by_metric(children, metric), metric), title=f"{plan.name}, by {metric}")
-    )
+    say_rows(comparison.table(comparison.by_metric(children, metric), metric), title=f"{plan.name}, by {metric}")
 
 
 def _seconds(history: Sequence[Mapping[str, float]]) -> Iterator[float]:
