@@ -23,6 +23,8 @@ from machine import own_processes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from cluster import measure_driver
+from tipl_ray.accelerate.group_jumps import Jumps
+from tipl_ray.accelerate.jumps import JumpSettings
 from tipl_ray.collect import group as group_module
 from tipl_ray.collect.collection import CollectionError, collect, pending_seeds
 from tipl_ray.collect.crew import LOOK_SECONDS, MESSAGES_PER_SECOND, seat_resources
@@ -37,6 +39,8 @@ from tipl_ray.places import CHECKOUT
 from tipl_ray.ppo.algorithms import State
 from tipl_ray.ppo.learner import choose_engine
 from tipl_ray.ppo.trials import TrialGroup
+from tipl_ray.predict.baselines import FirstAgain
+from tipl_ray.predict.gram import Question
 from tipl_ray.train.data_sets import DataSet
 
 
@@ -343,6 +347,20 @@ def test_an_actor_loads_no_predictor_and_no_transformer(cluster: None, tmp_path:
     ray.kill(actor)
     assert "tipl_ray.ppo.trials" in loaded
     assert loaded_from_afar(loaded) == set()
+
+
+def test_jumps_that_are_handed_in_reach_the_actors(cluster: None, tmp_path: Path) -> None:
+    rule = FirstAgain(Question(context=8, steps=(1, 2, 3), snapshots_per_iteration=5))
+    jumps = Jumps(settings=JumpSettings(), predictor=rule, digest="of a rule")
+    experiment = smoke(tmp_path / "actors", num_trials=3, total_env_steps=1024)
+    experiment = dataclasses.replace(experiment, ppo=dataclasses.replace(experiment.ppo, num_epochs=4))
+    alone = dataclasses.replace(experiment, storage=str(tmp_path / "alone"))
+    GroupCollector(alone, ENGINE, [1, 2, 3], jumps).advance(seconds=600)
+    store = collect(experiment, extension=jumps)
+    assert store.finished()
+    assert store.digest() == TrajectoryStore(alone.storage_path).digest([1, 2, 3])
+    assert store.header().config["jump"]["predictor"] == "of a rule"
+    assert len(store.trajectory(1).weights_TP) == 1 + 4 * 5
 
 
 def test_killed_actors_are_restarted_and_the_data_is_the_same(cluster: None, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def jump_question(source: Experiment, horizon: int) -> Question:
 
 
 def save_rules(question: Question, names: Sequence[str], folder: str) -> None:
-    """Write predictors that learn nothing. One folder each, for `forecasting.load_predictor`."""
+    """Write predictors that learn nothing. One folder each, for `saved.load_predictor`."""
     for name in names:
         save_predictor(PREDICTORS.load(name)(question), join(folder, name), {})
 
@@ -247,7 +247,7 @@ def fit_and_save(source: Experiment, horizon: int, names: Sequence[str], folder:
     """Fit predictors on the training trials of another experiment, their settings on its validation trials.
 
     Its test trials are not opened, and trials that diverged are left out. One folder each, for
-    `forecasting.load_predictor`.
+    `saved.load_predictor`.
     """
     question, store = jump_question(source, horizon), TrajectoryStore(source.storage_path)
     training, validation = (
