@@ -336,8 +336,9 @@ def test_a_collection_loads_no_predictor_and_no_transformer(tmp_path: Path) -> N
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
     loaded = ran.stdout.splitlines()[-1].split()
     assert "tipl_ray.ppo.trials" in loaded
-    # The stages know by data_sets, which loads nothing that learns, what a model is called.
-    assert loaded_from_afar(loaded) <= {"tipl_ray.train", "tipl_ray.train.data_sets"}
+    # The stages know by data_sets what a model is called, and by the interface what it depends on: neither learns.
+    known = {"train", "train.data_sets", "predict", "predict.gram", "predict.representation"}
+    assert loaded_from_afar(loaded) <= {f"tipl_ray.{module}" for module in known}
 
 
 def test_an_actor_loads_no_predictor_and_no_transformer(cluster: None, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import importlib
 import os
 import shutil
 import subprocess
@@ -182,6 +183,8 @@ def test_help_explains_every_option_at_once() -> None:
 
 
 def test_the_names_of_predictors_are_those_that_there_are() -> None:
+    modules = ("predict.baselines", "paper.predictor", "window.predictor")
+    assert all(importlib.import_module(f"tipl_ray.{module}") for module in modules)
     kinds = [Predictor]
     for kind in kinds:
         kinds += [one for one in kind.__subclasses__() if one.__module__.startswith("tipl_ray.")]

@@ -125,7 +125,8 @@ def _without_effect(experiment: Experiment, jobs: Sequence[str], said: Collectio
     def none_of(section: str, fields: Sequence[str], why: str) -> None:
         reasons.update({f"{section}.{field}": why for field in fields})
 
-    reasons.update(REPRESENTATIONS.load(experiment.basis.kind)(experiment.basis).without_effect())
+    if "basis" in read:
+        reasons.update(REPRESENTATIONS.load(experiment.basis.kind)(experiment.basis).without_effect())
     if not experiment.evaluate.run_policies_of:
         fields = ["windows_per_trial", "episodes", "sampled_actions"]
         none_of("evaluate", fields, "evaluate.run_policies_of is empty, so that no policy is run")

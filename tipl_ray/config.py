@@ -312,10 +312,6 @@ class Evaluate:
         for name in self.predictors:
             PREDICTORS.check("evaluate.predictors", name)
         _check_once("evaluate", "predictors", self.predictors)
-        known = known_predictors(self.predictors)
-        for name in self.run_policies_of:
-            if name not in known:
-                raise no_such("evaluate.run_policies_of", name, known)
         _check_once("evaluate", "run_policies_of", self.run_policies_of)
         extra = (self.horizon, *self.extra_horizons)
         if list(extra) != sorted(set(extra)):
@@ -597,6 +593,10 @@ class Experiment:
             )
 
     def _check_policies_run(self) -> None:
+        known = known_predictors(self.evaluate.predictors)
+        for name in self.evaluate.run_policies_of:
+            if name not in known:
+                raise no_such("evaluate.run_policies_of", name, known)
         brought = {name: REPRESENTATIONS.load(name).own_predictors for name in REPRESENTATIONS.own}
         missing = {name for names in brought.values() for name in names}
         missing -= set(REPRESENTATIONS.load(self.basis.kind).own_predictors)
