@@ -45,7 +45,9 @@ from tipl_ray.collect.collection import (  # noqa: E402
 )
 from tipl_ray.collect.placement import GroupProgress, Placement  # noqa: E402
 from tipl_ray.config import Collect, Experiment  # noqa: E402
-from tipl_ray.data.trajectory_store import Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
+from tipl_ray.data.snapshots import Snapshot  # noqa: E402
+from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
+from tipl_ray.data.trial_writer import TrialWriter  # noqa: E402
 from tipl_ray.ppo.learner import choose_engine  # noqa: E402
 
 SAMPLE_SECONDS = 0.1

@@ -31,7 +31,9 @@ from command import make_parser, results_folder, use_one_core  # noqa: E402
 from machine import peak_bytes, resident_bytes  # noqa: E402
 
 from tipl_ray.config import Collect  # noqa: E402
-from tipl_ray.data.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
+from tipl_ray.data.snapshots import Header, Snapshot  # noqa: E402
+from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
+from tipl_ray.data.trial_writer import TrialWriter  # noqa: E402
 from tipl_ray.terminal import format_rows  # noqa: E402
 
 TASKS = (("InvertedPendulum-v4 8-8", 122, 4, 4000), ("HalfCheetah-v4 256-256", 71_948, 17, 200))

@@ -10,8 +10,10 @@ import torch
 from trajectories import write_trials
 
 from tipl_ray import config
+from tipl_ray.data.snapshots import Snapshot
 from tipl_ray.data.storage import StoreError, publish
-from tipl_ray.data.trajectory_store import Snapshot, TrajectoryStore, TrialWriter
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.data.trial_writer import TrialWriter
 from tipl_ray.digest import as_table
 from tipl_ray.evaluate import evaluation, metrics
 from tipl_ray.predict.baselines import CopyLast

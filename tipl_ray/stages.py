@@ -21,8 +21,9 @@ import numpy as np
 from tipl_ray.collect.placement import GroupProgress
 from tipl_ray.config import Experiment
 from tipl_ray.data.locks import only_one
+from tipl_ray.data.snapshots import Header
 from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
-from tipl_ray.data.trajectory_store import Header, TrajectoryStore
+from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.terminal import ProgressView, duration, say

@@ -18,7 +18,10 @@ from ray.util.metrics import Counter, Gauge
 
 from tipl_ray.collect.placement import LOSSES, GroupProgress, Order, Placement, split_into_groups
 from tipl_ray.config import Experiment
-from tipl_ray.data.trajectory_store import Divergence, Header, TrajectoryStore, TrialWriter
+from tipl_ray.data.commits import Divergence
+from tipl_ray.data.snapshots import Header
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.data.trial_writer import TrialWriter
 from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
 from tipl_ray.ppo.learner import ENGINES, choose_engine

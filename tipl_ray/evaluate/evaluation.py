@@ -21,8 +21,9 @@ import ray
 import torch
 
 from tipl_ray.config import Experiment
+from tipl_ray.data.snapshots import Trajectory
 from tipl_ray.data.storage import StoreError, file_exists, join, last_name, publish, read_published, write_file
-from tipl_ray.data.trajectory_store import Trajectory, TrajectoryStore
+from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest
 from tipl_ray.evaluate import metrics
 from tipl_ray.evaluate.metrics import Table
