@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from command import make_parser, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.config import PRESETS, Collect, Experiment, Jump, Model, Ppo  # noqa: E402
-from tipl_ray.ppo.learner import choose_engine  # noqa: E402
+from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
 from tipl_ray.predict.baselines import Ridge  # noqa: E402
 from tipl_ray.predict.gram import Question  # noqa: E402

@@ -162,7 +162,7 @@ def kind_of(path: str) -> str:
 def collect_alone(experiment: Experiment, die_at: int) -> None:
     """Collect all trials as one group, without Ray, and seal the data set."""
     from tipl_ray.collect.collection import GroupCollector
-    from tipl_ray.ppo.learner import choose_engine
+    from tipl_ray.ppo.engines import choose_engine
 
     keep_books()
     if die_at:

@@ -24,7 +24,7 @@ from command import make_parser, results_folder  # noqa: E402
 
 from tipl_ray.collect.collection import SLICE_SECONDS, GroupCollector  # noqa: E402
 from tipl_ray.config import Collect, Experiment  # noqa: E402
-from tipl_ray.ppo.learner import choose_engine  # noqa: E402
+from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.terminal import console, format_rows  # noqa: E402
 
 TRIALS = 25

@@ -228,7 +228,7 @@ def collect_and_tell_memory(env_steps: int) -> None:
     """What `actor_memory` runs: two trials to their end, and (snapshots of each, bytes) at every commit."""
     from tipl_ray.collect.collection import GroupCollector
     from tipl_ray.config import load_experiment
-    from tipl_ray.ppo.learner import choose_engine
+    from tipl_ray.ppo.engines import choose_engine
 
     experiment = load_experiment(ROOT / "jobs" / "experiments" / "half_cheetah.toml")
     told: dict[str, list[tuple[int, int]]] = {"resident": [], "peak": []}

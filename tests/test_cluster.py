@@ -18,7 +18,7 @@ from tipl_ray.collect import collection
 from tipl_ray.collect.collection import GroupCollector, collect
 from tipl_ray.config import Experiment
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.ppo.learner import choose_engine
+from tipl_ray.ppo.engines import choose_engine
 
 
 @pytest.fixture(scope="module")

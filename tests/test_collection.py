@@ -35,7 +35,7 @@ from tipl_ray.config import Experiment, Ppo, load_experiment
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.places import CHECKOUT
-from tipl_ray.ppo.learner import choose_engine
+from tipl_ray.ppo.engines import choose_engine
 from tipl_ray.ppo.trials import State
 from tipl_ray.train.data_sets import DataSet
 

@@ -7,9 +7,10 @@ import pytest
 from plain_ppo import make_environment
 
 from tipl_ray.ppo.environments import CompiledEnvironments, Environments, generator_state, restored_generator
-from tipl_ray.ppo.tasks import TASKS, BatchSimulations
+from tipl_ray.ppo.simulations import BatchSimulations
+from tipl_ray.ppo.tasks import TASKS
 
-SOME_TASKS = [*sorted(TASKS), "Humanoid-v4", "Reacher-v4"]
+SOME_TASKS = [*sorted(TASKS.own), "Humanoid-v4", "Reacher-v4"]
 KINDS = [Environments] + ([CompiledEnvironments] if shutil.which("g++") else [])
 
 NUM_STEPS = 1000

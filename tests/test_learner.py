@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from tipl_ray.config import Ppo
-from tipl_ray.ppo.learner import CompiledLearner, Learner, Rollouts, TorchLearner, choose_engine, make_learner
+from tipl_ray.ppo.compiled_learner import CompiledLearner
+from tipl_ray.ppo.engines import choose_engine, make_learner
+from tipl_ray.ppo.learner import Learner, Rollouts
 from tipl_ray.ppo.networks import NetworkShape
+from tipl_ray.ppo.torch_learner import TorchLearner
 
 PENDULUM = NetworkShape(observation_size=4, action_size=1, policy_hidden=(8, 8), critic_hidden=(64, 64))
 ODD = NetworkShape(observation_size=5, action_size=3, policy_hidden=(40, 16), critic_hidden=(24, 72))

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
-from tipl_ray.ppo.tasks import TASKS, GymnasiumSimulations, Simulations, find_task
+from tipl_ray.ppo.gymnasium_tasks import GymnasiumSimulations
+from tipl_ray.ppo.simulations import Simulations
+from tipl_ray.ppo.tasks import TASKS, find_task
 
 NUM_STEPS = 1000
 SLOW = ["Humanoid-v4", "Pusher-v5", "Reacher-v4"]
@@ -23,7 +25,7 @@ def random_actions(simulations: Simulations, num_steps: int, count: int) -> np.n
     return generator(0).uniform(low, high, (num_steps, count, len(low))).astype(np.float32)
 
 
-@pytest.mark.parametrize("task", [*sorted(TASKS), *SLOW])
+@pytest.mark.parametrize("task", [*sorted(TASKS.own), *SLOW])
 def test_simulations_equal_gymnasium_bit_for_bit_resets_included(task: str) -> None:
     seeds = [3, 4, 5]
     simulations = find_task(task)(len(seeds))
@@ -45,17 +47,17 @@ def test_simulations_equal_gymnasium_bit_for_bit_resets_included(task: str) -> N
     assert num_resets >= len(seeds)
 
 
-@pytest.mark.parametrize("task", [*sorted(TASKS), *SLOW])
+@pytest.mark.parametrize("task", [*sorted(TASKS.own), *SLOW])
 def test_limits_and_bounds_are_gymnasiums(task: str) -> None:
     simulations, original = find_task(task)(1), gymnasium.make(task)
     assert simulations.max_episode_steps == gymnasium.spec(task).max_episode_steps
     assert isinstance(original.action_space, gymnasium.spaces.Box)
     np.testing.assert_array_equal(simulations.action_low, original.action_space.low)
     np.testing.assert_array_equal(simulations.action_high, original.action_space.high)
-    assert simulations.fast == (task in TASKS)
+    assert simulations.fast == (task in TASKS.own)
 
 
-@pytest.mark.parametrize("task", [*sorted(TASKS), *SLOW])
+@pytest.mark.parametrize("task", [*sorted(TASKS.own), *SLOW])
 def test_simulations_go_on_from_a_state_and_when_kept(task: str) -> None:
     simulations, resumed = find_task(task)(3), find_task(task)(2)
     for k in range(3):
@@ -79,7 +81,7 @@ def test_simulations_go_on_from_a_state_and_when_kept(task: str) -> None:
     np.testing.assert_array_equal(kept.state_KS, resumed.state_KS)
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", sorted(TASKS.own))
 def test_a_simulation_does_not_depend_on_those_beside_it(task: str) -> None:
     lone, many = find_task(task)(1), find_task(task)(19)
     for k in range(19):

@@ -25,12 +25,12 @@ class Registry:
 
     def __init__(self, what: str, group: str, own: Mapping[str, str]) -> None:
         """`what` is said in errors, `group` is the entry points' group, `own` are names -> `module:Name`."""
-        self.what, self.group, self._own = what, group, dict(own)
+        self.what, self.group, self.own = what, group, dict(own)
 
     def names(self) -> tuple[str, ...]:
         """Every name that needs no module: this package's, then those of entry points."""
         found = (entry.name for entry in entry_points(group=self.group))
-        return tuple(dict.fromkeys([*self._own, *found]))
+        return tuple(dict.fromkeys([*self.own, *found]))
 
     def check(self, field: str, name: str) -> None:
         """Raise ValueError naming the field where there is no such thing; a `module:Name` is looked up and imported."""
@@ -45,16 +45,14 @@ class Registry:
     def load(self, name: str) -> Any:
         """What has this name. Raises ValueError where there is none."""
         self.check(self.what, name)
-        place = self._own.get(name, name)
+        place = self.own.get(name, name)
         if ":" in place:
             return self._import(self.what, place)
         return next(entry for entry in entry_points(group=self.group) if entry.name == name).load()
 
     def _import(self, field: str, place: str) -> Any:
         module, _, name = place.partition(":")
-        # A job started as `python jobs/train.py` has the jobs' folder in its path, and not the one where it stands.
-        if (here := str(Path.cwd())) not in sys.path:
-            sys.path.append(here)
+        here = look_here()
         try:
             return getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
@@ -65,3 +63,13 @@ class Registry:
             ) from error
         except AttributeError as error:
             raise ValueError(f"{field}={place!r}: {module} has no {name!r}") from error
+
+
+def look_here() -> str:
+    """Have modules of the working directory found too; which it is.
+
+    A job started as `python jobs/train.py` has the jobs' folder in its path, and not the one where it stands.
+    """
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    return here

@@ -92,7 +92,7 @@ class Context:
 def check_collect(context: Context) -> bool:
     """Whether the data set is found whole. Raises StoreError or ValueError for what cannot be collected."""
     from tipl_ray.collect.collection import pending_seeds, trial_header
-    from tipl_ray.ppo.learner import choose_engine
+    from tipl_ray.ppo.engines import choose_engine
 
     experiment = context.experiment
     store = TrajectoryStore(experiment.storage_path)
@@ -135,7 +135,8 @@ def check_evaluate(context: Context) -> bool:
 def run_collect(context: Context) -> None:
     """Collect every trial, with the progress of each actor, and log the trials' learning curves."""
     from tipl_ray.collect.collection import collect, pending_seeds, trial_header
-    from tipl_ray.ppo.learner import choose_engine, why_not_compiled
+    from tipl_ray.ppo.compiled_learner import why_not_compiled
+    from tipl_ray.ppo.engines import choose_engine
     from tipl_ray.ppo.tasks import find_task
 
     experiment, settings = context.experiment, context.experiment.collect

@@ -46,7 +46,7 @@ from tipl_ray.errors import UserError
 from tipl_ray.evaluate import figures
 from tipl_ray.evaluate.metrics import interquartile_mean
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
-from tipl_ray.ppo.learner import ENGINES, choose_engine
+from tipl_ray.ppo.engines import ENGINES, choose_engine
 from tipl_ray.predict.saved import predictor_digest
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import Run, Tracker, ui_command

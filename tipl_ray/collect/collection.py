@@ -24,7 +24,7 @@ from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.data.trial_writer import TrialWriter
 from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
-from tipl_ray.ppo.learner import ENGINES, choose_engine
+from tipl_ray.ppo.engines import ENGINES, choose_engine
 from tipl_ray.ppo.trials import TrialGroup, network_shape
 from tipl_ray.predict.saved import predictor_digest
 from tipl_ray.resources import require_resources

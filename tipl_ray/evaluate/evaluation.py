@@ -28,7 +28,7 @@ from tipl_ray.digest import as_table, digest
 from tipl_ray.evaluate import metrics
 from tipl_ray.evaluate.metrics import Table
 from tipl_ray.paper.temporal_svd import reconstruction_error
-from tipl_ray.ppo.learner import choose_engine, make_learner
+from tipl_ray.ppo.engines import choose_engine, make_learner
 from tipl_ray.ppo.returns import policy_returns
 from tipl_ray.ppo.trials import network_shape
 from tipl_ray.predict.bands import load_band
