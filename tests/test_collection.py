@@ -2,20 +2,16 @@
 
 import dataclasses
 import doctest
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
-from machine import own_processes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -47,14 +43,6 @@ def smoke(storage: Path, **collect_fields: int) -> Experiment:
         storage=str(storage),
         collect=dataclasses.replace(experiment.collect, **collect_fields),  # type: ignore[arg-type]
     ).check()
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"] = "disabled", "0"
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 ENGINE = choose_engine("auto", Ppo())
@@ -252,33 +240,42 @@ def test_progress_counts_what_was_run_before(tmp_path: Path) -> None:
     assert again.env_steps == 2 * 3 * 256
 
 
-def test_killed_actors_are_restarted_and_the_data_is_the_same(cluster: None, tmp_path: Path) -> None:
-    undisturbed = smoke(tmp_path / "undisturbed", total_env_steps=30_720)
-    disturbed = smoke(tmp_path / "disturbed", total_env_steps=30_720)
+def dying_before(calls: tuple[int, ...], folder: Path) -> type[GroupCollector]:
+    """Collectors of which one is killed before its n-th call that publishes or deletes, for each of these n."""
+    tests = str(Path(__file__).parent)
+
+    class Dying(GroupCollector):
+        def __init__(self, experiment: Experiment, engine: str) -> None:
+            sys.path.append(tests)
+            from machine import before_publications
+
+            numbers = itertools.count(1)
+
+            def reach(call: str, path: str) -> None:
+                if (number := next(numbers)) in calls and not (folder / str(number)).exists():
+                    (folder / str(number)).write_text(f"{call} {path}")
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            before_publications(experiment.storage_path, reach)
+            super().__init__(experiment, engine)
+
+    return Dying
+
+
+def test_killed_actors_are_restarted_and_the_data_is_the_same(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, disturbed = (smoke(tmp_path / name, total_env_steps=10_240) for name in ("undisturbed", "disturbed"))
     expected = collect(undisturbed).digest()
-    kills: list[int] = []
-    over = threading.Event()
-
-    def kill_now_and_then() -> None:
-        while not over.is_set() and len(kills) < 3:
-            if list(Path(disturbed.storage_path).glob("commits/trial=*/commit-*.json")):
-                for process in own_processes("ray::GroupCollector.advance")[:1]:
-                    os.kill(process, signal.SIGKILL)
-                    kills.append(process)
-            time.sleep(0.3)
-
-    killer = threading.Thread(target=kill_now_and_then)
-    killer.start()
+    calls, deaths = (1, 12, 31), tmp_path / "deaths"
+    deaths.mkdir()
+    monkeypatch.setattr(collection, "GroupCollector", dying_before(calls, deaths))
     seen: list[list[GroupProgress]] = []
-    try:
-        store = collect(disturbed, seen.append)
-    finally:
-        over.set()
-        killer.join()
-    assert kills
+    store = collect(disturbed, seen.append)
+    assert {path.name for path in deaths.iterdir()} == {str(number) for number in calls}
     assert store.digest() == expected
     assert pending_seeds(disturbed, store) == []
-    assert sum(group.env_steps for group in seen[-1]) == 4 * 30_720
+    assert sum(group.env_steps for group in seen[-1]) == 4 * 10_240
 
 
 def test_a_collection_whose_trials_all_diverge_ends_in_one_line_each_time(cluster: None, tmp_path: Path) -> None:

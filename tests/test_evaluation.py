@@ -1,11 +1,9 @@
 import dataclasses
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from trajectories import write_trials
 
@@ -263,14 +261,6 @@ def test_an_evaluation_that_is_there_is_believed_if_it_is_the_one_that_was_made(
     assert evaluation.is_evaluated(folder)
     damage(tmp_path / "evaluation" / name)
     assert evaluation.is_evaluated(folder) == believed
-
-
-@pytest.fixture
-def cluster() -> Iterator[None]:
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    ray.init("local", num_cpus=1, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 def test_a_damaged_evaluation_is_computed_again_to_the_same_bytes_and_a_damaged_model_refused(

@@ -1,6 +1,5 @@
 """The flat vectors of actor and critic."""
 
-
 import numpy as np
 
 from tipl_ray.ppo.networks import NetworkShape, unflatten
