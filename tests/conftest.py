@@ -8,6 +8,8 @@ import ray
 from machine import s3_server
 from ray.cluster_utils import Cluster
 
+from tipl_ray.places import CHECKOUT
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
@@ -28,7 +30,7 @@ def head() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def cluster(head: str) -> Iterator[None]:
-    """A connection of this module's own to that cluster, with workers of its own."""
-    ray.init(head, log_to_driver=False)
+    """A connection of this module's own to that cluster, with workers of its own that find what a job's find."""
+    ray.init(head, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(CHECKOUT)}})
     yield
     ray.shutdown()
