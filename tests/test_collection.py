@@ -1,7 +1,6 @@
 """Collection: groups and commits without Ray, and actors that are killed with it."""
 
 import dataclasses
-import doctest
 import itertools
 import json
 import os
@@ -46,10 +45,6 @@ def smoke(storage: Path, **collect_fields: int) -> Experiment:
 
 
 ENGINE = choose_engine("auto", Ppo())
-
-
-def test_examples_in_docstrings_hold() -> None:
-    assert doctest.testmod(collection).failed == 0
 
 
 @pytest.mark.parametrize("groups", [[[1, 2, 3, 4]], [[4], [2, 1, 3]]])

@@ -37,6 +37,7 @@ def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str, kind:
                 returns.append((k, info["episode"]["r"]))
                 observation, _ = original.reset()
             np.testing.assert_array_equal(environments.observations_KO[k], np.float32(observation))
+    assert {k for k, _ in returns} == set(range(len(seeds))), "every one was reset"
     assert [k for k, _ in environments.finished] == [k for k, _ in returns]
     np.testing.assert_allclose([r for _, r in environments.finished], [r for _, r in returns], rtol=1e-12)
     for k, original in enumerate(originals):

@@ -79,4 +79,5 @@ def test_commands_name_files_that_are_there(name: str) -> None:
     named = set(
         re.findall(r"(?<![\w/])(?:jobs|benchmarks|docs|examples|cluster)/[\w/]+\.\w+", (ROOT / name).read_text())
     )
+    assert named
     assert {file for file in named if not (ROOT / file).exists()} == set()

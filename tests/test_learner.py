@@ -166,9 +166,12 @@ def test_an_engine_that_cannot_be_had_is_refused_with_the_reason(monkeypatch: py
     with pytest.raises(ValueError, match="no g\\+\\+"):
         choose_engine("compiled", Ppo())
     assert choose_engine("auto", Ppo()) == "torch"
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="needs a GPU where the trials run, and torch sees none"):
-            make_learner(choose_engine("cuda", Ppo()), PENDULUM, Ppo())
+
+
+def test_a_gpu_that_torch_does_not_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a GPU where the trials run, and torch sees none"):
+        make_learner(choose_engine("cuda", Ppo()), PENDULUM, Ppo())
 
 
 @pytest.mark.parametrize(
