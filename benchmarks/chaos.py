@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from command import make_parser, results_folder  # noqa: E402
-from machine import before_publications, new_root, own_processes, s3_server  # noqa: E402
+from machine import new_root, own_processes, s3_server  # noqa: E402
 
 from tipl_ray.config import Experiment, load_experiment  # noqa: E402
 from tipl_ray.data.storage import Storage, join  # noqa: E402
@@ -115,6 +115,8 @@ def keep_books() -> None:
 
 def die_before(number: int, storage: str) -> None:
     """Kill this process right before the n-th call that publishes or deletes; write down which it was."""
+    from publications import before_publications
+
     calls = itertools.count(1)
 
     def reach(call: str, path: str) -> None:

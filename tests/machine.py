@@ -7,11 +7,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import botocore.client
 import botocore.session
 
 BUCKET = "trajectories-of-tests"
@@ -69,37 +68,6 @@ def own_processes(title: str) -> list[int]:
             if Path(f"/proc/{process}/cmdline").read_bytes().startswith(title.encode()):
                 found.append(process)
     return found
-
-
-FILE_CALLS = ("fsync", "replace", "link", "unlink")
-
-
-def before_publications(storage: str, reach: Callable[[str, str], None]) -> None:
-    """Have `reach(call, path)` called in this process before each call by which a file is published or deleted.
-
-    In a folder these are `FILE_CALLS` on files of the storage, in a bucket all requests.
-    """
-
-    def watched(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
-
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            target = Path(f"/proc/self/fd/{arguments[0]}").readlink() if name == "fsync" else arguments[-1]
-            if Path(target).is_relative_to(storage):
-                reach(name, str(target))
-            return real(*arguments, **keywords)
-
-        return call
-
-    for name in FILE_CALLS:
-        setattr(os, name, watched(name))
-    real_request = botocore.client.BaseClient._make_api_call
-
-    def request(self: Any, operation: str, values: dict[str, Any]) -> Any:
-        reach(operation, values.get("Key", ""))
-        return real_request(self, operation, values)
-
-    botocore.client.BaseClient._make_api_call = request
 
 
 def peak_bytes() -> int:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 from head import until
+from publications import held_at
 from ray.cluster_utils import Cluster
 from test_collection import smoke
 
@@ -70,30 +70,6 @@ def drain(node: str) -> None:
     reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
     accepted, refusal = client.drain_node(node, reason, "a test", int((time.time() + 60) * 1000))
     assert accepted, refusal
-
-
-def held_at(name: str, folder: Path) -> type[GroupCollector]:
-    """Collectors that wait right before a file of this name appears, until there is a file `go` in the folder.
-
-    Each leaves a file there that has its node's name.
-    """
-    tests = str(Path(__file__).parent)
-
-    class Held(GroupCollector):
-        def __init__(self, experiment: Experiment, engine: str) -> None:
-            sys.path.append(tests)
-            from machine import before_publications
-
-            def reach(call: str, path: str) -> None:
-                if call == "link" and path.endswith(f"/{name}"):
-                    (folder / ray.get_runtime_context().get_node_id()).touch()
-                    while not (folder / "go").exists():
-                        time.sleep(0.05)
-
-            before_publications(experiment.storage_path, reach)
-            super().__init__(experiment, engine)
-
-    return Held
 
 
 @pytest.mark.parametrize("drained", [False, pytest.param(True, marks=pytest.mark.slow)])

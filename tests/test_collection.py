@@ -1,16 +1,14 @@
 """Collection: groups and commits without Ray, and actors that are killed with it."""
 
 import dataclasses
-import itertools
 import json
-import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from publications import dying_before
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -233,28 +231,6 @@ def test_progress_counts_what_was_run_before(tmp_path: Path) -> None:
         collector._run_iteration()
     again = GroupCollector(experiment, "torch", [1, 2]).advance(seconds=0)
     assert again.env_steps == 2 * 3 * 256
-
-
-def dying_before(calls: tuple[int, ...], folder: Path) -> type[GroupCollector]:
-    """Collectors of which one is killed before its n-th call that publishes or deletes, for each of these n."""
-    tests = str(Path(__file__).parent)
-
-    class Dying(GroupCollector):
-        def __init__(self, experiment: Experiment, engine: str) -> None:
-            sys.path.append(tests)
-            from machine import before_publications
-
-            numbers = itertools.count(1)
-
-            def reach(call: str, path: str) -> None:
-                if (number := next(numbers)) in calls and not (folder / str(number)).exists():
-                    (folder / str(number)).write_text(f"{call} {path}")
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            before_publications(experiment.storage_path, reach)
-            super().__init__(experiment, engine)
-
-    return Dying
 
 
 def test_killed_actors_are_restarted_and_the_data_is_the_same(
