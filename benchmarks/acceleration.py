@@ -29,7 +29,7 @@ from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps  # noqa: E402
 from tipl_ray.accelerate.jumps import JumpSettings  # noqa: E402
 from tipl_ray.config import PRESETS, Collect, Experiment, Model, Ppo  # noqa: E402
 from tipl_ray.ppo.algorithms import NOTHING  # noqa: E402
-from tipl_ray.ppo.learner import choose_engine  # noqa: E402
+from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
 from tipl_ray.predict.baselines import Ridge  # noqa: E402
 from tipl_ray.predict.gram import Question  # noqa: E402

@@ -16,6 +16,7 @@ needed. One commit interval of every trial is the most that a kill may cost.
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -45,7 +46,6 @@ from tipl_ray.terminal import say_rows  # noqa: E402
 SMOKE = ROOT / "jobs" / "experiments" / "smoke.toml"
 BOOKS = "CHAOS_BOOKS"
 """Environment variable: the folder of the files `begun`, `swept` and `points`."""
-FILE_CALLS = ("fsync", "replace", "link", "unlink")
 PATIENCE_SECONDS = 300.0
 """Without a new commit for so long, a collection under Ray is stuck."""
 
@@ -113,37 +113,16 @@ def keep_books() -> None:
 
 def die_before(number: int, storage: str) -> None:
     """Kill this process right before the n-th call that publishes or deletes; write down which it was."""
-    import botocore.client
+    from publications import before_publications
 
-    calls = 0
+    calls = itertools.count(1)
 
-    def reach(what: str) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            Path(os.environ[BOOKS], "points").write_text(what)
+    def reach(call: str, path: str) -> None:
+        if next(calls) == number:
+            Path(os.environ[BOOKS], "points").write_text(f"{call} {kind_of(path)}")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def watched(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
-
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            target = Path(f"/proc/self/fd/{arguments[0]}").readlink() if name == "fsync" else arguments[-1]
-            if Path(target).is_relative_to(storage):
-                reach(f"{name} {kind_of(str(target))}")
-            return real(*arguments, **keywords)
-
-        return call
-
-    for name in FILE_CALLS:
-        setattr(os, name, watched(name))
-    real_request = botocore.client.BaseClient._make_api_call
-
-    def request(self: Any, operation: str, values: dict[str, Any]) -> Any:
-        reach(f"{operation} {kind_of(values.get('Key', ''))}")
-        return real_request(self, operation, values)
-
-    botocore.client.BaseClient._make_api_call = request
+    before_publications(storage, reach)
 
 
 def kind_of(path: str) -> str:
@@ -160,7 +139,7 @@ def kind_of(path: str) -> str:
 def collect_alone(experiment: Experiment, die_at: int) -> None:
     """Collect all trials as one group, without Ray, and seal the data set."""
     from tipl_ray.collect.group import GroupCollector
-    from tipl_ray.ppo.learner import choose_engine
+    from tipl_ray.ppo.engines import choose_engine
 
     keep_books()
     if die_at:

@@ -39,8 +39,10 @@ from tipl_ray.collect.crew import MESSAGES_PER_SECOND, SLICE_SECONDS, Crew, driv
 from tipl_ray.collect.group import GroupCollector, trial_header  # noqa: E402
 from tipl_ray.collect.placement import GroupProgress, Placement  # noqa: E402
 from tipl_ray.config import Collect, Experiment  # noqa: E402
-from tipl_ray.data.trajectory_store import Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
-from tipl_ray.ppo.learner import choose_engine  # noqa: E402
+from tipl_ray.data.snapshots import Snapshot  # noqa: E402
+from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
+from tipl_ray.data.trial_writer import TrialWriter  # noqa: E402
+from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 
 SAMPLE_SECONDS = 0.1
 """Between two looks at how far a real collection is, and of each of its slices of work."""

@@ -28,8 +28,9 @@ from command import make_parser, results_folder, use_one_core  # noqa: E402
 from plain_ppo import PlainTrial  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
-from tipl_ray.ppo.learner import choose_engine  # noqa: E402
-from tipl_ray.ppo.tasks import BatchSimulations, find_task  # noqa: E402
+from tipl_ray.ppo.engines import choose_engine  # noqa: E402
+from tipl_ray.ppo.simulations import BatchSimulations  # noqa: E402
+from tipl_ray.ppo.tasks import find_task  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
 from tipl_ray.terminal import say_rows  # noqa: E402
 

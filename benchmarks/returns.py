@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from command import make_parser, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
-from tipl_ray.ppo.learner import choose_engine, make_learner  # noqa: E402
+from tipl_ray.ppo.engines import choose_engine, make_learner  # noqa: E402
 from tipl_ray.ppo.networks import NetworkShape, unflatten  # noqa: E402
 from tipl_ray.ppo.returns import policy_returns  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup, network_shape  # noqa: E402

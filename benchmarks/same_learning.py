@@ -27,7 +27,7 @@ from plain_ppo import PlainTrial  # noqa: E402
 from tipl_ray.config import Collect, Experiment  # noqa: E402
 from tipl_ray.drawing import png  # noqa: E402
 from tipl_ray.evaluate.metrics import Resampling  # noqa: E402
-from tipl_ray.ppo.learner import choose_engine  # noqa: E402
+from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
 from tipl_ray.terminal import say  # noqa: E402
 

@@ -25,7 +25,7 @@ from command import make_parser, results_folder  # noqa: E402
 from tipl_ray.collect.crew import SLICE_SECONDS  # noqa: E402
 from tipl_ray.collect.group import GroupCollector  # noqa: E402
 from tipl_ray.config import Collect, Experiment  # noqa: E402
-from tipl_ray.ppo.learner import choose_engine  # noqa: E402
+from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.terminal import say_rows  # noqa: E402
 
 TRIALS = 25

@@ -30,7 +30,9 @@ from command import make_parser, results_folder, use_one_core  # noqa: E402
 from machine import peak_bytes, resident_bytes  # noqa: E402
 
 from tipl_ray.config import Collect  # noqa: E402
-from tipl_ray.data.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
+from tipl_ray.data.snapshots import Header, Snapshot  # noqa: E402
+from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
+from tipl_ray.data.trial_writer import TrialWriter  # noqa: E402
 from tipl_ray.terminal import say_rows  # noqa: E402
 
 TASKS = (("InvertedPendulum-v4 8-8", 122, 4, 4000), ("HalfCheetah-v4 256-256", 71_948, 17, 200))
@@ -225,7 +227,7 @@ def collect_and_tell_memory(env_steps: int) -> None:
     """What `actor_memory` runs: two trials to their end, and (snapshots of each, bytes) at every commit."""
     from tipl_ray.collect.group import GroupCollector
     from tipl_ray.config import load_experiment
-    from tipl_ray.ppo.learner import choose_engine
+    from tipl_ray.ppo.engines import choose_engine
 
     experiment = load_experiment(ROOT / "jobs" / "experiments" / "half_cheetah.toml")
     told: dict[str, list[tuple[int, int]]] = {"resident": [], "peak": []}

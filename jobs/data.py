@@ -21,8 +21,10 @@ import numpy as np
 import safetensors.numpy
 import tyro
 
+from tipl_ray.data.commits import TrialProgress
+from tipl_ray.data.snapshots import COLUMNS, Header
 from tipl_ray.data.storage import TEMPORARY, Storage, StoreError
-from tipl_ray.data.trajectory_store import COLUMNS, Header, TrajectoryStore, TrialProgress
+from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
 from tipl_ray.terminal import say, say_rows

@@ -3,15 +3,12 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.csv
 import pytest
-import ray
 import torch
 
 from tipl_ray.accelerate import acceleration, contenders
@@ -95,14 +92,6 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     model = WindowTransformer(source.model, question.steps, question.snapshots_per_iteration)
     model.save(model_folder(source, store.digest(source.collect.seeds)), {"basis": as_table(source.basis)})
     return made
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"] = "disabled", "0"
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.usefixtures("cluster")

@@ -174,7 +174,9 @@ def containers(part: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_every_manifest_has_the_documented_fields_and_no_others(name: str) -> None:
-    for document in documents(name):
+    found = documents(name)
+    assert found
+    for document in found:
         check(document)
 
 

@@ -1,31 +1,27 @@
 """Collection: groups and commits without Ray, and actors that are killed with it."""
 
 import dataclasses
-import doctest
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
-from machine import own_processes
+from publications import dying_before
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from cluster import measure_driver
 from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.jumps import JumpSettings
-from tipl_ray.collect import group as group_module
+from tipl_ray.collect import crew
 from tipl_ray.collect.collection import CollectionError, collect, pending_seeds
 from tipl_ray.collect.crew import LOOK_SECONDS, MESSAGES_PER_SECOND, seat_resources
 from tipl_ray.collect.group import GroupCollector, trial_header
@@ -37,7 +33,7 @@ from tipl_ray.digest import digest
 from tipl_ray.jobs import check_job
 from tipl_ray.places import CHECKOUT
 from tipl_ray.ppo.algorithms import State
-from tipl_ray.ppo.learner import choose_engine
+from tipl_ray.ppo.engines import choose_engine
 from tipl_ray.ppo.trials import TrialGroup
 from tipl_ray.predict.baselines import FirstAgain
 from tipl_ray.predict.gram import Question
@@ -53,19 +49,7 @@ def smoke(storage: Path, **collect_fields: Any) -> Experiment:
     ).check()
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"] = "disabled", "0"
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 ENGINE = choose_engine("auto", Ppo())
-
-
-def test_examples_in_docstrings_hold() -> None:
-    assert doctest.testmod(group_module).failed == 0
 
 
 @pytest.mark.parametrize("groups", [[[1, 2, 3, 4]], [[4], [2, 1, 3]]])
@@ -364,33 +348,20 @@ def test_jumps_that_are_handed_in_reach_the_actors(cluster: None, tmp_path: Path
     assert len(store.trajectory(1).weights_TP) == 1 + 4 * 5
 
 
-def test_killed_actors_are_restarted_and_the_data_is_the_same(cluster: None, tmp_path: Path) -> None:
-    undisturbed = smoke(tmp_path / "undisturbed", total_env_steps=30_720)
-    disturbed = smoke(tmp_path / "disturbed", total_env_steps=30_720)
+def test_killed_actors_are_restarted_and_the_data_is_the_same(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, disturbed = (smoke(tmp_path / name, total_env_steps=10_240) for name in ("undisturbed", "disturbed"))
     expected = collect(undisturbed).digest()
-    kills: list[int] = []
-    over = threading.Event()
-
-    def kill_now_and_then() -> None:
-        while not over.is_set() and len(kills) < 3:
-            if list(Path(disturbed.storage_path).glob("commits/trial=*/commit-*.json")):
-                for process in own_processes("ray::GroupCollector.advance")[:1]:
-                    os.kill(process, signal.SIGKILL)
-                    kills.append(process)
-            time.sleep(0.3)
-
-    killer = threading.Thread(target=kill_now_and_then)
-    killer.start()
+    calls, deaths = (1, 12, 31), tmp_path / "deaths"
+    deaths.mkdir()
+    monkeypatch.setattr(crew, "GroupCollector", dying_before(calls, deaths))
     seen: list[list[GroupProgress]] = []
-    try:
-        store = collect(disturbed, seen.append)
-    finally:
-        over.set()
-        killer.join()
-    assert kills
+    store = collect(disturbed, seen.append)
+    assert {path.name for path in deaths.iterdir()} == {str(number) for number in calls}
     assert store.digest() == expected
     assert pending_seeds(disturbed, store) == []
-    assert sum(group.env_steps for group in seen[-1]) == 4 * 30_720
+    assert sum(group.env_steps for group in seen[-1]) == 4 * 10_240
 
 
 def test_a_collection_whose_trials_all_diverge_ends_in_one_line_each_time(cluster: None, tmp_path: Path) -> None:

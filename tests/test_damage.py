@@ -44,9 +44,10 @@ from test_trajectory_store import (
 )
 
 from tipl_ray import config
-from tipl_ray.data import trajectory_store
+from tipl_ray.data.snapshots import METADATA_KEY, Header, as_json
 from tipl_ray.data.storage import StoreError
-from tipl_ray.data.trajectory_store import Header, TrajectoryStore, TrialWriter
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.data.trial_writer import TrialWriter
 from tipl_ray.digest import as_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +155,7 @@ def with_nan_weight(table: pa.Table) -> pa.Table:
 
 def with_header(table: pa.Table, **changes: Any) -> pa.Table:
     header = dataclasses.replace(HEADER, **changes)
-    return table.replace_schema_metadata({trajectory_store.METADATA_KEY: trajectory_store._json(header)})
+    return table.replace_schema_metadata({METADATA_KEY: as_json(header)})
 
 
 def with_number_of_steps_as_floats(table: pa.Table) -> pa.Table:
@@ -162,7 +163,7 @@ def with_number_of_steps_as_floats(table: pa.Table) -> pa.Table:
 
 
 def header_of_record(**changes: Any) -> dict[str, Any]:
-    return {**json.loads(trajectory_store._json(HEADER)), **changes}
+    return {**json.loads(as_json(HEADER)), **changes}
 
 
 def replace_part_by_text(root: Path) -> None:

@@ -13,7 +13,7 @@ import safetensors.numpy
 from test_damage import files_up_to
 from test_trajectory_store import HEADER, collect, files, lose_trial, sealed, truncate
 
-from tipl_ray.data.trajectory_store import COLUMNS
+from tipl_ray.data.snapshots import COLUMNS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
 

@@ -7,9 +7,10 @@ import pytest
 from plain_ppo import make_environment
 
 from tipl_ray.ppo.environments import CompiledEnvironments, Environments, generator_state, restored_generator
-from tipl_ray.ppo.tasks import TASKS, BatchSimulations
+from tipl_ray.ppo.simulations import BatchSimulations
+from tipl_ray.ppo.tasks import TASKS
 
-SOME_TASKS = [*sorted(TASKS), "Humanoid-v4", "Reacher-v4"]
+SOME_TASKS = [*sorted(TASKS.own), "Humanoid-v4", "Reacher-v4"]
 KINDS = [Environments] + ([CompiledEnvironments] if shutil.which("g++") else [])
 
 NUM_STEPS = 1000
@@ -36,6 +37,7 @@ def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str, kind:
                 returns.append((k, info["episode"]["r"]))
                 observation, _ = original.reset()
             np.testing.assert_array_equal(environments.observations_KO[k], np.float32(observation))
+    assert {k for k, _ in returns} == set(range(len(seeds))), "every one was reset"
     assert [k for k, _ in environments.finished] == [k for k, _ in returns]
     np.testing.assert_allclose([r for _, r in environments.finished], [r for _, r in returns], rtol=1e-12)
     for k, original in enumerate(originals):

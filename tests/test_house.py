@@ -1,22 +1,77 @@
-"""The README's picture of the house, held: every file is in it, and every command names files that are there."""
+"""The README's tree held to the files line by line, the commands in documents, and the examples in docstrings."""
 
+import doctest
+import fnmatch
+import functools
+import importlib
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("tipl_ray", "jobs", "examples", "cluster", "docs", "benchmarks", "tests", ".ci")
+TREE = (ROOT / "README.md").read_text().split("## The house", 1)[1].split("```\n")[1].splitlines()
+WITH_EXAMPLES = sorted(path for path in (ROOT / "tipl_ray").rglob("*.py") if ">>> " in path.read_text())
 
 
-def test_the_readmes_tree_names_every_file() -> None:
-    readme = (ROOT / "README.md").read_text()
-    tree = readme.split("## The house", 1)[1].split("```")[1]
-    shown = [
-        path
-        for folder in ("tipl_ray", "jobs", "tests", "benchmarks", "cluster", "docs", "examples")
-        for path in (ROOT / folder).glob("*.*")
-    ]
-    assert [path.name for path in shown if path.name not in tree and path.name != "__init__.py"] == []
+@functools.cache
+def files() -> tuple[str, ...]:
+    """Every file of the house but the folders' `__init__.py`, for which the folder's line speaks."""
+    ignored = (ROOT / ".gitignore").read_text().split()
+    paths = [path for path in ROOT.iterdir() if not path.name.startswith(".") and path.name not in ignored]
+    paths += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts]
+    return tuple(str(path.relative_to(ROOT)) for path in paths if path.is_file() and path.name != "__init__.py")
+
+
+def complaints(tree: list[str]) -> list[str]:
+    """What is wrong with a tree: `name   description`, a folder's name with a slash, what is in it two spaces further.
+
+    A name may be a pattern, for files that are all of one kind. Each file has one line, and each line a file.
+    """
+    wrong, folders, lines = [], [""], Counter(dict.fromkeys(files(), 0))
+    for line in tree:
+        match = re.fullmatch(r"((?:  )*)(\S+?)(/?) {2,}\S.*", line)
+        depth = len(match[1]) // 2 if match else 0
+        if not match or depth >= len(folders):
+            wrong.append(f"{line!r}: no name and description, or in no folder")
+            continue
+        path = f"{folders[depth]}{match[2]}{match[3]}"
+        folders[depth + 1 :] = [path] if match[3] else []
+        if match[3]:
+            named = [path] if any(name.startswith(path) for name in files()) else []
+        else:
+            named = fnmatch.filter(files(), path) if "*" in path else [path] if path in files() else []
+        lines.update(named)
+        if not named:
+            wrong.append(f"{path}: is not there")
+    return wrong + [f"{name}: has {count} lines" for name, count in lines.items() if count != 1]
+
+
+def test_the_readmes_tree_has_one_line_for_each_file_and_no_other() -> None:
+    assert complaints(TREE) == []
+
+
+def test_a_tree_is_wrong_that_lacks_any_one_line_has_one_twice_or_undescribed_or_one_of_no_file() -> None:
+    assert len(TREE) > len(FOLDERS)
+    for index, line in enumerate(TREE):
+        before, after = TREE[:index], TREE[index + 1 :]
+        indent, name = re.findall(r"^( *)(\S+)", line)[0]
+        assert complaints([*before, *after]), f"without {line!r}"
+        assert complaints([*before, line, line, *after]), f"{line!r} twice"
+        assert complaints([*before, f"{indent}{name}", *after]), f"{line!r} without a description"
+        assert complaints([*before, f"{indent}no_such_file.py   a file", line, *after]), (
+            f"a line of no file above {line!r}"
+        )
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: path.stem)
+def test_examples_in_docstrings_hold(path: Path) -> None:
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 @pytest.mark.parametrize("name", ["README.md", *(f"jobs/{path.name}" for path in (ROOT / "jobs").glob("*.py"))])
@@ -24,4 +79,5 @@ def test_commands_name_files_that_are_there(name: str) -> None:
     named = set(
         re.findall(r"(?<![\w/])(?:jobs|benchmarks|docs|examples|cluster)/[\w/]+\.\w+", (ROOT / name).read_text())
     )
+    assert named
     assert {file for file in named if not (ROOT / file).exists()} == set()

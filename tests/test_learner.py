@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from tipl_ray.config import Ppo
-from tipl_ray.ppo.learner import CompiledLearner, Learner, Rollouts, TorchLearner, choose_engine, make_learner
+from tipl_ray.ppo.compiled_learner import CompiledLearner
+from tipl_ray.ppo.engines import choose_engine, make_learner
+from tipl_ray.ppo.learner import Learner, Rollouts
 from tipl_ray.ppo.networks import NetworkShape
+from tipl_ray.ppo.torch_learner import TorchLearner
 
 PENDULUM = NetworkShape(observation_size=4, action_size=1, policy_hidden=(8, 8), critic_hidden=(64, 64))
 ODD = NetworkShape(observation_size=5, action_size=3, policy_hidden=(40, 16), critic_hidden=(24, 72))
@@ -163,9 +166,12 @@ def test_an_engine_that_cannot_be_had_is_refused_with_the_reason(monkeypatch: py
     with pytest.raises(ValueError, match="no g\\+\\+"):
         choose_engine("compiled", Ppo())
     assert choose_engine("auto", Ppo()) == "torch"
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="needs a GPU where the trials run, and torch sees none"):
-            make_learner(choose_engine("cuda", Ppo()), PENDULUM, Ppo())
+
+
+def test_a_gpu_that_torch_does_not_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a GPU where the trials run, and torch sees none"):
+        make_learner(choose_engine("cuda", Ppo()), PENDULUM, Ppo())
 
 
 @pytest.mark.parametrize(

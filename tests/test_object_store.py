@@ -15,9 +15,10 @@ import pytest
 from machine import BUCKET, make_client, new_root
 from test_trajectory_store import HEADER, collect, commit_snapshots, go_on_from, make_state
 
-from tipl_ray.data import trajectory_store
+from tipl_ray.data.snapshots import COLUMNS
 from tipl_ray.data.storage import StoreError
-from tipl_ray.data.trajectory_store import TrajectoryStore, TrialWriter
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.data.trial_writer import TrialWriter
 
 Put = Callable[[int, dict[str, str]], None]
 """What to do with the n-th put that carries data, and its headers; counted from 1."""
@@ -119,7 +120,7 @@ def test_a_trial_in_a_bucket_is_the_trial_in_a_folder(server: str, tmp_path: Pat
     assert (store.seeds(), store.header(), store.digest()) == ((3, 11), HEADER, local.digest())
     for seed in (3, 11):
         read, expected = store.trajectory(seed), local.trajectory(seed)
-        for field in trajectory_store.COLUMNS.values():
+        for field in COLUMNS.values():
             np.testing.assert_array_equal(getattr(read, field), getattr(expected, field))
     assert store.trajectory(3, columns=["weights"], start=2, stop=5).snapshots_T.tolist() == [2, 3, 4]
     store.finish([3, 11], 8)

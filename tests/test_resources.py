@@ -1,9 +1,7 @@
 """Resources that can never come: refused in one line by a real local cluster, waited for with a word where it grows."""
 
 import json
-import os
 import time
-from collections.abc import Iterator
 
 import pytest
 import ray
@@ -12,14 +10,6 @@ from tipl_ray import resources
 from tipl_ray.resources import can_grow, require_resources
 
 CPU, GPU = {"CPU": (1.0, "a.cpus=1")}, {"CPU": (1.0, "a.cpus=1"), "GPU": (1.0, "a.use_gpu=True")}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"] = "disabled", "0"
-    ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.usefixtures("cluster")

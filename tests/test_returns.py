@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tipl_ray.config import Collect, Ppo
-from tipl_ray.ppo.learner import Learner, choose_engine, make_learner
+from tipl_ray.ppo.engines import choose_engine, make_learner
+from tipl_ray.ppo.learner import Learner
 from tipl_ray.ppo.networks import NetworkShape, unflatten
 from tipl_ray.ppo.returns import SIMULATIONS, policy_returns
 from tipl_ray.ppo.trials import network_shape

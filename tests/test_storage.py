@@ -1,7 +1,6 @@
 """Whole files under one root: what holds in a folder holds in a bucket."""
 
 import contextlib
-import doctest
 import errno
 import os
 import signal
@@ -26,10 +25,6 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "bucket":
         return new_root(f"http://{request.getfixturevalue('server')}")
     return str(tmp_path / "a?b") if request.param == "folder" else tmp_path.as_uri()
-
-
-def test_examples_in_docstrings_hold() -> None:
-    assert doctest.testmod(storage).failed == 0
 
 
 def test_a_file_is_read_back_and_nothing_else_lies_there(root: str) -> None:

@@ -19,7 +19,7 @@ from tipl_ray.config import Experiment, load_experiment
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.jobs import SUBMITTED, check_job
 from tipl_ray.places import CHECKOUT
-from tipl_ray.ppo.learner import choose_engine
+from tipl_ray.ppo.engines import choose_engine
 
 SMOKE = CHECKOUT / "jobs" / "experiments" / "smoke.toml"
 METRICS = [

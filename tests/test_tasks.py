@@ -1,13 +1,25 @@
-"""Simulations against gymnasium's own classes, step for step and bit for bit, resets included."""
+"""Simulations against gymnasium's own classes, step for step and bit for bit; and tasks from outside the package."""
 
+import dataclasses
 import re
+import shutil
+import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
-from tipl_ray.ppo.tasks import TASKS, GymnasiumSimulations, Simulations, find_task
+from tipl_ray.collect.collection import collect
+from tipl_ray.collect.group import GroupCollector
+from tipl_ray.config import Experiment, load_experiment
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.places import CHECKOUT
+from tipl_ray.ppo.gymnasium_tasks import GymnasiumSimulations
+from tipl_ray.ppo.mujoco_tasks import InvertedPendulum
+from tipl_ray.ppo.simulations import Simulations
+from tipl_ray.ppo.tasks import TASKS, find_task
 
 NUM_STEPS = 1000
 SLOW = ["Humanoid-v4", "Pusher-v5", "Reacher-v4"]
@@ -23,7 +35,7 @@ def random_actions(simulations: Simulations, num_steps: int, count: int) -> np.n
     return generator(0).uniform(low, high, (num_steps, count, len(low))).astype(np.float32)
 
 
-@pytest.mark.parametrize("task", [*sorted(TASKS), *SLOW])
+@pytest.mark.parametrize("task", [*sorted(TASKS.own), *SLOW])
 def test_simulations_equal_gymnasium_bit_for_bit_resets_included(task: str) -> None:
     seeds = [3, 4, 5]
     simulations = find_task(task)(len(seeds))
@@ -45,17 +57,17 @@ def test_simulations_equal_gymnasium_bit_for_bit_resets_included(task: str) -> N
     assert num_resets >= len(seeds)
 
 
-@pytest.mark.parametrize("task", [*sorted(TASKS), *SLOW])
+@pytest.mark.parametrize("task", [*sorted(TASKS.own), *SLOW])
 def test_limits_and_bounds_are_gymnasiums(task: str) -> None:
     simulations, original = find_task(task)(1), gymnasium.make(task)
     assert simulations.max_episode_steps == gymnasium.spec(task).max_episode_steps
     assert isinstance(original.action_space, gymnasium.spaces.Box)
     np.testing.assert_array_equal(simulations.action_low, original.action_space.low)
     np.testing.assert_array_equal(simulations.action_high, original.action_space.high)
-    assert simulations.fast == (task in TASKS)
+    assert simulations.fast == (task in TASKS.own)
 
 
-@pytest.mark.parametrize("task", [*sorted(TASKS), *SLOW])
+@pytest.mark.parametrize("task", [*sorted(TASKS.own), *SLOW])
 def test_simulations_go_on_from_a_state_and_when_kept(task: str) -> None:
     simulations, resumed = find_task(task)(3), find_task(task)(2)
     for k in range(3):
@@ -79,7 +91,7 @@ def test_simulations_go_on_from_a_state_and_when_kept(task: str) -> None:
     np.testing.assert_array_equal(kept.state_KS, resumed.state_KS)
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", sorted(TASKS.own))
 def test_a_simulation_does_not_depend_on_those_beside_it(task: str) -> None:
     lone, many = find_task(task)(1), find_task(task)(19)
     for k in range(19):
@@ -156,3 +168,82 @@ def test_a_registered_task_of_ones_own_runs_through_gymnasium() -> None:
     assert issubclass(kind, GymnasiumSimulations)
     assert kind.max_episode_steps == 50
     assert find_task("OwnReacher-v0") is kind
+
+
+def smoke(task: str, storage: Path, **changes: int) -> Experiment:
+    """Two trials of eight iterations."""
+    experiment = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+    settings = dataclasses.replace(experiment.collect, task=task, num_trials=2, engine="torch", **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(experiment, storage=str(storage), collect=settings)
+
+
+def test_a_class_from_outside_is_collected_and_goes_on_from_its_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(CHECKOUT / "examples" / "recipes" / "task.py", tmp_path / "task_of_ones_own.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    whole, dropped = (smoke("task_of_ones_own:CentredPendulum", tmp_path / name) for name in ("whole", "dropped"))
+    kind = find_task(whole.collect.task)
+    assert kind.fast
+    assert kind.__module__ == "task_of_ones_own"
+    GroupCollector(whole, "torch", [1, 2]).advance(seconds=600)
+    early = GroupCollector(dropped, "torch", [1, 2])
+    for _ in range(4):
+        early._run_iteration()
+    assert GroupCollector(dropped, "torch", [1, 2]).advance(seconds=600).finished
+    stores = [TrajectoryStore(experiment.storage_path) for experiment in (whole, dropped)]
+    assert stores[0].header().task == "task_of_ones_own:CentredPendulum"
+    assert stores[0].digest() == stores[1].digest()
+
+
+def test_an_installed_package_gives_its_task_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "carts-1.0.dist-info").mkdir()
+    (tmp_path / "carts-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: carts\nVersion: 1.0\n")
+    entry = "[tipl_ray.tasks]\nCarts-v0 = examples.recipes.task:CentredPendulum\n"
+    (tmp_path / "carts-1.0.dist-info" / "entry_points.txt").write_text(entry)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path), str(CHECKOUT)])
+    assert find_task("Carts-v0").__name__ == "CentredPendulum"
+    with pytest.raises(ValueError, match=r"collect\.task='Carts-v1' is not one of .*, Carts-v0, "):
+        find_task("Carts-v1")
+
+
+@pytest.mark.parametrize("task", ["examples.recipes.task:CentredPendulum", "tests.test_tasks:OwnReacher-v0"])
+def test_tasks_from_outside_are_collected_on_rays_actors(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    store = collect(smoke(task, tmp_path, total_env_steps=512))
+    assert store.header().task == task
+    assert store.seeds() == (1, 2)
+
+
+class ForgetfulPendulum(InvertedPendulum):
+    """A pendulum whose reward depends on a count that its state lacks."""
+
+    num_steps = 0
+
+    def judge(self, actions_KA: np.ndarray) -> None:
+        super().judge(actions_KA)
+        self.num_steps += 1
+        self.rewards_K += np.arange(len(self.rewards_K)) * self.num_steps
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Nothing", "test_tasks has no 'Nothing'"),
+        ("NUM_STEPS", "1000 is no subclass of tipl_ray.ppo.simulations.Simulations"),
+        ("ReacherEnv", "is no subclass of tipl_ray.ppo.simulations.Simulations"),
+        ("ForgetfulPendulum", "its next step depends on more than state_KS"),
+    ],
+)
+def test_a_class_from_outside_that_cannot_run_is_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"collect.task='test_tasks:{name}': ") + ".*" + re.escape(reason)):
+        find_task(f"test_tasks:{name}")
+
+
+def test_a_module_that_is_not_there_is_named() -> None:
+    for name in ("Pendulum", "Pendulum-v0"):
+        with pytest.raises(ValueError, match=f"collect.task='no_such_module:{name}'.*module (named )?'no_such_module'"):
+            find_task(f"no_such_module:{name}")

@@ -1,9 +1,8 @@
 import dataclasses
 import errno
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -36,14 +35,6 @@ PPO = {"ppo": {"num_epochs": 10}, "epochs_per_snapshot": 2}
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    ray.init("local", num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 def experiment(

@@ -1,7 +1,6 @@
 """What the data set promises: committed rows come back bit for bit, and nothing else is ever seen."""
 
 import dataclasses
-import doctest
 import json
 import os
 import re
@@ -22,9 +21,11 @@ import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pq
 import pytest
 
-from tipl_ray.data import trajectory_store
+from tipl_ray.data.snapshots import COLUMNS, ROW_GROUP_BYTES, Header, Snapshot, as_json
 from tipl_ray.data.storage import StoreError
-from tipl_ray.data.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.data.trial_files import TrialFiles
+from tipl_ray.data.trial_writer import TrialWriter
 
 P, O = 7, 3  # noqa: E741
 HEADER = Header(
@@ -99,15 +100,11 @@ def rewrite_record(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_examples_in_docstrings_hold() -> None:
-    assert doctest.testmod(trajectory_store).failed == 0
-
-
 def test_committed_snapshots_come_back_bit_for_bit(tmp_path: Path) -> None:
     store = collect(tmp_path)
     read = store.trajectory(3)
     expected = [make_snapshot(index) for index in range(8)]
-    for column, field in trajectory_store.COLUMNS.items():
+    for column, field in COLUMNS.items():
         values = [getattr(snapshot, column) for snapshot in expected]
         array = np.array([np.nan if value is None else value for value in values])
         assert getattr(read, field).dtype == np.float32 if column == "weights" else True
@@ -251,17 +248,17 @@ def test_an_uncommitted_part_is_invisible_and_swept(tmp_path: Path) -> None:
     assert store.verify(3, 8).num_snapshots == 8
 
 
-@pytest.mark.parametrize("check", ["_refuse_stray_records", "_state"])
-def test_a_trial_is_verified_while_it_is_written(tmp_path: Path, check: str) -> None:
+@pytest.mark.parametrize("check", ["refuse_stray_records", "state"])
+def test_a_trial_is_verified_while_it_is_written(tmp_path: Path, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = collect(tmp_path)
-    writer, real = TrialWriter(store, 3, HEADER), getattr(store, check)
+    writer, real = TrialWriter(store, 3, HEADER), getattr(TrialFiles, check)
 
     def commit_meanwhile(*arguments: Any) -> Any:
         if writer.next_snapshot < 12:
             commit_snapshots(writer, writer.next_snapshot + 2)
         return real(*arguments)
 
-    setattr(store, check, commit_meanwhile)
+    monkeypatch.setattr(TrialFiles, check, commit_meanwhile)
     assert store.verify(3).num_snapshots == 12
     files(tmp_path, "state-5-*")[0].unlink()
     with pytest.raises(StoreError, match="state-5"):
@@ -420,9 +417,9 @@ def test_verify_finds_every_flipped_byte_and_a_read_ends_in_a_result_or_one_erro
         ({"last_snapshot": 10**30}, "last_snapshot"),
         ({"config_hash": "0" * 16}, "config_hash="),
         ({"header": {}}, "header.task"),
-        ({"header": {**json.loads(trajectory_store._json(HEADER)), "format_version": 2}}, "format_version=2"),
-        ({"header": {**json.loads(trajectory_store._json(HEADER)), "layout": [["w", [10**30], 0]]}}, "layout"),
-        ({"header": {**json.loads(trajectory_store._json(HEADER)), "config": {"gamma": float("nan")}}}, "not JSON"),
+        ({"header": {**json.loads(as_json(HEADER)), "format_version": 2}}, "format_version=2"),
+        ({"header": {**json.loads(as_json(HEADER)), "layout": [["w", [10**30], 0]]}}, "layout"),
+        ({"header": {**json.loads(as_json(HEADER)), "config": {"gamma": float("nan")}}}, "not JSON"),
     ],
 )
 def test_a_record_that_is_altered_or_leads_out_of_its_folder_is_refused(
@@ -579,7 +576,7 @@ def test_a_range_touches_only_its_row_groups(tmp_path: Path) -> None:
     metadata = pq.read_metadata(path)
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     assert rows == [10, 10, 5]
-    assert rows[0] * num_weights * 4 <= trajectory_store.ROW_GROUP_BYTES
+    assert rows[0] * num_weights * 4 <= ROW_GROUP_BYTES
     middle = weights_column(path, group=1)
     assert middle.encodings[-1] == "BYTE_STREAM_SPLIT"
     flip_byte(path, middle.data_page_offset + middle.total_compressed_size // 2)
@@ -869,7 +866,7 @@ def test_reading_while_an_extension_takes_the_seal_away_is_no_error(
 
 def write_for(store: TrajectoryStore, path_part: str, then: Callable[[], None]) -> None:
     """Let something happen once, right before the store's next write whose path has this in it."""
-    publisher = store._files._publisher
+    publisher = store.files._publisher
     real = {name: getattr(publisher, name) for name in ("write", "put_if_absent", "delete")}
 
     def sleeping(name: str) -> Callable[..., Any]:

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from tipl_ray.data.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter
+from tipl_ray.data.snapshots import Header, Snapshot
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.data.trial_writer import TrialWriter
 
 
 def write_trials(

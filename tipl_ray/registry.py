@@ -27,26 +27,21 @@ class Registry:
 
     def __init__(self, what: str, group: str, own: Mapping[str, str]) -> None:
         """`what` is said in errors, `group` is the entry points' group, `own` are names -> `module:Name`."""
-        self.what, self.group, self._own = what, group, dict(own)
-
-    @property
-    def own(self) -> tuple[str, ...]:
-        """This package's names."""
-        return tuple(self._own)
+        self.what, self.group, self.own = what, group, dict(own)
 
     def names(self) -> tuple[str, ...]:
         """Every name that needs no module: this package's, then those of entry points."""
         found = (entry.name for entry in entry_points(group=self.group))
-        return tuple(dict.fromkeys([*self._own, *found]))
+        return tuple(dict.fromkeys([*self.own, *found]))
 
     def name_of(self, thing: Any) -> str:
         """The name under which a class is found again."""
         place = f"{thing.__module__}:{thing.__qualname__}"
-        return next((name for name, own in self._own.items() if own == place), place)
+        return next((name for name, own in self.own.items() if own == place), place)
 
     def source_digest(self, name: str) -> str | None:
         """Digest of the file that a thing from outside is written in, which its answers depend on; None for our own."""
-        if name in self._own:
+        if name in self.own:
             return None
         return hashlib.sha256(Path(inspect.getfile(self.load(name))).read_bytes()).hexdigest()[:16]
 
@@ -63,16 +58,14 @@ class Registry:
     def load(self, name: str) -> Any:
         """What has this name. Raises ValueError where there is none."""
         self.check(self.what, name)
-        place = self._own.get(name, name)
+        place = self.own.get(name, name)
         if ":" in place:
             return self._import(self.what, place)
         return next(entry for entry in entry_points(group=self.group) if entry.name == name).load()
 
     def _import(self, field: str, place: str) -> Any:
         module, _, name = place.partition(":")
-        # A job started as `python jobs/train.py` has the jobs' folder in its path, and not the one where it stands.
-        if (here := str(Path.cwd())) not in sys.path:
-            sys.path.append(here)
+        here = look_here()
         try:
             return getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
@@ -83,6 +76,16 @@ class Registry:
             ) from error
         except AttributeError as error:
             raise ValueError(f"{field}={place!r}: {module} has no {name!r}") from error
+
+
+def look_here() -> str:
+    """Have modules of the working directory found too; which it is.
+
+    A job started as `python jobs/train.py` has the jobs' folder in its path, and not the one where it stands.
+    """
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    return here
 
 
 PREDICTORS = Registry(

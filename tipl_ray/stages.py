@@ -21,8 +21,9 @@ import numpy as np
 from tipl_ray.collect.placement import GroupProgress
 from tipl_ray.config import Experiment
 from tipl_ray.data.locks import only_one
+from tipl_ray.data.snapshots import Header
 from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
-from tipl_ray.data.trajectory_store import Header, TrajectoryStore
+from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.predict.representation import representation_of
@@ -93,7 +94,7 @@ def check_collect(context: Context) -> bool:
     """Whether the data set is found whole. Raises StoreError or ValueError for what cannot be collected."""
     from tipl_ray.collect.collection import pending_seeds
     from tipl_ray.collect.group import trial_header
-    from tipl_ray.ppo.learner import choose_engine
+    from tipl_ray.ppo.engines import choose_engine
 
     experiment = context.experiment
     store = TrajectoryStore(experiment.storage_path)
@@ -137,7 +138,8 @@ def run_collect(context: Context) -> None:
     """Collect every trial, with the progress of each actor, and log the trials' learning curves."""
     from tipl_ray.collect.collection import collect, pending_seeds
     from tipl_ray.collect.group import trial_header
-    from tipl_ray.ppo.learner import choose_engine, why_not_compiled
+    from tipl_ray.ppo.compiled_learner import why_not_compiled
+    from tipl_ray.ppo.engines import choose_engine
     from tipl_ray.ppo.tasks import find_task
 
     experiment, settings = context.experiment, context.experiment.collect

@@ -59,7 +59,7 @@ from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.pages import as_csv
 from tipl_ray.ppo.algorithms import NOTHING
-from tipl_ray.ppo.learner import ENGINES, choose_engine
+from tipl_ray.ppo.engines import ENGINES, choose_engine
 from tipl_ray.predict.saved import load_predictor, predictor_digest
 from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import Run, Tracker, ui_command

@@ -15,7 +15,7 @@ from tipl_ray.config import Experiment
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.errors import UserError
 from tipl_ray.ppo.algorithms import ALGORITHMS, NOTHING, Extension
-from tipl_ray.ppo.learner import choose_engine
+from tipl_ray.ppo.engines import choose_engine
 from tipl_ray.terminal import log_event
 
 

@@ -14,10 +14,13 @@ from ray.util.metrics import Counter, Gauge
 
 from tipl_ray.collect.placement import GroupProgress
 from tipl_ray.config import Experiment
-from tipl_ray.data.trajectory_store import Divergence, Header, TrajectoryStore, TrialWriter
+from tipl_ray.data.commits import Divergence
+from tipl_ray.data.snapshots import Header
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.data.trial_writer import TrialWriter
 from tipl_ray.digest import identity
 from tipl_ray.ppo.algorithms import ALGORITHMS, NOTHING, Algorithm, Extension, Hooks
-from tipl_ray.ppo.learner import ENGINES
+from tipl_ray.ppo.engines import ENGINES
 from tipl_ray.ppo.trials import network_shape
 from tipl_ray.terminal import log_event
 

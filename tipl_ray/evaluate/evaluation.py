@@ -20,14 +20,15 @@ import ray
 import torch
 
 from tipl_ray.config import Experiment
+from tipl_ray.data.snapshots import Trajectory
 from tipl_ray.data.storage import StoreError, file_exists, join, last_name, publish, read_published, write_file
-from tipl_ray.data.trajectory_store import Trajectory, TrajectoryStore
+from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest, identity
 from tipl_ray.evaluate import metrics
 from tipl_ray.evaluate.metrics import Table
 from tipl_ray.pages import as_csv
 from tipl_ray.paper.temporal_svd import reconstruction_error
-from tipl_ray.ppo.learner import choose_engine, make_learner
+from tipl_ray.ppo.engines import choose_engine, make_learner
 from tipl_ray.ppo.returns import policy_returns
 from tipl_ray.ppo.trials import network_shape
 from tipl_ray.predict.bands import load_band

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from tipl_ray.config import Experiment
-from tipl_ray.data.trajectory_store import Snapshot
+from tipl_ray.data.snapshots import Snapshot
 from tipl_ray.registry import Registry
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 // PPO's networks of many trials, one trial after another, so that what a trial touches stays in cache.
 //
-// Compiled by learner.py for the shapes of one experiment: OBSERVATION, ACTION, POLICY_1, POLICY_2, CRITIC_1, CRITIC_2
-// (widths), BATCH (samples per minibatch, a multiple of 16) and REAL (float; double in tests) are macros.
+// Compiled by compiled_learner.py for the shapes of one experiment: OBSERVATION, ACTION, POLICY_1, POLICY_2, CRITIC_1,
+// CRITIC_2 (widths), BATCH (samples per minibatch, a multiple of 16) and REAL (float; double in tests) are macros.
 //
 // Activations are feature-major: a layer's output is (features, BATCH), with the samples of the minibatch along the
 // vector lanes. Weights are (inputs, outputs). Every sum runs in an order that the source fixes, lane by lane of 16,

@@ -11,7 +11,8 @@ import numpy as np
 
 from tipl_ray.ppo.environments import CLIP, EPSILON
 from tipl_ray.ppo.learner import Learner
-from tipl_ray.ppo.tasks import Simulations, find_task
+from tipl_ray.ppo.simulations import Simulations
+from tipl_ray.ppo.tasks import find_task
 
 SIMULATIONS = 64
 """Simulations in lock step: enough to make the interpreter's share small, few enough to stay in cache."""

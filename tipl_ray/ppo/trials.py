@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from tipl_ray.config import Collect, Experiment, Ppo
-from tipl_ray.data.trajectory_store import Snapshot
+from tipl_ray.data.snapshots import Snapshot
 from tipl_ray.ppo.algorithms import NOTHING, Extension, State
+from tipl_ray.ppo.engines import make_learner
 from tipl_ray.ppo.environments import CompiledEnvironments, Environments, generator_state, restored_generator
-from tipl_ray.ppo.learner import Rollouts, make_learner
+from tipl_ray.ppo.learner import Rollouts
 from tipl_ray.ppo.networks import NetworkShape
 from tipl_ray.ppo.tasks import find_task
 

@@ -8,8 +8,9 @@ import json
 from typing import Any
 
 from tipl_ray import config
+from tipl_ray.data.snapshots import Header
 from tipl_ray.data.storage import Storage, StoreError, join, read_file
-from tipl_ray.data.trajectory_store import Header, TrajectoryStore
+from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat
 from tipl_ray.places import absolute_storage
 from tipl_ray.predict.representation import representation_of

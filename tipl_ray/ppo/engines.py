@@ -1,0 +1,33 @@
+"""Which learner runs the networks, compiled C++ or torch: chosen, made, and named with its version."""
+
+from typing import Literal
+
+from tipl_ray.config import Ppo
+from tipl_ray.ppo.compiled_learner import CompiledLearner, why_not_compiled
+from tipl_ray.ppo.learner import Learner
+from tipl_ray.ppo.networks import NetworkShape
+
+ENGINES = {"compiled": "compiled-1", "torch": "torch-1", "cuda": "cuda-1"}
+"""Name and version of each learner; a change of its bits counts the version up, for it is part of the data's hash."""
+
+
+def choose_engine(engine: str, ppo: Ppo) -> Literal["compiled", "torch", "cuda"]:
+    """The learner that a configuration means. Raises ValueError where `compiled` cannot be had."""
+    reason = None if engine in ("cuda", "torch") else why_not_compiled(ppo)
+    if engine == "compiled" and reason:
+        raise ValueError(f"collect.engine='compiled' cannot be had: {reason}; 'torch' runs without")
+    if engine == "cuda":
+        return "cuda"
+    if engine == "torch" or reason:
+        return "torch"
+    return "compiled"
+
+
+def make_learner(engine: str, shape: NetworkShape, ppo: Ppo) -> Learner:
+    """The learner named `compiled`, `torch` or `cuda`, for these shapes."""
+    if engine == "compiled":
+        return CompiledLearner(shape, ppo)
+    # Importing torch takes a second and 200 MB of each actor, which the compiled learner has no use for.
+    from tipl_ray.ppo.torch_learner import TorchLearner
+
+    return TorchLearner(shape, ppo, "cuda" if engine == "cuda" else "cpu")
