@@ -4,7 +4,7 @@
     python jobs/accelerate.py --accelerate.tasks HalfCheetah-v4 --accelerate.contenders 10 4 4+ridge
     ray job submit --working-dir . -- python jobs/accelerate.py \\
         --storage s3://bucket/accelerate --tracking.uri http://mlflow:5000 \\
-        --accelerate.predictors-storage s3://bucket/inverted_pendulum
+        --predictors-storage s3://bucket/inverted_pendulum
 
 Predictors are fitted on the trials that jobs/collect.py left in another experiment's storage, and TIPL is the model
 that jobs/train.py --preset causal left there. The same command again goes on where it stopped, or says that all is

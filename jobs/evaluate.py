@@ -13,17 +13,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tipl_ray.command_line import parse_arguments
+from tipl_ray.command_line import parse_trained
 
 STAGES = ["evaluate"]
 
 
 def main() -> None:
-    """Read the experiment, then load what runs it: --help is instant."""
-    experiment = parse_arguments(__doc__, jobs=STAGES)
+    """Read the experiments, then load what runs them: --help is instant."""
+    experiments = parse_trained(__doc__, jobs=STAGES)
     from tipl_ray.stages import run_stages
 
-    run_stages(experiment, STAGES)
+    for experiment in experiments:
+        run_stages(experiment, STAGES)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tipl_ray.collect.collection import (
     seat_resources,
 )
 from tipl_ray.collect.placement import GroupProgress
-from tipl_ray.config import Experiment, Ppo, load_experiment
+from tipl_ray.config import Experiment, Ppo, Where, load_experiment
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.places import CHECKOUT
@@ -40,11 +40,11 @@ from tipl_ray.ppo.trials import State
 from tipl_ray.train.data_sets import DataSet
 
 
-def smoke(storage: Path, **collect_fields: int) -> Experiment:
+def smoke(storage: Path, where: Where | None = None, **collect_fields: int) -> Experiment:
     experiment = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
     return dataclasses.replace(
         experiment,
-        storage=str(storage),
+        where=dataclasses.replace(where or Where(), storage=str(storage)),
         collect=dataclasses.replace(experiment.collect, **collect_fields),  # type: ignore[arg-type]
     ).check()
 
@@ -299,7 +299,7 @@ def test_ten_thousand_groups_are_driven_over_real_calls(cluster: None) -> None:
 
 
 def test_trials_on_gpus_are_refused_where_there_is_none(cluster: None, tmp_path: Path) -> None:
-    experiment = smoke(tmp_path, physics_threads=2)
+    experiment = smoke(tmp_path, Where(physics_threads=2))
     experiment = dataclasses.replace(experiment, collect=dataclasses.replace(experiment.collect, engine="cuda"))
     assert seat_resources(experiment, "cuda") == {"CPU": 2, "GPU": 1}
     assert seat_resources(experiment, "torch") == {"CPU": 2}

@@ -19,7 +19,7 @@ from tipl_ray.accelerate.contenders import (
     score,
     sentences,
 )
-from tipl_ray.config import Collect, Experiment, Ppo
+from tipl_ray.config import Collect, Experiment, Where
 from tipl_ray.evaluate.metrics import interquartile_mean, stratified_resamples
 
 SOURCE = Experiment(name="source")
@@ -65,7 +65,7 @@ def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -
 
 
 def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> None:
-    experiment = Experiment(name="e", storage="/s", collect=Collect(first_seed=101, num_trials=10), ppo=Ppo())
+    experiment = Experiment(name="e", where=Where(storage="/s"), collect=Collect(first_seed=101, num_trials=10))
     plain, jumping = (
         Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse(name), learning_rate=1e-3, search=search)
         for name, search in (("4", True), ("4+ridge", False))
@@ -79,7 +79,7 @@ def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> Non
     assert (first.ppo.num_epochs, first.ppo.learning_rate, first.collect.task) == (4, 1e-3, "Hopper-v4")
     assert (first.snapshots_per_iteration, second.snapshots_per_iteration) == (2, 5)
     assert first.storage_path != second.storage_path
-    moved = dataclasses.replace(experiment, storage="/t")
+    moved = experiment.at("/t")
     for folder, digest, same in (
         ("/t/any/name", "a", True),
         ("s3://b/c?region=d", "a", True),

@@ -20,7 +20,7 @@ from torch import nn
 from tipl_ray import config
 from tipl_ray.accelerate.jumps import GATED, REFUSED, TAKEN, History, ModuleJumps
 from tipl_ray.collect.collection import GroupCollector, trial_header
-from tipl_ray.config import Collect, Experiment, Jump, Ppo
+from tipl_ray.config import Collect, Experiment, Jump, Ppo, Where
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.ppo.trials import TrialGroup
 from tipl_ray.predict.baselines import COMBINATIONS, CopyLast, Linear, Ridge
@@ -191,13 +191,13 @@ def test_a_collector_that_is_killed_between_commits_leaves_the_same_bytes(
     experiment = dataclasses.replace(
         experiment,
         collect=dataclasses.replace(experiment.collect, num_trials=2, iterations_per_commit=3),
-        storage=str(tmp_path / "killed"),
+        where=Where(storage=str(tmp_path / "killed")),
     )
     killed = GroupCollector(experiment, "torch")
     killed.start([1, 2])
     for _ in range(4):
         killed._run_iteration()
-    whole = dataclasses.replace(experiment, storage=str(tmp_path / "whole"))
+    whole = experiment.at(str(tmp_path / "whole"))
     for one in (experiment, whole):
         collector = GroupCollector(one, "torch")
         collector.start([1, 2])

@@ -132,7 +132,7 @@ def test_a_killed_collection_goes_on_to_the_same_data_whatever_the_number_of_act
     commits = list(killed.glob("commits/trial=*/commit-*.json"))
     assert commits
     assert not (killed / "commits" / "_SUCCESS").exists()
-    said = run("collect", killed, *long, "--collect.trials-per-actor", "4")
+    said = run("collect", killed, *long, "--trials-per-actor", "4")
     assert re.findall(r"data set ([0-9a-f]{16})", said) == expected
     assert json.loads((killed / "commits" / "_SUCCESS").read_text())
 

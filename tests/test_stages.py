@@ -13,7 +13,7 @@ from test_training import experiment, trajectory, write_model
 from trajectories import write_trials
 
 from tipl_ray import stages
-from tipl_ray.config import Experiment
+from tipl_ray.config import Experiment, Where
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import StoreError
 from tipl_ray.digest import as_table
@@ -185,9 +185,7 @@ def test_where_and_on_how_many_threads_it_runs_is_no_part_of_what_an_experiment_
     base = experiment("/here")
     elsewhere = dataclasses.replace(
         base,
-        storage="/there",
-        collect=dataclasses.replace(base.collect, physics_threads=4, trials_per_actor=2),
-        train=dataclasses.replace(base.train, num_workers=2),
+        where=Where(storage="/there", physics_threads=4, trials_per_actor=2, num_workers=2),
     )
     assert stages.essence(elsewhere) == stages.essence(base)
     assert stages.essence(with_trials(base, 4, 4)) != stages.essence(base)

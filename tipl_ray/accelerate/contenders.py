@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl_ray.config import Experiment, Jump, Ppo
+from tipl_ray.config import Collect, Experiment, Jump, Ppo
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.digest import digest
+from tipl_ray.digest import digest, identity
 from tipl_ray.evaluate.metrics import interquartile_mean, stratified_resamples
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.baselines import COMBINATIONS
@@ -34,6 +34,11 @@ FINAL_SHARE = 10
 TIPL = "tipl"
 
 Row = dict[str, Any]
+
+
+def collection_identity(collect: Collect) -> dict[str, Any]:
+    """`identity`, with what earlier versions had in the digests of units and accelerations too."""
+    return identity(collect) | {"trials_per_actor": 0, "physics_threads": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,9 +128,7 @@ class Unit:
     def experiment(self, experiment: Experiment, source: Experiment, predictors: Mapping[str, Fitted]) -> Experiment:
         """What it runs, in a storage of its own below the experiment's, named after nothing that says where it lies."""
         settings, contender = experiment.accelerate, self.contender
-        collect = dataclasses.replace(
-            experiment.collect, task=self.task, total_env_steps=self.env_steps, trials_per_actor=0
-        )
+        collect = dataclasses.replace(experiment.collect, task=self.task, total_env_steps=self.env_steps)
         if self.search:
             seeds = {"first_seed": settings.search_first_seed, "num_trials": settings.search_trials}
             collect = dataclasses.replace(collect, **seeds)  # type: ignore[arg-type]  # mypy: of all fields' types
@@ -142,8 +145,8 @@ class Unit:
             jump=contender.jump(source, fitted.folder if fitted else None),
         )
         answers = fitted.digest if fitted else None
-        name = digest(made.collect, made.ppo, dataclasses.replace(made.jump, predictor=answers))
-        return dataclasses.replace(made, storage=join(experiment.storage_path, "units", name))
+        name = digest(collection_identity(made.collect), made.ppo, dataclasses.replace(made.jump, predictor=answers))
+        return made.at(join(experiment.storage_path, "units", name))
 
     def _ppo(self, ppo: Ppo) -> Ppo:
         return dataclasses.replace(ppo, num_epochs=self.contender.num_epochs, learning_rate=self.learning_rate)

@@ -57,13 +57,13 @@ def trial_header(experiment: Experiment, engine: str) -> Header:
 
 def seat_resources(experiment: Experiment, engine: str) -> dict[str, int]:
     """What one actor takes of Ray's resources."""
-    return {"CPU": experiment.collect.physics_threads} | ({"GPU": 1} if engine == "cuda" else {})
+    return {"CPU": experiment.where.physics_threads} | ({"GPU": 1} if engine == "cuda" else {})
 
 
 def require_seat(experiment: Experiment, engine: str, per: str) -> None:
     """Refuse what the cluster can never have. Raises ValueError."""
     fields = {
-        "CPU": f"collect.physics_threads={experiment.collect.physics_threads}",
+        "CPU": f"physics_threads={experiment.where.physics_threads}",
         "GPU": f"collect.engine={engine!r}",
     }
     require_resources(
@@ -239,7 +239,7 @@ def _run(
     experiment: Experiment, engine: str, seeds: list[int], on_progress: Callable[[list[GroupProgress]], None]
 ) -> None:
     """Run the trials on as many actors as the cluster has room for, while nodes and actors come and go."""
-    trials_per_actor = experiment.collect.trials_per_actor
+    trials_per_actor = experiment.where.trials_per_actor
     # What is free, not what there is: the cluster may be at other work too.
     free, needs = ray.available_resources(), seat_resources(experiment, engine)
     num_seats = min(int(free.get(name, 0) // amount) for name, amount in needs.items())

@@ -12,7 +12,7 @@ import torch
 
 from tipl_ray import config
 from tipl_ray.data.storage import Storage, file_exists, join, last_name, publish, read_file, read_published
-from tipl_ray.digest import flat
+from tipl_ray.digest import flat, identity
 from tipl_ray.paper.predictor import SvdFloor, Tipl, TrialBasis
 from tipl_ray.paper.temporal_svd import FittedBasis
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
@@ -36,9 +36,6 @@ MODEL_FILES = (WEIGHTS_FILE, ABOUT_FILE)
 PREDICTOR_FILE, ABOUT_PREDICTOR_FILE, PREDICTOR_RECORD = "predictor.safetensors", "predictor.json", "predictor.sha256"
 
 PREDICTOR_WAY_OUT = "restore it from a copy, or delete the folder and fit the predictor again"
-
-PLACES = ("name", "storage", "tracking.uri", "tracking.experiment")
-"""Fields of an experiment that say where it is kept, and nothing of a model."""
 
 
 def load_tipl(folder: str, question: Question, device: torch.device | str = "cpu") -> Tipl | WindowTipl:
@@ -150,7 +147,7 @@ def _basis(about: Mapping[str, Any]) -> str | None:
 def _differences(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line a model: its folder, the fields of its experiment that are not those of all, and its skill."""
     tables = {
-        folder: {name: value for name, value in flat(about.get("experiment") or {}) if name not in PLACES}
+        folder: dict(flat(identity(config.from_table(about["experiment"])))) if "experiment" in about else {}
         for folder, about in models.items()
     }
     names = dict.fromkeys(name for table in tables.values() for name in table)

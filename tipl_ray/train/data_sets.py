@@ -10,7 +10,7 @@ from typing import Any
 from tipl_ray import config
 from tipl_ray.data.storage import Storage, StoreError, join, read_file
 from tipl_ray.data.trajectory_store import Header, TrajectoryStore
-from tipl_ray.digest import as_table, digest, flat
+from tipl_ray.digest import digest, flat, identity
 from tipl_ray.places import absolute_storage
 
 MODELS_NAMED = 3
@@ -103,18 +103,18 @@ def training_digest(experiment: config.Experiment) -> str:
 
 def run_digest(experiment: config.Experiment, data_digest: str) -> str:
     """What a trained model depends on, and nothing that only says where it is trained."""
-    made_of = _made_of(as_table(experiment))
+    made_of = _made_of(experiment)
     # On the basis `window` all forward steps are learned at once; elsewhere one, whatever is asked of it later.
     steps = experiment.evaluate.steps if experiment.basis.kind == "window" else ()
     return digest(data_digest, *made_of.values(), steps)
 
 
-def _made_of(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sections of an experiment's table that a trained model depends on, without what changes nothing in it."""
-    made_of = {section: dict(experiment[section]) for section in ("basis", "split", "model", "train")}
-    # The data sets, wherever they lie, are known by their digest.
-    for field in ("num_workers", "use_gpu", "num_seeds", "data"):
-        made_of["train"].pop(field, None)
+def _made_of(experiment: config.Experiment) -> dict[str, dict[str, Any]]:
+    """The sections that a trained model depends on, without what changes nothing in it."""
+    made_of = {section: identity(getattr(experiment, section)) for section in ("basis", "split", "model", "train")}
+    # A model has one seed, and the data sets, wherever they lie, are known by their digest.
+    for field in ("num_seeds", "data"):
+        made_of["train"].pop(field)
     if made_of["basis"]["kind"] != "window":
         made_of["train"].pop("joined_windows", None)
     return made_of
@@ -151,13 +151,11 @@ def _differences(experiment: config.Experiment, data_digest: str, folder: str) -
     """In which fields the model of a folder differs from the one that is asked for; none where that is not known."""
     try:
         about = json.loads(read_file(folder, "model.json"))
-        there = {**_made_of(about["experiment"]), "evaluate": about["experiment"]["evaluate"]}
+        made_by = config.from_table(about["experiment"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []  # a training that has not ended, or a model of another making
-    here = as_table(experiment)
-    preset = about["experiment"].get("preset")
-    presets = [f"preset={preset!r}, not {experiment.preset!r}"] if preset not in (None, experiment.preset) else []
-    here = {**_made_of(here), "evaluate": here["evaluate"]}
+    presets = [f"preset={made_by.preset!r}, not {experiment.preset!r}"] if made_by.preset != experiment.preset else []
+    there, here = ({**_made_of(one), "evaluate": identity(one.evaluate)} for one in (made_by, experiment))
     for table in (there, here):
         asked = ("horizon", "extra_horizons") if here["basis"]["kind"] == "window" else ()
         table["evaluate"] = {field: table["evaluate"].get(field) for field in asked}
