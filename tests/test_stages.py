@@ -19,9 +19,12 @@ from tipl_ray.config import Collect, Evaluate, Experiment, Tracking, Train, Wher
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.digest import as_table
+from tipl_ray.digest import as_table, digest
+from tipl_ray.evaluate.evaluation import evaluation_folder
 from tipl_ray.places import CHECKOUT
 from tipl_ray.remembered import remember_collection, remember_training, remembered
+from tipl_ray.sweep.space import make_space
+from tipl_ray.sweep.tune import Plan
 from tipl_ray.train.data_sets import run_digest
 
 
@@ -145,8 +148,7 @@ def test_a_second_driver_of_a_stage_is_refused_and_another_stages_is_not(
         assert "is already collecting trials; wait" in refused(settings, "collect", capsys=capsys)
         assert "4 of 4 trials are not complete; run" in refused(settings, "train", capsys=capsys)
     collected(tmp_path, 3, 4, 5, 6)
-    digest = stages.data_digest(settings)
-    name = f"train-{run_digest(settings, digest)}"
+    name = f"train-{run_digest(settings, stages.data_digest(settings))}"
     with only_one(str(tmp_path), name, "training this model"):
         assert "is already training this model; wait" in refused(settings, "train", capsys=capsys)
 
@@ -183,6 +185,23 @@ def test_a_figure_without_data_is_left_out_with_a_word_why(capsys: pytest.Captur
 
     assert stages._those_with_data("collect", {"curves": nothing_to_draw}) == {}  # type: ignore[dict-item]
     assert capsys.readouterr().out == "collect: no picture 'curves': no curve has two returns\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "run", "pipeline", "sweep"),
+    [
+        ("demo", "causal", "b017fde2af96e712", "4f47cc5bef1072ae", "f8a64685f806c707"),
+        ("demo", "paper", "6f6c4171974e2dec", "aed39aa5fb2a0e70", "81f690d838ba9ac3"),
+    ],
+)
+def test_what_an_earlier_version_left_is_found_by_the_same_digests(
+    name: str, preset: str, run: str, pipeline: str, sweep: str
+):
+    settings = load_experiment(name, preset)
+    assert run_digest(settings, "4ce21bf34b0f5321") == run
+    assert digest(stages.essence(settings)) == pipeline
+    assert Plan(experiment=settings, space=make_space(settings), children=(), data="d").digest == sweep
+    assert evaluation_folder(settings, ["models/b017fde2af96e712"]).endswith("/805c7c9efacf88d9")
 
 
 def test_where_and_on_how_many_threads_it_runs_is_no_part_of_what_an_experiment_is():
@@ -289,10 +308,12 @@ def test_a_storage_of_an_earlier_version_is_known_by_its_trials(tmp_path: Path, 
     assert known.preset is None
 
 
-def test_trials_of_another_making_tell_nothing(tmp_path: Path):
+def test_trials_of_another_making_tell_nothing_until_something_was_trained_on_them(tmp_path: Path):
     assert remembered(str(tmp_path)) is None
     collected(tmp_path, 3, 4)
     assert remembered(str(tmp_path)) is None
+    remember_training(hopper(tmp_path))
+    assert told(tmp_path).collect == hopper(tmp_path).collect
 
 
 def test_a_bucket_remembers_as_a_folder_does(server: str):

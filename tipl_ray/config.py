@@ -798,7 +798,7 @@ def _complaint(item: Any) -> str:
         return f"{said} is not a finite number"
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         if field in MOVED:
-            return f"{said}: is in the section [where] now"
+            return f"{said}: {field.rpartition('.')[2]} is in the section [where] now"
         return f"{said}: unknown key{nearest(field, _fields())}"
     return f"{said}: {item['msg']}"
 

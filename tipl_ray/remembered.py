@@ -63,14 +63,13 @@ def remember_training(experiment: Experiment) -> None:
 def remembered(storage: str) -> Remembered | None:
     """What a storage remembers; None where nothing was collected or trained. Raises StoreError for a damaged file."""
     collected_for = _recall(storage, "experiment.json")
-    trained = {preset: _recall(storage, _trained_file(preset)) for preset in PRESETS}
-    collected = {name: getattr(collected_for, name) for name in COLLECTED} if collected_for else _of_trials(storage)
-    known = Remembered(
-        collected=collected,
-        collected_for=collected_for,
-        trained_for={preset: one for preset, one in trained.items() if one},
-    )
-    return known if collected or known.trained_for else None
+    recalled = {preset: _recall(storage, _trained_file(preset)) for preset in PRESETS}
+    trained_for = {preset: one for preset, one in recalled.items() if one}
+    collected = {} if collected_for else _of_trials(storage)
+    if not collected and (one := collected_for or next(iter(trained_for.values()), None)):
+        collected = {name: getattr(one, name) for name in COLLECTED}
+    known = Remembered(collected=collected, collected_for=collected_for, trained_for=trained_for)
+    return known if collected else None
 
 
 def _trained_file(preset: str) -> str:
