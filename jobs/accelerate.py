@@ -1,7 +1,8 @@
 """Accelerate: PPO with fewer update epochs and a predictor that jumps to where the others would have led.
 
     python jobs/accelerate.py
-    python jobs/accelerate.py --accelerate.tasks HalfCheetah-v4 --accelerate.contenders 10 4 4+ridge
+    python jobs/accelerate.py --accelerate.tasks HalfCheetah-v4 \\
+        --accelerate.contenders 10 4 4+ridge
     ray job submit --working-dir . -- python jobs/accelerate.py \\
         --storage s3://bucket/accelerate --tracking.uri http://mlflow:5000 \\
         --predictors-storage s3://bucket/inverted_pendulum

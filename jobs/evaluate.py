@@ -1,11 +1,14 @@
 """Evaluate: WPE, skill and REPW of the predicted weights on held-out trials; table, figures and report.
 
     python jobs/evaluate.py --experiment jobs/experiments/demo.toml
+    python jobs/evaluate.py --storage storage/hopper
     ray job submit --working-dir . -- python jobs/evaluate.py \\
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
-The same command again goes on where it stopped, or says that all is done.
+Without --experiment, the storage says what was collected and trained; without --preset, every preset that was trained
+there is judged. The same command again goes on where it stopped, or
+says that all is done.
 """
 
 import sys

@@ -75,9 +75,14 @@ class CommandLine:
         return parsed
 
     def _usage(self) -> str:
+        known = (
+            ""
+            if tuple(self.jobs) == ("accelerate",)
+            else "what the storage\n                    knows, and for the rest "
+        )
         return (
             f"{self.description}\n\n--experiment FILE   TOML file with the experiment, or its name; it is read first\n"
-            f"                    (default: {self.path})"
+            f"                    (default: {known}{self.path.name})"
         )
 
     def _taken(self, experiment: Experiment, sections: Collection[str]) -> Iterator[str]:
@@ -122,17 +127,17 @@ def _read(description: str, arguments: list[str] | None, jobs: Sequence[str], ex
     with refused():
         said = _said(arguments, jobs)
         given, preset = take_option(arguments, "--experiment"), take_option(arguments, "--preset")
-        storage = None if given or jobs == ["accelerate"] else take_option(list(arguments), "--storage")
+        path = find_experiment(given) if given else named_experiments().get(experiment) or find_experiment(experiment)
+        # What accelerates is kept in storages of its own.
+        asked = None if given or list(jobs) == ["accelerate"] else take_option(list(arguments), "--storage")
         return CommandLine(
             description=description,
             jobs=jobs,
             arguments=arguments,
             said=said,
-            path=find_experiment(given)
-            if given
-            else named_experiments().get(experiment) or find_experiment(experiment),
+            path=path,
             preset=preset,
-            memory=_memory(storage) if storage else None,
+            memory=_memory(asked) if asked else None,
         )
 
 
