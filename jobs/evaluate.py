@@ -7,8 +7,7 @@
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
 Without --experiment, the storage says what was collected and trained; without --preset, every preset that was trained
-there is judged. The same command again goes on where it stopped, or
-says that all is done.
+there is judged. The same command again goes on where it stopped, or says that all is done.
 """
 
 import sys

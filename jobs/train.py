@@ -7,8 +7,7 @@
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
 Without --experiment, what was collected in the storage is what is trained on: task, seeds, policy and split need not be
-said again. The same command again goes on where it stopped, or
-says that all is done.
+said again. The same command again goes on where it stopped, or says that all is done.
 """
 
 import sys

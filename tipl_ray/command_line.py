@@ -75,11 +75,7 @@ class CommandLine:
         return parsed
 
     def _usage(self) -> str:
-        known = (
-            ""
-            if tuple(self.jobs) == ("accelerate",)
-            else "what the storage\n                    knows, and for the rest "
-        )
+        known = "" if tuple(self.jobs) == ("accelerate",) else "what the storage remembers, then "
         return (
             f"{self.description}\n\n--experiment FILE   TOML file with the experiment, or its name; it is read first\n"
             f"                    (default: {known}{self.path.name})"
