@@ -19,20 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from command import make_parser, results_folder, use_one_core  # noqa: E402
 
-from tipl_ray.config import PRESETS, Collect, Experiment, Jump, Model, Ppo  # noqa: E402
+from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps  # noqa: E402
+from tipl_ray.accelerate.jumps import JumpSettings  # noqa: E402
+from tipl_ray.config import PRESETS, Collect, Experiment, Model, Ppo  # noqa: E402
+from tipl_ray.ppo.algorithms import NOTHING  # noqa: E402
 from tipl_ray.ppo.learner import choose_engine  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
 from tipl_ray.predict.baselines import Ridge  # noqa: E402
 from tipl_ray.predict.gram import Question  # noqa: E402
 from tipl_ray.predict.saved import save_predictor  # noqa: E402
-from tipl_ray.terminal import format_rows  # noqa: E402
+from tipl_ray.terminal import say_rows  # noqa: E402
 from tipl_ray.window.transformer import WindowTransformer  # noqa: E402
 
 SHAPES = (("InvertedPendulum-v4", 8, 10), ("HalfCheetah-v4", 64, 10), ("HalfCheetah-v4", 256, 10))
@@ -65,14 +67,15 @@ class Subject:
             name="bench",
             collect=Collect(task=task, policy_hidden=(width, width)),
             ppo=Ppo(num_epochs=epochs),
-            jump=Jump(predictor=predictor),
         )
-        self.group = TrialGroup(experiment, choose_engine("auto", experiment.ppo), list(range(1, trials + 1)))
+        engine, seeds = choose_engine("auto", experiment.ppo), list(range(1, trials + 1))
+        extension = Jumps.load(predictor, JumpSettings()) if predictor else NOTHING
+        self.group = TrialGroup(experiment, engine, seeds, extension=extension)
         self.seconds = {"update": 0.0, "jump": 0.0}
         self._time(self.group.learner, "update", "update")
-        if self.group.jumps:
+        if isinstance(self.group.hooks, GroupJumps):
             for method in ("record", "propose", "carry_on"):
-                self._time(self.group.jumps, method, "jump")
+                self._time(self.group.hooks, method, "jump")
 
     def _time(self, owner: Any, method: str, part: str) -> None:
         inner: Callable = getattr(owner, method)
@@ -127,7 +130,7 @@ def main() -> None:
                         "jump's share": f"{seconds['jump'] / seconds['iteration']:.1%}",
                     }
                 )
-    Console(width=150).print(format_rows([{name: str(value) for name, value in row.items()} for row in rows]))
+    say_rows([{name: str(value) for name, value in row.items()} for row in rows])
     (results_folder(arguments.quick) / "acceleration.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -31,8 +31,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
@@ -42,7 +40,7 @@ from machine import new_root, own_processes, s3_server  # noqa: E402
 from tipl_ray.config import Experiment, load_experiment  # noqa: E402
 from tipl_ray.data.storage import Storage, join  # noqa: E402
 from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
-from tipl_ray.terminal import format_rows  # noqa: E402
+from tipl_ray.terminal import say_rows  # noqa: E402
 
 SMOKE = ROOT / "jobs" / "experiments" / "smoke.toml"
 BOOKS = "CHAOS_BOOKS"
@@ -161,7 +159,7 @@ def kind_of(path: str) -> str:
 
 def collect_alone(experiment: Experiment, die_at: int) -> None:
     """Collect all trials as one group, without Ray, and seal the data set."""
-    from tipl_ray.collect.collection import GroupCollector
+    from tipl_ray.collect.group import GroupCollector
     from tipl_ray.ppo.learner import choose_engine
 
     keep_books()
@@ -402,7 +400,7 @@ def main() -> None:
 
 def keep(new: dict[str, Any], results: Path) -> None:
     """Print a row and put it into the results, in the place of an older one of the same sort."""
-    Console().print(format_rows([{"": key, "found": str(value)} for key, value in new.items()]))
+    say_rows([{"": key, "found": str(value)} for key, value in new.items()])
     rows = json.loads(results.read_text()) if results.exists() else []
     same = [(old["storage"], old["collection"]) == (new["storage"], new["collection"]) for old in rows]
     rows = [old for old, replaced in zip(rows, same, strict=True) if not replaced]

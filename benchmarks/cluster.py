@@ -33,16 +33,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from command import make_parser, results_folder  # noqa: E402
 from machine import own_processes  # noqa: E402
 
-from tipl_ray.collect import collection  # noqa: E402
-from tipl_ray.collect.collection import (  # noqa: E402
-    MESSAGES_PER_SECOND,
-    SLICE_SECONDS,
-    Crew,
-    GroupCollector,
-    drive,
-    pending_seeds,
-    trial_header,
-)
+from tipl_ray.collect import crew  # noqa: E402
+from tipl_ray.collect.collection import collect, pending_seeds  # noqa: E402
+from tipl_ray.collect.crew import MESSAGES_PER_SECOND, SLICE_SECONDS, Crew, drive  # noqa: E402
+from tipl_ray.collect.group import GroupCollector, trial_header  # noqa: E402
 from tipl_ray.collect.placement import GroupProgress, Placement  # noqa: E402
 from tipl_ray.config import Collect, Experiment, Where  # noqa: E402
 from tipl_ray.data.trajectory_store import Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
@@ -125,8 +119,8 @@ def measure_collection(collect_config: Collect, size: int, actors: int, storage:
             # An actor tells of its steps every few seconds: they stand for the moment at which they were told.
             first_seen.setdefault(sum(group.env_steps for group in groups), (cpu, time.monotonic()))
 
-    with mock.patch.multiple(collection, LOOK_SECONDS=SAMPLE_SECONDS, SLICE_SECONDS=SAMPLE_SECONDS):
-        collection.collect(experiment, sample)
+    with mock.patch.multiple(crew, LOOK_SECONDS=SAMPLE_SECONDS, SLICE_SECONDS=SAMPLE_SECONDS):
+        collect(experiment, sample)
     # Without the end, where one actor may be done before the other.
     samples = [(steps, *clocks) for steps, clocks in sorted(first_seen.items())]
     first, last = samples[0], [one for one in samples if one[0] < 0.95 * samples[-1][0]][-1]

@@ -20,7 +20,6 @@ import mujoco
 import mujoco.batch
 import numpy as np
 import torch
-from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -32,7 +31,7 @@ from tipl_ray.config import Collect, Experiment  # noqa: E402
 from tipl_ray.ppo.learner import choose_engine  # noqa: E402
 from tipl_ray.ppo.tasks import BatchSimulations, find_task  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
-from tipl_ray.terminal import format_rows  # noqa: E402
+from tipl_ray.terminal import say_rows  # noqa: E402
 
 NUM_STEPS = 2048
 TASKS = (("InvertedPendulum-v4", 8, 25), ("HalfCheetah-v4", 256, 10))
@@ -210,7 +209,7 @@ def main() -> None:
         "spread",
     )
     title = f"One core, medians of {rounds} alternating rounds; value in env steps/s, floor = physics + matrix products"
-    Console(width=150).print(format_rows([{key: str(row[key]) for key in shown} for row in rows], title=title))
+    say_rows([{key: str(row[key]) for key in shown} for row in rows], title=title)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ for threads in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[threads] = "1"  # read when numpy is imported
 
 import numpy as np  # noqa: E402
-from rich.console import Console  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -34,7 +33,7 @@ from machine import peak_bytes  # noqa: E402
 
 from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
 from tipl_ray.paper.temporal_svd import fit_basis  # noqa: E402
-from tipl_ray.terminal import format_rows  # noqa: E402
+from tipl_ray.terminal import say_rows  # noqa: E402
 
 RANK = 64
 
@@ -49,18 +48,20 @@ def seconds_of(function: Callable[[], Any]) -> tuple[float, Any]:
 def reduce_and_tell(storage: str, seed: int) -> None:
     """What the process runs whose memory is told: tokens of a whole trial."""
     from tipl_ray.config import Basis
-    from tipl_ray.paper.tokens import load_tokens
+    from tipl_ray.paper.representation import TrialTokens
+    from tipl_ray.predict.gram import Question
 
+    question = Question(context=20, steps=(1,), snapshots_per_iteration=5)
     before = peak_bytes()
     begin = time.process_time()
-    tokens = load_tokens(TrajectoryStore(storage), (seed,), Basis(kind="trial", rank=RANK))
+    tokens = TrialTokens(Basis(rank=RANK)).read(storage, seed, question)
     told = {"seconds": time.process_time() - begin, "before": before, "peak": peak_bytes()}
     print(json.dumps({**told, "snapshots": tokens.coordinates_NTD.shape[1]}))
 
 
 def collect_a_trial(seed: int) -> str:
     """A trial of a quick run, as long as its rank needs; the storage."""
-    from tipl_ray.collect.collection import GroupCollector
+    from tipl_ray.collect.group import GroupCollector
     from tipl_ray.config import load_experiment
     from tipl_ray.ppo.learner import choose_engine
 
@@ -119,9 +120,7 @@ def main() -> None:
     }
     (results_folder(arguments.quick) / "reduction.json").write_text(json.dumps(rows, indent=1) + "\n")
     title = f"One core, medians of {arguments.rounds} alternating rounds"
-    Console(width=150).print(
-        format_rows([{"": name, "found": str(value)} for name, value in rows.items()], title=title)
-    )
+    say_rows([{"": name, "found": str(value)} for name, value in rows.items()], title=title)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tipl_ray.ppo.learner import choose_engine, make_learner  # noqa: E402
 from tipl_ray.ppo.networks import NetworkShape, unflatten  # noqa: E402
 from tipl_ray.ppo.returns import policy_returns  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup, network_shape  # noqa: E402
-from tipl_ray.terminal import console, format_rows  # noqa: E402
+from tipl_ray.terminal import say_rows  # noqa: E402
 
 TASK, NUM_POLICIES, SEEDS = "InvertedPendulum-v4", 24, [101, 102, 103]
 
@@ -121,7 +121,7 @@ def main() -> None:
     (results_folder(arguments.quick) / "returns.json").write_text(json.dumps(rows, indent=1) + "\n")
     shown = ("subject", "value", "ratio_to_plain")
     title = f"{NUM_POLICIES} policies x {len(SEEDS)} episodes, {env_steps:,.0f} env steps, equal returns"
-    console.print(format_rows([{key: str(row[key]) for key in shown} for row in rows], title=title))
+    say_rows([{key: str(row[key]) for key in shown} for row in rows], title=title)
 
 
 if __name__ == "__main__":

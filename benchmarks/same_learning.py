@@ -25,7 +25,8 @@ from command import make_parser, results_folder  # noqa: E402
 from plain_ppo import PlainTrial  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
-from tipl_ray.evaluate.figures import save  # noqa: E402
+from tipl_ray.drawing import png  # noqa: E402
+from tipl_ray.evaluate.metrics import Resampling  # noqa: E402
 from tipl_ray.ppo.learner import choose_engine  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
 from tipl_ray.terminal import say  # noqa: E402
@@ -118,12 +119,11 @@ def compare(curves: dict[str, list[float]], studies: list[Study]) -> list[dict]:
 def draw(curves: dict[str, list[float]], studies: list[Study]) -> Figure:
     """Mean curves with bootstrap bands over seeds."""
     figure = Figure(figsize=(5.5 * len(studies), 3.8), layout="constrained")
-    random = np.random.default_rng(0)
+    resampling = Resampling(confidence=0.95, bootstrap=1000, seed=0)
     for axes, (task, width, _, num_seeds) in zip(np.ravel(figure.subplots(1, len(studies))), studies, strict=True):
         for name, colour in COLOURS.items():
             stacked = np.array([curves[f"{task}/{name}/{seed}"] for seed in range(1, num_seeds + 1)])
-            picks = random.integers(num_seeds, size=(1000, num_seeds))
-            low, high = np.quantile(stacked[picks].mean(axis=1), [0.025, 0.975], axis=0)
+            low, high = resampling.band(stacked, statistic=lambda runs: runs.mean(axis=-1))
             steps = NUM_STEPS * np.arange(1, stacked.shape[1] + 1)
             axes.plot(steps, stacked.mean(axis=0), color=colour, label=f"{name}, {num_seeds} seeds")
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -155,7 +155,7 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    save(draw(curves, studies), pictures / "same_learning.png")
+    (pictures / "same_learning.png").write_bytes(png(draw(curves, studies)))
     for row in rows:
         say(", ".join(f"{key} {value}" for key, value in row.items()))
 

@@ -22,10 +22,11 @@ sys.path.insert(0, str(ROOT))
 
 from command import make_parser, results_folder  # noqa: E402
 
-from tipl_ray.collect.collection import SLICE_SECONDS, GroupCollector  # noqa: E402
+from tipl_ray.collect.crew import SLICE_SECONDS  # noqa: E402
+from tipl_ray.collect.group import GroupCollector  # noqa: E402
 from tipl_ray.config import Collect, Experiment, Where  # noqa: E402
 from tipl_ray.ppo.learner import choose_engine  # noqa: E402
-from tipl_ray.terminal import console, format_rows  # noqa: E402
+from tipl_ray.terminal import say_rows  # noqa: E402
 
 TRIALS = 25
 
@@ -101,7 +102,7 @@ def main() -> None:
     ]
     (results_folder(arguments.quick) / "scaling.json").write_text(json.dumps(rows, indent=1) + "\n")
     shown = ("subject", "value", "ratio_to_one_actor", "ray_share")
-    console.print(format_rows([{key: str(row[key]) for key in shown} for row in rows], title="Ray actors"))
+    say_rows([{key: str(row[key]) for key in shown} for row in rows], title="Ray actors")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -32,7 +31,7 @@ from machine import peak_bytes, resident_bytes  # noqa: E402
 
 from tipl_ray.config import Collect  # noqa: E402
 from tipl_ray.data.trajectory_store import Header, Snapshot, TrajectoryStore, TrialWriter  # noqa: E402
-from tipl_ray.terminal import format_rows  # noqa: E402
+from tipl_ray.terminal import say_rows  # noqa: E402
 
 TASKS = (("InvertedPendulum-v4 8-8", 122, 4, 4000), ("HalfCheetah-v4 256-256", 71_948, 17, 200))
 """Task, policy weights P, observation entries O, snapshots measured."""
@@ -224,7 +223,7 @@ def actor_memory(env_steps: int) -> Iterator[dict]:
 
 def collect_and_tell_memory(env_steps: int) -> None:
     """What `actor_memory` runs: two trials to their end, and (snapshots of each, bytes) at every commit."""
-    from tipl_ray.collect.collection import GroupCollector
+    from tipl_ray.collect.group import GroupCollector
     from tipl_ray.config import load_experiment
     from tipl_ray.ppo.learner import choose_engine
 
@@ -281,7 +280,7 @@ def main() -> None:
     target.write_text(json.dumps(measured, indent=1) + "\n")
     shown = [{key: "" if value is None else str(value) for key, value in row.items()} for row in measured]
     title = f"One core, medians of {arguments.rounds} alternating rounds; raw = float32 weights"
-    Console(width=170).print(format_rows(shown, title=title))
+    say_rows(shown, title=title)
 
 
 if __name__ == "__main__":

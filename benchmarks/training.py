@@ -31,8 +31,8 @@ from command import make_parser, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.config import Experiment  # noqa: E402
 from tipl_ray.paper.tokens import Tokens  # noqa: E402
-from tipl_ray.predict.training_data import TrainingData  # noqa: E402
-from tipl_ray.terminal import console, format_rows  # noqa: E402
+from tipl_ray.predict.representation import TrainingData  # noqa: E402
+from tipl_ray.terminal import say_rows  # noqa: E402
 from tipl_ray.train.training import Training  # noqa: E402
 
 NUM_TRIALS, NUM_SNAPSHOTS, RANK = 40, 1951, 32
@@ -173,7 +173,7 @@ def main() -> None:
     ]
     (results_folder(arguments.quick) / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
     shown = ("subject", "value", "milliseconds_per_step", "ratio_to_plain")
-    console.print(format_rows([{key: str(row[key]) for key in shown} for row in rows], title="training steps"))
+    say_rows([{key: str(row[key]) for key in shown} for row in rows], title="training steps")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/ppo_with_jumps.py --epochs 10
     python examples/ppo_with_jumps.py --predictor storage/demo
 
-A predictor is a model that was trained with `--preset causal`, or what `forecasting.save_predictor` wrote. With one,
+A predictor is a model that was trained with `--preset causal`, or what `save_predictor` wrote. With one,
 each iteration runs four update epochs, records the policy after the second and the fourth, and jumps to where the tenth
 would have led. Each takes a minute or two on one core.
 """
@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tipl_ray.accelerate.jumps import ModuleJumps  # J
-from tipl_ray.config import Jump
+from tipl_ray.accelerate.jumps import JumpSettings, ModuleJumps  # J
 from tipl_ray.errors import UserError  # J
 from tipl_ray.predict.saved import load_predictor  # J
 
@@ -74,7 +73,7 @@ def main() -> None:
         try:  # J
             predictor = load_predictor(settings.predictor)  # J
             snapshots_left_out = predictor.question.snapshots_per_iteration - settings.epochs // 2  # J
-            jumps = ModuleJumps(policy, predictor, Jump(horizon=snapshots_left_out))  # J
+            jumps = ModuleJumps(policy, predictor, JumpSettings(horizon=snapshots_left_out))  # J
         except (UserError, ValueError) as refusal:  # J
             parser.error(f"--predictor {settings.predictor} --epochs {settings.epochs}: {refusal}")  # J
 

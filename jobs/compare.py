@@ -64,19 +64,20 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     from tipl_ray.jobs import exit_status
+    from tipl_ray.pages import as_csv
     from tipl_ray.sweep import comparison
-    from tipl_ray.terminal import console, format_rows, say
+    from tipl_ray.terminal import say, say_rows
     from tipl_ray.tracking import open_to_read
 
     with exit_status():
         client, uri = open_to_read(chosen.uri, absolute_storage(chosen.storage))
         title, rows = comparison.choose(client, chosen.runs, chosen.parent, chosen.query, chosen.by)
         rows = comparison.by_metric(rows, chosen.by, chosen.less)[: chosen.best or None]
-        console.print(format_rows(comparison.table(rows, chosen.by), title=f"{title}, by {chosen.by}"))
+        say_rows(comparison.table(rows, chosen.by), title=f"{title}, by {chosen.by}")
         drawn = comparison.draw(client, rows, chosen.by)
         chosen.output.write_text(comparison.page(title, rows, chosen.by, drawn, uri), encoding="utf-8")
         if chosen.csv is not None:
-            chosen.csv.write_text(comparison.as_csv(rows), encoding="utf-8")
+            chosen.csv.write_bytes(as_csv(comparison.everything(rows)))
         say(f"{len(rows)} runs compared in {chosen.output.absolute()}")
 
 

@@ -25,7 +25,7 @@ from tipl_ray.data.storage import TEMPORARY, Storage, StoreError
 from tipl_ray.data.trajectory_store import COLUMNS, Header, TrajectoryStore, TrialProgress
 from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
-from tipl_ray.terminal import console, format_rows, say
+from tipl_ray.terminal import say, say_rows
 
 Root = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
 Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="seeds of the trials to take; none takes all")]
@@ -58,7 +58,7 @@ def describe(storage: Root) -> int:
     }
     if returns := [value for one in progress for value in _last_return(store, one)]:
         lines["last returns"] = f"mean {np.mean(returns):,.1f}, from {min(returns):,.1f} to {max(returns):,.1f}"
-    console.print(format_rows([{"data set": name, storage: value} for name, value in lines.items()]))
+    say_rows([{"data set": name, storage: value} for name, value in lines.items()])
     return _tell(refusals)
 
 
@@ -83,7 +83,7 @@ def list_trials(storage: Root) -> int:
         }
         for one in progress
     ]
-    console.print(format_rows(rows))
+    say_rows(rows)
     return _tell(refusals)
 
 

@@ -23,7 +23,7 @@ from tipl_ray.accelerate.acceleration import (
     source_experiment,
 )
 from tipl_ray.accelerate.contenders import Contender, Fitted, Unit, filled
-from tipl_ray.collect.collection import GroupCollector
+from tipl_ray.collect.group import GroupCollector
 from tipl_ray.config import Accelerate, Collect, Experiment, Ppo, Split, Where
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
@@ -133,12 +133,14 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
             unit["experiment"]["ppo"]["learning_rate"]: np.nanmean(filled(np.array(unit["returns"], float)))
             for unit in searched
             if unit["experiment"]["ppo"]["num_epochs"] == row["epochs"]
-            and (unit["experiment"]["jump"]["predictor"] or "").endswith("ridge") == (row["predictor"] == "ridge")
+            and (unit["experiment"]["jump"]["predictor"] is None) == (row["predictor"] == "none")
             and unit["experiment"]["jump"]["gate"] == ("gate" in row["contender"])
         }
         assert row["learning_rate"] == max(chosen, key=lambda rate: chosen[rate])
     assert list(storage.glob("units/*/trajectories")) == []
-    assert (folder / "report.md").read_text().count("gradient steps") == 3
+    page = (folder / "report.html").read_text()
+    assert page.count("of the gradient steps of") == 2
+    assert page.count("data:image/png;base64,") == 3
     rates = pyarrow.csv.read_csv(folder / "search.csv").to_pylist()
     assert [row["learning_rate"] for row in rates if row["chosen"]] == [row["learning_rate"] for row in rows]
     assert len(rates) == len(searched)
@@ -174,18 +176,20 @@ def test_a_unit_that_was_killed_goes_on_to_the_same_curves(experiment: Experimen
     source = source_experiment(experiment)
     contenders.fit_and_save(source, 3, ["ridge"], f"{tmp_path}/predictors/1")
     folder = f"{tmp_path}/predictors/1/ridge"
-    predictors = {"ridge": Fitted(folder=folder, digest=predictor_digest(folder))}
+    predictors = {"ridge": Fitted(predictor=load_predictor(folder), digest=predictor_digest(folder))}
     unit = Unit(task="InvertedPendulum-v4", env_steps=768, contender=named[0], learning_rate=1e-3, search=True)
     tables = []
     for name, killed_after in (("killed", 3), ("whole", 0)):
-        made = unit.experiment(experiment.at(str(tmp_path / name)), source, predictors)
+        jumps = unit.jumps(source, predictors)
+        assert jumps is not None
+        made = unit.experiment(experiment.at(str(tmp_path / name)), jumps)
         made = dataclasses.replace(made, collect=dataclasses.replace(made.collect, iterations_per_commit=2))
         if killed_after:
-            killed = GroupCollector(made, "torch")
+            killed = GroupCollector(made, "torch", extension=jumps)
             killed.start(made.collect.seeds)
             for _ in range(killed_after):
                 killed._run_iteration()
-        run_unit(made, "torch")
+        run_unit(made, "torch", jumps)
         tables.append(json.loads((Path(made.storage_path) / "unit.json").read_text()))
     assert tables[0]["returns"] == tables[1]["returns"]
     assert tables[0]["jump_counts"] == tables[1]["jump_counts"] == [12, 0, 0]
@@ -244,9 +248,9 @@ def test_rules_that_learn_nothing_need_no_trials(experiment: Experiment, tmp_pat
     assert set(found) == {one.predictor for one in named if one.predictor}
     for one in named:
         if one.predictor:
-            question = load_predictor(found[one.predictor].folder).question
+            question = found[one.predictor].predictor.question
             assert question.context == source.model.context
-            assert len(question.steps) >= one.jump(source, None).horizon
+            assert len(question.steps) >= one.jump_settings(source).horizon
     assert not (tmp_path / "nothing").exists()
     with pytest.raises(
         StoreError, match=r"contender '4\+ridge' learns from the 3 trials of source, the experiment of predictors_from"

@@ -14,8 +14,9 @@ from head import until
 from ray.cluster_utils import Cluster
 from test_collection import smoke
 
-from tipl_ray.collect import collection
-from tipl_ray.collect.collection import GroupCollector, collect
+from tipl_ray.collect import crew
+from tipl_ray.collect.collection import collect
+from tipl_ray.collect.group import GroupCollector
 from tipl_ray.config import Experiment, Where
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.ppo.learner import choose_engine
@@ -82,7 +83,7 @@ def test_nodes_that_are_killed_and_drained_and_that_come_change_nothing_in_the_d
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(collection, "SLICE_SECONDS", 0.2)
+    monkeypatch.setattr(crew, "SLICE_SECONDS", 0.2)
     fields = {"num_trials": 3, "total_env_steps": env_steps, "iterations_per_commit": 20}
     disturbed, plain = (smoke(tmp_path / name, Where(trials_per_actor=1), **fields) for name in ("disturbed", "plain"))
     expected = undisturbed_digest(plain)

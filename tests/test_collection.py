@@ -4,13 +4,16 @@ import dataclasses
 import doctest
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,32 +23,33 @@ from machine import own_processes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from cluster import measure_driver
-from tipl_ray.collect import collection
-from tipl_ray.collect.collection import (
-    LOOK_SECONDS,
-    MESSAGES_PER_SECOND,
-    CollectionError,
-    GroupCollector,
-    collect,
-    pending_seeds,
-    seat_resources,
-)
+from tipl_ray.accelerate.group_jumps import Jumps
+from tipl_ray.accelerate.jumps import JumpSettings
+from tipl_ray.collect import group as group_module
+from tipl_ray.collect.collection import CollectionError, collect, pending_seeds
+from tipl_ray.collect.crew import LOOK_SECONDS, MESSAGES_PER_SECOND, seat_resources
+from tipl_ray.collect.group import GroupCollector, trial_header
 from tipl_ray.collect.placement import GroupProgress
 from tipl_ray.config import Experiment, Ppo, Where, load_experiment
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.digest import digest
+from tipl_ray.jobs import check_job
 from tipl_ray.places import CHECKOUT
+from tipl_ray.ppo.algorithms import State
 from tipl_ray.ppo.learner import choose_engine
-from tipl_ray.ppo.trials import State
+from tipl_ray.ppo.trials import TrialGroup
+from tipl_ray.predict.baselines import FirstAgain
+from tipl_ray.predict.gram import Question
 from tipl_ray.train.data_sets import DataSet
 
 
-def smoke(storage: Path, where: Where | None = None, **collect_fields: int) -> Experiment:
+def smoke(storage: Path, where: Where | None = None, **collect_fields: Any) -> Experiment:
     experiment = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
     return dataclasses.replace(
         experiment,
         where=dataclasses.replace(where or Where(), storage=str(storage)),
-        collect=dataclasses.replace(experiment.collect, **collect_fields),  # type: ignore[arg-type]
+        collect=dataclasses.replace(experiment.collect, **collect_fields),
     ).check()
 
 
@@ -61,7 +65,7 @@ ENGINE = choose_engine("auto", Ppo())
 
 
 def test_examples_in_docstrings_hold() -> None:
-    assert doctest.testmod(collection).failed == 0
+    assert doctest.testmod(group_module).failed == 0
 
 
 @pytest.mark.parametrize("groups", [[[1, 2, 3, 4]], [[4], [2, 1, 3]]])
@@ -125,13 +129,14 @@ def doomed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("doomed")
     collector = GroupCollector(smoke(folder), ENGINE, [1, 2, 3, 4])
     group = collector._group
-    assert group is not None
+    assert isinstance(group, TrialGroup)
+    num_weights = group.shape.num_policy_weights
     healthy = group.state
 
     def state(seed: int) -> State:
         found = healthy(seed)
         if seed == 2:
-            found["parameters_KN"][group.shape.num_policy_weights - 1] = 100.0
+            found["parameters_KN"][num_weights - 1] = 100.0
         return found
 
     monkeypatch = pytest.MonkeyPatch()
@@ -201,7 +206,7 @@ def test_what_was_finite_since_the_last_commit_is_kept_whenever_the_killing_come
         for iteration in range(4):
             if iteration == 2:
                 group = collector._group
-                assert group is not None
+                assert isinstance(group, TrialGroup)
                 group.parameters_KN[0, group.shape.num_policy_weights - 1] = 100.0
             collector._run_iteration()
     (record,) = folders[1].glob("commits/*/diverged.json")
@@ -241,6 +246,58 @@ def test_a_record_of_a_divergence_that_does_not_fit_its_commits_is_damage(doomed
                 read()
 
 
+def reinforce(storage: Path) -> Experiment:
+    """As examples/recipes/algorithm.py says, on the smallest trials."""
+    experiment = smoke(storage, algorithm="examples.recipes.algorithm:Reinforce")
+    collect_settings = dataclasses.replace(experiment.collect, epochs_per_snapshot=1)
+    ppo = dataclasses.replace(experiment.ppo, num_epochs=1, learning_rate=0.1)
+    return dataclasses.replace(experiment, collect=collect_settings, ppo=ppo).check("collect")
+
+
+def test_an_algorithm_from_outside_collects_resumes_and_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    whole, killed = reinforce(tmp_path / "whole"), reinforce(tmp_path / "killed")
+    GroupCollector(whole, ENGINE, [1, 2]).advance(seconds=600)
+    early = GroupCollector(killed, ENGINE, [1, 2])
+    for _ in range(4):
+        early._run_iteration()
+    for seed in (2, 1):
+        assert GroupCollector(killed, ENGINE, [seed]).advance(seconds=600).finished
+    stores = [TrajectoryStore(experiment.storage_path) for experiment in (whole, killed)]
+    assert stores[0].digest([1, 2]) == stores[1].digest([1, 2])
+    weights_TP = stores[0].trajectory(1).weights_TP
+    assert len(weights_TP) == whole.num_snapshots == 9
+    assert np.abs(np.diff(weights_TP, axis=0)).max(axis=1).min() > 1e-3
+    assert stores[0].header([1]).config["algorithm"] == "examples.recipes.algorithm:Reinforce"
+    by_ppo = dataclasses.replace(whole, collect=dataclasses.replace(whole.collect, algorithm="ppo"))
+    with pytest.raises(StoreError, match="algorithm"):
+        GroupCollector(by_ppo, ENGINE, [1])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pppo", "collect.algorithm='pppo' is not one of ppo, nor module:Name of one's own; did you mean"),
+        ("nowhere:Mine", "collect.algorithm='nowhere:Mine': there is no module 'nowhere'"),
+        ("examples.recipes.algorithm:Mine", ": examples.recipes.algorithm has no 'Mine'"),
+    ],
+)
+def test_an_algorithm_that_there_is_not_is_refused_before_work_starts(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_job(smoke(tmp_path, algorithm=name))
+
+
+def test_where_nobody_names_an_algorithm_headers_are_as_they_were(tmp_path: Path) -> None:
+    config = trial_header(smoke(tmp_path), "torch").config
+    assert "algorithm" not in config
+    assert digest(config) == "8c5aefb121297edc"
+
+
 def test_progress_counts_what_was_run_before(tmp_path: Path) -> None:
     experiment = smoke(tmp_path)
     collector = GroupCollector(experiment, "torch", [1, 2])
@@ -250,6 +307,61 @@ def test_progress_counts_what_was_run_before(tmp_path: Path) -> None:
         collector._run_iteration()
     again = GroupCollector(experiment, "torch", [1, 2]).advance(seconds=0)
     assert again.env_steps == 2 * 3 * 256
+
+
+FAR = ("predict", "paper", "window", "train", "evaluate", "sweep", "accelerate")
+"""Wings of the package that learn from trials or judge what has learned."""
+
+COLLECTING = """
+import contextlib, sys
+from tipl_ray.command_line import parse_arguments
+experiment = parse_arguments("Collect.", sys.argv[1:], jobs=["collect"])
+from tipl_ray.stages import STAGES, Context
+with contextlib.ExitStack() as until_the_end:
+    assert not STAGES["collect"].check(Context(experiment, until_the_end))
+    from tipl_ray.collect.group import GroupCollector
+    GroupCollector(experiment, "torch", experiment.collect.seeds).advance(seconds=600)
+print("loaded", *sys.modules)
+"""
+
+
+def loaded_from_afar(modules: Iterable[str]) -> set[str]:
+    return {module for module in modules if module.startswith(tuple(f"tipl_ray.{wing}" for wing in FAR))}
+
+
+def test_a_collection_loads_no_predictor_and_no_transformer(tmp_path: Path) -> None:
+    """What jobs/collect.py loads to refuse and to run, and a group of trials that it runs to the end."""
+    command = [sys.executable, "-c", COLLECTING, "--experiment", "smoke", "--storage", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
+    loaded = ran.stdout.splitlines()[-1].split()
+    assert "tipl_ray.ppo.trials" in loaded
+    # The stages know by data_sets what a model is called, and by the interface what it depends on: neither learns.
+    known = {"train", "train.data_sets", "predict", "predict.gram", "predict.representation"}
+    assert loaded_from_afar(loaded) <= {f"tipl_ray.{module}" for module in known}
+
+
+def test_an_actor_loads_no_predictor_and_no_transformer(cluster: None, tmp_path: Path) -> None:
+    actor: Any = ray.remote(num_cpus=1)(GroupCollector).remote(smoke(tmp_path), "torch", [1, 2])
+    ray.get(actor.advance.remote(0.1))
+    loaded = ray.get(actor.__ray_call__.remote(lambda collector: list(sys.modules)))
+    ray.kill(actor)
+    assert "tipl_ray.ppo.trials" in loaded
+    assert loaded_from_afar(loaded) == set()
+
+
+def test_jumps_that_are_handed_in_reach_the_actors(cluster: None, tmp_path: Path) -> None:
+    rule = FirstAgain(Question(context=8, steps=(1, 2, 3), snapshots_per_iteration=5))
+    jumps = Jumps(settings=JumpSettings(), predictor=rule, digest="of a rule")
+    experiment = smoke(tmp_path / "actors", num_trials=3, total_env_steps=1024)
+    experiment = dataclasses.replace(experiment, ppo=dataclasses.replace(experiment.ppo, num_epochs=4))
+    alone = experiment.at(str(tmp_path / "alone"))
+    GroupCollector(alone, ENGINE, [1, 2, 3], jumps).advance(seconds=600)
+    store = collect(experiment, extension=jumps)
+    assert store.finished()
+    assert store.digest() == TrajectoryStore(alone.storage_path).digest([1, 2, 3])
+    assert store.header().config["jump"]["predictor"] == "of a rule"
+    assert len(store.trajectory(1).weights_TP) == 1 + 4 * 5
 
 
 def test_killed_actors_are_restarted_and_the_data_is_the_same(cluster: None, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import importlib
 import os
 import re
 import shutil
@@ -16,10 +17,22 @@ import pytest
 from tipl_ray import config
 from tipl_ray.accelerate import contenders
 from tipl_ray.command_line import parse_arguments
-from tipl_ray.config import JOBS, Basis, Experiment, Model, Train, Where, fields_read, from_table, load_experiment
-from tipl_ray.digest import as_table, digest, flat
+from tipl_ray.config import (
+    JOBS,
+    Basis,
+    Collect,
+    Experiment,
+    Model,
+    Train,
+    Where,
+    fields_read,
+    from_table,
+    load_experiment,
+)
+from tipl_ray.digest import as_table, digest, flat, identity
 from tipl_ray.places import CHECKOUT
-from tipl_ray.predict import baselines, predictor
+from tipl_ray.predict.predictor import Predictor
+from tipl_ray.registry import PREDICTORS
 
 EXPERIMENTS = sorted((CHECKOUT / "jobs" / "experiments").glob("*.toml"))
 
@@ -69,6 +82,21 @@ def test_a_table_that_an_earlier_version_wrote_is_read_with_its_fields_where_the
     assert dataclasses.replace(read, where=Where()) == load_experiment("demo")
 
 
+def test_a_table_of_an_experiment_that_could_jump_is_still_read() -> None:
+    experiment = Experiment(name="before")
+    before = {"predictor": None, "horizon": 3, "damping": 1.0, "networks": "policy", "moments": "kept", "gate": False}
+    assert from_table(as_table(experiment) | {"jump": before | {"limit": 3.0}}) == experiment
+
+
+def test_a_field_that_came_later_counts_where_it_is_not_at_its_default() -> None:
+    default, own = Experiment(name="any"), Experiment(name="any", collect=Collect(algorithm="mine:Mine"))
+    assert as_table(default)["collect"]["algorithm"] == "ppo"
+    assert "algorithm" not in identity(default)["collect"]
+    assert identity(own)["collect"]["algorithm"] == "mine:Mine"
+    before = {name: value for name, value in as_table(default.collect).items() if name != "algorithm"}
+    assert digest(default.collect) == digest(before) != digest(own.collect)
+
+
 def test_the_papers_experiment_has_the_papers_numbers() -> None:
     experiment = load_experiment(CHECKOUT / "jobs" / "experiments" / "inverted_pendulum.toml")
     assert experiment.num_snapshots == 1 + 390 * 5
@@ -88,7 +116,6 @@ def test_the_papers_experiment_has_the_papers_numbers() -> None:
         ("storage = 'data'", "storage='data': storage is in the section [where] now"),
         ("[ppo]\ngamma = 'high'", "ppo.gamma='high'"),
         ("[collect]\npolicy_hidden = [8]", "policy_hidden"),
-        ("[basis]\nkind = 'fourier'", "basis.kind='fourier'"),
         ("preset = 'mine'", "preset='mine' is not one of"),
         ("name = ", "is not TOML"),
     ],
@@ -102,6 +129,7 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--basis.kind", "fourier"], "basis.kind='fourier' is not one of trial, raw, shared, window, nor module:Name"),
         (["--preset", "paper", "--basis.rank", "999"], "basis.rank=999 exceeds the 251 snapshots of a trial"),
         (
             ["--model.context", "250"],
@@ -213,11 +241,13 @@ def test_help_explains_every_option_at_once() -> None:
 
 
 def test_the_names_of_predictors_are_those_that_there_are() -> None:
-    kinds = [predictor.Predictor]
+    modules = ("predict.baselines", "paper.predictor", "window.predictor")
+    assert all(importlib.import_module(f"tipl_ray.{module}") for module in modules)
+    kinds = [Predictor]
     for kind in kinds:
-        kinds += kind.__subclasses__()
-    assert set(config.PREDICTORS) == {kind.name for kind in kinds if hasattr(kind, "name")}
-    assert set(config.COMBINATIONS) == set(baselines.COMBINATIONS)
+        kinds += [one for one in kind.__subclasses__() if one.__module__.startswith("tipl_ray.")]
+    assert set(config.known_predictors()) == {kind.name for kind in kinds if hasattr(kind, "name")}
+    assert all(PREDICTORS.load(name).name == name for name in PREDICTORS.own)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +318,6 @@ def test_no_number_of_any_section_is_nan_or_infinite_or_beyond_what_is_stored(pa
     ("arguments", "job", "words"),
     [
         (["--basis.rank", "3"], "train", "note: --basis.rank has no effect: basis.kind=window fits no Temporal SVD"),
-        (["--jump.gate"], "collect", "note: --jump.gate has no effect: without jump.predictor"),
         (["--sweep.num-samples", "3"], "sweep", "note: --sweep.num-samples has no effect: a grid has every"),
         (["--train.seed", "3", "--evaluate.seed", "1", "--name", "mine"], "evaluate", ""),
     ],

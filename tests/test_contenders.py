@@ -1,7 +1,6 @@
 """Contenders and their scores: what a name means, and what hand-made curves must come to."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,19 +10,21 @@ from tipl_ray.accelerate.contenders import (
     Finished,
     Fitted,
     Unit,
-    as_markdown,
     best_learning_rate,
     comparable,
     filled,
+    jump_question,
     over_tasks,
     score,
     sentences,
+    table,
 )
 from tipl_ray.config import Collect, Experiment, Where
-from tipl_ray.evaluate.metrics import interquartile_mean, stratified_resamples
+from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
+from tipl_ray.predict.baselines import Ridge
 
 SOURCE = Experiment(name="source")
-CHANCES: dict[str, Any] = {"resamples": 500, "confidence": 0.95}
+RESAMPLING = Resampling(confidence=0.95, bootstrap=500, seed=0)
 
 
 def finished(name: str, returns_SI: np.ndarray, task: str = "Hopper-v4") -> Finished:
@@ -47,8 +48,8 @@ def rising(height: float, spread: float = 0.0) -> np.ndarray:
 def test_a_contenders_name_says_its_epochs_its_predictor_and_its_jumps() -> None:
     assert Contender.parse("10") == Contender(name="10", num_epochs=10)
     options = Contender.parse("4+tipl:gate,both,reset,x0.5")
-    jump = options.jump(SOURCE, "there")
-    assert (jump.predictor, jump.horizon, jump.damping) == ("there", 3, 0.5)
+    jump = options.jump_settings(SOURCE)
+    assert (options.predictor, jump.horizon, jump.damping) == ("tipl", 3, 0.5)
     assert (jump.gate, jump.networks, jump.moments) == (True, "both", "reset")
 
 
@@ -61,7 +62,7 @@ def test_a_name_that_means_nothing_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", ["10+ridge", "3+ridge", "12+ridge"])
 def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="to a predictor of snapshots that are 2 epochs apart"):
-        Contender.parse(name).jump(SOURCE, "there")
+        Contender.parse(name).jump_settings(SOURCE)
 
 
 def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> None:
@@ -70,29 +71,37 @@ def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> Non
         Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse(name), learning_rate=1e-3, search=search)
         for name, search in (("4", True), ("4+ridge", False))
     )
-    first, second = (
-        unit.experiment(experiment, SOURCE, {"ridge": Fitted(folder="/s/predictors/1/ridge", digest="a")})
-        for unit in (plain, jumping)
-    )
+    ridge = Ridge(jump_question(SOURCE, 3))
+    jumps = jumping.jumps(SOURCE, {"ridge": Fitted(predictor=ridge, digest="a")})
+    assert jumps is not None
+    assert plain.jumps(SOURCE, {}) is None
+    first, second = plain.experiment(experiment, None), jumping.experiment(experiment, jumps)
     assert first.collect.seeds == (10_001, 10_002, 10_003, 10_004, 10_005)
     assert second.collect.seeds == tuple(range(101, 111))
     assert (first.ppo.num_epochs, first.ppo.learning_rate, first.collect.task) == (4, 1e-3, "Hopper-v4")
-    assert (first.snapshots_per_iteration, second.snapshots_per_iteration) == (2, 5)
+    assert second.snapshots_per_iteration == 2
+    assert jumps.snapshots_per_iteration(second) == 5
     assert first.storage_path != second.storage_path
     moved = experiment.at("/t")
-    for folder, digest, same in (
-        ("/t/any/name", "a", True),
-        ("s3://b/c?region=d", "a", True),
-        ("/s/1/ridge", "b", False),
-    ):
-        elsewhere = jumping.experiment(moved, SOURCE, {"ridge": Fitted(folder=folder, digest=digest)})
+    for digest, same in (("a", True), ("b", False)):
+        elsewhere = jumping.experiment(moved, dataclasses.replace(jumps, digest=digest))
         assert (elsewhere.storage_path.removeprefix("/t") == second.storage_path.removeprefix("/s")) == same
+
+
+def test_units_are_named_as_they_always_were() -> None:
+    experiment = Experiment(name="e", where=Where(storage="/s"), collect=Collect(first_seed=101, num_trials=10))
+    names = []
+    for name in ("4", "4+ridge:gate"):
+        unit = Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse(name), learning_rate=1e-3, search=True)
+        fitted = Fitted(predictor=Ridge(jump_question(SOURCE, 3)), digest="a")
+        names.append(unit.experiment(experiment, unit.jumps(SOURCE, {"ridge": fitted})).storage_path)
+    assert names == ["/s/units/029cd8e64253ee5f", "/s/units/0a732ad7ddb3333a"]
 
 
 def test_epochs_that_snapshots_do_not_divide_are_refused() -> None:
     unit = Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse("5"), learning_rate=1e-3, search=False)
     with pytest.raises(ValueError, match=r"does not divide the epochs of accelerate\.contenders '5'"):
-        unit.experiment(Experiment(name="e"), SOURCE, {})
+        unit.experiment(Experiment(name="e"), None)
 
 
 def test_the_interquartile_mean_leaves_out_a_quarter_rounded_down_at_each_end() -> None:
@@ -102,9 +111,7 @@ def test_the_interquartile_mean_leaves_out_a_quarter_rounded_down_at_each_end() 
 
 
 def test_resamples_stay_within_their_task() -> None:
-    statistics_R = stratified_resamples(
-        [np.zeros(4), np.ones(4)], resamples=50, seed=0, statistic=lambda runs: runs.sum(axis=1)
-    )
+    statistics_R = RESAMPLING.resample(np.zeros(4), np.ones(4), statistic=lambda runs: runs.sum(axis=-1))
     assert (statistics_R == 4.0).all()
 
 
@@ -116,12 +123,12 @@ def test_gaps_in_a_curve_take_the_last_known_return_and_before_the_first_the_fir
 
 
 def test_the_table_says_areas_steps_and_what_is_told_apart() -> None:
-    table = score(
+    rows = score(
         [finished("10", rising(100, 1)), finished("4", rising(60, 1)), finished("4+ridge", rising(200, 1))],
         "InvertedPendulum-v4",
-        **CHANCES,
+        RESAMPLING,
     )
-    first, plain, jumping = table
+    first, plain, jumping = rows
     assert first["auc"] == pytest.approx(49.5)  # trials 2 to 7 of ten, half a unit below the middle
     assert first["auc_low"] < first["auc"] < first["auc_high"]
     assert first["final_return"] == pytest.approx(np.linspace(0, 100, 40)[-4:].mean() - 0.5)
@@ -132,11 +139,11 @@ def test_the_table_says_areas_steps_and_what_is_told_apart() -> None:
     assert (jumping["predictor"], jumping["predictor_trained_on"]) == ("ridge", "InvertedPendulum-v4")
     assert (plain["predictor"], plain["predictor_trained_on"]) == ("none", "none")
     assert jumping["seconds_to_90"] == pytest.approx(10 * jumping["env_steps_to_90"] / 4000)
-    assert "not reached" in as_markdown(table)
+    assert [cells["env steps to 90%"] == "not reached" for cells in table(rows)] == [False, True, False]
 
 
 def test_sentences_say_where_it_does_not_help() -> None:
-    table = score(
+    rows = score(
         [
             finished("10", rising(100, 1)),
             finished("4", rising(60, 1)),
@@ -144,10 +151,13 @@ def test_sentences_say_where_it_does_not_help() -> None:
             finished("4+tipl", rising(50, 1)),
         ],
         "InvertedPendulum-v4",
-        **CHANCES,
+        RESAMPLING,
     )
-    said = "\n".join(sentences(table, 0.95))
-    assert "4+ridge with 40% of the gradient steps of 10 has an area under the curve of 48 against 50, not told" in said
+    said = "\n".join(sentences(rows, 0.95))
+    assert (
+        "4+ridge with 40% of the gradient steps of 10 has an area under the curve of 48 against 50, no significant"
+        in said
+    )
     assert "TIPL is worse than the ridge, by 24" in said
     assert "4+tipl does not help: without jumps 4 has 30, with them 24" in said
     assert "4+ridge does not help" not in said
@@ -181,11 +191,11 @@ def test_shares_are_of_areas_that_are_clearly_above_nothing(height: float) -> No
         for task in ("Swimmer-v4", "Hopper-v4")
         for name, better in (("10", 0.0), ("4", 10.0))
     ]
-    first, second = over_tasks(units, **CHANCES)
+    first, second = over_tasks(units, RESAMPLING)
     assert (first["tasks"], second["tasks"]) == (1, 1)
     assert second["share"] == pytest.approx(59.5 / 49.5)
-    assert over_tasks(units[:2], **CHANCES) == []
-    rows = score(units[:2], "InvertedPendulum-v4", **CHANCES)
+    assert over_tasks(units[:2], RESAMPLING) == []
+    rows = score(units[:2], "InvertedPendulum-v4", RESAMPLING)
     assert ", more (difference +10, " in sentences(rows, 0.95)[0]
     # Within a tenth of a final return below 0 is below it, too.
     assert rows[1]["env_steps_to_90"] is not None
@@ -198,10 +208,11 @@ def test_a_verdict_says_what_it_rests_on_and_few_trials_have_none(trials: int, v
         finished("4", rising(60)[:trials] + 900),
     ]
     units += [finished("4+ridge", rising(50, 1)[:trials]), finished("4+tipl", rising(30, 1)[:trials])]
-    lines = sentences(score(units, "InvertedPendulum-v4", **CHANCES), 0.95)
+    rows = score(units, "InvertedPendulum-v4", RESAMPLING)
+    lines = sentences(rows, 0.95)
     assert f" {verdict}" in lines[0]
     assert all(f"over {trials} trials)" in line for line in lines)
-    assert "nan" not in "\n".join(lines) + as_markdown(score(units, "InvertedPendulum-v4", **CHANCES))
+    assert "nan" not in "\n".join([*lines, *(cell for cells in table(rows) for cell in cells.values())])
     assert any("TIPL is worse than the ridge, by" in line for line in lines) == (verdict == "more")
     assert any("4+ridge does not help" in line for line in lines) == (verdict == "more")
 
@@ -222,7 +233,7 @@ def test_from_where_it_diverged_a_trial_counts_as_the_lowest_return_on_its_task(
     np.testing.assert_array_equal(first.returns_SI[2, :5], broken_SI[2, :5])
     np.testing.assert_array_equal(second.returns_SI, lowest.returns_SI)
     assert other.returns_SI.min() == -900
-    rows = score([first, second], "InvertedPendulum-v4", **CHANCES)
+    rows = score([first, second], "InvertedPendulum-v4", RESAMPLING)
     assert rows[0]["diverged"] == 2
     assert "2 of 10 trials of 10 diverged" in "\n".join(sentences(rows, 0.95))
 
@@ -243,5 +254,5 @@ def test_tasks_count_alike_whatever_their_returns() -> None:
         for task, height in (("Hopper-v4", 10.0), ("Walker2d-v4", 1000.0))
         for name, share in (("10", 1.0), ("4+ridge", 1.5))
     ]
-    first, second = over_tasks(units, **CHANCES)
+    first, second = over_tasks(units, RESAMPLING)
     assert (first["share"], second["share"]) == (pytest.approx(1.0), pytest.approx(1.5))

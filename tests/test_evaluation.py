@@ -143,7 +143,7 @@ def test_a_predictor_that_is_given_the_truth_has_skill_1_and_the_true_policies_r
     storage: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        evaluation, "make_predictors", lambda question, folders, elsewhere: [CopyLast(question), Truth(question)]
+        evaluation, "make_predictors", lambda one, folders: [kind(Question.of(one)) for kind in (CopyLast, Truth)]
     )
     settings, starts_B = experiment(storage), evaluation.run_starts(experiment(storage))
     errors = evaluation.forecast_errors(settings, ["none"], save_fitted([]), 4)
@@ -204,7 +204,7 @@ def test_a_predictor_that_is_not_finite_anywhere_has_no_figure_instead_of_a_good
             return found
 
     monkeypatch.setattr(
-        evaluation, "make_predictors", lambda question, folders, elsewhere: [CopyLast(question), Failing(question)]
+        evaluation, "make_predictors", lambda one, folders: [kind(Question.of(one)) for kind in (CopyLast, Failing)]
     )
     monkeypatch.chdir(storage)
     rows = metrics.summarise(whole_table(experiment(storage), ["none"]), RESAMPLING, trained_on="Line-v0")

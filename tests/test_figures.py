@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import os
 import re
@@ -12,8 +13,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tipl_ray.evaluate import figures
+from tipl_ray import drawing
+from tipl_ray.accelerate import figures as accelerate_figures
+from tipl_ray.evaluate import figures, metrics
+from tipl_ray.sweep import figures as sweep_figures
 
+RESAMPLING = metrics.Resampling(confidence=0.95, bootstrap=100, seed=0)
 STEPS = range(1, 5)
 SKILLS = {"tipl": 0.3, "copy-last": 0.0, "linear": -1.5, "svd-floor": 0.9}
 
@@ -26,6 +31,10 @@ def result_table(capped=False):
     true = np.where(starts % 5 == 0, 1000.0 if capped else 50.0 * starts + steps, np.nan)
     displacement = rng.uniform(0.5, 1.5, len(rows))
     return {
+        "task": np.full(len(rows), "InvertedPendulum-v4"),
+        "trial": np.zeros(len(rows), int),
+        "basis": np.full(len(rows), "none"),
+        "causal": np.full(len(rows), True),
         "start": starts,
         "phase": starts % 5,
         "third": starts // 7,
@@ -78,6 +87,18 @@ def comparisons():
     ]
 
 
+def skill_by(column, table):
+    return figures.skill_by_group(metrics.group_skills(table, RESAMPLING), column)
+
+
+def learning_curves(curves):
+    return figures.learning_curves(curves, RESAMPLING)
+
+
+def contenders(curves, title=""):
+    return accelerate_figures.contenders(curves, title, RESAMPLING)
+
+
 def legend(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
@@ -106,21 +127,21 @@ def all_figures():
         "figure_2": figures.figure_2(result_table(), summary()),
         "skill_by_step": figures.skill_by_step(summary()),
         "skill_over_ridge": figures.skill_over_ridge(comparisons()),
-        "skill_by_phase": figures.skill_by_phase(result_table()),
-        "skill_by_third": figures.skill_by_third(result_table()),
-        "learning_curves": figures.learning_curves(curves),
+        "skill_by_phase": skill_by("phase", result_table()),
+        "skill_by_third": skill_by("third", result_table()),
+        "learning_curves": learning_curves(curves),
         "reconstruction": figures.reconstruction(ranks),
         "training_curves": figures.training_curves(history),
     }
 
 
-def test_every_figure_is_saved_as_the_same_bytes_each_time(tmp_path):
+def test_every_figure_is_the_same_bytes_each_time():
     again = all_figures()
     for name, figure in all_figures().items():
-        first = figures.save(figure, tmp_path / f"{name}.png").read_bytes()
+        first = drawing.png(figure)
         assert first.startswith(b"\x89PNG")
         assert b"Software" not in first
-        assert figures.png(again[name]) == first
+        assert drawing.png(again[name]) == first
 
 
 def test_every_axis_has_a_title_in_words_and_names_what_runs_along_it():
@@ -165,13 +186,13 @@ def test_figure_2_says_so_where_no_policies_were_run():
     figure = figures.figure_2(table, summary(run=False))
     assert figure.axes[1].texts[0].get_text() == "no policies were run"
     assert "no policies were run" in said(figure)
-    assert figures.png(figure)
+    assert drawing.png(figure)
 
 
 def test_figure_2_survives_weights_that_do_not_move():
     rows = [{**row, "wpe": 0.0, "skill": float("nan")} for row in summary()]
-    assert figures.png(figures.figure_2(result_table(), rows))
-    assert figures.png(figures.skill_by_step(rows))
+    assert drawing.png(figures.figure_2(result_table(), rows))
+    assert drawing.png(figures.skill_by_step(rows))
 
 
 def test_a_diverging_predictor_does_not_press_the_comparison_flat():
@@ -193,7 +214,7 @@ def test_skill_has_copying_as_its_zero_line_and_says_what_is_outside():
 
 
 def test_skill_by_phase_has_a_panel_per_phase_with_the_exact_skill():
-    figure = figures.skill_by_phase(result_table())
+    figure = skill_by("phase", result_table())
     assert len(figure.axes) == 5
     for axes in figure.axes:
         for line in drawn(axes):
@@ -217,7 +238,7 @@ def test_predictors_whose_policies_were_not_run_stay_out_of_figure_2():
 
 
 def test_skill_by_third_has_three_panels():
-    figure = figures.skill_by_third(result_table())
+    figure = skill_by("third", result_table())
     assert [axes.get_title() for axes in figure.axes] == ["first third", "second third", "last third"]
 
 
@@ -226,7 +247,10 @@ def test_a_predictor_keeps_its_colour_from_picture_to_picture():
         handles = figure.legends[0].legend_handles
         return {handle.get_label(): handle.get_color() for handle in handles}
 
-    by_step, by_phase = colours(figures.skill_by_step(summary())), colours(figures.skill_by_phase(result_table()))
+    by_step, by_phase = (
+        colours(figures.skill_by_step(summary())),
+        colours(skill_by("phase", result_table())),
+    )
     assert by_step["TIPL"] == by_phase["TIPL"] == figures.COLOURS["tipl"]
     assert by_step == by_phase
     assert len(set(by_step.values())) == len(by_step)
@@ -246,7 +270,7 @@ def test_learning_curves_skip_nan_and_average_on_a_common_grid():
         (2, env_steps, np.array([0.0, np.nan, 200.0, 300.0])),
         (3, env_steps, np.full(4, np.nan)),
     ]
-    figure = figures.learning_curves(curves)
+    figure = learning_curves(curves)
     *trials, mean = figure.axes[0].lines
     assert len(trials) == 2
     env_steps_G, returns_G = points(mean)
@@ -256,28 +280,45 @@ def test_learning_curves_skip_nan_and_average_on_a_common_grid():
 
 def test_the_mean_returns_band_stays_within_the_trials():
     env_steps = np.arange(5)
-    figure = figures.learning_curves([(seed, env_steps, np.full(5, 900.0 + 50 * seed)) for seed in range(3)])
+    figure = learning_curves([(seed, env_steps, np.full(5, 900.0 + 50 * seed)) for seed in range(3)])
     heights = np.asarray(figure.axes[0].collections[0].get_paths()[0].vertices)[:, 1]
     assert heights.min() >= 900
     assert heights.max() <= 1000
 
 
+def test_every_band_heeds_the_confidence_that_was_asked_for():
+    steps, returns_NG = np.arange(20), np.random.default_rng(0).normal(size=(8, 20))
+    trials = [(seed, steps, returns_G) for seed, returns_G in enumerate(returns_NG)]
+    narrow, wide = (dataclasses.replace(RESAMPLING, confidence=level) for level in (0.5, 0.99))
+
+    def height(figure):
+        vertices = np.asarray(figure.axes[0].collections[0].get_paths()[0].vertices)
+        return np.ptp(vertices[:, 1])
+
+    for draw in (
+        lambda how: figures.learning_curves(trials, how),
+        lambda how: accelerate_figures.contenders({"10": (steps, returns_NG)}, "", how),
+    ):
+        assert height(draw(narrow)) < height(draw(wide))
+    assert "mean and its 50% interval" in legend(figures.learning_curves(trials, narrow))
+
+
 def test_learning_curves_without_returns_say_that_no_episode_ended():
     for curves in ([(seed, np.arange(3), np.full(3, np.nan)) for seed in (1, 2)], []):
-        figure = figures.learning_curves(curves)
+        figure = learning_curves(curves)
         assert f"No episode ended in any of the {len(curves)}" in said(figure)
-        assert figures.png(figure)
+        assert drawing.png(figure)
 
 
 def test_one_trial_or_one_return_has_no_mean_and_no_interval():
-    alone = figures.learning_curves([(1, np.array([0, 100]), np.array([1.0, 2.0]))])
+    alone = learning_curves([(1, np.array([0, 100]), np.array([1.0, 2.0]))])
     assert legend(alone) == ["one trial (1 shown)"]
     steps = np.array([0, 100])
-    once = figures.learning_curves([(1, steps, np.array([np.nan, 2.0])), (2, steps, np.full(2, np.nan))])
+    once = learning_curves([(1, steps, np.array([np.nan, 2.0])), (2, steps, np.full(2, np.nan))])
     (line,) = once.axes[0].lines
     assert (points(line)[1].tolist(), line.get_marker()) == ([2.0], "o")
     assert legend(once) == ["one trial (1 of 2, as in the others no episode ended)"]
-    two = figures.learning_curves([(seed, np.array([0, 100]), np.array([1.0, 2.0 + seed])) for seed in (1, 2)])
+    two = learning_curves([(seed, np.array([0, 100]), np.array([1.0, 2.0 + seed])) for seed in (1, 2)])
     assert legend(two)[1] == "their mean"
     assert not two.axes[0].collections
 
@@ -292,7 +333,7 @@ def test_reconstruction_has_a_line_per_trial_and_the_mean():
 
 def test_reconstruction_leaves_out_exact_zeros():
     rows = [{"trial": 1, "rank": rank, "energy_outside": 0.0, "mse": 0.0} for rank in (1, 2)]
-    assert figures.png(figures.reconstruction(rows))
+    assert drawing.png(figures.reconstruction(rows))
 
 
 def test_validation_is_drawn_where_it_was_measured():
@@ -335,7 +376,7 @@ SWEEP_NAMES = {"model.context": "context", "basis.rank": "rank"}
 
 
 def test_heat_map_has_the_means_and_a_row_of_the_ridges():
-    (axes, bar) = figures.sweep_heat_map(sweep_cells(), "model.context", "basis.rank", SWEEP_NAMES).axes
+    (axes, bar) = sweep_figures.heat_map(sweep_cells(), "model.context", "basis.rank", SWEEP_NAMES).axes
     words = [text.get_text() for text in axes.texts]
     assert words[:3] == ["0.400", "0.500", "0.700"]
     assert words[7] == "-9.500\n± 0.707"
@@ -349,7 +390,7 @@ def test_heat_map_has_the_means_and_a_row_of_the_ridges():
 
 def test_heat_map_has_a_column_of_what_each_rank_leaves_possible():
     cells = [cell | {"floor": {8.0: -5.25, 16.0: 0.5}[cell["basis.rank"]]} for cell in sweep_cells()]
-    (axes, _) = figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES).axes
+    (axes, _) = sweep_figures.heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "20", "40", "true future\non the basis"]
     words = [text.get_text() for text in axes.texts]
     assert (words[6], words[10]) == ("-5.250", "0.500")
@@ -374,12 +415,12 @@ def test_one_scale_of_colours_has_the_worst_cell_copying_the_ridge_and_the_upper
         {"basis.rank": float(rank), "model.context": float(context), "skill": skill, "ridge": 0.5, "floor": 0.99}
         for (rank, context), skill in skills.items()
     ]
-    shown = colours(figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES))
+    shown = colours(sweep_figures.heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES))
     assert len(set(shown.values())) == len(shown) == 6
     red = {float(words.replace(",", "")): red - blue for words, (red, _, blue) in shown.items()}
     assert abs(red[0.0]) < 0.02, "copying is white"
     assert all((red[value] > 0) == (value < 0) for value in red if value)
-    figure = figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES)
+    figure = sweep_figures.heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES)
     norm = figure.axes[0].images[0].norm
     places = np.asarray(norm(np.array([far, near, 0.0, 0.21, 0.5, 0.99])))
     assert (np.diff(places) > 0).all()
@@ -388,22 +429,22 @@ def test_one_scale_of_colours_has_the_worst_cell_copying_the_ridge_and_the_upper
 
 def test_heat_map_says_which_runs_diverged():
     cells = [dict(cell, skill=-np.inf) if cell["basis.rank"] == 8 else cell for cell in sweep_cells()]
-    (axes, _) = figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES).axes
+    (axes, _) = sweep_figures.heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES).axes
     assert [text.get_text() for text in axes.texts].count("diverged") == 3
     lost = [dict(cell, skill=np.nan, ridge=np.nan) for cell in sweep_cells()]
-    figure = figures.sweep_heat_map(lost, "model.context", "basis.rank", SWEEP_NAMES)
+    figure = sweep_figures.heat_map(lost, "model.context", "basis.rank", SWEEP_NAMES)
     assert [text.get_text() for text in figure.axes[0].texts] == ["diverged"] * 6
-    assert figures.png(figure)
-    assert "Every run diverged" in said(figures.parallel_coordinates(lost, SWEEP_NAMES))
+    assert drawing.png(figure)
+    assert "Every run diverged" in said(sweep_figures.parallel_coordinates(lost, SWEEP_NAMES))
     assert "Every run diverged" in said(
-        figures.sweep_curves([((1, 2), (np.nan, np.nan))], ((1, 2), (np.nan,) * 2), "a")
+        sweep_figures.curves([((1, 2), (np.nan, np.nan))], ((1, 2), (np.nan,) * 2), "a")
     )
 
 
 def test_a_random_search_is_drawn_as_dots_not_as_a_wall_of_empty_cells():
     rates = np.geomspace(1e-5, 1e-2, 40)
     cells = [{"rate": float(rate), "rank": float(i), "skill": -i / 9, "ridge": 0.2} for i, rate in enumerate(rates)]
-    figure = figures.sweep_heat_map(cells, "rate", "rank", {"rate": "rate", "rank": "rank"})
+    figure = sweep_figures.heat_map(cells, "rate", "rank", {"rate": "rate", "rank": "rank"})
     assert not figure.axes[0].images
     assert len(np.asarray(figure.axes[0].collections[-1].get_offsets())) == 40
     assert figure.axes[0].get_xscale() == "log"
@@ -412,13 +453,13 @@ def test_a_random_search_is_drawn_as_dots_not_as_a_wall_of_empty_cells():
 
 def test_a_metric_that_is_no_skill_has_a_scale_of_its_own():
     cells = [dict(cell, skill=3.0 + cell["basis.rank"], ridge=np.nan) for cell in sweep_cells()]
-    (axes, bar) = figures.sweep_heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES, "validation_loss").axes
+    (axes, bar) = sweep_figures.heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES, "validation_loss").axes
     assert bar.get_ylabel() == "validation_loss"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["8", "16"]
 
 
 def test_parallel_coordinates_have_a_line_for_each_run_and_the_best_on_top():
-    (axes,) = figures.parallel_coordinates(sweep_cells(), SWEEP_NAMES).axes
+    (axes,) = sweep_figures.parallel_coordinates(sweep_cells(), SWEEP_NAMES).axes
     lines = [line for line in axes.lines if np.size(line.get_xdata()) == 3]
     assert len(lines) == 12
     assert lines[-1].get_color() == figures.COLOURS["linear"]
@@ -428,7 +469,7 @@ def test_parallel_coordinates_have_a_line_for_each_run_and_the_best_on_top():
 
 def test_sweep_curves_have_the_best_the_median_and_the_ridge():
     curves = [((10, 20, 30), (0.0, value, value)) for value in (0.1, 0.2, 0.4)]
-    figure = figures.sweep_curves(curves, curves[2], "rank=8", 0.3)
+    figure = sweep_figures.curves(curves, curves[2], "rank=8", 0.3)
     median, best = figure.axes[0].lines[3:5]
     assert np.asarray(median.get_ydata()).tolist() == [0.0, 0.2, 0.2]
     assert np.asarray(best.get_ydata()).tolist() == [0.0, 0.4, 0.4]
@@ -437,7 +478,7 @@ def test_sweep_curves_have_the_best_the_median_and_the_ridge():
 
 def test_sweep_curves_far_below_zero_are_drawn_as_the_error_that_is_left():
     curves = [((10, 20), (-500.0, -100.0)), ((10, 20), (-300.0, -50.0))]
-    (axes,) = figures.sweep_curves(curves, curves[1], "rank=8", 0.3).axes
+    (axes,) = sweep_figures.curves(curves, curves[1], "rank=8", 0.3).axes
     assert axes.get_yscale() == "log"
     assert np.asarray(axes.lines[3].get_ydata()).tolist() == [301.0, 51.0]
 
@@ -452,7 +493,7 @@ def test_contenders_differences_are_shares_of_the_firsts_area_and_filled_where_t
     first, second = (
         [row(task, "10", 0, 0), row(task, "4+ridge", 10, 50), row(task, "4+tipl", -10, 30)] for task in ("A-v4", "B-v4")
     )
-    figure = figures.contender_differences([*first, *second[:2]])
+    figure = accelerate_figures.areas([*first, *second[:2]])
     (ridge, tipl), (alone,) = ([line for line in axes.lines if line.get_marker() == "o"] for axes in figure.axes)
     assert [np.asarray(line.get_xdata()).tolist() for line in (ridge, tipl, alone)] == [[15.0], [5.0], [15.0]]
     assert ridge.get_markerfacecolor() == figures.COLOURS["ridge"]
@@ -476,7 +517,7 @@ def test_the_chosen_learning_rates_are_marked_in_every_task():
         for name in ("10", "4")
         for rate in (1.5e-4, 3e-4)
     ]
-    figure = figures.learning_rates(rows)
+    figure = accelerate_figures.learning_rates(rows)
     for axes in figure.axes:
         assert [np.asarray(line.get_xdata()).tolist() for line in axes.lines] == 2 * [[1.5e-4, 3e-4], [3e-4]]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1.5", "3"]
@@ -522,7 +563,7 @@ def test_legends_lie_within_the_figure_for_any_number_of_predictors(count):
         figures.skill_by_step(rows),
         figures.figure_2(table, rows),
         figures.spread(rows),
-        figures.skill_by_third(table),
+        skill_by("third", table),
     ):
         assert not outside(figure)
         assert all(axes.get_position().height * figure.get_figheight() > 1.5 for axes in figure.axes), "room is left"
@@ -533,7 +574,11 @@ def test_names_of_any_length_and_letters_are_written_as_they_are(names):
     rows = rename(summary(), names)
     table = result_table()
     table["predictor"] = np.array(names)[np.arange(len(table["predictor"])) % len(names)]
-    for figure in (figures.skill_by_step(rows), figures.figure_2(table, rows), figures.skill_by_third(table)):
+    for figure in (
+        figures.skill_by_step(rows),
+        figures.figure_2(table, rows),
+        skill_by("third", table),
+    ):
         assert not outside(figure)
         written = ["".join(words.split()) for words in legend(figure)]
         assert all("".join(figures.NAMES.get(name, name).split()) in written for name in names)
@@ -547,10 +592,10 @@ def test_every_figure_and_its_legend_lie_within_its_edges():
     env_steps = np.arange(10)
     drawn = {
         **all_figures(),
-        "heat": figures.sweep_heat_map(cells, "model.context", long, names, "validation_skill_h10"),
-        "parallel": figures.parallel_coordinates(cells, names, "validation_skill_h10"),
-        "curves": figures.sweep_curves([curve], curve, "learning_rate=0.001 " * 9, 0.1),
-        "contenders": figures.contenders(
+        "heat": sweep_figures.heat_map(cells, "model.context", long, names, "validation_skill_h10"),
+        "parallel": sweep_figures.parallel_coordinates(cells, names, "validation_skill_h10"),
+        "curves": sweep_figures.curves([curve], curve, "learning_rate=0.001 " * 9, 0.1),
+        "contenders": contenders(
             {name: (env_steps, np.ones((3, 10))) for name in ("10", "4+tipl:gate,reset,both,x0.5")}, "T" * 120
         ),
     }
@@ -575,7 +620,7 @@ def test_a_predictor_without_a_colour_of_its_own_has_the_same_one_in_any_company
     assert colour(("custom",)) == colour(("tipl", "another", "custom")) == colour(("custom", "zebra"))
     curves = {name: (np.arange(3), np.ones((3, 3))) for name in ("10", "4+x", "4+ridge:gate", "4+custom")}
     for chosen in (curves, {name: curves[name] for name in ("10", "4+custom")}):
-        *_, custom = figures.contenders(chosen, "").axes[0].lines
+        *_, custom = contenders(chosen).axes[0].lines
         assert custom.get_color() == colour(("custom",))
 
 
@@ -604,16 +649,16 @@ def test_empty_tables_are_drawn_with_a_word_why():
         "There is no skill to draw": figures.skill_by_step([]),
         "both TIPL and the ridge": figures.skill_over_ridge([]),
         "No policies were run": figures.spread([]),
-        "There is no second contender": figures.contender_differences([]),
-        "No learning rates were searched": figures.learning_rates([]),
+        "There is no second contender": accelerate_figures.areas([]),
+        "No learning rates were searched": accelerate_figures.learning_rates([]),
         "No weights were restored": figures.reconstruction([]),
         "No loss was recorded": figures.training_curves([]),
-        "There are no runs": figures.parallel_coordinates([], SWEEP_NAMES),
+        "There are no runs": sweep_figures.parallel_coordinates([], SWEEP_NAMES),
     }
     for words, figure in drawn.items():
         assert words in said(figure)
-        assert figures.png(figure)
-    assert figures.png(figures.skill_by_phase(nothing))
+        assert drawing.png(figure)
+    assert drawing.png(skill_by("phase", nothing))
 
 
 def test_two_trials_have_no_interval_and_the_picture_says_so():
@@ -633,9 +678,9 @@ ODD_SETTINGS = (
 
 
 def some_figures():
-    cells = figures.sweep_heat_map(sweep_cells(), "model.context", "basis.rank", SWEEP_NAMES)
+    cells = sweep_figures.heat_map(sweep_cells(), "model.context", "basis.rank", SWEEP_NAMES)
     drawn = (figures.figure_2(result_table(), summary()), figures.skill_by_step(summary()), cells)
-    return [figures.png(figure) for figure in (*drawn, figures.learning_curves([]))]
+    return [drawing.png(figure) for figure in (*drawn, learning_curves([]))]
 
 
 @pytest.fixture(scope="module")
@@ -650,7 +695,7 @@ def test_figures_are_the_same_whatever_the_matplotlibrc_says_and_leave_it_as_it_
         assert some_figures() == as_shipped
         others = io.BytesIO()
         figures.skill_by_step(summary()).savefig(
-            others, dpi=figures.DPI, facecolor="white", metadata={"Software": None}
+            others, dpi=drawing.DPI, facecolor="white", metadata={"Software": None}
         )
         assert others.getvalue() == as_shipped[1], "also where another saves it"
         assert dict(matplotlib.rcParams.copy()) == before
@@ -662,12 +707,13 @@ def test_figures_are_the_same_whatever_the_matplotlibrc_says_and_leave_it_as_it_
 def test_importing_and_drawing_start_no_pyplot_and_choose_no_backend(tmp_path):
     (tmp_path / "matplotlibrc").write_text("backend: svg\ntext.usetex: True\nfont.family: no such font\n")
     code = (
-        "import sys, matplotlib; before = dict(matplotlib.rcParams.copy()); from tipl_ray.evaluate import figures; "
-        "figure = figures.training_curves([{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}]); figures.png(figure); "
+        "import sys, matplotlib; before = dict(matplotlib.rcParams.copy()); from tipl_ray import drawing; "
+        "from tipl_ray.evaluate import figures; "
+        "figure = figures.training_curves([{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}]); drawing.png(figure); "
         "assert dict(matplotlib.rcParams.copy()) == before; assert matplotlib.get_backend() == 'svg'; "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    root = Path(figures.__file__).parent.parent
+    root = Path(drawing.__file__).parent.parent
     environment = os.environ | {"MATPLOTLIBRC": str(tmp_path), "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
@@ -679,7 +725,7 @@ def test_colours_made_of_names_are_far_from_the_known_ones():
     known = [np.array(to_rgb(colour)) for colour in figures.COLOURS.values()]
     for name in ("tipl:gate", "tipl:x0.5", "ridge:both", "custom", "", "ж"):
         curves = {"10": (np.arange(3), np.ones((3, 3))), f"4+{name or 'x'}": (np.arange(3), np.ones((3, 3)))}
-        made = np.array(to_rgb(figures.contenders(curves, "").axes[0].lines[-1].get_color()))
+        made = np.array(to_rgb(contenders(curves).axes[0].lines[-1].get_color()))
         assert min(np.linalg.norm(made - other) for other in known) > 0.25
 
 

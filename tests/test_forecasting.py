@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 from tipl_ray import config
 from tipl_ray.data.storage import StoreError
 from tipl_ray.digest import as_table
+from tipl_ray.evaluate.evaluation import make_predictors
 from tipl_ray.paper.predictor import SvdFloor, Tipl, TrialBasis
-from tipl_ray.paper.temporal_svd import fit_basis, fit_shared_basis
+from tipl_ray.paper.representation import TokenRepresentation
+from tipl_ray.paper.temporal_svd import fit_shared_basis
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
 from tipl_ray.predict import baselines
 from tipl_ray.predict.baselines import (
-    SIMPLE,
     CopyLast,
     Damped,
     DynamicModes,
@@ -34,16 +36,17 @@ from tipl_ray.predict.baselines import (
 from tipl_ray.predict.context_ridge import CONTEXT_PENALTIES
 from tipl_ray.predict.gram import Contexts, Question, future_sums, make_band
 from tipl_ray.predict.predictor import Combination, Predictor, Trial, Trials
+from tipl_ray.predict.representation import load_tipl, representation_of
 from tipl_ray.predict.saved import (
+    combinations,
     find_predictor,
     load_fitted,
     load_predictor,
-    load_tipl,
-    make_predictors,
     predictor_digest,
     save_fitted,
     save_predictor,
 )
+from tipl_ray.registry import PREDICTORS
 from tipl_ray.window.predictor import RidgeElsewhere, WindowFloor, WindowTipl
 from tipl_ray.window.transformer import WindowTransformer
 
@@ -51,6 +54,7 @@ STEPS = (1, 2, 3, 5)
 QUESTION = Question(context=6, steps=STEPS, snapshots_per_iteration=5)
 STARTS = np.array([7, 12, 20])
 SIZE = config.Model(context=6, embedding=16, layers=2, heads=2)
+EXPERIMENT = config.Experiment(name="any", model=SIZE, evaluate=config.Evaluate(horizon=3, extra_horizons=(5,)))
 
 
 @pytest.fixture(autouse=True)
@@ -76,11 +80,17 @@ def trials(*seeds: int) -> Trials:
     return Trials(bands=[trial(weights_TP).band for weights_TP in weights], weights=lambda: weights)
 
 
+def trial_basis_of(basis: config.Basis) -> TrialBasis:
+    representation = representation_of(basis)
+    assert isinstance(representation, TokenRepresentation)
+    return TrialBasis(representation)
+
+
 def tipl(basis: config.Basis, token_size: int, num_snapshots: int = 40) -> Tipl:
     torch.manual_seed(0)
-    assert basis.kind in ("trial", "raw")
-    normaliser = Normaliser.fit(fit_basis(trajectory(9), basis.kind, basis.rank).coordinates_TD[None])
-    return Tipl(QUESTION, CausalTransformer(SIZE, token_size, num_snapshots), TrialBasis(basis), normaliser)
+    trial_basis = trial_basis_of(dataclasses.replace(basis, centred=False, deltas=False))
+    normaliser = Normaliser.fit(trial_basis.of(trajectory(9)).coordinates_TD[None])
+    return Tipl(QUESTION, CausalTransformer(SIZE, token_size, num_snapshots), trial_basis_of(basis), normaliser)
 
 
 def window_tipl() -> WindowTipl:
@@ -89,10 +99,10 @@ def window_tipl() -> WindowTipl:
 
 
 def predictors() -> list[Predictor]:
-    kinds: tuple[type[Predictor], ...] = (*SIMPLE, FirstAgain, WindowFloor)
     made = [
-        *(kind(QUESTION) for kind in kinds),
-        SvdFloor(QUESTION, TrialBasis(config.Basis(rank=4))),
+        *(PREDICTORS.load(name)(QUESTION) for name in PREDICTORS.own),
+        WindowFloor(QUESTION),
+        SvdFloor(QUESTION, trial_basis_of(config.Basis(rank=4))),
         tipl(config.Basis(rank=4), 4),
         tipl(config.Basis(kind="raw"), 31),
         tipl(config.Basis(kind="raw", deltas=True), 31),
@@ -147,7 +157,7 @@ def test_a_causal_predictor_sees_its_context_alone(predictor):
     weights_TP = trajectory()
     poisoned_TP = weights_TP.copy()
     poisoned_TP[: STARTS[1] - 6] = 1e3
-    counts_from_the_first = isinstance(predictor, Tipl) and predictor.trial_basis.config.deltas
+    counts_from_the_first = isinstance(predictor, Tipl) and predictor.trial_basis.representation.basis.deltas
     if predictor.causal and not counts_from_the_first:
         np.testing.assert_allclose(
             predictor.forecast(trial(poisoned_TP), STARTS[1:2]), predictor.forecast(trial(weights_TP), STARTS[1:2])
@@ -276,7 +286,8 @@ def test_ridge_on_the_context_takes_the_penalty_that_validation_trials_prefer():
 
 def test_a_model_from_elsewhere_brings_its_ridge_along(tmp_path: Path):
     save_tipl(tmp_path, config.Basis(kind="window"))
-    here, there = (make_predictors(QUESTION, [str(tmp_path)], elsewhere) for elsewhere in (False, True))
+    other = dataclasses.replace(EXPERIMENT, train=config.Train(data=("/other",)))
+    here, there = (make_predictors(one, [str(tmp_path)]) for one in (EXPERIMENT, other))
     assert {one.name for one in there} - {one.name for one in here} == {"ridge-elsewhere"}
     (carried,) = (one for one in there if isinstance(one, RidgeElsewhere))
     np.testing.assert_array_equal(carried.table_QHK(), carried.model.ridge_QHK.double().numpy())
@@ -284,7 +295,7 @@ def test_a_model_from_elsewhere_brings_its_ridge_along(tmp_path: Path):
 
 def test_models_of_several_seeds_are_all_asked(tmp_path: Path):
     save_tipl(tmp_path, config.Basis(kind="window"))
-    made = make_predictors(QUESTION, [str(tmp_path)] * 3)
+    made = make_predictors(EXPERIMENT, [str(tmp_path)] * 3)
     assert [one.seed for one in made if one.name == "tipl"] == [0, 1, 2]
 
 
@@ -309,20 +320,20 @@ def test_a_mean_trajectory_too_large_to_keep_is_kept_at_fewer_snapshots(monkeypa
 def test_no_combination_of_the_context_is_nearer_to_the_truth_than_the_window_floor():
     weights_TP = trajectory()
     floor = WindowFloor(QUESTION).squared_errors(trial(weights_TP), STARTS)
-    combinations = [one for one in predictors() if isinstance(one, Combination)]
-    assert len(combinations) == 11
-    for predictor in combinations:
+    answering = [one for one in predictors() if isinstance(one, Combination)]
+    assert {one.name for one in answering} == {*combinations(), "tipl"}
+    for predictor in answering:
         assert (predictor.squared_errors(trial(weights_TP), STARTS) >= floor - 1e-9).all()
 
 
 def test_svd_floor_of_full_rank_is_the_truth():
-    floor = SvdFloor(QUESTION, TrialBasis(config.Basis(rank=31)))
+    floor = SvdFloor(QUESTION, trial_basis_of(config.Basis(rank=31)))
     assert skill(floor, trajectory()) == pytest.approx(1.0, abs=1e-9)
 
 
 def test_no_point_of_the_basis_is_nearer_to_the_truth_than_the_svd_floor():
     weights_TP = trajectory()
-    trial_basis = TrialBasis(config.Basis(rank=3))
+    trial_basis = trial_basis_of(config.Basis(rank=3))
     floor = skill(SvdFloor(QUESTION, trial_basis), weights_TP)
     assert skill(tipl(config.Basis(rank=3), 3), weights_TP) < floor < 1.0
     fitted = trial_basis.of(weights_TP)
@@ -361,7 +372,7 @@ def test_the_same_window_model_answers_for_policies_of_any_size_and_scale():
 
 
 def test_the_basis_is_fitted_once_per_trajectory_and_does_not_keep_it_alive():
-    trial_basis = TrialBasis(config.Basis(rank=3))
+    trial_basis = trial_basis_of(config.Basis(rank=3))
     weights_TP = trajectory()
     fitted = trial_basis.of(weights_TP)
     assert trial_basis.of(weights_TP) is fitted
@@ -396,7 +407,7 @@ def test_saved_tipl_forecasts_the_same_when_loaded(tmp_path: Path, basis: config
 
 def test_everything_that_was_fitted_forecasts_the_same_when_loaded(tmp_path: Path):
     save_tipl(tmp_path, config.Basis(kind="window"))
-    fitted, loaded = (make_predictors(QUESTION, [str(tmp_path)]) for _ in range(2))
+    fitted, loaded = (make_predictors(EXPERIMENT, [str(tmp_path)]) for _ in range(2))
     for predictor in fitted:
         predictor.fit(trials(1, 2, 3), trials(4))
     load_fitted(loaded, save_fitted(fitted))
@@ -409,9 +420,9 @@ def test_everything_that_was_fitted_forecasts_the_same_when_loaded(tmp_path: Pat
 def test_the_floor_is_that_of_tipls_basis(tmp_path: Path):
     for basis, floor in ((config.Basis(rank=4), "svd-floor"), (config.Basis(kind="window"), "window-floor")):
         save_tipl(tmp_path / basis.kind, basis)
-        names = [predictor.name for predictor in make_predictors(QUESTION, [str(tmp_path / basis.kind)])]
+        names = [predictor.name for predictor in make_predictors(EXPERIMENT, [str(tmp_path / basis.kind)])]
         assert names[-2:] == ["tipl", floor]
-        assert len(set(names)) == len(names) == 12
+        assert names[:-2] == [name for name in PREDICTORS.own if PREDICTORS.load(name).in_tables]
 
 
 def test_trajectory_longer_than_those_of_training_is_still_forecast():
@@ -438,7 +449,7 @@ def test_a_model_that_was_trained_for_another_question_is_refused():
         Tipl(
             QUESTION,
             tipl(config.Basis(rank=4), 4).model,
-            TrialBasis(config.Basis(rank=3)),
+            trial_basis_of(config.Basis(rank=3)),
             Normaliser(mean_D=np.zeros(3, np.float32), deviation_D=np.ones(3, np.float32)),
         ).forecast(trial(trajectory()), STARTS)
 
@@ -510,11 +521,11 @@ def trained(storage: Path, name: str, **fields: Any) -> str:
 
 
 def test_a_storages_one_model_that_can_jump_is_found_and_several_are_listed_by_what_differs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds neither a saved predictor nor a model of the basis `window`$"):
+    with pytest.raises(ValueError, match=r"holds neither a saved predictor nor a trained model that can jump$"):
         load_predictor(str(tmp_path))
     trained(tmp_path, "0", kind="trial")
     (tmp_path / "models" / "half_made").mkdir()
-    with pytest.raises(ValueError, match=r"of its 1 models none is of that basis \(train with --preset causal\)"):
+    with pytest.raises(ValueError, match=r"of its 1 models none answers with displacements \(train with"):
         load_predictor(str(tmp_path))
     first = trained(tmp_path, "1")
     for place in (str(tmp_path), str(tmp_path / "models"), first):

@@ -18,15 +18,19 @@ import torch
 from torch import nn
 
 from tipl_ray import config
-from tipl_ray.accelerate.jumps import GATED, REFUSED, TAKEN, History, ModuleJumps
-from tipl_ray.collect.collection import GroupCollector, trial_header
-from tipl_ray.config import Collect, Experiment, Jump, Ppo, Where
+from tipl_ray.accelerate.group_jumps import GATED, REFUSED, TAKEN, GroupJumps, Jumps
+from tipl_ray.accelerate.jumps import History, JumpSettings, ModuleJumps
+from tipl_ray.collect.collection import pending_seeds
+from tipl_ray.collect.group import GroupCollector, trial_header
+from tipl_ray.config import Collect, Experiment, Ppo, Where
 from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.ppo.algorithms import NOTHING, Extension
 from tipl_ray.ppo.trials import TrialGroup
-from tipl_ray.predict.baselines import COMBINATIONS, CopyLast, Linear, Ridge
+from tipl_ray.predict.baselines import CopyLast, Linear, Ridge
 from tipl_ray.predict.gram import Contexts, GramBand, Question, make_band
 from tipl_ray.predict.predictor import Combination, Trial, Trials
-from tipl_ray.predict.saved import load_predictor, save_predictor
+from tipl_ray.predict.saved import combinations, load_predictor, save_predictor
+from tipl_ray.registry import PREDICTORS
 from tipl_ray.window.predictor import WindowTipl
 from tipl_ray.window.transformer import WindowTransformer
 
@@ -40,8 +44,10 @@ FULL = Experiment(
 SHORT = dataclasses.replace(FULL, ppo=Ppo(num_steps=128, num_minibatches=4, num_epochs=4))
 
 
-def run(experiment: Experiment, seeds: list[int], engine: str = "torch") -> dict[int, np.ndarray]:
-    return weights_by_seed(TrialGroup(experiment, engine, seeds))
+def run(
+    experiment: Experiment, seeds: list[int], engine: str = "torch", extension: Extension = NOTHING
+) -> dict[int, np.ndarray]:
+    return weights_by_seed(TrialGroup(experiment, engine, seeds, extension=extension))
 
 
 def weights_by_seed(group: TrialGroup) -> dict[int, np.ndarray]:
@@ -68,7 +74,7 @@ def predictors(trajectories: list[np.ndarray], tmp_path_factory: pytest.TempPath
     """A folder for every predictor that can drive a jump, fitted; TIPL's ridge gets a correction, as after training."""
     folders = {}
     data = Trials(bands=[band(weights_TP) for weights_TP in trajectories], weights=lambda: trajectories)
-    for name, kind in COMBINATIONS.items():
+    for name, kind in [(name, PREDICTORS.load(name)) for name in combinations()]:
         predictor = kind(QUESTION)
         predictor.fit(data, data)
         folders[name] = str(tmp_path_factory.mktemp(name))
@@ -81,8 +87,14 @@ def predictors(trajectories: list[np.ndarray], tmp_path_factory: pytest.TempPath
     return folders
 
 
-def jumping(folder: str, **settings: object) -> Experiment:
-    return dataclasses.replace(SHORT, jump=Jump(predictor=folder, **settings))  # type: ignore[arg-type]
+def jumps_by(folder: str, **settings: Any) -> Jumps:
+    return Jumps.load(folder, JumpSettings(**settings))
+
+
+def jumping(extension: Jumps, seeds: list[int]) -> tuple[TrialGroup, GroupJumps]:
+    group = TrialGroup(SHORT, "torch", seeds, extension=extension)
+    assert isinstance(group.hooks, GroupJumps)
+    return group, group.hooks
 
 
 class Fixed(Combination):
@@ -94,6 +106,13 @@ class Fixed(Combination):
 
     def coefficients(self, contexts: Contexts) -> np.ndarray:
         return np.full((len(contexts.phases_B), 3, 10), self.value)
+
+
+class Back(Linear):
+    """Steps back along the last displacement."""
+
+    def coefficients(self, contexts: Contexts) -> np.ndarray:
+        return -super().coefficients(contexts)
 
 
 def test_a_history_has_the_gram_matrix_of_the_trajectory_that_it_was_shown(trajectories: list[np.ndarray]) -> None:
@@ -120,14 +139,14 @@ def test_products_of_moves_are_those_of_the_displacements_that_they_make(traject
     np.testing.assert_allclose(history.gram(), shown_KP @ shown_KP.T, rtol=1e-4, atol=1e-5 * history.gram().max())
 
 
-@pytest.mark.parametrize("name", [*COMBINATIONS, "tipl"])
+@pytest.mark.parametrize("name", [*combinations(), "tipl"])
 def test_a_modules_jump_is_the_predictors_own_forecast(
     name: str, predictors: dict[str, str], trajectories: list[np.ndarray]
 ) -> None:
     """With 10 epochs of real snapshots before: the start is a snapshot of phase 2, three steps ahead."""
     weights_TP, predictor = trajectories[1], load_predictor(predictors[name])
     module = nn.Linear(weights_TP.shape[1], 1, bias=False)
-    jumps = ModuleJumps(module, predictor, Jump(limit=1e6))
+    jumps = ModuleJumps(module, predictor, JumpSettings(limit=1e6))
     jumps._history = History(weights_TP[0], 10)
     for weights_P in weights_TP[1:18]:
         with torch.no_grad():
@@ -142,7 +161,7 @@ def test_a_modules_jump_is_the_predictors_own_forecast(
 
 @pytest.mark.parametrize("engine", ENGINES[-1:])
 def test_jumps_of_no_length_change_no_bit(engine: str, predictors: dict[str, str]) -> None:
-    plain, jumped = run(SHORT, [1, 2], engine), run(jumping(predictors["copy-last"]), [1, 2], engine)
+    plain, jumped = (run(SHORT, [1, 2], engine, jumps) for jumps in (NOTHING, jumps_by(predictors["copy-last"])))
     for seed in (1, 2):
         real = np.arange(len(jumped[seed])) % 5
         np.testing.assert_array_equal(jumped[seed][(real == 1) | (real == 2)], np.delete(plain[seed], 0, axis=0))
@@ -153,7 +172,7 @@ def test_jumps_of_no_length_change_no_bit(engine: str, predictors: dict[str, str
 def test_a_jump_goes_where_the_coefficients_say_and_the_next_epochs_start_there(
     name: str, predictors: dict[str, str]
 ) -> None:
-    weights_TP = run(jumping(predictors[name]), [1, 2])[1]
+    weights_TP = run(SHORT, [1, 2], extension=jumps_by(predictors[name]))[1]
     assert len(weights_TP) == FULL.num_snapshots
     predictor = load_predictor(predictors[name])
     rates_T = np.r_[1.0, np.repeat(1.0 - np.arange(7) / 7, 5)]
@@ -175,63 +194,61 @@ def test_a_jump_goes_where_the_coefficients_say_and_the_next_epochs_start_there(
 def test_a_trial_with_jumps_resumes_bit_for_bit_in_any_group(
     name: str, settings: dict, engine: str, predictors: dict[str, str]
 ) -> None:
-    experiment = jumping(predictors[name], **settings)
-    undisturbed = run(experiment, [1, 2, 3], engine)
-    first = TrialGroup(experiment, engine, [1, 2])
+    jumps = jumps_by(predictors[name], **settings)
+    undisturbed = run(SHORT, [1, 2, 3], engine, jumps)
+    first = TrialGroup(SHORT, engine, [1, 2], extension=jumps)
     for _ in range(4):
         list(first.run_iteration())
-    again = TrialGroup(experiment, engine, [9, 2], [None, first.state(2)])
+    again = TrialGroup(SHORT, engine, [9, 2], [None, first.state(2)], pickle.loads(pickle.dumps(jumps)))
     np.testing.assert_array_equal(weights_by_seed(again)[2], undisturbed[2][21:])
 
 
 def test_a_collector_that_is_killed_between_commits_leaves_the_same_bytes(
     predictors: dict[str, str], tmp_path: Path
 ) -> None:
-    experiment = jumping(predictors["ridge"])
+    jumps = jumps_by(predictors["ridge"])
     experiment = dataclasses.replace(
-        experiment,
-        collect=dataclasses.replace(experiment.collect, num_trials=2, iterations_per_commit=3),
+        SHORT,
+        collect=dataclasses.replace(SHORT.collect, num_trials=2, iterations_per_commit=3),
         where=Where(storage=str(tmp_path / "killed")),
     )
-    killed = GroupCollector(experiment, "torch")
+    killed = GroupCollector(experiment, "torch", extension=jumps)
     killed.start([1, 2])
     for _ in range(4):
         killed._run_iteration()
     whole = experiment.at(str(tmp_path / "whole"))
     for one in (experiment, whole):
-        collector = GroupCollector(one, "torch")
-        collector.start([1, 2])
-        collector.advance(1000.0)
+        GroupCollector(one, "torch", [1, 2], jumps).advance(1000.0)
+        assert pending_seeds(one, TrajectoryStore(one.storage_path), jumps) == []
     digests = [TrajectoryStore(one.storage_path).digest([1, 2]) for one in (experiment, whole)]
     assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize(
-    ("value", "reason"), [(np.nan, "not finite"), (1e3, "beyond jump.limit"), (np.inf, "not finite")]
+    ("value", "reason"), [(np.nan, "not finite"), (1e3, "beyond the limit of"), (np.inf, "not finite")]
 )
 def test_a_forecast_that_is_absurd_is_refused_with_a_warning_and_training_goes_on(
     value: float, reason: str, predictors: dict[str, str]
 ) -> None:
-    group = TrialGroup(jumping(predictors["ridge"]), "torch", [1, 2])
-    assert group.jumps is not None
-    group.jumps.forecaster = Fixed(value)
+    group, jumps = jumping(Jumps(settings=JumpSettings(), predictor=Fixed(value), digest=""), [1, 2])
     with pytest.warns(RuntimeWarning, match=reason):
         refused = weights_by_seed(group)
-    np.testing.assert_array_equal(refused[1], run(jumping(predictors["copy-last"]), [1, 2])[1])
-    assert group.jumps.counts_B3.tolist() == [[0, 0, 7]] * 2
+    still = run(SHORT, [1, 2], extension=jumps_by(predictors["copy-last"]))
+    np.testing.assert_array_equal(refused[1], still[1])
+    assert jumps.counts_K3.tolist() == [[0, 0, 7]] * 2
 
 
-def test_the_gate_keeps_only_what_does_not_lower_the_surrogate(predictors: dict[str, str]) -> None:
-    group = TrialGroup(jumping(predictors["linear"], gate=True, damping=-1.0, limit=1e6), "torch", [1, 2])
-    assert group.jumps is not None
+def test_the_gate_keeps_only_what_does_not_lower_the_surrogate() -> None:
+    settings = JumpSettings(gate=True, limit=1e6)
+    group, jumps = jumping(Jumps(settings=settings, predictor=Back(QUESTION), digest=""), [1, 2])
     before_and_after = []
     while not group.finished:
         for snapshot in group.run_iteration():
             if snapshot.seed == 2 and snapshot.epoch in (4, 10):
-                before_and_after.append(group._surrogates(group.parameters_KN)[1])
+                before_and_after.append(group.surrogates(group.parameters_KN)[1])
     assert all(after >= before for before, after in zip(before_and_after[::2], before_and_after[1::2], strict=True))
-    counts_3 = group.jumps.counts_B3.sum(axis=0)
-    assert counts_3[GATED] > 0  # a step back along the last displacement
+    counts_3 = jumps.counts_K3.sum(axis=0)
+    assert counts_3[GATED] > 0
     assert counts_3[GATED] + counts_3[TAKEN] == 14
     assert counts_3[REFUSED] == 0
 
@@ -239,7 +256,7 @@ def test_the_gate_keeps_only_what_does_not_lower_the_surrogate(predictors: dict[
 def test_the_critic_jumps_by_its_own_displacements_or_not_at_all(predictors: dict[str, str]) -> None:
     ends = {}
     for networks in ("policy", "both"):
-        group = TrialGroup(jumping(predictors["ridge"], networks=networks), "torch", [1, 2])
+        group, _ = jumping(jumps_by(predictors["ridge"], networks=networks), [1, 2])
         num_weights, seen = group.shape.num_policy_weights, []
         for _ in group.run_iteration():
             seen.append(group.parameters_KN[0].copy())
@@ -249,11 +266,11 @@ def test_the_critic_jumps_by_its_own_displacements_or_not_at_all(predictors: dic
 
 
 def test_reset_moments_are_those_of_a_fresh_adam(predictors: dict[str, str]) -> None:
-    group = TrialGroup(jumping(predictors["ridge"], moments="reset"), "torch", [1, 2])
+    group, _ = jumping(jumps_by(predictors["ridge"], moments="reset"), [1, 2])
     list(group.run_iteration())
     assert not group.adam_steps_K.any()
     assert not group.first_moments_KN.any()
-    kept = TrialGroup(jumping(predictors["ridge"]), "torch", [1, 2])
+    kept, _ = jumping(jumps_by(predictors["ridge"]), [1, 2])
     list(kept.run_iteration())
     assert kept.adam_steps_K.tolist() == [16, 16]
 
@@ -264,7 +281,7 @@ def test_what_a_predictor_answers_is_part_of_the_data_sets_hash_and_its_place_is
     copied = tmp_path / "elsewhere"
     shutil.copytree(predictors["ridge"], copied)
     ridge, moved, tipl = (
-        trial_header(jumping(folder), "torch").config_hash
+        trial_header(SHORT, "torch", jumps_by(folder)).config_hash
         for folder in (predictors["ridge"], str(copied), predictors["tipl"])
     )
     assert ridge == moved
@@ -273,21 +290,23 @@ def test_what_a_predictor_answers_is_part_of_the_data_sets_hash_and_its_place_is
 
 
 @pytest.mark.parametrize(
-    ("experiment", "message"),
+    ("experiment", "horizon", "message"),
     [
-        (dataclasses.replace(FULL, jump=Jump(predictor="ridge")), "5 snapshots of an iteration and jump.horizon=3"),
-        (dataclasses.replace(SHORT, jump=Jump(predictor="ridge", horizon=2)), "jump.horizon=2 are not the 5 snapshots"),
-        (dataclasses.replace(SHORT, jump=Jump(predictor="ridge", horizon=4)), "exceeds the predictor's forward steps"),
-        (dataclasses.replace(SHORT, jump=Jump(predictor="nowhere")), "holds neither"),
+        (FULL, 3, "5 snapshots of an iteration and horizon=3"),
+        (SHORT, 2, "horizon=2 are not the 5 snapshots"),
+        (SHORT, 4, "exceeds the predictor's forward steps"),
     ],
 )
 def test_a_schedule_that_does_not_fit_the_predictor_is_refused(
-    experiment: Experiment, message: str, predictors: dict[str, str]
+    experiment: Experiment, horizon: int, message: str, predictors: dict[str, str]
 ) -> None:
-    folder = predictors.get(str(experiment.jump.predictor), str(experiment.jump.predictor))
-    experiment = dataclasses.replace(experiment, jump=dataclasses.replace(experiment.jump, predictor=folder))
     with pytest.raises(ValueError, match=message):
-        TrialGroup(experiment, "torch", [1, 2])
+        TrialGroup(experiment, "torch", [1, 2], extension=jumps_by(predictors["ridge"], horizon=horizon))
+
+
+def test_jumps_by_what_is_no_predictor_are_refused() -> None:
+    with pytest.raises(ValueError, match="nowhere holds neither"):
+        jumps_by("nowhere")
 
 
 def test_before_its_context_is_full_tipl_answers_as_its_ridge(predictors: dict[str, str]) -> None:
@@ -366,10 +385,10 @@ def test_weights_that_are_not_finite_are_refused_and_forgotten_once_they_are_gon
 def test_the_wrong_number_of_snapshots_is_refused_with_both_numbers() -> None:
     jumps = ModuleJumps(nn.Linear(2, 1), CopyLast(QUESTION))
     jumps.record()
-    with pytest.raises(ValueError, match=r"1 snapshots of an iteration and jump.horizon=3 are not the 5 snapshots"):
+    with pytest.raises(ValueError, match=r"1 snapshots of an iteration and horizon=3 are not the 5 snapshots"):
         jumps.jump(progress=0.0)
     with pytest.raises(ValueError, match="exceeds the predictor's forward steps"):
-        ModuleJumps(nn.Linear(2, 1), Ridge(QUESTION), Jump(horizon=4))
+        ModuleJumps(nn.Linear(2, 1), Ridge(QUESTION), JumpSettings(horizon=4))
 
 
 def jumped(module: nn.Module, jumps: ModuleJumps, step: complex = 0.01, names: str = "") -> bool:
@@ -530,7 +549,7 @@ def test_a_tied_parameter_and_one_memory_under_two_names_move_once() -> None:
 
 def test_what_a_narrow_type_rounds_away_is_not_taken_for_a_displacement() -> None:
     module = One(6, start=1.0, dtype=torch.bfloat16)
-    jumps = ModuleJumps(module, Linear(QUESTION), Jump(damping=0.05))
+    jumps = ModuleJumps(module, Linear(QUESTION), JumpSettings(damping=0.05))
     assert jumped(module, jumps, 2.0**-6)
     assert (module.weight == 1.0 + 2.0**-5).all(), "a seventh of a step is less than the type can hold"
     jumps.record()
@@ -598,19 +617,19 @@ def test_a_state_of_other_parameters_is_refused_and_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"moments": "reset"}, "jump.moments='reset' is for PPO's engine; with ModuleJumps, reset your optimizer's"),
-        ({"gate": True}, "jump.gate=True is for PPO's engine"),
-        ({"networks": "both"}, "jump.networks='both' is for PPO's engine"),
-        ({"horizon": 0}, "jump.horizon=0"),
-        ({"damping": math.nan}, "jump.damping=nan"),
-        ({"damping": -1.0}, "jump.damping=-1.0"),
-        ({"limit": 0.0}, "jump.limit=0.0"),
-        ({"limit": math.inf}, "jump.limit=inf"),
+        ({"moments": "reset"}, "moments='reset' is for PPO's engine; with ModuleJumps, reset your optimizer's"),
+        ({"gate": True}, "gate=True is for PPO's engine"),
+        ({"networks": "both"}, "networks='both' is for PPO's engine"),
+        ({"horizon": 0}, "horizon=0"),
+        ({"damping": math.nan}, "damping=nan"),
+        ({"damping": -1.0}, "damping=-1.0"),
+        ({"limit": 0.0}, "limit=0.0"),
+        ({"limit": math.inf}, "limit=inf"),
     ],
 )
 def test_settings_that_a_modules_jumps_do_not_follow_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ModuleJumps(nn.Linear(2, 1), Linear(QUESTION), Jump(**settings))
+        ModuleJumps(nn.Linear(2, 1), Linear(QUESTION), JumpSettings(**settings))
 
 
 @pytest.mark.parametrize(

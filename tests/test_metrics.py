@@ -226,10 +226,11 @@ def test_comparisons_by_phase_and_third_add_up_to_the_whole():
 
 def test_skill_by_group_says_what_share_of_all_movement_a_group_has():
     table = two_predictors()
-    rows = metrics.group_skills(table, "phase", RESAMPLING)
-    assert len(rows) == 2 * 3 * 5
-    assert {row["group"] for row in rows} == {"phase"}
-    ours = [row for row in rows if row["predictor"] == "tipl"]
+    rows = metrics.group_skills(table, RESAMPLING)
+    assert {row["group"] for row in rows} == {"phase", "third"}
+    phases = [row for row in rows if row["group"] == "phase"]
+    assert len(phases) == 2 * 3 * 5
+    ours = [row for row in phases if row["predictor"] == "tipl"]
     assert all(row["skill"] == pytest.approx(0.75) for row in ours)
     total = table["displacement_squared"][table["predictor"] == "tipl"].sum()
     assert sum(row["displacement_squared"] for row in ours) == pytest.approx(total)

@@ -10,9 +10,10 @@ from tipl_ray.predict.baselines import Ridge
 from tipl_ray.predict.gram import GramBand, Question, make_band
 from tipl_ray.predict.objective import draw_windows
 from tipl_ray.predict.predictor import Trial, Trials
-from tipl_ray.predict.training_data import TrainingData, gather_trials, make_objective
+from tipl_ray.predict.representation import TrainingData, representation_of
 from tipl_ray.window.objective import WindowError
 from tipl_ray.window.predictor import WindowTipl
+from tipl_ray.window.representation import Window
 
 SIZE = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.1)
 QUESTION = Question(context=6, steps=(1, 2, 4), snapshots_per_iteration=5)
@@ -45,7 +46,7 @@ def window_error() -> WindowError:
 
 def test_next_tokens_validation_skill_is_that_of_the_decoded_weights():
     torch.manual_seed(0)
-    objective = NextToken(SIZE, tokens(3, 4), tokens(5), "cpu")
+    objective = NextToken(SIZE, TrainingData(train=tokens(3, 4), validation=tokens(5)))
     _, skill = objective.validate()
     weights_TP, fitted = trajectory(5), fit_basis(trajectory(5), "trial", 4)
     normalised_TD = torch.from_numpy(objective.normaliser.normalise(fitted.coordinates_TD))
@@ -109,17 +110,17 @@ def test_the_basis_decides_what_is_trained(kind, objective):
         name="a", model=SIZE, basis=config.Basis(kind=kind, rank=4), evaluate=config.Evaluate(horizon=4)
     )
     parts = [tokens(3), tokens(4)] if kind == "trial" else bands(3, 4)
-    data = TrainingData(train=gather_trials([parts]), validation=gather_trials([parts[:1]]))
-    made = make_objective(experiment, data)
+    representation = representation_of(experiment.basis)
+    data = TrainingData(train=representation.gather([parts]), validation=representation.gather([parts[:1]]))
+    made = representation.objective(experiment, data)
     assert isinstance(made, objective)
 
 
 def test_of_several_data_sets_each_counts_as_much_as_any_other():
     (small,) = bands(3)
     large = [make_band(1000 * trajectory(seed), QUESTION.width, snapshots_per_iteration=5) for seed in (4, 5)]
-    gathered, alone = gather_trials([[small], large]), gather_trials([large])
-    assert not isinstance(gathered, Tokens)
-    assert not isinstance(alone, Tokens)
+    window = Window(config.Basis(kind="window"))
+    gathered, alone = window.gather([[small], large]), window.gather([large])
     moved = [band.products_SW[:, 0].sum() for band in gathered]
     assert (moved[0], moved[1] + moved[2]) == (pytest.approx(1.0), pytest.approx(1.0))
     np.testing.assert_array_equal(alone[0].products_SW, large[0].products_SW)

@@ -70,11 +70,11 @@ def test_one_iteration_equals_a_plain_trial_fed_the_same_noise(engine: str, task
     start = group.parameters_KN[1].copy()
     for _ in group.run_iteration():
         pass
-    actions = group._rollouts.actions_KSA[1] if task.startswith("HalfCheetah") else None
+    actions = group.rollouts.actions_KSA[1] if task.startswith("HalfCheetah") else None
     plain.run_iteration(noise[1], permutations[0][1], actions)
     named = unflatten(group.parameters_KN[1], group.shape.layout)
-    np.testing.assert_allclose(group._rollouts.rewards_KS[1], plain.rewards.numpy(), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(group._rollouts.advantages_KS[1], plain.advantages.numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(group.rollouts.rewards_KS[1], plain.rewards.numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(group.rollouts.advantages_KS[1], plain.advantages.numpy(), rtol=1e-3, atol=1e-3)
     moved = np.abs(group.parameters_KN[1] - start).max()
     assert moved > 0.01
     for name, network in (("actor", plain.actor), ("critic", plain.critic)):

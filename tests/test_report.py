@@ -1,10 +1,14 @@
 import base64
 import html
 import re
+import tomllib
 
+import jinja2
 import pytest
 
+from tipl_ray import pages
 from tipl_ray.evaluate import report
+from tipl_ray.places import CHECKOUT
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -247,35 +251,29 @@ def test_a_basis_worse_than_copying_is_called_so():
 
 def test_table_shows_four_steps_of_each_predictor():
     summary = rows("copy-last", *[0.0] * 10, basis="none", causal=True) + rows("tipl", *[0.4] * 10)
-    short = report.format_table(summary).splitlines()
-    assert len(short) == 2 + 8
-    assert [line.split()[3] for line in short[2:6]] == ["1", "2", "5", "10"]
-    assert [line.split()[0] for line in short[2:]] == ["tipl"] * 4 + ["copy-last"] * 4
-    assert "0.40 [0.35, 0.45]" in short[2]
-    assert "1,200" in short[2]
-    assert len({line.rindex("%") for line in short[2:]}) == 1
+    short = report.table(summary, report.SHORT_STEPS)
+    assert [cells["h"] for cells in short[:4]] == ["1", "2", "5", "10"]
+    assert [cells["predictor"] for cells in short] == ["tipl"] * 4 + ["copy-last"] * 4
+    assert (short[0]["skill"], short[0]["windows"]) == ("0.40 [0.35, 0.45]", "1,200")
+    assert len(report.table(summary)) == 20
 
 
 def test_a_value_that_is_not_known_is_a_dash_in_the_table():
     unknown = {**row("tipl", 1, float("nan"), spread=float("nan")), "repw": None, "beats_last": None}
-    assert report.format_table([unknown]).splitlines()[2].split()[4:] == ["-", "1.25e-04", "-", "5.0", "-", "1,200"]
+    assert [*report.table([unknown])[0].values()][4:] == ["-", "1.25e-04", "-", "5.0", "-", "1,200"]
 
 
 @pytest.fixture
-def page(tmp_path):
-    picture = tmp_path / "figure_2.png"
-    picture.write_bytes(PNG)
-    path = report.write_report(
-        tmp_path / "report.html",
+def page():
+    return report.page(
         title="demo <script>alert(1)</script>",
         summary=rows("tipl", 0.4, 0.01) + rows("copy-last", 0.0, 0.0),
-        figures={"figure_2": picture},
+        pictures={"figure_2": PNG},
         facts={"trials & tests": "<b>16</b>"},
         configuration={"model": {"context": 20}, "name": "a\"b'c"},
         commands={"Again": "make demo && echo '<done>'"},
         files={"results": "/storage/<demo>/results.parquet"},
     )
-    return path.read_text(encoding="utf-8")
 
 
 def test_report_needs_nothing_beside_it(page):
@@ -297,22 +295,13 @@ def test_report_holds_answers_tables_configuration_and_captions(page):
     assert "<small>5 trials</small>" in page
     assert "model.context" in page
     assert report.CAPTIONS["figure_2"][1][:40] in page
-    assert page.count('<tr class="tipl">') == 2 * 2
+    assert page.count('<tr class="marked">') == 2 * 2
     assert "/storage/&lt;demo&gt;/results.parquet" in page
 
 
-def test_a_picture_without_a_caption_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"figures=\['mystery'\] have no caption"):
-        report.write_report(
-            tmp_path / "report.html",
-            title="",
-            summary=[],
-            figures={"mystery": "m.png"},
-            facts={},
-            configuration={},
-            commands={},
-            files={},
-        )
+def test_a_picture_without_a_caption_is_refused():
+    with pytest.raises(ValueError, match=r"pictures=\['mystery'\] have no caption"):
+        written(pictures={"mystery": PNG})
 
 
 def test_policies_as_far_apart_as_the_true_ones_have_kept_their_modes():
@@ -347,24 +336,15 @@ def test_one_window_a_trial_has_no_distance_and_says_so():
         assert "nan" not in answer.text
 
 
-def written(folder, **rest):
-    summary = rows("tipl", 0.4, 0.3) + rows("copy-last", 0.0, 0.0)
-    given = {
-        "title": "t",
-        "summary": summary,
-        "figures": {},
-        "facts": {},
-        "configuration": {},
-        "commands": {},
-        "files": {},
-    }
-    return report.write_report(folder / "report.html", **(given | rest)).read_text(encoding="utf-8")
+def written(**rest):
+    given = {"title": "t", "summary": rows("tipl", 0.4, 0.3) + rows("copy-last", 0.0, 0.0)}
+    nothing: dict[str, dict] = {name: {} for name in ("pictures", "facts", "configuration", "commands", "files")}
+    return report.page(**(given | nothing | rest))
 
 
 @pytest.mark.parametrize("name", ["<b>&\"'", "[text] {{ 7 * 7 }} {% raw %}", "]]>--><!--", "a/" * 200, "ж 🦾 \u202e"])
-def test_a_storage_of_any_name_is_written_as_it_is(tmp_path, name):
+def test_a_storage_of_any_name_is_written_as_it_is(name):
     page = written(
-        tmp_path,
         title=name,
         files={"data set": name},
         commands={name: name},
@@ -376,27 +356,70 @@ def test_a_storage_of_any_name_is_written_as_it_is(tmp_path, name):
     assert "<b>&" not in page
 
 
-def test_a_report_without_policies_run_still_opens_with_an_answer(tmp_path):
+def test_a_report_without_policies_run_still_opens_with_an_answer():
     summary = [
         {**row, **dict.fromkeys(("repw", "repw_low", "repw_high", "repw_noise_floor", "beats_last", "distance"))}
         for row in rows("tipl", 0.4) + rows("copy-last", 0.0)
     ]
-    page = written(tmp_path, summary=summary)
+    page = written(summary=summary)
     first = page.index('<li><span class="verdict')
     assert page.index("It removes 40% of the copy-last baseline") - first < 1000
     assert page.count(report.NO_POLICIES) == 2
     assert "nan" not in page
-    assert written(tmp_path, summary=[]).count(report.NO_POLICIES) == 2
+    assert written(summary=[]).count(report.NO_POLICIES) == 2
 
 
-def test_nothing_but_tables_and_commands_is_wider_than_a_telephone(tmp_path):
-    page = written(tmp_path, files={"data set": "x" * 500}, commands={"all": "y" * 500})
+def test_nothing_but_tables_and_commands_is_wider_than_a_telephone():
+    page = written(files={"data set": "x" * 500}, commands={"all": "y" * 500})
     assert page.count("<table") == page.count('<div class="scroll"><table')
     assert "overflow-x: auto" in page
     assert "overflow-wrap: anywhere" in page
     assert "minmax(0, 1fr)" in page
 
 
-def test_steps_other_than_the_usual_ones_are_in_the_short_table_too(tmp_path):
+def test_steps_other_than_the_usual_ones_are_in_the_short_table_too():
     summary = [row("tipl", 3, 0.4), row("tipl", 20, 0.2)]
-    assert len(report.format_table(summary).splitlines()) == 4
+    assert len(report.table(summary, report.SHORT_STEPS)) == 2
+
+
+NAME = "<b>&\"' {{ 7 * 7 }}"
+PICTURES = [(NAME, NAME, pages.embedded(PNG))]
+COMPARED = {"title": NAME, "rows": [{NAME: NAME, "status": "best"}], "pictures": PICTURES, "metric": NAME}
+ACCELERATED = {"title": NAME, "facts": {NAME: NAME}, "sentences": [NAME], "pictures": PICTURES, "rows": [{NAME: NAME}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "values"),
+    [
+        ("comparison.html", COMPARED | {"source": NAME}),
+        ("comparison.html", COMPARED | {"source": NAME, "rows": []}),
+        ("acceleration.html", ACCELERATED | {"confidence": "95%", "files": {NAME: NAME}}),
+    ],
+)
+def test_every_other_page_too_needs_nothing_beside_it_and_escapes_what_it_is_given(template, values):
+    page = pages.page(template, **values)
+    assert set(re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'>\s]+)", page)) == {pages.embedded(PNG)}
+    assert not re.search(r"<script|<link|<iframe|@import|url\(", page)
+    assert "<b>" not in page
+    assert html.unescape(page).count(NAME) >= 6
+    assert page.count("<table") == page.count('<div class="scroll"><table')
+
+
+def test_a_page_that_lacks_a_value_is_refused():
+    with pytest.raises(jinja2.UndefinedError, match="'source' is undefined"):
+        pages.page("comparison.html", **COMPARED)
+
+
+def test_every_template_is_packaged():
+    declared = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = {path for pattern in declared["tipl_ray"] for path in (CHECKOUT / "tipl_ray").glob(pattern)}
+    assert {path for path in pages.TEMPLATES.rglob("*") if path.is_file()} == packaged
+
+
+def test_a_table_is_written_in_full_and_what_is_none_is_empty():
+    rows = [{"name": 'a "b", c', "figure": 1 / 3, "none": None}, {"name": "d", "figure": float("nan"), "none": 2}]
+    header, first, second = pages.as_csv(rows).decode().splitlines()
+    assert header == '"name","figure","none"'
+    assert first == f'"a ""b"", c",{1 / 3!r},'
+    assert second == '"d",nan,2'
+    assert pages.as_csv([]) == b""

@@ -10,8 +10,9 @@ from trajectories import write_trials
 from tipl_ray import config
 from tipl_ray.data.storage import publish
 from tipl_ray.paper import temporal_svd
+from tipl_ray.paper.representation import TrialTokens
 from tipl_ray.paper.temporal_svd import fit_basis
-from tipl_ray.paper.tokens import Segments, Tokens, load_tokens, tokens_of
+from tipl_ray.paper.tokens import Segments, Tokens, tokens_of
 from tipl_ray.paper.transformer import Normaliser
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import Question, make_band
@@ -76,22 +77,32 @@ def test_every_window_is_drawn_about_as_often():
 
 
 @pytest.mark.parametrize("kind", ["trial", "raw"])
-def test_one_step_errors_are_those_of_the_decoded_weights(kind):
+def test_squared_errors_are_those_of_the_decoded_weights(kind):
     weights_TP = trajectory(5)
     fitted = fit_basis(weights_TP, kind, 4)
     one = tokens_of(5, weights_TP, fitted)
-    normaliser = Normaliser.fit(one.coordinates_NTD)
-    segments = Segments(one, normaliser, context=5)
-    predicted_BD = torch.randn(10, fitted.rank, generator=torch.Generator().manual_seed(0))
-    error_B, displacement_B = segments.one_step_errors(np.arange(10), predicted_BD)
-    decoded_BP = fitted.decode(normaliser.restore(predicted_BD.numpy()))
-    np.testing.assert_allclose(error_B, np.square(decoded_BP - weights_TP[5:]).sum(axis=1), rtol=1e-4)
-    np.testing.assert_allclose(displacement_B, np.square(weights_TP[5:] - weights_TP[4:-1]).sum(axis=1), rtol=1e-6)
+    forecast_BD = np.random.default_rng(0).standard_normal((10, fitted.rank))
+    apart_BP = fitted.decode(forecast_BD) - weights_TP[5:]
+    found_B = one.squared_errors(0, forecast_BD, np.arange(5, 15))
+    np.testing.assert_allclose(found_B, np.square(apart_BP).sum(axis=1), rtol=1e-4)
+    moved_T = np.square(np.diff(weights_TP, axis=0)).sum(axis=1)
+    np.testing.assert_allclose(one.displacement_NT[0, 1:], moved_T, rtol=1e-6)
+
+
+def test_a_window_ends_where_its_last_token_stands():
+    one = tokens(range(2))
+    segments = Segments(one, Normaliser.fit(one.coordinates_NTD), context=5)
+    trials_B, ends_B = segments.ends(np.arange(segments.num_windows))
+    batch = segments.gather(np.arange(segments.num_windows))
+    np.testing.assert_array_equal(ends_B, batch.snapshots_BK[:, -1])
+    np.testing.assert_array_equal(np.bincount(trials_B), [10, 10])
 
 
 def test_tokens_come_from_the_store_one_basis_per_trial(tmp_path: Path):
     trajectories = {seed: trajectory(seed) for seed in (3, 4, 5)}
-    loaded = load_tokens(write_trials(tmp_path, trajectories), (3, 5), BASIS)
+    write_trials(tmp_path, trajectories)
+    trial_tokens = TrialTokens(BASIS)
+    loaded = trial_tokens.gather([[trial_tokens.read(str(tmp_path), seed, QUESTION) for seed in (3, 5)]])
     assert loaded.seeds == (3, 5)
     for index, seed in enumerate(loaded.seeds):
         fitted = fit_basis(trajectories[seed], "trial", 4)
@@ -100,15 +111,17 @@ def test_tokens_come_from_the_store_one_basis_per_trial(tmp_path: Path):
 
 
 def test_trials_of_different_length_are_refused_by_name(tmp_path: Path):
-    store = write_trials(tmp_path, {3: trajectory(3), 4: trajectory(4, num_snapshots=12)})
+    write_trials(tmp_path, {3: trajectory(3), 4: trajectory(4, num_snapshots=12)})
+    trial_tokens = TrialTokens(BASIS)
+    read = [trial_tokens.read(str(tmp_path), seed, QUESTION) for seed in (3, 4)]
     with pytest.raises(ValueError, match="trial 3: 15 x 4, trial 4: 12 x 4"):
-        load_tokens(store, (3, 4), BASIS)
+        trial_tokens.gather([read])
 
 
 def test_rank_beyond_a_trial_is_refused_with_its_seed(tmp_path: Path):
-    store = write_trials(tmp_path, {3: trajectory(3)})
+    write_trials(tmp_path, {3: trajectory(3)})
     with pytest.raises(ValueError, match=r"trial 3: basis\.rank=12 is not between 1 and 11"):
-        load_tokens(store, (3,), config.Basis(rank=12))
+        TrialTokens(config.Basis(rank=12)).read(str(tmp_path), 3, QUESTION)
 
 
 def test_context_as_long_as_the_trajectory_is_refused():
@@ -278,9 +291,10 @@ def test_a_trial_reduced_from_the_store_is_reduced_as_from_memory(
     monkeypatch.setattr(temporal_svd, "BLOCK_BYTES", 8 * 9 * 3)
     for shape in ((9, 11), (15, 11)):
         weights_TP = trajectory(3, *shape)
-        store = write_trials(tmp_path / str(shape), {3: weights_TP})
+        storage = str(tmp_path / str(shape))
+        write_trials(Path(storage), {3: weights_TP})
         for basis in (BASIS, config.Basis(rank=4, centred=True), config.Basis(rank=4, deltas=True)):
-            found = load_tokens(store, (3,), basis)
+            found = TrialTokens(basis).read(storage, 3, QUESTION)
             expected = tokens_of(3, weights_TP, fit_basis(weights_TP, "trial", 4, basis.centred, basis.deltas))
             for field in ("coordinates_NTD", "singular_values_ND", "outside_NT", "displacement_NT"):
                 np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))

@@ -14,7 +14,7 @@ import pytest
 from head import Head, answers, ray_head, short_folder, until
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tipl_ray.collect.collection import GroupCollector
+from tipl_ray.collect.group import GroupCollector
 from tipl_ray.config import Experiment, load_experiment
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.jobs import SUBMITTED, check_job

@@ -154,7 +154,6 @@ CASES = [
     Case(what="A file has text for a section", attempt=mine("causal = 'yes'\n")),
     Case(what="A file is nested 10,000 deep", attempt=mine(f"name = {'[' * 10_000}")),
     Case(what="A data set to train on is not there", attempt=job("train", "--train.data", "storage/hoper")),
-    Case(what="A predictor to jump by is not there", attempt=job("collect", "--jump.predictor", "models/none")),
     Case(what="A number is NaN", attempt=job("train", "--ppo.entropy-coefficient", "nan")),
     Case(what="A number is infinite", attempt=job("train", "--train.weight-decay", "inf")),
     Case(what="A coefficient is negative", attempt=job("collect", "--ppo.value-coefficient", "-0.5")),

@@ -23,6 +23,7 @@ from trajectories import write_trials
 from tipl_ray import stages
 from tipl_ray.config import Experiment, Sweep, Train, Where, load_experiment
 from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.paper.transformer import CausalTransformer
 from tipl_ray.places import CHECKOUT
 from tipl_ray.predict.models import is_complete, load_model
 from tipl_ray.sweep import comparison
@@ -30,6 +31,7 @@ from tipl_ray.sweep import space as search_space
 from tipl_ray.sweep import tune as sweep
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
 from tipl_ray.train.data_sets import model_folder
+from tipl_ray.window.transformer import WindowTransformer
 
 OVER = {"basis.rank": [3, 6], "model.context": [4, 8]}
 CHILDREN = {"rank=3 context=4", "rank=3 context=8", "rank=6 context=4", "rank=6 context=8"}
@@ -150,7 +152,9 @@ def test_children_are_left_where_jobs_train_and_evaluate_look_for_them(finished:
         child = search_space.with_fields(base, candidate)
         folder = model_folder(child, data)
         assert is_complete(folder)
-        assert load_model(folder).size.context == child.model.context
+        model = load_model(folder)
+        assert isinstance(model, CausalTransformer | WindowTransformer)
+        assert model.size.context == child.model.context
 
 
 def test_a_finished_sweep_is_found_and_nothing_is_done(finished: Path, capsys: pytest.CaptureFixture) -> None:
@@ -168,7 +172,7 @@ def test_compare_reads_a_sweep_from_mlflow_alone(finished: Path, tmp_path: Path)
     assert said.returncode == 0, said.stderr
     assert "3 runs compared" in said.stdout
     page = output.read_text()
-    rows = re.findall(r"<tr><td>(\d)</td><td>(\d)</td><td>(-?[\d.,]+)</td>", page)
+    rows = re.findall(r"<tr[^>]*><td>(\d)</td><td>(\d)</td><td>(-?[\d.,]+)</td>", page)
     assert len(rows) == 3
     skills = [float(skill.replace(",", "")) for *_, skill in rows]
     assert skills == sorted(skills, reverse=True)
@@ -294,7 +298,7 @@ def test_a_sweep_that_is_killed_and_moved_goes_on_at_its_new_place(trainer: str,
     old, new = tmp_path / "old" / "d", tmp_path / "new" / "d"
     old.mkdir(parents=True)
     collect(old)
-    told = ["--over=basis.rank=3", "--train.num-steps=400", "--sweep.trainer", trainer]
+    told = ["--over=basis.rank=3", "--train.num-steps=400", "--trainer", trainer]
     job = subprocess.Popen([*JOB, "--storage", str(old), *told], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if trainer == "tune":
         wait_for_checkpoints(old, 3, job)

@@ -56,12 +56,12 @@ with ProgressView() as view:
 """
 
 
-def shown(columns: int, **environment: str) -> str:
+def shown(columns: int, script: str = SCRIPT, **environment: str) -> str:
     """What a terminal of so many columns is sent."""
     process, terminal = pty.fork()
     if not process:
         os.environ.update({"TERM": "xterm", "COLUMNS": str(columns), **environment, "PYTHONPATH": str(CHECKOUT)})
-        os.execv(sys.executable, [sys.executable, "-c", SCRIPT])
+        os.execv(sys.executable, [sys.executable, "-c", script])
     parts = []
     with contextlib.suppress(OSError):  # the other side is closed
         while part := os.read(terminal, 65536):
@@ -71,9 +71,13 @@ def shown(columns: int, **environment: str) -> str:
     return b"".join(parts).decode()
 
 
+def plain_lines(said: str) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said).replace("\r", "\n").splitlines()
+
+
 @pytest.mark.parametrize("columns", [60, 80, 100])
 def test_nothing_is_cropped_on_a_terminal(columns: int) -> None:
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(columns)).replace("\r", "\n").splitlines()
+    lines = plain_lines(shown(columns))
     assert max(map(len, lines)) <= columns
     words = " ".join(" ".join(lines).split())
     assert SUMMARY in words
@@ -103,6 +107,15 @@ def test_a_terminal_that_cannot_move_its_cursor_is_a_file() -> None:
     assert not MOVES.search(said)
     assert "event=start actor=1" in said
     assert MOVES.search(shown(80, NO_COLOR="1"))
+
+
+def test_a_table_is_folded_on_a_terminal_and_whole_in_a_file() -> None:
+    row = {f"column {number}": "some words" for number in range(12)}
+    script = f"from tipl_ray.terminal import say_rows; say_rows([{row!r}], title='a title')"
+    assert max(map(len, plain_lines(shown(80, script)))) <= 80 < 12 * len("some words")
+    in_a_file = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    title, heading, _, cells = (line.split() for line in in_a_file.splitlines())
+    assert (title, len(heading), len(cells)) == (["a", "title"], 24, 24)
 
 
 def test_cells_are_text_whatever_brackets_they_have() -> None:

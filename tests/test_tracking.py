@@ -150,16 +150,13 @@ def test_parameters_are_flat_cut_and_keep_their_first_value(tracker):
 def test_pictures_files_and_models_are_kept_in_the_storage(tracker, storage, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "results.parquet").write_bytes(b"rows")
-    figure = Figure()
-    figure.savefig(tmp_path / "drawn.png")
     with tracker.run("evaluate", "artifacts") as run:
-        run.log_figure(figure, "figure_2")
-        run.log_figure(tmp_path / "drawn.png", "from_file.png")
-        run.log_file(tmp_path / "results.parquet")
+        run.log_figure(Figure(), "figure_2")
+        run.log_figure(b"drawn", "as_bytes")
+        run.log_file(b"rows", "results.parquet")
         run.log_model_folder(tmp_path / "model")
     kept = {path.name: path for path in (storage / "mlflow-artifacts" / run.run_id).rglob("*") if path.is_file()}
-    assert set(kept) == {"figure_2.png", "from_file.png", "results.parquet", "model.safetensors"}
+    assert set(kept) == {"figure_2.png", "as_bytes.png", "results.parquet", "model.safetensors"}
     assert kept["figure_2.png"].read_bytes().startswith(b"\x89PNG")
     assert kept["model.safetensors"].read_bytes() == b"weights"
     assert "model/model.safetensors" in [file.path for file in tracker.client.list_artifacts(run.run_id, "model")]
@@ -330,7 +327,6 @@ def test_a_storage_that_carries_credentials_is_refused_without_quoting_them(uri)
     smoke = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
     for changed in (
         smoke.at(uri),
-        dataclasses.replace(smoke, jump=config.Jump(predictor=uri)),
         dataclasses.replace(smoke, where=config.Where(predictors_storage=uri)),
         dataclasses.replace(smoke, train=config.Train(data=("/data", uri)), basis=config.Basis(kind="window")),
     ):

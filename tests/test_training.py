@@ -26,9 +26,8 @@ from tipl_ray.predict.gram import GramBand, Question, make_band
 from tipl_ray.predict.models import load_about, load_model
 from tipl_ray.predict.objective import draw_windows
 from tipl_ray.predict.predictor import Trial
-from tipl_ray.predict.saved import load_tipl
-from tipl_ray.predict.training_data import TrainingData, gather_trials
-from tipl_ray.train import data_sets, training
+from tipl_ray.predict.representation import TrainingData, load_tipl, representation_of
+from tipl_ray.train import data_sets, ray_train, training
 from tipl_ray.window.transformer import WindowTransformer
 
 PPO = {"ppo": {"num_epochs": 10}, "epochs_per_snapshot": 2}
@@ -315,7 +314,7 @@ def keep_two(folder: Path) -> tuple[Path, Path]:
     run, kept = of_kind("trial"), (folder / "checkpoint_1", folder / "checkpoint_2")
     for path, _ in zip(kept, run.iterations(), strict=False):
         run.save(str(path))
-    (folder / training.RECORD_FILE).write_text("{}")
+    (folder / ray_train.RECORD_FILE).write_text("{}")
     return kept
 
 
@@ -346,7 +345,7 @@ def test_training_goes_on_from_a_checkpoint_of_before_there_were_records(tmp_pat
     for kept in keep_two(tmp_path):
         (kept / training.CHECKPOINT_RECORD).unlink()
         (kept / "model" / "model.sha256").unlink()
-    assert training._resumed(str(tmp_path), lambda line: None)[1] == 20
+    assert ray_train._resumed(str(tmp_path), lambda line: None)[1] == 20
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -354,7 +353,7 @@ def test_training_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Pat
     earlier, newest = keep_two(tmp_path)
     DAMAGE[what](newest)
     lines: list[str] = []
-    checkpoint, step = training._resumed(str(tmp_path), lines.append)
+    checkpoint, step = ray_train._resumed(str(tmp_path), lines.append)
     assert checkpoint is not None
     assert (checkpoint.path, step) == (str(earlier), 10)
     assert lines == [f"checkpoint_2 in {tmp_path}: not whole; going on from step 10"]
@@ -363,11 +362,11 @@ def test_training_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Pat
 
 def test_checkpoints_that_are_gone_or_all_damaged_begin_the_training_anew(tmp_path: Path):
     lines: list[str] = []
-    assert training._resumed(str(tmp_path / "never"), lines.append) == (None, 0)
+    assert ray_train._resumed(str(tmp_path / "never"), lines.append) == (None, 0)
     assert not lines
     for folder in keep_two(tmp_path):
         truncate(folder / "training.json")
-    assert training._resumed(str(tmp_path), lines.append) == (None, 0)
+    assert ray_train._resumed(str(tmp_path), lines.append) == (None, 0)
     assert lines[0].endswith("not whole; no other is there, so training starts anew")
     assert list(tmp_path.iterdir()) == []
 
@@ -375,7 +374,7 @@ def test_checkpoints_that_are_gone_or_all_damaged_begin_the_training_anew(tmp_pa
 def test_whole_checkpoints_are_told_apart_by_their_steps(tmp_path: Path):
     _, newest = keep_two(tmp_path)
     lines: list[str] = []
-    checkpoint, step = training._resumed(str(tmp_path), lines.append)
+    checkpoint, step = ray_train._resumed(str(tmp_path), lines.append)
     assert checkpoint is not None
     assert (checkpoint.path, step, lines) == (str(newest), 20, ["going on from step 20"])
 
@@ -400,7 +399,7 @@ class GroupError(ray.train.TrainingFailedError):
     ],
 )
 def test_what_a_user_can_mend_is_told_without_ray_trains_words(failure: Exception, kind: type[Exception], says: str):
-    with pytest.raises(kind, match=says), training._explained("/kept"):
+    with pytest.raises(kind, match=says), ray_train._explained("/kept"):
         raise failure
 
 
@@ -408,7 +407,7 @@ def test_a_model_that_diverges_on_ray_train_is_one_error_and_is_not_tried_again(
     settings = experiment(tmp_path, learning_rate=1e30, warmup_steps=0)
     digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
     with pytest.raises(training.TrainingError, match=r"step \d+: .*lower train\.learning_rate=1e\+30"):
-        training.train(settings, digest, say=lambda line: None)
+        ray_train.train(settings, digest, say=lambda line: None)
 
 
 def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster: None, tmp_path: Path):
@@ -417,7 +416,7 @@ def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster
     digest = write_store(tmp_path / "first", settings.train_seeds + settings.validation_seeds).digest()
     phases: list[str] = []
     with pytest.raises(InterruptError):
-        training.train(settings, digest, on_metrics=interrupt, on_phase=phases.append)
+        ray_train.train(settings, digest, on_metrics=interrupt, on_phase=phases.append)
     assert "reading and reducing trials, " in phases[0]
     assert "starting 1 Ray Train worker" in phases
     # It goes on wherever it is moved to, from the newest checkpoint that is whole, whatever Ray Train's record says.
@@ -426,12 +425,12 @@ def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster
     *_, earlier, newest = sorted(tmp_path.glob("moved/training/*/checkpoint_2*"))
     step = json.loads((earlier / "training.json").read_text())["step"]
     truncate(newest / "training.safetensors")
-    (record,) = tmp_path.glob(f"moved/training/*/{training.RECORD_FILE}")
+    (record,) = tmp_path.glob(f"moved/training/*/{ray_train.RECORD_FILE}")
     truncate(record)
     rows: list[training.Metrics] = []
     lines: list[str] = []
     settings = moved
-    folder = training.train(settings, digest, on_metrics=rows.append, say=lines.append)
+    folder = ray_train.train(settings, digest, on_metrics=rows.append, say=lines.append)
     assert newest.name in lines[0]
     assert lines[0].endswith(f"not whole; going on from step {step}")
     assert rows[0]["step"] == step + 10
@@ -454,14 +453,14 @@ def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster
     assert np.isfinite(load_tipl(folder, Question.of(settings)).forecast(trial, np.array([10, 38]))).all()
 
     lines.clear()
-    assert training.train(settings, digest, on_metrics=interrupt, say=lines.append) == folder
+    assert ray_train.train(settings, digest, on_metrics=interrupt, say=lines.append) == folder
     assert lines == [f"found the trained model {folder}"]
 
 
 def test_ray_train_trains_on_gram_bands_without_the_test_trial(cluster: None, tmp_path: Path):
     settings = experiment(tmp_path, "window")
     digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
-    folder = training.train(settings, digest, say=lambda line: None)
+    folder = ray_train.train(settings, digest, say=lambda line: None)
     alone = training.Training(settings, data("window"))
     list(alone.iterations())
     assert isinstance(load_model(folder), WindowTransformer)
@@ -471,7 +470,7 @@ def test_ray_train_trains_on_gram_bands_without_the_test_trial(cluster: None, tm
 def test_a_shared_basis_knows_the_training_trials_alone_and_goes_with_the_model(cluster: None, tmp_path: Path):
     settings = experiment(tmp_path, "shared")
     digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
-    folder = training.train(settings, digest, say=lambda line: None)
+    folder = ray_train.train(settings, digest, say=lambda line: None)
     tipl = load_tipl(folder, Question.of(settings))
     assert (tipl.basis, tipl.causal) == ("shared", True)
     assert isinstance(tipl, Tipl)
@@ -487,9 +486,10 @@ def test_a_model_is_trained_on_several_other_data_sets_and_never_on_its_own(clus
     for name, seeds in (("one", (3, 4, 5, 6)), ("two", (7, 8, 9, 10))):
         write_store(tmp_path / name, seeds).finish(seeds, 41)
     settings = elsewhere(tmp_path / "own", tmp_path / "one", tmp_path / "two")
-    folder = training.train(settings, data_sets.training_digest(settings), say=lambda line: None)
+    folder = ray_train.train(settings, data_sets.training_digest(settings), say=lambda line: None)
     assert load_about(folder)["trained_on"] == "Line-v0"
-    halves = [gather_trials([bands(3, 4), bands(7, 8)]), gather_trials([bands(5), bands(9)])]
+    gather = representation_of(settings.basis).gather
+    halves = [gather([bands(3, 4), bands(7, 8)]), gather([bands(5), bands(9)])]
     alone = training.Training(settings, TrainingData(train=halves[0], validation=halves[1]))
     list(alone.iterations())
     assert_close_weights(load_model(folder), alone.best)
@@ -499,18 +499,18 @@ def test_data_that_cannot_be_reduced_is_refused_with_the_trial(cluster: None, tm
     settings = dataclasses.replace(experiment(tmp_path), basis=config.Basis(rank=14))
     digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
     with pytest.raises(ValueError, match=r"trial [34]: basis\.rank=14 is not between 1 and 13"):
-        training.train(settings, digest)
+        ray_train.train(settings, digest)
 
 
 @pytest.mark.slow
 def test_a_run_that_ended_before_its_model_was_put_in_place_is_completed(cluster: None, tmp_path: Path):
     settings = experiment(tmp_path)
     digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
-    folder = training.train(settings, digest)
+    folder = ray_train.train(settings, digest)
     about = load_about(folder)
     (Path(folder) / "model.json").unlink()
     rows: list[training.Metrics] = []
-    assert training.train(settings, digest, on_metrics=rows.append) == folder
+    assert ray_train.train(settings, digest, on_metrics=rows.append) == folder
     assert load_about(folder) == about
     assert not rows, "there was no step left to train"
 
@@ -521,7 +521,7 @@ def test_two_ray_workers_train_the_same_model_as_one(cluster: None, kind: Litera
     steady = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.0)
     settings = dataclasses.replace(experiment(tmp_path, kind, num_workers=2), model=steady)
     digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()
-    folder = training.train(settings, digest)
+    folder = ray_train.train(settings, digest)
     alone = training.Training(settings, data(kind))
     list(alone.iterations())
     assert_close_weights(load_model(folder), alone.best)

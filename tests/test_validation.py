@@ -5,16 +5,18 @@ import pytest
 import torch
 
 from tipl_ray import config
+from tipl_ray.paper.objective import NextToken
 from tipl_ray.paper.predictor import SvdFloor, Tipl, TrialBasis
+from tipl_ray.paper.representation import TrialTokens
 from tipl_ray.paper.temporal_svd import fit_basis
 from tipl_ray.paper.tokens import Tokens, tokens_of
-from tipl_ray.paper.transformer import CausalTransformer, Normaliser
 from tipl_ray.predict.baselines import CopyLast, Ridge
 from tipl_ray.predict.gram import Question, make_band
 from tipl_ray.predict.predictor import Predictor, Trial, Trials
+from tipl_ray.predict.representation import TrainingData
 from tipl_ray.sweep.judge import Judge
+from tipl_ray.window.objective import WindowError
 from tipl_ray.window.predictor import WindowFloor, WindowTipl
-from tipl_ray.window.transformer import WindowTransformer
 
 STEPS = (1, 2, 5)
 NUM_SNAPSHOTS = 41
@@ -49,6 +51,25 @@ def skill_from_weights(predictor: Predictor, context: int) -> np.ndarray:
     return 1 - error / moved
 
 
+class DecodedAlone(Predictor):
+    """Another predictor's forecasts, judged as weights and by nothing else."""
+
+    def __init__(self, other: Predictor):
+        super().__init__(other.question)
+        self.other = other
+
+    def forecast(self, trial: Trial, starts_B: np.ndarray) -> np.ndarray:
+        return self.other.forecast(trial, starts_B)
+
+
+def window_error(context: int) -> WindowError:
+    torch.manual_seed(0)
+    bands = [trial(seed).band for seed in (3, 4)]
+    return WindowError(
+        config.Model(context=context, embedding=16, layers=1), question(context), bands, JUDGE.bands, "cpu"
+    )
+
+
 def test_starts_are_the_same_for_every_context_and_leave_room_for_the_longest() -> None:
     assert JUDGE.starts_B[0] == 12
     assert JUDGE.starts_B[-1] == NUM_SNAPSHOTS - 1 - 5
@@ -57,13 +78,14 @@ def test_starts_are_the_same_for_every_context_and_leave_room_for_the_longest() 
 @pytest.mark.parametrize("rank", [3, 8])
 def test_the_papers_model_is_judged_as_its_decoded_weights_are(rank: int) -> None:
     torch.manual_seed(0)
-    model = CausalTransformer(config.Model(context=6, embedding=16, layers=1), rank, NUM_SNAPSHOTS)
     at_most = [tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, "trial", 8)) for i, one in enumerate(TRIALS)]
     tokens = Tokens.stack(at_most).truncated(rank)
-    normaliser = Normaliser.fit(tokens.coordinates_NTD)
-    tipl = Tipl(question(6), model, TrialBasis(config.Basis(rank=rank)), normaliser)
-    found_H = JUDGE.token_model(model, normaliser, tokens)
-    np.testing.assert_allclose(1 - found_H, 1 - skill_from_weights(tipl, 6), rtol=1e-3)
+    objective = NextToken(
+        config.Model(context=6, embedding=16, layers=1), TrainingData(train=tokens, validation=tokens)
+    )
+    tipl = Tipl(question(6), objective.model, TrialBasis(TrialTokens(config.Basis(rank=rank))), objective.normaliser)
+    found_H = JUDGE.skills(objective.squared_errors(objective.model, JUDGE.starts_B, STEPS))
+    np.testing.assert_allclose(1 - found_H, 1 - skill_from_weights(DecodedAlone(tipl), 6), rtol=1e-3)
 
 
 def test_truncated_tokens_are_those_of_the_lower_rank() -> None:
@@ -74,10 +96,10 @@ def test_truncated_tokens_are_those_of_the_lower_rank() -> None:
 
 
 def test_the_window_model_and_the_ridge_are_judged_as_their_weights_are() -> None:
-    torch.manual_seed(0)
-    model = WindowTransformer(config.Model(context=4, embedding=16, layers=1), STEPS, 5)
+    objective = window_error(4)
+    model = objective.model
     torch.nn.init.normal_(model.predict.weight, std=0.1)
-    found_H = JUDGE.window_model(model)
+    found_H = JUDGE.skills(objective.squared_errors(model, JUDGE.starts_B, STEPS))
     np.testing.assert_allclose(found_H, skill_from_weights(WindowTipl(question(4), model), 4), rtol=1e-5)
     ridge, training = Ridge(question(4)), [trial(3).band, trial(4).band]
     ridge.fit(Trials(bands=training, weights=tuple), Trials(bands=JUDGE.bands, weights=tuple))
@@ -89,8 +111,18 @@ def test_no_model_has_more_skill_than_the_true_future_on_its_basis() -> None:
     tokens = Tokens.stack(
         [tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, "trial", 13)) for i, one in enumerate(TRIALS)]
     )
-    floor = SvdFloor(question(6), TrialBasis(config.Basis(rank=3)))
-    np.testing.assert_allclose(1 - JUDGE.token_floor(tokens.truncated(3)), 1 - skill_from_weights(floor, 6), rtol=1e-3)
-    np.testing.assert_allclose(JUDGE.token_floor(tokens), 1, atol=1e-6)
-    np.testing.assert_allclose(JUDGE.window_floor(6), skill_from_weights(WindowFloor(question(6)), 6), rtol=1e-9)
-    assert (JUDGE.window_floor(12) > JUDGE.window_floor(6)).all(), "more displacements span more"
+    floor = SvdFloor(question(6), TrialBasis(TrialTokens(config.Basis(rank=3))))
+    np.testing.assert_allclose(
+        1 - bound_H(tokens.truncated(3)), 1 - skill_from_weights(DecodedAlone(floor), 6), rtol=1e-3
+    )
+    np.testing.assert_allclose(bound_H(tokens), 1, atol=1e-6)
+    short_H, long_H = (JUDGE.skills(window_error(k).upper_bound(JUDGE.starts_B, STEPS)) for k in (6, 12))
+    np.testing.assert_allclose(short_H, skill_from_weights(WindowFloor(question(6)), 6), rtol=1e-9)
+    assert (long_H > short_H).all(), "more displacements span more"
+
+
+def bound_H(tokens: Tokens) -> np.ndarray:
+    objective = NextToken(
+        config.Model(context=6, embedding=16, layers=1), TrainingData(train=tokens, validation=tokens)
+    )
+    return JUDGE.skills(objective.upper_bound(JUDGE.starts_B, STEPS))

@@ -14,7 +14,6 @@ from tipl_ray.config import (
     JOBS,
     MOVED,
     Experiment,
-    Jump,
     check_place,
     fields_read,
     find_experiment,
@@ -24,6 +23,7 @@ from tipl_ray.config import (
 from tipl_ray.digest import redacted
 from tipl_ray.errors import UserError, nearest
 from tipl_ray.places import absolute_storage, check_places, forget_empty_variables, in_checkout, with_variables
+from tipl_ray.registry import REPRESENTATIONS
 from tipl_ray.terminal import say
 
 if TYPE_CHECKING:
@@ -194,12 +194,10 @@ def _with_places(experiment: Experiment) -> Experiment:
         storage = experiment.at(storage).storage_path
     data = tuple(str(with_variables("train.data", one)) for one in experiment.train.data)
     predictors = with_variables("predictors_storage", experiment.where.predictors_storage)
-    jump = with_variables("jump.predictor", experiment.jump.predictor)
     return dataclasses.replace(
         experiment,
         where=dataclasses.replace(experiment.where, storage=storage, predictors_storage=predictors),
         train=dataclasses.replace(experiment.train, data=data),
-        jump=dataclasses.replace(experiment.jump, predictor=jump),
     )
 
 
@@ -220,8 +218,6 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
     if "train" in jobs or "evaluate" in jobs:
         for storage in experiment.train.data:
             _check_folder("train.data", storage)
-    if "collect" in jobs and experiment.jump.predictor is not None:
-        _check_folder("jump.predictor", experiment.jump.predictor)
     if "accelerate" in jobs and experiment.accelerate.predictors:
         where = experiment.where
         path = find_experiment(where.predictors_from, "predictors_from")
@@ -247,20 +243,13 @@ def _check_folder(field: str, place: str) -> None:
 
 def _without_effect(experiment: Experiment, said: Collection[str]) -> Iterator[tuple[str, str]]:
     """Options of a command line that change nothing beside the others, each with the reason."""
-    window = experiment.basis.kind == "window"
     reasons: dict[str, str] = {}
 
     def none_of(section: str, fields: Sequence[str], why: str) -> None:
         reasons.update({f"{section}.{field}": why for field in fields})
 
-    if window or experiment.basis.kind == "raw":
-        none_of("basis", ("rank", "centred", "deltas"), f"basis.kind={experiment.basis.kind} fits no Temporal SVD")
-    if not window:
-        none_of("model", ("phase", "clock"), "it is for basis.kind=window")
-        none_of("train", ("joined_windows",), "it is for basis.kind=window")
-    if experiment.jump.predictor is None:
-        fields = [field.name for field in dataclasses.fields(Jump) if field.name != "predictor"]
-        none_of("jump", fields, "without jump.predictor there are no jumps")
+    if any(field.startswith(("basis.", "model.", "train.")) for field in said):
+        reasons.update(REPRESENTATIONS.load(experiment.basis.kind)(experiment.basis).without_effect())
     if not experiment.evaluate.run_policies_of:
         fields = ["windows_per_trial", "episodes", "sampled_actions"]
         none_of("evaluate", fields, "evaluate.run_policies_of is empty, so that no policy is run")

@@ -22,27 +22,12 @@ from pydantic import Field
 from tipl_ray.digest import as_table, flat, published, redacted
 from tipl_ray.errors import nearest, no_such
 from tipl_ray.places import CHECKOUT, absolute_storage, check_text, default_storage
+from tipl_ray.registry import PREDICTORS, REPRESENTATIONS
 
 LARGEST = 2**31 - 1
 """Most that a whole number may be: what the data set's columns and every library's seeds hold."""
 
 MAX_NAME_BYTES = 100
-
-COMBINATIONS = (
-    "copy-last",
-    "linear",
-    "damped",
-    "window-linear",
-    "ridge",
-    "first-again",
-    "rank-1",
-    "rank-1-from-last",
-    "dmd",
-)
-"""Names of the predictors that one small file holds: those that jumps can be made by, beside `tipl`."""
-
-PREDICTORS = (*COMBINATIONS, "context-ridge", "mean-trajectory", "ridge-elsewhere", "tipl", "svd-floor", "window-floor")
-"""Names of the predictors in the result table. Here, because forecasting.py loads torch."""
 
 NO_IDENTITY = {"identity": False}
 """Metadata of fields that no result depends on; see `digest.identity`."""
@@ -58,11 +43,11 @@ Positive = Annotated[float, Field(ge=1e-37, le=1e37)]
 """What float32 holds, above 0."""
 
 _LEARNING = (
-    *("preset", "collect", "-collect.engine", "-collect.iterations_per_commit", "ppo", "jump"),
+    *("preset", "collect", "-collect.engine", "-collect.iterations_per_commit", "ppo"),
     *("split", "basis", "model", "train", "evaluate.horizon", "evaluate.extra_horizons"),
 )
 JOBS: dict[str, tuple[str, ...]] = {
-    "collect": ("collect", "ppo", "jump", "where.trials_per_actor", "where.physics_threads"),
+    "collect": ("collect", "ppo", "where.trials_per_actor", "where.physics_threads"),
     "train": (*_LEARNING, "where.num_workers", "where.use_gpu"),
     "evaluate": (*_LEARNING, "evaluate"),
     "sweep": (
@@ -146,6 +131,9 @@ class Collect:
     """PPO update epochs between two stored snapshots; must divide ppo.num_epochs."""
     iterations_per_commit: Count = 20
     """PPO iterations between two commits of a trial: what a kill can cost at most."""
+    algorithm: str = dataclasses.field(default="ppo", metadata={"later": True})
+    """What trains the policies: `ppo`, an entry point of the group `tipl_ray.algorithms`, or a class of one's own as
+    module:Name."""
     engine: Literal["auto", "compiled", "torch", "cuda"] = "auto"
     """What runs the networks: `compiled` (C++, needs g++), `torch`, `cuda` (torch on one GPU per actor), or `auto`:
     compiled where g++ is found, else torch."""
@@ -156,30 +144,6 @@ class Collect:
 
     def check(self) -> None:
         _check_last_seed("collect", "first_seed", self.first_seed, self.num_trials)
-
-
-@pydantic.with_config(STRICT)
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Jump:
-    """Update epochs replaced by inference: ppo.num_epochs are run, and a predictor jumps to where more would lead."""
-
-    predictor: str | None = None
-    """Folder or URI of a saved predictor or a trained model on the basis `window`; none: no jumps."""
-    horizon: Step = 3
-    """Snapshots that end an iteration and are predicted; ppo.num_epochs are those before them."""
-    damping: Positive = 1.0
-    """Share of the forecast that is taken; above 1 goes further."""
-    networks: Literal["policy", "both"] = "policy"
-    """What jumps: the policy alone, or the critic too, by a forecast of its own."""
-    moments: Literal["kept", "reset"] = "kept"
-    """Adam's moments and step count after a jump."""
-    gate: bool = False
-    """Keep a jump only if the surrogate objective on the stored rollout does not fall."""
-    limit: Positive = 3.0
-    """Refuse a jump that goes further per snapshot than this many times the context's longest displacement."""
-
-    def check(self) -> None:
-        check_limits(self, "jump.")
 
 
 @pydantic.with_config(STRICT)
@@ -203,10 +167,10 @@ class Split:
 class Basis:
     """How snapshots become tokens and tokens become weights (Section 3.2)."""
 
-    kind: Literal["trial", "raw", "shared", "window"] = "trial"
+    kind: str = "trial"
     """`trial`: Temporal SVD of the trial's own trajectory, the paper's, not causal; `raw`: the weights themselves;
     `shared`: one Temporal SVD of all training trials, causal; `window`: the displacements of the context, known by
-    their inner products alone, causal."""
+    their inner products alone, causal; or `module:Name`, a representation of one's own (docs/extending.md)."""
     rank: Count = 32
     """SVD rank D of `trial` and `shared`."""
     centred: bool = False
@@ -215,10 +179,9 @@ class Basis:
     """Subtract the trajectory's first snapshot before the SVD."""
 
     def check(self) -> None:
+        REPRESENTATIONS.check("basis.kind", self.kind)
         if self.centred and self.deltas:
             raise ValueError("basis.centred=True and basis.deltas=True exclude each other: choose one origin")
-        if self.deltas and self.kind == "shared":
-            raise ValueError("basis.deltas=True is not for basis.kind=shared, whose origin is that of all trials")
 
 
 @pydantic.with_config(STRICT)
@@ -300,6 +263,8 @@ class Evaluate:
     run_policies_of: tuple[str, ...] = ("copy-last", "linear", "ridge", "tipl", "svd-floor", "window-floor")
     """Predictors whose policies are run, by their names in the result table; WPE takes all predictors, and of
     none no policy is run."""
+    predictors: tuple[str, ...] = dataclasses.field(default=(), metadata={"later": True})
+    """Predictors of one's own that are compared too, as `module:Name` (docs/extending.md)."""
     episodes: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """Evaluation episodes E per policy; the noise floor takes as many again on other seeds."""
     sampled_actions: bool = False
@@ -317,9 +282,9 @@ class Evaluate:
         return (*range(1, self.horizon + 1), *self.extra_horizons)
 
     def check(self) -> None:
-        for name in self.run_policies_of:
-            if name not in PREDICTORS:
-                raise no_such("evaluate.run_policies_of", name, PREDICTORS)
+        for name in self.predictors:
+            PREDICTORS.check("evaluate.predictors", name)
+        _check_once("evaluate", "predictors", self.predictors)
         _check_once("evaluate", "run_policies_of", self.run_policies_of)
         extra = (self.horizon, *self.extra_horizons)
         if list(extra) != sorted(set(extra)):
@@ -478,7 +443,6 @@ class Experiment:
     our own on the basis `window`. The file's sections [causal.train], [paper.train] and so on hold for one of them."""
     collect: Collect = dataclasses.field(default_factory=Collect)
     ppo: Ppo = dataclasses.field(default_factory=Ppo)
-    jump: Jump = dataclasses.field(default_factory=Jump)
     split: Split = dataclasses.field(default_factory=Split)
     basis: Basis = dataclasses.field(default_factory=Basis)
     model: Model = dataclasses.field(default_factory=Model)
@@ -508,14 +472,9 @@ class Experiment:
         return self.num_iterations * self.ppo.num_steps
 
     @property
-    def snapshots_run(self) -> int:
-        """Snapshots per iteration that update epochs lead to."""
-        return self.ppo.num_epochs // self.collect.epochs_per_snapshot
-
-    @property
     def snapshots_per_iteration(self) -> int:
-        """Snapshots per iteration, those that a jump predicts included."""
-        return self.snapshots_run + (self.jump.horizon if self.jump.predictor else 0)
+        """Snapshots per iteration, each of which update epochs lead to."""
+        return self.ppo.num_epochs // self.collect.epochs_per_snapshot
 
     @property
     def num_snapshots(self) -> int:
@@ -570,7 +529,6 @@ class Experiment:
         _check_name("name", self.name, self.name)
         check_limits(self)
         places = [("storage", self.where.storage), ("predictors_storage", self.where.predictors_storage)]
-        places += [("jump.predictor", self.jump.predictor)]
         for named, place in places + [("train.data", storage) for storage in self.train.data]:
             if place:
                 check_place(named, place)
@@ -609,9 +567,9 @@ class Experiment:
                 f"split.validation_trials + split.test_trials = {held_out} leaves no trial to train on: "
                 f"collect.num_trials={self.collect.num_trials}"
             )
-        if self.basis.kind == "trial" and self.basis.rank > self.num_snapshots:
-            raise ValueError(f"basis.rank={self.basis.rank} exceeds the {self.num_snapshots} snapshots of a trial")
-        if self.train.data and self.basis.kind != "window":
+        representation = REPRESENTATIONS.load(self.basis.kind)(self.basis)
+        representation.check(self)
+        if self.train.data and not representation.across_tasks:
             raise ValueError(
                 f"train.data={self.train.data} needs basis.kind=window: tokens of {self.basis.kind!r} fit one task"
             )
@@ -624,7 +582,13 @@ class Experiment:
             )
 
     def _check_policies_run(self) -> None:
-        missing = {"svd-floor" if self.basis.kind == "window" else "window-floor"}
+        known = known_predictors(self.evaluate.predictors)
+        for name in self.evaluate.run_policies_of:
+            if name not in known:
+                raise no_such("evaluate.run_policies_of", name, known)
+        brought = {name: REPRESENTATIONS.load(name).own_predictors for name in REPRESENTATIONS.own}
+        missing = {name for names in brought.values() for name in names}
+        missing -= set(REPRESENTATIONS.load(self.basis.kind).own_predictors)
         if not self.train.data:
             missing.add("ridge-elsewhere")
         if missing.issuperset(self.evaluate.run_policies_of):
@@ -668,6 +632,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Fields that a preset sets; the paper's are the dataclasses' own defaults."""
+
+
+def known_predictors(outside: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names that a result table may have: this package's, those that representations bring, and those from outside."""
+    brought = [name for kind in REPRESENTATIONS.own for name in REPRESENTATIONS.load(kind).own_predictors]
+    return tuple(dict.fromkeys([*PREDICTORS.own, *brought, *(PREDICTORS.load(name).name for name in outside)]))
 
 
 def named_experiments() -> dict[str, Path]:
@@ -760,6 +730,7 @@ MOVED = (
 def _upgraded(table: dict[str, Any]) -> dict[str, Any]:
     """A table that any version wrote, as this one writes it."""
     table = {name: dict(part) if isinstance(part, dict) else part for name, part in table.items()}
+    table.pop("jump", None)  # which is no part of an experiment any more
     where = table.setdefault("where", {})
     for moved in MOVED:
         section, _, field = moved.rpartition(".")
@@ -872,7 +843,7 @@ def _check_contender(contender: str) -> None:
     """EPOCHS or EPOCHS+PREDICTOR[:OPTION,...], as contenders.py reads it."""
     plan, colon, options = contender.partition(":")
     epochs, plus, predictor = plan.partition("+")
-    known = (*COMBINATIONS, "tipl")
+    known = (*PREDICTORS.names(), "tipl")
     if not epochs.isdecimal() or not 1 <= int(epochs) <= 10_000 or (colon and not (predictor and options)):
         raise ValueError(
             f"accelerate.contenders: {contender!r} is not EPOCHS or EPOCHS+PREDICTOR[:OPTION,...], with 1 to 10000 "

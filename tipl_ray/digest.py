@@ -20,13 +20,15 @@ def identity(config: Any) -> dict[str, Any]:
     Left out are fields whose metadata say {"identity": False}, as what something is called and where it runs, and those
     that say {"later": True} while they have their default: what was made before there was such a field is still found.
     """
-    whole, table = as_table(config), {}
+    table = as_table(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.metadata.get("later") and value == field.default:
-            continue
-        if field.metadata.get("identity", True):
-            table[field.name] = identity(value) if dataclasses.is_dataclass(value) else whole[field.name]
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if not field.metadata.get("identity", True) or (field.metadata.get("later") and value == default):
+            del table[field.name]
+        elif dataclasses.is_dataclass(value):
+            table[field.name] = identity(value)
     return table
 
 
@@ -100,7 +102,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def digest(*parts: Any) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the parts' canonical JSON, of a configuration its `identity`."""
+    """First 16 hexadecimal digits of the SHA-256 of the parts' canonical JSON; of a dataclass, its `identity`."""
     plain = [identity(part) if dataclasses.is_dataclass(part) else part for part in parts]
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ from tipl_ray.config import Experiment
 from tipl_ray.data.storage import Storage, local_folder
 from tipl_ray.errors import UserError
 from tipl_ray.places import CHECKOUT, check_places, forget_empty_variables
+from tipl_ray.ppo.algorithms import ALGORITHMS
 from tipl_ray.ppo.tasks import find_task
 from tipl_ray.terminal import is_terminal
 from tipl_ray.tracking import Tracker
@@ -62,11 +63,12 @@ class ClusterError(UserError):
 
 
 def check_job(experiment: Experiment) -> None:
-    """Raise ValueError for a task that is not known and for a storage that would be lost with a submitted job.
+    """Raise ValueError for an unknown task or algorithm, and for a storage that would be lost with a submitted job.
 
     Raises UserError for a storage that cannot be written, StoreError for one that nothing answers to.
     """
     find_task(experiment.collect.task)
+    ALGORITHMS.check("collect.algorithm", experiment.collect.algorithm)
     check_places(experiment.storage_path)
     Storage(experiment.storage_path)
     folder = local_folder(experiment.storage_path)
@@ -187,7 +189,8 @@ def _start(address: str) -> None:
         return
     # A local cluster is this process' own. A token, which Ray would write into the home, belongs to real ones.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    paths = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    # What an experiment names as `module:Name` may lie where the job was started.
+    paths = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH"), str(Path.cwd())]))
     # What matters of the workers' output comes as exceptions; the rest is Ray Train missing the dashboard.
     # By default Ray would join whatever cluster last ran on this machine, or wait for one that died.
     ray.init(

@@ -5,7 +5,9 @@ is imported where it is used: from the working directory too, as a cluster's wor
 when it is asked for, so that the names are known without torch.
 """
 
+import hashlib
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -27,10 +29,26 @@ class Registry:
         """`what` is said in errors, `group` is the entry points' group, `own` are names -> `module:Name`."""
         self.what, self.group, self._own = what, group, dict(own)
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """This package's names."""
+        return tuple(self._own)
+
     def names(self) -> tuple[str, ...]:
         """Every name that needs no module: this package's, then those of entry points."""
         found = (entry.name for entry in entry_points(group=self.group))
         return tuple(dict.fromkeys([*self._own, *found]))
+
+    def name_of(self, thing: Any) -> str:
+        """The name under which a class is found again."""
+        place = f"{thing.__module__}:{thing.__qualname__}"
+        return next((name for name, own in self._own.items() if own == place), place)
+
+    def source_digest(self, name: str) -> str | None:
+        """Digest of the file that a thing from outside is written in, which its answers depend on; None for our own."""
+        if name in self._own:
+            return None
+        return hashlib.sha256(Path(inspect.getfile(self.load(name))).read_bytes()).hexdigest()[:16]
 
     def check(self, field: str, name: str) -> None:
         """Raise ValueError naming the field where there is no such thing; a `module:Name` is looked up and imported."""
@@ -65,3 +83,35 @@ class Registry:
             ) from error
         except AttributeError as error:
             raise ValueError(f"{field}={place!r}: {module} has no {name!r}") from error
+
+
+PREDICTORS = Registry(
+    "predictor",
+    "tipl_ray.predictors",
+    {
+        "copy-last": "tipl_ray.predict.baselines:CopyLast",
+        "linear": "tipl_ray.predict.baselines:Linear",
+        "damped": "tipl_ray.predict.baselines:Damped",
+        "window-linear": "tipl_ray.predict.baselines:WindowLinear",
+        "ridge": "tipl_ray.predict.baselines:Ridge",
+        "context-ridge": "tipl_ray.predict.baselines:RidgeOnContext",
+        "rank-1": "tipl_ray.predict.baselines:RankOne",
+        "rank-1-from-last": "tipl_ray.predict.baselines:RankOneFromLast",
+        "dmd": "tipl_ray.predict.baselines:DynamicModes",
+        "mean-trajectory": "tipl_ray.predict.baselines:MeanTrajectory",
+        "first-again": "tipl_ray.predict.baselines:FirstAgain",
+    },
+)
+"""What TIPL is held against, in the order of the result table: a `predict.predictor.Predictor` each."""
+
+REPRESENTATIONS = Registry(
+    "basis.kind",
+    "tipl_ray.representations",
+    {
+        "trial": "tipl_ray.paper.representation:TrialTokens",
+        "raw": "tipl_ray.paper.representation:RawTokens",
+        "shared": "tipl_ray.paper.representation:SharedTokens",
+        "window": "tipl_ray.window.representation:Window",
+    },
+)
+"""What an experiment's basis may be: a `predict.representation.Representation` each."""

@@ -16,7 +16,7 @@ from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table
 from tipl_ray.places import absolute_storage
 
-COLLECTED = ("name", "collect", "ppo", "jump")
+COLLECTED = ("name", "collect", "ppo")
 """What is the same for every model of a data set."""
 SHARED = ("split", "evaluate")
 """What is the same whatever the preset, until another is asked for."""

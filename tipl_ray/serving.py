@@ -14,7 +14,7 @@ from tipl_ray import config
 from tipl_ray.predict.gram import GramBand, Question, check_starts, make_band
 from tipl_ray.predict.models import load_about
 from tipl_ray.predict.predictor import Trial
-from tipl_ray.predict.saved import load_tipl
+from tipl_ray.predict.representation import load_tipl
 
 
 class Forecaster:

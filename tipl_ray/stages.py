@@ -25,8 +25,9 @@ from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_n
 from tipl_ray.data.trajectory_store import Header, TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat, identity
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
+from tipl_ray.predict.representation import representation_of
 from tipl_ray.remembered import remember_collection, remember_training
-from tipl_ray.terminal import ProgressView, duration, say
+from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
 
@@ -91,7 +92,8 @@ class Context:
 
 def check_collect(context: Context) -> bool:
     """Whether the data set is found whole. Raises StoreError or ValueError for what cannot be collected."""
-    from tipl_ray.collect.collection import pending_seeds, trial_header
+    from tipl_ray.collect.collection import pending_seeds
+    from tipl_ray.collect.group import trial_header
     from tipl_ray.ppo.learner import choose_engine
 
     experiment = context.experiment
@@ -134,7 +136,8 @@ def check_evaluate(context: Context) -> bool:
 
 def run_collect(context: Context) -> None:
     """Collect every trial, with the progress of each actor, and log the trials' learning curves."""
-    from tipl_ray.collect.collection import collect, pending_seeds, trial_header
+    from tipl_ray.collect.collection import collect, pending_seeds
+    from tipl_ray.collect.group import trial_header
     from tipl_ray.ppo.learner import choose_engine, why_not_compiled
     from tipl_ray.ppo.tasks import find_task
 
@@ -182,6 +185,7 @@ def run_collect(context: Context) -> None:
     if context.logged(key):
         return
     from tipl_ray.evaluate import figures
+    from tipl_ray.evaluate.metrics import Resampling
 
     context.claim("collect", "collecting trials")
     with context.run("collect", key) as run:
@@ -190,7 +194,7 @@ def run_collect(context: Context) -> None:
         run.log_history("episodic_return_mean", steps, mean_T)
         run.log_metrics({"final_episodic_return_mean": final, "num_weights": header.num_weights})
         log_data(experiment, run)
-        drawing = {"learning_curves": lambda: figures.learning_curves(curves)}
+        drawing = {"learning_curves": lambda: figures.learning_curves(curves, Resampling.of(experiment.evaluate))}
         for name, figure in _those_with_data("collect", drawing).items():
             run.log_figure(figure, name)
 
@@ -206,9 +210,9 @@ def run_train(context: Context) -> None:
     cut = [one.parts for one in sets]
     say(
         f"train: {sum(len(seeds) for seeds, _, _ in cut)} trials to train, {sum(len(seeds) for _, seeds, _ in cut)} to "
-        f"choose, of {', '.join(one.task for one in sets)}, preset {experiment.preset}, basis {_basis(experiment)}, "
-        f"context {experiment.model.context}, {experiment.train.num_steps:,} steps of {experiment.train.batch_size} "
-        "windows"
+        f"choose, of {', '.join(one.task for one in sets)}, preset {experiment.preset}, basis "
+        f"{representation_of(experiment.basis)}, context {experiment.model.context}, {experiment.train.num_steps:,} "
+        f"steps of {experiment.train.batch_size} windows"
     )
     for run_of_seed in experiment.training_runs:
         _train_one(context, run_of_seed)
@@ -244,7 +248,8 @@ def _train_and_log(
     experiment: Experiment, run: Run, data: str, show: Callable[[str], None], at_first_line: Callable[[], None]
 ) -> None:
     from tipl_ray.evaluate import figures
-    from tipl_ray.train.training import load_history, train
+    from tipl_ray.train.ray_train import train
+    from tipl_ray.train.training import load_history
 
     run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("basis", "split", "model", "train")})
     for one in data_sets(experiment):
@@ -314,16 +319,14 @@ def run_evaluate(context: Context) -> None:
             for row in evaluation.summary:
                 values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
                 run.log_metrics(values, step=row["step"])
-            with tempfile.TemporaryDirectory() as temporary:
-                pictures = _draw(context, evaluation, models[0], Path(temporary))
-                for name, picture in pictures.items():
-                    run.log_figure(picture, name)
-                    write_file(join(evaluation.folder, "figures"), picture.name, picture.read_bytes())
-                page = _write_report(Path(temporary) / "report.html", context, evaluation, models, pictures)
-                run.log_file(page)
-                write_file(evaluation.folder, page.name, page.read_bytes())
-    for line in report.format_table(evaluation.summary).splitlines():
-        say(line)
+            pictures = _draw(context, evaluation, models[0])
+            for name, picture in pictures.items():
+                run.log_figure(picture, name)
+                write_file(join(evaluation.folder, "figures"), f"{name}.png", picture)
+            page = _report(context, evaluation, models, pictures).encode()
+            run.log_file(page, "report.html")
+            write_file(evaluation.folder, "report.html", page)
+    say_rows(report.table(evaluation.summary, report.SHORT_STEPS))
     answers = report.answers(
         evaluation.summary, settings.confidence, comparisons=evaluation.comparisons, groups=evaluation.groups
     )
@@ -363,7 +366,7 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
         first = next((name for name in names if not STAGES[name].check(context)), None)
         tracker = context.tracker  # one that cannot be used is refused before hours of work
         if first == "collect" and "train" in names:
-            from tipl_ray.train.training import require_workers
+            from tipl_ray.train.ray_train import require_workers
 
             context.connect()
             require_workers(experiment)  # now, and not when all is collected
@@ -400,7 +403,7 @@ def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[
     others = sorted(set(there) - set(asked.seeds))
     if not others:
         return StoreError(f"{start}; run jobs/collect.py with the same experiment first")
-    from tipl_ray.collect.collection import name_trials
+    from tipl_ray.collect.group import name_trials
 
     in_a_row = there[-1] - there[0] + 1 == len(there)
     ask = f"ask for these with --collect.first-seed {there[0]} --collect.num-trials {len(there)}, or "
@@ -412,21 +415,16 @@ def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[
 
 def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
     """Raises StoreError where the trials were collected with other settings than the experiment's, and says which."""
-    made = dict(header.config)
+    made = {"algorithm": "ppo", **header.config}
     if "policy_hidden" not in made:
         return  # not from jobs/collect.py: nothing is recorded that could differ
     here = as_table(experiment)
-    ppo, jump = made.pop("ppo", {}), made.pop("jump", None)
+    ppo, jump = made.pop("ppo", {}), dict(made.pop("jump", {}))
+    jump.pop("predictor", None)  # a digest, which means nothing to a reader
     for field in ("engine", "iterations_per_commit"):  # of no account to who reads the trials
         made.pop(field, None)
-    there = {"collect": {"task": header.task, **made}, "ppo": ppo, "jump": jump or {}}
-    asked: dict[str, dict] = {
-        "collect": {field: here["collect"][field] for field in there["collect"]},
-        "ppo": here["ppo"],
-    }
-    asked["jump"] = here["jump"] if experiment.jump.predictor else {}
-    for table in (there, asked):
-        table["jump"].pop("predictor", None)  # told by its digest there, by its folder here
+    there = {"collect": {"task": header.task, **made}, "ppo": ppo, "jump": jump}
+    asked = {"collect": {field: here["collect"].get(field) for field in there["collect"]}, "ppo": here["ppo"]}
     before, now = dict(flat(there)), dict(flat(asked))
     fields = [name for name in now | before if before.get(name) != now.get(name)]
     if fields:
@@ -469,11 +467,18 @@ def mean_curve(curves: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> tuple[li
     return [int(step) for step in curves[0][1]], means
 
 
+JUMP_OF_BEFORE = {
+    **{"predictor": None, "horizon": 3, "damping": 1.0, "networks": "policy", "moments": "kept", "gate": False},
+    "limit": 3.0,
+}
+"""A section that experiments once had: runs that were logged then are still found."""
+
+
 def essence(experiment: Experiment) -> dict:
     """What tells one pipeline from another: its name, and of its identity what some stage reads."""
     elsewhere = ("accelerate", "sweep")
     table = {section: part for section, part in identity(experiment).items() if section not in elsewhere}
-    return {"name": experiment.name, **table}
+    return {"name": experiment.name, "jump": JUMP_OF_BEFORE, **table}
 
 
 def run_tags(experiment: Experiment) -> dict[str, str]:
@@ -492,7 +497,7 @@ def log_data(experiment: Experiment, run: Run) -> None:
 
 
 def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: float) -> None:
-    from tipl_ray.collect.collection import name_trials
+    from tipl_ray.collect.group import name_trials
 
     shown = sorted(groups, key=lambda group: group.finished)[:ROWS]
     rows = [
@@ -519,35 +524,34 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
     )
 
 
-def _basis(experiment: Experiment) -> str:
-    basis = experiment.basis
-    return f"{basis.kind} of rank {basis.rank}" if basis.kind in ("trial", "shared") else basis.kind
-
-
 def _left(seconds: float) -> str:
     return duration(seconds) if np.isfinite(seconds) else "?"
 
 
-def _draw(context: Context, evaluation: Evaluation, model: str, folder: Path) -> dict[str, Path]:
+def _draw(context: Context, evaluation: Evaluation, model: str) -> dict[str, bytes]:
+    """The pictures that the report shows, as PNG."""
+    from tipl_ray.drawing import png
     from tipl_ray.evaluate import figures
+    from tipl_ray.evaluate.metrics import Resampling
     from tipl_ray.train.training import load_history
 
     results, summary = evaluation.results, evaluation.summary
+    resampling = Resampling.of(context.experiment.evaluate)
     drawing: dict[str, Callable[[], Figure]] = {
         "figure_2": lambda: figures.figure_2(results, summary),
         "skill_by_step": lambda: figures.skill_by_step(summary),
         "skill_over_ridge": lambda: figures.skill_over_ridge(evaluation.comparisons),
-        "skill_by_phase": lambda: figures.skill_by_phase(results),
-        "skill_by_third": lambda: figures.skill_by_third(results),
+        "skill_by_phase": lambda: figures.skill_by_group(evaluation.groups, "phase"),
+        "skill_by_third": lambda: figures.skill_by_group(evaluation.groups, "third"),
         "spread": lambda: figures.spread(summary),
         "reconstruction": lambda: figures.reconstruction(evaluation.reconstruction),
         "training_curves": lambda: figures.training_curves(load_history(model)),
-        "learning_curves": lambda: figures.learning_curves(learning_curves(context.experiment)),
+        "learning_curves": lambda: figures.learning_curves(learning_curves(context.experiment), resampling),
     }
     if not context.experiment.evaluate.run_policies_of:
         del drawing["spread"]
     drawn = _those_with_data("evaluate", drawing)
-    return {name: figures.save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
+    return {name: png(figure) for name, figure in drawn.items()}
 
 
 def _those_with_data(stage: str, drawing: Mapping[str, Callable[[], Figure]]) -> dict[str, Figure]:
@@ -561,17 +565,14 @@ def _those_with_data(stage: str, drawing: Mapping[str, Callable[[], Figure]]) ->
     return drawn
 
 
-def _write_report(
-    path: Path, context: Context, evaluation: Evaluation, models: list[str], pictures: dict[str, Path]
-) -> Path:
+def _report(context: Context, evaluation: Evaluation, models: list[str], pictures: dict[str, bytes]) -> str:
     from tipl_ray.evaluate import report
 
     experiment = context.experiment
-    return report.write_report(
-        path,
+    return report.page(
         title=f"TIPL on {experiment.collect.task}: {experiment.name}",
         summary=evaluation.summary,
-        figures=pictures,
+        pictures=pictures,
         facts={
             "trials": experiment.collect.num_trials,
             "snapshots a trial": f"{experiment.num_snapshots:,}",

@@ -11,8 +11,9 @@ import time
 import unicodedata
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -20,6 +21,8 @@ from rich.text import Text
 
 LOG_INTERVAL = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
+FILE_COLUMNS = 1000
+"""Columns of a file, where no line is folded."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -80,12 +83,19 @@ def format_rows(rows: Iterable[Mapping[str, str]], title: str | None = None) -> 
     """Rows of equal keys as a table, numbers and all, headed by the keys; text as it is, whatever brackets it has."""
     rows = list(rows)
     heading = None if title is None else Text(plain(title))
-    table = Table(title=heading, title_justify="left", header_style="bold")
+    lean: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False}
+    table = Table(title=heading, title_justify="left", header_style="bold", **lean)
     for column, key in enumerate(rows[0] if rows else ()):
         table.add_column(Text(plain(key)), justify="left" if column == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(plain(cell)) for cell in row.values()))
     return table
+
+
+def say_rows(rows: Iterable[Mapping[str, str]], title: str | None = None) -> None:
+    """Print rows of equal keys as a table: folded to the width of a terminal, elsewhere as wide as it needs to be."""
+    place = console if is_terminal(sys.stdout) else Console(highlight=False, soft_wrap=True, width=FILE_COLUMNS)
+    place.print(format_rows(rows, title))
 
 
 class ProgressView:

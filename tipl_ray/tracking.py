@@ -272,19 +272,15 @@ class Run:
             raise ValueError(f"history {name!r} has {len(steps)} steps and {len(values)} values")
         self._log_points((name, step, value) for step, value in zip(steps, values, strict=True))
 
-    def log_figure(self, figure: Figure | str | Path, name: str) -> None:
-        """Keep a picture, a matplotlib Figure or a PNG file, as `figures/<name>.png`."""
-        if isinstance(figure, str | Path):
-            content = Path(figure).read_bytes()
-        else:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", metadata={"Software": None})
-            content = buffer.getvalue()
-        self.client.log_stream(self.run_id, io.BytesIO(content), f"figures/{name.removesuffix('.png')}.png")
+    def log_figure(self, picture: Figure | bytes, name: str) -> None:
+        """Keep a picture, a matplotlib Figure or a PNG, as `figures/<name>.png`."""
+        from tipl_ray.drawing import png
 
-    def log_file(self, path: str | Path, folder: str | None = None) -> None:
-        """Keep a copy of a file among the run's artifacts."""
-        self.client.log_artifact(self.run_id, str(path), folder)
+        self.log_file(picture if isinstance(picture, bytes) else png(picture), f"figures/{name}.png")
+
+    def log_file(self, content: bytes, name: str) -> None:
+        """Keep a file among the run's artifacts."""
+        self.client.log_stream(self.run_id, io.BytesIO(content), name)
 
     def log_dataset(
         self,

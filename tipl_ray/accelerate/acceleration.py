@@ -7,27 +7,38 @@ in one Ray task, committed to a data set of its own: whatever is killed goes on 
     <storage>/predictors/<digest>/<name>/    what the jumps are made of, fitted on another experiment's trials
     <storage>/units/<digest>/unit.json       a unit's learning curves; beside it its trials while it runs
     <storage>/accelerations/<digest>/        table.csv, curves.csv, search.csv, tasks.csv,
-                                             report.md, figures/
+                                             report.html, figures/
 """
 
 import dataclasses
-import io
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
 import ray
+from matplotlib.figure import Figure
 
-from tipl_ray.accelerate import contenders
-from tipl_ray.accelerate.contenders import TIPL, Contender, Finished, Fitted, Unit, comparable, filled, jump_question
-from tipl_ray.collect.collection import GroupCollector, pending_seeds, require_seat, seat_resources
+from tipl_ray import pages
+from tipl_ray.accelerate import contenders, figures
+from tipl_ray.accelerate.contenders import (
+    TIPL,
+    Contender,
+    Finished,
+    Fitted,
+    Row,
+    Unit,
+    comparable,
+    filled,
+    jump_question,
+    unit_table,
+)
+from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps
+from tipl_ray.collect.collection import pending_seeds
+from tipl_ray.collect.crew import require_seat, seat_resources
+from tipl_ray.collect.group import GroupCollector
 from tipl_ray.config import Experiment, load_experiment
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import (
@@ -42,13 +53,15 @@ from tipl_ray.data.storage import (
 )
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest
+from tipl_ray.drawing import png
 from tipl_ray.errors import UserError
-from tipl_ray.evaluate import figures
-from tipl_ray.evaluate.metrics import interquartile_mean
+from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
+from tipl_ray.pages import as_csv
+from tipl_ray.ppo.algorithms import NOTHING
 from tipl_ray.ppo.learner import ENGINES, choose_engine
-from tipl_ray.predict.saved import predictor_digest
-from tipl_ray.terminal import ProgressView, duration, say
+from tipl_ray.predict.saved import load_predictor, predictor_digest
+from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder
 
@@ -83,7 +96,11 @@ class Plan:
 
     def of(self, unit: Unit) -> Experiment:
         """The experiment that a unit runs."""
-        return unit.experiment(self.experiment, self.source, self.predictors)
+        return unit.experiment(self.experiment, self.jumps(unit))
+
+    def jumps(self, unit: Unit) -> Jumps | None:
+        """The jumps of a unit; None where its contender has none."""
+        return unit.jumps(self.source, self.predictors)
 
 
 def run_acceleration(experiment: Experiment) -> None:
@@ -132,7 +149,7 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
     for one in named:
         if one.predictor:
             # The furthest that any contender jumps with it: nearer steps are answered too.
-            wanted[one.predictor] = max(one.jump(source, None).horizon, wanted.get(one.predictor, 0))
+            wanted[one.predictor] = max(one.jump_settings(source).horizon, wanted.get(one.predictor, 0))
     learned = {one.predictor: one.name for one in named if one.learned}
     data = _source_digest(source, next(iter(learned.values()))) if learned else None
     folders: dict[str, str] = {}
@@ -158,7 +175,10 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
                 f"{folders[TIPL]}: no trained model of {source.name} is there; run jobs/train.py --preset causal with "
                 "that experiment first"
             )
-    return {name: Fitted(folder=folder, digest=predictor_digest(folder)) for name, folder in folders.items()}
+    return {
+        name: Fitted(predictor=load_predictor(folder), digest=predictor_digest(folder))
+        for name, folder in folders.items()
+    }
 
 
 def _source_digest(source: Experiment, contender: str) -> str:
@@ -203,23 +223,25 @@ def _read_unit(folder: str) -> bytes:
     return read_published(folder, UNIT_FILE, UNIT_RECORD, "delete it, and the same command runs the unit again")
 
 
-def run_unit(experiment: Experiment, engine: str) -> None:
+def run_unit(experiment: Experiment, engine: str, jumps: Jumps | None = None) -> None:
     """Run every trial of a unit, from its last commits, and write its learning curves; nothing if they are there."""
     folder = experiment.storage_path
     if has_run(folder):
         return
     # Of this thread alone: a Ray worker has others, which wait for messages.
-    collector, begin = GroupCollector(experiment, engine), time.thread_time()
+    extension = jumps or NOTHING
+    collector, begin = GroupCollector(experiment, engine, extension=extension), time.thread_time()
     progress = before = collector.start(experiment.collect.seeds)
-    counts = collector.jump_counts
     while not progress.finished:
-        progress, counts = collector.advance(SLICE_SECONDS), collector.jump_counts
+        progress = collector.advance(SLICE_SECONDS)
     # What was run before a kill took its time elsewhere: the share run here stands for all of it.
     share_here = (progress.env_steps - before.env_steps) / progress.total_env_steps
     seconds = (time.thread_time() - begin) / share_here if share_here else None
     store, iterations = TrajectoryStore(folder), experiment.num_iterations
     diverged = store.divergences(experiment.collect.seeds)
-    first = slice(1, None, experiment.snapshots_per_iteration)  # an iteration's episodes stand at its first snapshot
+    first = slice(
+        1, None, extension.snapshots_per_iteration(experiment)
+    )  # an iteration's episodes stand at its first snapshot
     returns = []
     for seed in experiment.collect.seeds:
         whole = diverged[seed].iteration if seed in diverged else iterations
@@ -230,12 +252,16 @@ def run_unit(experiment: Experiment, engine: str) -> None:
         "diverged": sorted(diverged),
         "env_steps": (experiment.ppo.num_steps * np.arange(1, iterations + 1)).tolist(),
         "cpu_seconds": seconds,
-        "jump_counts": counts,
-        "experiment": {name: as_table(getattr(experiment, name)) for name in ("collect", "ppo", "jump")},
+        "jump_counts": _jump_counts(collector),
+        "experiment": unit_table(experiment, jumps),
     }
-    if experiment.jump.predictor:
-        table["experiment"]["jump"]["predictor"] = last_name(experiment.jump.predictor)
     publish(folder, {UNIT_FILE: json.dumps(table).encode()}, UNIT_RECORD)
+
+
+def _jump_counts(collector: GroupCollector) -> list[int]:
+    """Jumps taken, dropped by the gate, and refused, over the trials that have not diverged; empty without jumps."""
+    hooks = collector.hooks
+    return hooks.counts_K3.sum(axis=0).tolist() if isinstance(hooks, GroupJumps) else []
 
 
 def load_unit(plan: Plan, unit: Unit) -> Finished:
@@ -302,7 +328,7 @@ def _run_units(
                 if has_run(plan.of(unit).storage_path):
                     settle(unit)
                 else:
-                    running[send.remote(plan.of(unit), plan.engine)] = unit
+                    running[send.remote(plan.of(unit), plan.engine, plan.jumps(unit))] = unit
             ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
             for reference in ready:
                 _result(reference)
@@ -330,7 +356,7 @@ def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
     name = f"{unit.task} {unit.contender.name} {unit.learning_rate:g}{' search' if unit.search else ''}"
     tags = {"task": unit.task, "contender": unit.contender.name, "search": str(unit.search)}
     with tracker.run(name, f"unit-{last_name(experiment.storage_path)}", parent=parent, tags=tags) as run:
-        run.log_parameters({name: as_table(getattr(experiment, name)) for name in ("collect", "ppo", "jump")})
+        run.log_parameters(unit_table(experiment, plan.jumps(unit)))
         run.log_metrics({"cpu_seconds": one.cpu_seconds, "diverged": one.num_diverged})
         (whole,) = comparable([one])
         if np.isfinite(whole.returns_SI).all():
@@ -351,55 +377,77 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
             f"{unknown[0]}: every trial of every contender diverged before an episode ended, so there is nothing to "
             f"compare; lower accelerate.learning_rates={experiment.accelerate.learning_rates}"
         )
-    chances: dict[str, Any] = {
-        "resamples": experiment.accelerate.bootstrap,
-        "confidence": experiment.evaluate.confidence,
-    }
-    rows = contenders.score(finished, plan.source.collect.task, **chances)
+    resampling = Resampling(
+        confidence=experiment.evaluate.confidence, bootstrap=experiment.accelerate.bootstrap, seed=0
+    )
+    rows = contenders.score(finished, plan.source.collect.task, resampling)
     rates = contenders.search_rows(searched)
-    together = contenders.over_tasks(finished, **chances)
-    lines = contenders.sentences(rows, experiment.evaluate.confidence)
-    write_file(folder, "table.csv", _csv(rows))
-    write_file(folder, "search.csv", _csv(rates))
-    write_file(folder, "tasks.csv", _csv(together))
-    write_file(folder, "curves.csv", _csv(_curve_rows(finished)))
-    page = [
-        "# Update epochs replaced by inference",
-        "",
-        *(f"- {line}" for line in lines),
-        "",
-        contenders.as_markdown(rows),
-    ]
-    pictures = {
-        "acceleration_areas": ("Areas under the curve", figures.contender_differences(rows)),
-        "acceleration_learning_rates": ("Areas by learning rate, in the search", figures.learning_rates(rates)),
+    together = contenders.over_tasks(finished, resampling)
+    tables = {"table": rows, "search": rates, "tasks": together, "curves": _curve_rows(finished)}
+    for name, table in tables.items():
+        write_file(folder, f"{name}.csv", as_csv(table))
+    lines = contenders.sentences(rows, resampling.confidence)
+    lines += contenders.sentences_over_tasks(together, len({(row["task"], row["env_steps"]) for row in rows}))
+    shown = []
+    for name, (heading, sentence, figure) in _draw(finished, rows, rates, resampling).items():
+        picture = png(figure)
+        run.log_figure(picture, name)
+        write_file(join(folder, "figures"), f"{name}.png", picture)
+        shown.append((heading, sentence, pages.embedded(picture)))
+    page = pages.page(
+        "acceleration.html",
+        title="Update epochs replaced by inference",
+        facts=_facts(plan, rows),
+        sentences=lines,
+        pictures=shown,
+        rows=contenders.table(rows),
+        confidence=f"{resampling.confidence:.0%}",
+        files={name: join(folder, f"{name}.csv") for name in tables},
+    ).encode()
+    run.log_file(page, "report.html")
+    write_file(folder, "report.html", page)
+    say_rows(contenders.table(rows))
+    for line in lines:
+        say(line)
+    say(f"accelerate: table, curves and report in {folder}")
+
+
+def _facts(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
+    """The few figures of the report's head."""
+    return {
+        "tasks": len({row["task"] for row in rows}),
+        "contenders": len({row["contender"] for row in rows}),
+        "trials of each": plan.experiment.collect.num_trials,
+        "predictors from": plan.source.collect.task,
+    }
+
+
+def _draw(
+    finished: Sequence[Finished], rows: Sequence[Row], rates: Sequence[Row], resampling: Resampling
+) -> dict[str, tuple[str, str, Figure]]:
+    """Heading, sentence and figure of every picture, by its file's name."""
+    drawn = {
+        "acceleration_areas": (
+            "Areas under the curve",
+            "Filled where the interval of the difference does not include 0.",
+            figures.areas(rows),
+        ),
+        "acceleration_learning_rates": (
+            "Areas by learning rate, in the search",
+            "The chosen rates are the large points.",
+            figures.learning_rates(rates),
+        ),
     }
     for task, env_steps in dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished):
         own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
         curves = {one.unit.contender.name: (one.env_steps_I, one.returns_SI) for one in own}
-        picture = figures.contenders(curves, f"{task}, {len(own[0].returns_SI)} trials")
-        pictures[f"acceleration_{task.removesuffix('-v4')}_{env_steps}"] = (task, picture)
-    with tempfile.TemporaryDirectory() as temporary:
-        for name, (title, picture) in pictures.items():
-            path = figures.save(picture, Path(temporary) / f"{name}.png")
-            run.log_figure(path, name)
-            write_file(join(folder, "figures"), path.name, path.read_bytes())
-            page += ["", f"![{title}](figures/{path.name})"]
-        content = "\n".join([*page, ""]).encode()
-        write_file(folder, "report.md", content)
-        (Path(temporary) / "report.md").write_bytes(content)
-        run.log_file(Path(temporary) / "report.md")
-    for line in (*contenders.as_markdown(rows).splitlines(), *lines):
-        say(line)
-    tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
-    if not together or together[0]["tasks"] < len(tasks):
-        say("tasks where the area of the first contender is not clearly above 0 are compared by differences alone")
-    for row in together:
-        say(
-            f"over {row['tasks']} of {len(tasks)} tasks, {row['contender']}: {row['share']:.3f} of the first "
-            f"contender's area [{row['share_low']:.3f}, {row['share_high']:.3f}]"
+        title = f"{task}, {len(own[0].returns_SI)} trials"
+        drawn[f"acceleration_{task.removesuffix('-v4')}_{env_steps}"] = (
+            title,
+            f"Interquartile mean over trials; bands are {resampling.confidence:.0%} intervals.",
+            figures.contenders(curves, title, resampling),
         )
-    say(f"accelerate: table, curves and report in {folder}")
+    return drawn
 
 
 def _curve_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
@@ -419,12 +467,3 @@ def _curve_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    sink = io.BytesIO()
-    # What is not known is empty; a table of nothing has no columns to write.
-    known = [{name: None if value != value else value for name, value in row.items()} for row in rows]
-    if known:
-        pyarrow.csv.write_csv(pa.Table.from_pylist(known), sink)
-    return sink.getvalue()

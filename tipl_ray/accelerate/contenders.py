@@ -14,16 +14,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl_ray.config import Collect, Experiment, Jump, Ppo
+from tipl_ray.accelerate.group_jumps import Jumps
+from tipl_ray.accelerate.jumps import JumpSettings
+from tipl_ray.config import Collect, Experiment
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.digest import digest, identity
-from tipl_ray.evaluate.metrics import interquartile_mean, stratified_resamples
+from tipl_ray.digest import as_table, digest, identity
+from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.predict.bands import load_band
-from tipl_ray.predict.baselines import COMBINATIONS
 from tipl_ray.predict.gram import Question
-from tipl_ray.predict.predictor import Predictor, Trials
-from tipl_ray.predict.saved import save_predictor
+from tipl_ray.predict.predictor import Combination, Predictor, Trials
+from tipl_ray.predict.saved import combinations, save_predictor
+from tipl_ray.registry import PREDICTORS
 
 SHARES = (80, 90, 95)
 """Percents of the first contender's final return that are waited for."""
@@ -58,7 +60,7 @@ class Contender:
         """The contender of a name such as `10`, `4+ridge` or `4+tipl:gate,x0.5`. Raises ValueError for another."""
         plan, _, options = name.partition(":")
         epochs, plus, predictor = plan.partition("+")
-        known = [*COMBINATIONS, TIPL]
+        known = [*combinations(), TIPL]
         if not epochs.isdecimal() or (plus and predictor not in known) or (options and not predictor):
             raise ValueError(
                 f"accelerate.contenders: {name!r} is not EPOCHS or EPOCHS+PREDICTOR[:OPTION,...] with a predictor of "
@@ -83,20 +85,17 @@ class Contender:
         """Whether its predictor was fitted on anything: some are rules."""
         if self.predictor in (None, TIPL):
             return self.predictor is not None
-        return COMBINATIONS[self.predictor].fit is not Predictor.fit
+        return PREDICTORS.load(self.predictor).fit is not Predictor.fit
 
-    def jump(self, source: Experiment, folder: str | None) -> Jump:
-        """Its jumps, by the predictor in a folder. Raises ValueError where no whole snapshots are left to predict."""
-        if self.predictor is None:
-            return Jump()
+    def jump_settings(self, source: Experiment) -> JumpSettings:
+        """How it jumps, if it does. Raises ValueError where no whole snapshots are left to predict."""
         skipped, size = source.ppo.num_epochs - self.num_epochs, source.collect.epochs_per_snapshot
         if skipped < size or skipped % size or self.num_epochs % size:
             raise ValueError(
                 f"accelerate.contenders: {self.name!r} leaves {skipped} of {source.ppo.num_epochs} epochs to a "
                 f"predictor of snapshots that are {size} epochs apart"
             )
-        return Jump(
-            predictor=folder,
+        return JumpSettings(
             horizon=skipped // size,
             damping=self.damping,
             networks=self.networks,
@@ -109,9 +108,9 @@ class Contender:
 class Fitted:
     """A predictor at hand."""
 
-    folder: str
+    predictor: Combination
     digest: str
-    """Of what its answers depend on, wherever it lies."""
+    """Of what its answers depend on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,8 +124,16 @@ class Unit:
     search: bool
     """Whether it runs the seeds that choose the learning rate, and not those that are reported."""
 
-    def experiment(self, experiment: Experiment, source: Experiment, predictors: Mapping[str, Fitted]) -> Experiment:
-        """What it runs, in a storage of its own below the experiment's, named after nothing that says where it lies."""
+    def jumps(self, source: Experiment, predictors: Mapping[str, Fitted]) -> Jumps | None:
+        """Its jumps. Raises ValueError where no whole snapshots are left to predict."""
+        if self.contender.predictor is None:
+            return None
+        fitted = predictors[self.contender.predictor]
+        settings = self.contender.jump_settings(source)
+        return Jumps(settings=settings, predictor=fitted.predictor, digest=fitted.digest)
+
+    def experiment(self, experiment: Experiment, jumps: Jumps | None) -> Experiment:
+        """What it runs, in a storage of its own below the experiment's, named after nothing that says where it is."""
         settings, contender = experiment.accelerate, self.contender
         collect = dataclasses.replace(experiment.collect, task=self.task, total_env_steps=self.env_steps)
         if self.search:
@@ -137,19 +144,16 @@ class Unit:
                 f"collect.epochs_per_snapshot={collect.epochs_per_snapshot} does not divide the epochs of "
                 f"accelerate.contenders {contender.name!r}"
             )
-        fitted = predictors[contender.predictor] if contender.predictor else None
-        made = dataclasses.replace(
-            experiment,
-            collect=collect,
-            ppo=self._ppo(experiment.ppo),
-            jump=contender.jump(source, fitted.folder if fitted else None),
-        )
-        answers = fitted.digest if fitted else None
-        name = digest(collection_identity(made.collect), made.ppo, dataclasses.replace(made.jump, predictor=answers))
+        ppo = dataclasses.replace(experiment.ppo, num_epochs=contender.num_epochs, learning_rate=self.learning_rate)
+        made = dataclasses.replace(experiment, collect=collect, ppo=ppo)
+        name = digest(*unit_table(made, jumps).values())
         return made.at(join(experiment.storage_path, "units", name))
 
-    def _ppo(self, ppo: Ppo) -> Ppo:
-        return dataclasses.replace(ppo, num_epochs=self.contender.num_epochs, learning_rate=self.learning_rate)
+
+def unit_table(experiment: Experiment, jumps: Jumps | None) -> dict[str, dict[str, Any]]:
+    """What a unit's learning curves depend on; of its predictor the digest, and None where nothing jumps."""
+    jump = jumps.header["jump"] if jumps else as_table(JumpSettings()) | {"predictor": None}
+    return {"collect": collection_identity(experiment.collect), "ppo": identity(experiment.ppo), "jump": jump}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,16 +241,16 @@ def jump_question(source: Experiment, horizon: int) -> Question:
 
 
 def save_rules(question: Question, names: Sequence[str], folder: str) -> None:
-    """Write predictors that learn nothing. One folder each, for `forecasting.load_predictor`."""
+    """Write predictors that learn nothing. One folder each, for `saved.load_predictor`."""
     for name in names:
-        save_predictor(COMBINATIONS[name](question), join(folder, name), {})
+        save_predictor(PREDICTORS.load(name)(question), join(folder, name), {})
 
 
 def fit_and_save(source: Experiment, horizon: int, names: Sequence[str], folder: str) -> None:
     """Fit predictors on the training trials of another experiment, their settings on its validation trials.
 
     Its test trials are not opened, and trials that diverged are left out. One folder each, for
-    `forecasting.load_predictor`.
+    `saved.load_predictor`.
     """
     question, store = jump_question(source, horizon), TrajectoryStore(source.storage_path)
     training, validation = (
@@ -255,7 +259,7 @@ def fit_and_save(source: Experiment, horizon: int, names: Sequence[str], folder:
     )
     about = {"trained_on": source.collect.task, "data": store.digest(source.train_seeds)}
     for name in names:
-        predictor = COMBINATIONS[name](question)
+        predictor = PREDICTORS.load(name)(question)
         predictor.fit(training, validation)
         save_predictor(predictor, join(folder, name), about)
 
@@ -293,7 +297,7 @@ def search_rows(searched: Sequence[Finished]) -> list[Row]:
     return rows
 
 
-def score(finished: Sequence[Finished], trained_on: str, *, resamples: int, confidence: float) -> list[Row]:
+def score(finished: Sequence[Finished], trained_on: str, resampling: Resampling) -> list[Row]:
     """The result table: one row per task and contender, in their order; the first contender of a task is its reference.
 
     A difference's interval resamples both contenders' trials on their own; with too few trials to tell anything there
@@ -323,13 +327,13 @@ def score(finished: Sequence[Finished], trained_on: str, *, resamples: int, conf
                     "learning_rate": one.unit.learning_rate,
                     "seeds": len(one.returns_SI),
                     "env_steps": int(one.env_steps_I[-1]),
-                    **_with_interval("auc", one.areas_S, resamples, confidence),
+                    **_with_interval("auc", [one.areas_S], resampling),
                     **{
                         key: value
                         for name, other in others.items()
-                        for key, value in _difference(name, one, other, resamples, confidence).items()
+                        for key, value in _difference(name, one, other, resampling).items()
                     },
-                    **_with_interval("final_return", one.finals_S, resamples, confidence),
+                    **_with_interval("final_return", [one.finals_S], resampling),
                     "gradient_steps": int(one.gradient_steps_I[-1]),
                     **_waited(one, _middle(reference.finals_S)),
                     "seconds": one.cpu_seconds / len(one.returns_SI),
@@ -341,7 +345,7 @@ def score(finished: Sequence[Finished], trained_on: str, *, resamples: int, conf
     return rows
 
 
-def over_tasks(finished: Sequence[Finished], *, resamples: int, confidence: float) -> list[Row]:
+def over_tasks(finished: Sequence[Finished], resampling: Resampling) -> list[Row]:
     """Area under the curve as a share of each task's first contender's, over all tasks at once; one row a contender.
 
     Over the tasks alone where the first contender's area is clearly above 0: of another there are no shares.
@@ -349,11 +353,7 @@ def over_tasks(finished: Sequence[Finished], *, resamples: int, confidence: floa
     references: dict[tuple[str, int], Finished] = {}
     for one in finished:
         references.setdefault((one.unit.task, one.unit.env_steps), one)
-    tasks = [
-        key
-        for key, one in references.items()
-        if _with_interval("auc", one.areas_S, resamples, confidence)["auc_low"] > 0
-    ]
+    tasks = [key for key, one in references.items() if _with_interval("auc", [one.areas_S], resampling)["auc_low"] > 0]
     names = dict.fromkeys(one.unit.contender.name for one in finished)
     rows = []
     for name in names:
@@ -362,9 +362,7 @@ def over_tasks(finished: Sequence[Finished], *, resamples: int, confidence: floa
             own = [one for one in finished if (one.unit.task, one.unit.env_steps) == key]
             strata += [one.areas_S / _middle(own[0].areas_S) for one in own if one.unit.contender.name == name]
         if tasks and len(strata) == len(tasks):
-            together = _middle(np.concatenate(strata))
-            apart = _interval("share", _resample(strata, resamples, 0), confidence)
-            rows.append({"contender": name, "tasks": len(tasks), "share": together, **apart})
+            rows.append({"contender": name, "tasks": len(tasks), **_with_interval("share", strata, resampling)})
     return rows
 
 
@@ -386,8 +384,9 @@ def sentences(rows: Sequence[Row], confidence: float) -> list[str]:
         tipl = [row for row in own if row["contender"].endswith("+tipl")]
         if ridge and tipl:
             row, apart = tipl[0], tipl[0]["auc_less_ridge"]
-            verdict = _verdict(row, "auc_less_ridge", ("better than the ridge, by", "worse than the ridge, by"))
-            words = f"is {verdict} {abs(apart):.0f}" if verdict.endswith("by") else f"and the ridge are {verdict}"
+            verdict = _verdict(row, "auc_less_ridge", ("better", "worse"))
+            decided = verdict in ("better", "worse")
+            words = f"is {verdict} than the ridge, by {abs(apart):.0f}" if decided else f"against the ridge: {verdict}"
             lines.append(
                 f"{task}, {env_steps:,} env steps: TIPL {words} {_grounds(row, 'auc_less_ridge', confidence)}."
             )
@@ -409,12 +408,26 @@ def sentences(rows: Sequence[Row], confidence: float) -> list[str]:
     return lines
 
 
+def sentences_over_tasks(together: Sequence[Row], num_tasks: int) -> list[str]:
+    """What `over_tasks` found, a sentence for each contender, of so many tasks in all."""
+    lines = []
+    if not together or together[0]["tasks"] < num_tasks:
+        lines.append(
+            "Tasks where the area of the first contender is not clearly above 0 are compared by differences alone."
+        )
+    return lines + [
+        f"Over {row['tasks']} of {num_tasks} tasks, {row['contender']}: {row['share']:.3f} of the first contender's "
+        f"area [{row['share_low']:.3f}, {row['share_high']:.3f}]."
+        for row in together
+    ]
+
+
 def _verdict(row: Row, name: str, words: tuple[str, str]) -> str:
     """Words for a difference above and below 0, where it is told apart from 0."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     if np.isnan(low):
         return "too few trials to tell"
-    return words[0] if low > 0 else words[1] if high < 0 else "not told apart"
+    return words[0] if low > 0 else words[1] if high < 0 else "no significant difference"
 
 
 def _grounds(row: Row, name: str, confidence: float) -> str:
@@ -425,23 +438,25 @@ def _grounds(row: Row, name: str, confidence: float) -> str:
     return f"(difference {row[name]:+.0f}, {interval}over {row[f'{name}_trials']} trials)"
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
-    """The result table for a page: what was chosen, areas and final returns with intervals, steps to 90%."""
-    lines = [
-        "| task | env steps | contender | learning rate | area under the curve | less the first | final return | "
-        "gradient steps | env steps to 90% | CPU s a trial | collapsed |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+def table(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Cells of the result table: what was chosen, areas and final returns with intervals, steps to 90%."""
+    return [
+        {
+            "task": row["task"],
+            "env steps": f"{row['env_steps']:,}",
+            "contender": row["contender"],
+            "learning rate": f"{row['learning_rate']:g}",
+            "area under the curve": _bracketed(row, "auc"),
+            "less the first": _bracketed(row, "auc_less_first", "+"),
+            "final return": _bracketed(row, "final_return"),
+            "gradient steps": f"{row['gradient_steps']:,}",
+            "env steps to 90%": f"{row['env_steps_to_90']:,}" if row["env_steps_to_90"] else "not reached",
+            "CPU s a trial": f"{row['seconds']:.1f}",
+            "collapsed": f"{row['collapsed']} of {row['seeds']}"
+            + (f", {row['diverged']} diverged" if row["diverged"] else ""),
+        }
+        for row in rows
     ]
-    for row in rows:
-        reached, diverged = row["env_steps_to_90"], f", {row['diverged']} diverged" if row["diverged"] else ""
-        lines.append(
-            f"| {row['task']} | {row['env_steps']:,} | {row['contender']} | {row['learning_rate']:g} "
-            f"| {_bracketed(row, 'auc')} | {_bracketed(row, 'auc_less_first', '+')} "
-            f"| {_bracketed(row, 'final_return')} "
-            f"| {row['gradient_steps']:,} | {f'{reached:,}' if reached else 'not reached'} | {row['seconds']:.1f} "
-            f"| {row['collapsed']} of {row['seeds']}{diverged} |"
-        )
-    return "\n".join(lines)
 
 
 def _waited(one: Finished, final: float) -> Row:
@@ -463,33 +478,28 @@ def _middle(values: NDArray[np.float64]) -> float:
     return float(interquartile_mean(values))
 
 
-def _resample(strata: Sequence[NDArray[np.float64]], resamples: int, seed: int) -> NDArray[np.float64]:
-    return stratified_resamples(strata, resamples=resamples, seed=seed)
+def _with_interval(name: str, strata: Sequence[NDArray[np.float64]], resampling: Resampling) -> Row:
+    """The interquartile mean over all runs of all strata, one for each task."""
+    low, high = resampling.ends(resampling.resample(*strata))
+    return {name: _middle(np.concatenate(strata)), f"{name}_low": low, f"{name}_high": high}
 
 
-def _with_interval(name: str, values_S: NDArray[np.float64], resamples: int, confidence: float) -> Row:
-    return {name: _middle(values_S), **_interval(name, _resample([values_S], resamples, 0), confidence)}
-
-
-def _interval(name: str, statistics_R: NDArray[np.float64], confidence: float) -> Row:
-    low, high = np.quantile(statistics_R, ((1 - confidence) / 2, (1 + confidence) / 2))
-    return {f"{name}_low": float(low), f"{name}_high": float(high)}
-
-
-def _difference(name: str, one: Finished, other: Finished | None, resamples: int, confidence: float) -> Row:
+def _difference(name: str, one: Finished, other: Finished | None, resampling: Resampling) -> Row:
     """Of two contenders' areas, with the trials that it rests on; None where there is no other."""
     if other is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high", f"{name}_trials"))
     numbers = [len(one.areas_S), len(other.areas_S)]
-    trials = f"{numbers[0]}" if numbers[0] == numbers[1] else f"{numbers[0]} and {numbers[1]}"
-    found: Row = {name: _middle(one.areas_S) - _middle(other.areas_S)}
+    low, high = np.nan, np.nan
     # Were they alike, all trials of one would still be above all of the other's so often, by luck alone.
-    if 2 / math.comb(sum(numbers), numbers[0]) > 1 - confidence:
-        found |= {f"{name}_low": np.nan, f"{name}_high": np.nan}
-    else:
-        apart = [_resample([each.areas_S], resamples, seed) for seed, each in enumerate((one, other))]
-        found |= _interval(name, apart[0] - apart[1], confidence)
-    return {**found, f"{name}_trials": trials}
+    if 2 / math.comb(sum(numbers), numbers[0]) <= 1 - resampling.confidence:
+        independent = dataclasses.replace(resampling, seed=resampling.seed + 1)
+        low, high = resampling.ends(resampling.resample(one.areas_S) - independent.resample(other.areas_S))
+    return {
+        name: _middle(one.areas_S) - _middle(other.areas_S),
+        f"{name}_low": low,
+        f"{name}_high": high,
+        f"{name}_trials": f"{numbers[0]}" if numbers[0] == numbers[1] else f"{numbers[0]} and {numbers[1]}",
+    }
 
 
 def _bracketed(row: Row, name: str, sign: str = "") -> str:

@@ -1,37 +1,61 @@
 """Jumps: a predictor's forecast in place of the update epochs that would have led there.
 
 `History` is one vector of weights on its way: its last displacements, their inner products, and how a predictor carries
-it on. `GroupJumps` keeps the histories of stacked trials for the PPO engine, `ModuleJumps` that of any torch module for
-anybody's own training loop. Knows predictors by what they answer; knows nothing of PPO, environments or files.
+it on. `ModuleJumps` keeps that of any torch module, for anybody's own training loop; group_jumps.py those of trials.
+Knows predictors by what they answer; knows nothing of PPO, environments or files.
 
-Shapes: K displacements of context, P weights of one history, H snapshots of a jump, B trials, N parameters of a trial.
+Shapes: K displacements of context, P weights of one history, H snapshots of a jump.
 """
 
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tipl_ray import config
 from tipl_ray.predict.gram import Contexts, Question
 
 COLUMNS_AT_ONCE = 4096
 """Columns of the displacements whose products are summed in float32; such sums are added up in float64."""
-TAKEN, GATED, REFUSED = range(3)
-"""What became of a jump, as indices of the counts."""
 MOVED_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Types of parameters that a module's jump moves; a complex parameter is moved as its real and imaginary parts."""
 
 State = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class JumpSettings:
+    """How a predictor's forecast is followed. Raises ValueError naming the field for values without a meaning."""
+
+    horizon: int = 3
+    """Snapshots that end an iteration and are predicted; the update epochs run are those before them."""
+    damping: float = 1.0
+    """Share of the forecast that is taken; above 1 goes further."""
+    networks: Literal["policy", "both"] = "policy"
+    """What jumps: the policy alone, or the critic too, by a forecast of its own."""
+    moments: Literal["kept", "reset"] = "kept"
+    """Adam's moments and step count after a jump."""
+    gate: bool = False
+    """Keep a jump only if the surrogate objective on the stored rollout does not fall."""
+    limit: float = 3.0
+    """Refuse a jump that goes further per snapshot than this many times the context's longest displacement."""
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1:
+            raise ValueError(f"horizon={self.horizon} is below 1: a jump stands for one snapshot at least")
+        for field in ("damping", "limit"):
+            # What float32 holds; NaN is refused too.
+            if not 1e-37 < (value := getattr(self, field)) < 1e37:
+                raise ValueError(f"{field}={value} is not a positive number")
+
+
 class Forecaster(Protocol):
-    """What a jump asks of a predictor: `forecasting.Combination` has it."""
+    """What a jump asks of a predictor: `predictor.Combination` has it."""
 
     question: Question
 
@@ -141,20 +165,20 @@ class History:
 def check_schedule(question: Question, recorded: int, horizon: int) -> None:
     """Raise ValueError where a predictor cannot stand for `horizon` snapshots after `recorded` ones of an iteration."""
     if question.steps[:horizon] != tuple(range(1, horizon + 1)):
-        raise ValueError(f"jump.horizon={horizon} exceeds the predictor's forward steps {question.steps}")
+        raise ValueError(f"horizon={horizon} exceeds the predictor's forward steps {question.steps}")
     if recorded + horizon != question.snapshots_per_iteration:
         raise ValueError(
-            f"{recorded} snapshots of an iteration and jump.horizon={horizon} are not the "
+            f"{recorded} snapshots of an iteration and horizon={horizon} are not the "
             f"{question.snapshots_per_iteration} snapshots per iteration that the predictor was fitted on"
         )
     if horizon > question.context:
-        raise ValueError(f"jump.horizon={horizon} exceeds the predictor's context of {question.context} displacements")
+        raise ValueError(f"horizon={horizon} exceeds the predictor's context of {question.context} displacements")
 
 
 def propose(
     forecaster: Forecaster,
     history: History,
-    settings: config.Jump,
+    settings: JumpSettings,
     *,
     phase: int,
     progress: float,
@@ -181,101 +205,8 @@ def propose(
     length = float(np.sqrt(max(ahead_HK[-1] @ gram_KK @ ahead_HK[-1], 0.0)))
     longest = settings.limit * settings.horizon * float(np.sqrt(gram_KK.diagonal().max()))
     if length > longest:
-        return nothing_HK, f"the forecast moves the weights by {length:.3g}, beyond jump.limit's {longest:.3g}"
+        return nothing_HK, f"the forecast moves the weights by {length:.3g}, beyond the limit of {longest:.3g}"
     return np.diff(ahead_HK, axis=0, prepend=0.0), None
-
-
-class GroupJumps:
-    """The jumps of B stacked trials, whose parameters are a policy's weights and then a critic's."""
-
-    def __init__(
-        self,
-        settings: config.Jump,
-        forecaster: Forecaster,
-        parameters_BN: NDArray[np.float32],
-        num_policy_weights: int,
-        snapshots_run: int,
-    ):
-        check_schedule(forecaster.question, snapshots_run, settings.horizon)
-        self.settings, self.forecaster, self.phase = settings, forecaster, snapshots_run
-        bounds = (0, num_policy_weights, parameters_BN.shape[1])[: 2 if settings.networks == "policy" else 3]
-        self._parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
-        self._histories = [
-            [History(parameters_N[part], forecaster.question.context) for part in self._parts]
-            for parameters_N in parameters_BN
-        ]
-        self.num_moved = bounds[-1]
-        """Parameters M that a jump moves, a trial's first ones."""
-        self.counts_B3 = np.zeros((len(parameters_BN), 3), dtype=np.int64)
-        """Jumps taken, dropped by the gate, and refused."""
-        self._coefficients: list[list[NDArray[np.float64]]] = []
-
-    def record(self, parameters_BN: NDArray[np.float32]) -> None:
-        """Take every trial's next snapshot."""
-        for histories, parameters_N in zip(self._histories, parameters_BN, strict=True):
-            for part, history in zip(self._parts, histories, strict=True):
-                history.record(parameters_N[part])
-
-    def propose(self, progress_B: NDArray[np.float64], learning_rates_B: NDArray[np.float64]) -> NDArray[np.float32]:
-        """The moves (B, H, M) that stand for the epochs not run; 0 and a warning where a forecast is refused.
-
-        Progress is the share of the trial that has passed, a learning rate the share of its first.
-        """
-        moves_BHM = np.zeros((len(self._histories), self.settings.horizon, self.num_moved), dtype=np.float32)
-        self._coefficients = []
-        for b, histories in enumerate(self._histories):
-            answers = [
-                propose(
-                    self.forecaster,
-                    history,
-                    self.settings,
-                    phase=self.phase,
-                    progress=float(progress_B[b]),
-                    learning_rate=float(learning_rates_B[b]),
-                )
-                for history in histories
-            ]
-            reasons = [reason for _, reason in answers if reason]
-            if reasons:
-                self.counts_B3[b, REFUSED] += 1
-                warnings.warn(f"jump refused: {reasons[0]}; training goes on without it", RuntimeWarning, stacklevel=2)
-            self._coefficients.append([np.zeros_like(found) if reasons else found for found, _ in answers])
-            if not reasons:
-                self.counts_B3[b, TAKEN] += 1
-                for part, history, found in zip(self._parts, histories, self._coefficients[b], strict=True):
-                    moves_BHM[b, :, part] = history.moves(found)
-        return moves_BHM
-
-    def drop(self, dropped_B: NDArray[np.bool_]) -> None:
-        """Let some trials' proposals go: the gate found them wanting. Their moves are the caller's to forget."""
-        for b in map(int, np.flatnonzero(dropped_B)):
-            self.counts_B3[b] += np.array([-1, 1, 0])
-            self._coefficients[b] = [np.zeros_like(found) for found in self._coefficients[b]]
-
-    def carry_on(self, moves_BHM: NDArray[np.float32], parameters_BN: NDArray[np.float32]) -> None:
-        """Record the moves as made; the parameters are those after them."""
-        for b, histories in enumerate(self._histories):
-            for part, history, found in zip(self._parts, histories, self._coefficients[b], strict=True):
-                history.carry_on(found, moves_BHM[b, :, part], parameters_BN[b, part])
-
-    def keep(self, kept: NDArray[np.integer]) -> None:
-        """Go on with the kept trials alone, in their order."""
-        self._histories = [self._histories[b] for b in kept]
-        self.counts_B3 = self.counts_B3[kept]
-
-    def state(self, b: int) -> State:
-        """Everything that trial b's next jump depends on, and its counts."""
-        parts = [history.state() for history in self._histories[b]]
-        arrays = {f"jump.{index}.{name}": array for index, part in enumerate(parts) for name, array in part.items()}
-        return {**arrays, "jump.counts": self.counts_B3[b].copy()}
-
-    def set_state(self, b: int, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a state."""
-        for index, history in enumerate(self._histories[b]):
-            prefix = f"jump.{index}."
-            part = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
-            history.set_state(part)
-        self.counts_B3[b] = state["jump.counts"]
 
 
 class ModuleJumps:
@@ -292,10 +223,10 @@ class ModuleJumps:
     are copied to the CPU at each call, and their moves back at a jump.
     """
 
-    def __init__(self, module: torch.nn.Module, predictor: Forecaster, settings: config.Jump | None = None):
+    def __init__(self, module: torch.nn.Module, predictor: Forecaster, settings: JumpSettings | None = None):
         """Of the settings `horizon`, `damping` and `limit` count. Raises ValueError for others that ask for what is not
         done here, where the predictor cannot look so far ahead, and for a module with nothing to train."""
-        self.settings = settings or config.Jump()
+        self.settings = settings or JumpSettings()
         _check_module_settings(self.settings)
         if not hasattr(predictor, "coefficients"):
             raise ValueError(
@@ -398,15 +329,14 @@ class ModuleJumps:
 Layout = dict[str, tuple[torch.Size, torch.dtype]]
 
 
-def _check_module_settings(settings: config.Jump) -> None:
-    settings.check()
+def _check_module_settings(settings: JumpSettings) -> None:
     for field, done, otherwise in (
         ("networks", "policy", "make a ModuleJumps for each module that is to jump"),
         ("moments", "kept", "reset your optimizer's state where jump() returns True"),
         ("gate", False, "compare your objective before and after jump(), and restore the weights where it fell"),
     ):
         if (value := getattr(settings, field)) != done:
-            raise ValueError(f"jump.{field}={value!r} is for PPO's engine; with ModuleJumps, {otherwise}")
+            raise ValueError(f"{field}={value!r} is for PPO's engine; with ModuleJumps, {otherwise}")
 
 
 def _trained(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 import ray
 import torch
@@ -23,9 +22,10 @@ import torch
 from tipl_ray.config import Experiment
 from tipl_ray.data.storage import StoreError, file_exists, join, last_name, publish, read_published, write_file
 from tipl_ray.data.trajectory_store import Trajectory, TrajectoryStore
-from tipl_ray.digest import as_table, digest
+from tipl_ray.digest import digest, identity
 from tipl_ray.evaluate import metrics
 from tipl_ray.evaluate.metrics import Table
+from tipl_ray.pages import as_csv
 from tipl_ray.paper.temporal_svd import reconstruction_error
 from tipl_ray.ppo.learner import choose_engine, make_learner
 from tipl_ray.ppo.returns import policy_returns
@@ -34,7 +34,9 @@ from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import Question, squared_errors
 from tipl_ray.predict.models import load_about
 from tipl_ray.predict.predictor import Predictor, Trial, Trials, Weights
-from tipl_ray.predict.saved import load_fitted, make_predictors, save_fitted
+from tipl_ray.predict.representation import load_tipl, representation_in
+from tipl_ray.predict.saved import load_fitted, save_fitted
+from tipl_ray.registry import PREDICTORS
 from tipl_ray.resources import require_resources
 from tipl_ray.terminal import say
 
@@ -79,6 +81,26 @@ def run_starts(experiment: Experiment) -> np.ndarray:
     return starts[np.linspace(0, len(starts) - 1, count).round().astype(int)]
 
 
+def make_predictors(experiment: Experiment, model_folders: Sequence[str]) -> list[Predictor]:
+    """Every predictor that is compared, TIPL as it was trained among them, and its upper bound last; not fitted.
+
+    Several models are those of several seeds. Raises StoreError for a model that is missing or damaged, ValueError for
+    two predictors of one name.
+    """
+    question, elsewhere = Question.of(experiment), bool(experiment.train.data)
+    tipls = [load_tipl(folder, question) for folder in model_folders]
+    for seed, tipl in enumerate(tipls):
+        tipl.seed = seed
+    others, upper_bound = representation_in(model_folders[0]).companions(tipls[0], elsewhere=elsewhere)
+    own = [kind(question) for kind in map(PREDICTORS.load, PREDICTORS.own) if kind.in_tables]
+    outside = [PREDICTORS.load(name)(question) for name in experiment.evaluate.predictors]
+    names = [one.name for one in (*own, *outside, *others, tipls[0], upper_bound)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"evaluate.predictors: two predictors are called {name!r}; give yours another name")
+    return [*own, *outside, *others, *tipls, upper_bound]
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """torch on one thread, as an actor or task has one CPU; afterwards on as many as before."""
@@ -97,7 +119,7 @@ def fit_predictors(experiment: Experiment, model_folders: Sequence[str]) -> byte
     Test trials are not opened.
     """
     question, store = Question.of(experiment), TrajectoryStore(experiment.storage_path)
-    predictors = make_predictors(question, model_folders, bool(experiment.train.data))
+    predictors = make_predictors(experiment, model_folders)
     training, validation = (
         Trials(
             bands=[load_band(experiment.storage_path, seed, question) for seed in seeds],
@@ -177,7 +199,7 @@ def forecast_returns(
 
 
 def _fitted_predictors(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -> list[Predictor]:
-    predictors = make_predictors(Question.of(experiment), model_folders, bool(experiment.train.data))
+    predictors = make_predictors(experiment, model_folders)
     load_fitted(predictors, fitted)
     return predictors
 
@@ -233,8 +255,10 @@ def reconstruction_rows(experiment: Experiment, seed: int) -> list[dict]:
 
 def evaluation_folder(experiment: Experiment, model_folders: Sequence[str]) -> str:
     """Where the evaluation of models lies: a name made of all that its figures depend on."""
-    models, evaluate = [last_name(folder) for folder in model_folders], as_table(experiment.evaluate)
-    name = digest(models, evaluate, experiment.test_seeds, choose_engine("auto", experiment.ppo))
+    models, evaluate = [last_name(folder) for folder in model_folders], identity(experiment.evaluate)
+    sources = [PREDICTORS.source_digest(name) for name in experiment.evaluate.predictors]
+    told = (models, evaluate, experiment.test_seeds, choose_engine("auto", experiment.ppo))
+    name = digest(*told, *([sources] if sources else []))
     return join(experiment.storage_path, "evaluations", name)
 
 
@@ -254,7 +278,7 @@ def evaluate(
     `on_progress` is told the tasks that are done and their total.
     """
     folder = evaluation_folder(experiment, model_folders)
-    make_predictors(Question.of(experiment), model_folders)  # a damaged model is refused here, not in a task
+    make_predictors(experiment, model_folders)  # a damaged model is refused here, not in a task
     found = _found(folder)
     if found is None:
         if file_exists(folder, RECONSTRUCTION_FILE):
@@ -273,22 +297,19 @@ def evaluate(
         publish(folder, {FITTED_FILE: fitted, **files}, RECORD_FILE)
         found = _from_parquet(files[RESULTS_FILE]), reconstruction
     results, reconstruction = found
-    settings = experiment.evaluate
-    resampling = metrics.Resampling(confidence=settings.confidence, bootstrap=settings.bootstrap, seed=settings.seed)
+    resampling = metrics.Resampling.of(experiment.evaluate)
     evaluation = Evaluation(
         folder=folder,
         results=results,
         summary=metrics.summarise(
             results, resampling, trained_on=load_about(model_folders[0]).get("trained_on", experiment.collect.task)
         ),
-        groups=[row for column in ("phase", "third") for row in metrics.group_skills(results, column, resampling)],
+        groups=metrics.group_skills(results, resampling),
         comparisons=metrics.compare(results, "tipl", resampling),
         reconstruction=reconstruction,
     )
     for name in ("summary", "groups", "comparisons"):
-        sink = pa.BufferOutputStream()
-        pyarrow.csv.write_csv(pa.Table.from_pylist(getattr(evaluation, name)), sink)
-        write_file(folder, f"{name}.csv", sink.getvalue().to_pybytes())
+        write_file(folder, f"{name}.csv", as_csv(getattr(evaluation, name)))
     return evaluation
 
 

@@ -6,12 +6,20 @@ given are taken as one group; `by` cuts a table into groups.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tipl_ray.config import Evaluate
+
 Table = dict[str, NDArray]
+Row = Mapping[str, Any]
+"""A line of a summary."""
+Statistic = Callable[[NDArray], NDArray]
+"""What takes the last axis away, as a mean does."""
 
 GROUP = ("task", "predictor", "basis", "causal", "step")
 """Columns whose values one summary row stands for."""
@@ -19,15 +27,49 @@ MIN_TRIALS = 3
 """Fewest trials that an interval is made of: of two, a bootstrap knows no more than the two."""
 
 
+def interquartile_mean(values: NDArray) -> NDArray[np.float64]:
+    """Mean of the middle half of runs along the last axis, as rliable has it (arXiv 2108.13264): a quarter of the
+    runs, rounded down, is left out at each end. NaN of no runs, and where one of them is NaN."""
+    cut = values.shape[-1] // 4
+    if not values.shape[-1]:
+        return np.full(values.shape[:-1], np.nan)
+    middle = np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
+    return np.where(np.isnan(values).any(axis=-1), np.nan, middle)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Resampling:
-    """How confidence intervals are made: by resampling trials."""
+    """The bootstrap behind every interval: runs are drawn again, with replacement, as many as there are."""
 
     confidence: float
     """Level of the intervals."""
     bootstrap: int
     """Resamples behind each."""
     seed: int
+
+    @classmethod
+    def of(cls, settings: Evaluate) -> "Resampling":
+        """As an evaluation's settings ask for it."""
+        return cls(confidence=settings.confidence, bootstrap=settings.bootstrap, seed=settings.seed)
+
+    def resample(self, *strata: NDArray, statistic: Statistic = interquartile_mean) -> NDArray[np.float64]:
+        """A statistic over all runs, under resampling of runs within each stratum; (..., bootstrap).
+
+        A stratum's runs, such as those of one task, are along its last axis, which the statistic takes away. This is
+        rliable's stratified bootstrap (arXiv 2108.13264).
+        """
+        random, sizes = np.random.default_rng(self.seed), [runs.shape[-1] for runs in strata]
+        picks = [random.integers(size, size=(self.bootstrap, size)) for size in sizes]
+        drawn = [np.take(runs, picked, axis=-1) for runs, picked in zip(strata, picks, strict=True)]
+        return statistic(np.concatenate(drawn, axis=-1))
+
+    def ends(self, statistics: NDArray[np.float64]) -> tuple[float, float]:
+        """Percentile interval of resampled statistics; (NaN, NaN) of none."""
+        if not len(statistics):
+            return np.nan, np.nan
+        tail = (1.0 - self.confidence) / 2.0
+        low, high = np.quantile(statistics, (tail, 1.0 - tail))
+        return float(low), float(high)
 
     def interval(self, trials: NDArray, numerators: NDArray, denominators: NDArray) -> tuple[float, float]:
         """Percentile interval of sum(numerators) / sum(denominators) under resampling of trials, never of windows.
@@ -40,16 +82,14 @@ class Resampling:
         num_trials = int(group.max(initial=-1)) + 1
         if num_trials < MIN_TRIALS or not (np.isfinite(numerators).all() and np.isfinite(denominators).all()):
             return np.nan, np.nan
-        numerators_N = np.bincount(group, weights=numerators)
-        denominators_N = np.bincount(group, weights=denominators)
-        picks_RN = np.random.default_rng(self.seed).integers(num_trials, size=(self.bootstrap, num_trials))
-        numerators_R, denominators_R = numerators_N[picks_RN].sum(axis=1), denominators_N[picks_RN].sum(axis=1)
+        sums_2N = np.stack([np.bincount(group, weights=weights) for weights in (numerators, denominators)])
+        numerators_R, denominators_R = self.resample(sums_2N, statistic=lambda runs: runs.sum(axis=-1))
         valid_R = denominators_R != 0
-        if not valid_R.any():
-            return np.nan, np.nan
-        tail = (1.0 - self.confidence) / 2.0
-        low, high = np.quantile(numerators_R[valid_R] / denominators_R[valid_R], (tail, 1.0 - tail))
-        return float(low), float(high)
+        return self.ends(numerators_R[valid_R] / denominators_R[valid_R])
+
+    def band(self, curves_NG: NDArray, statistic: Statistic = interquartile_mean) -> NDArray[np.float64]:
+        """Interval of a statistic over N curves at each of G points; (2, G)."""
+        return np.array([self.ends(self.resample(runs_N, statistic=statistic)) for runs_N in curves_NG.T]).T
 
 
 def by(table: Table, *columns: str) -> Iterator[tuple[tuple, Table]]:
@@ -133,15 +173,20 @@ def summarise(table: Table, resampling: Resampling, trained_on: str) -> list[dic
     return rows
 
 
-def group_skills(table: Table, column: str, resampling: Resampling) -> list[dict]:
-    """Skill with its interval per phase or third, whichever `column` names, for every predictor, basis and step."""
-    rows = []
-    for values, group in by(table, *GROUP, column):
-        named = dict(zip((*GROUP, "value"), values, strict=True))
-        shares = {"windows": len(group["trial"]), "displacement_squared": float(group["displacement_squared"].sum())}
-        trials = {"trials": len(np.unique(group["trial"]))}
-        rows.append({"group": column, **named, **_skill_with_interval(group, resampling), **shares, **trials})
-    return rows
+def group_skills(table: Table, resampling: Resampling) -> list[dict]:
+    """Skill with its interval, first per phase, then per third of training, for every predictor, basis and step."""
+    return [
+        {
+            "group": column,
+            **dict(zip((*GROUP, "value"), values, strict=True)),
+            **_skill_with_interval(group, resampling),
+            "windows": len(group["trial"]),
+            "displacement_squared": float(group["displacement_squared"].sum()),
+            "trials": len(np.unique(group["trial"])),
+        }
+        for column in ("phase", "third")
+        for values, group in by(table, *GROUP, column)
+    ]
 
 
 def compare(table: Table, predictor: str, resampling: Resampling) -> list[dict]:
@@ -175,30 +220,15 @@ def compare(table: Table, predictor: str, resampling: Resampling) -> list[dict]:
     return rows
 
 
-def interquartile_mean(values: NDArray) -> NDArray[np.float64]:
-    """Mean of the middle half of runs along the last axis, as rliable has it (arXiv 2108.13264): a quarter of the
-    runs, rounded down, is left out at each end. NaN of no runs, and where one of them is NaN."""
-    cut = values.shape[-1] // 4
-    if not values.shape[-1]:
-        return np.full(values.shape[:-1], np.nan)
-    middle = np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
-    return np.where(np.isnan(values).any(axis=-1), np.nan, middle)
+def number(row: Row, key: str) -> float:
+    """A row's figure; NaN where there is none."""
+    value = row.get(key)
+    return math.nan if value is None or value == "" else float(value)
 
 
-def stratified_resamples(
-    strata: Sequence[NDArray],
-    *,
-    resamples: int,
-    seed: int,
-    statistic: Callable[[NDArray], NDArray] = interquartile_mean,
-) -> NDArray[np.float64]:
-    """A statistic over all runs of all tasks, under resampling of runs within each task; (resamples,).
-
-    One array of runs per task. Quantiles of what comes back are rliable's stratified bootstrap interval.
-    """
-    random = np.random.default_rng(seed)
-    picked = [runs[random.integers(len(runs), size=(resamples, len(runs)))] for runs in strata]
-    return statistic(np.concatenate(picked, axis=1))
+def numbers(rows: Sequence[Row], key: str) -> NDArray[np.float64]:
+    """The figure of every row."""
+    return np.array([number(row, key) for row in rows], dtype=np.float64)
 
 
 def _errors_by_window(table: Table, predictor: str) -> Table:

@@ -1,29 +1,25 @@
 """One page that answers: does the Transformer add anything over copying, over a ridge, over rank-1; where; and what
 does that do to returns?
 
-Turns a summary (rows as `metrics.summarise` makes them) into plain sentences, a table and one self-contained HTML
-file. Negative findings are said as plainly as positive ones. Knows nothing of how the numbers were made.
+Turns a summary (rows as `metrics.summarise` makes them) into plain sentences, a table and one HTML page. Negative
+findings are said as plainly as positive ones. Knows nothing of how the numbers were made.
 """
 
-import base64
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import jinja2
-
+from tipl_ray import pages
 from tipl_ray.digest import flat
-from tipl_ray.evaluate.metrics import MIN_TRIALS
+from tipl_ray.evaluate.metrics import MIN_TRIALS, Row, number
 
-Row = Mapping[str, Any]
 Verdict = Literal["yes", "partly", "no", "unknown"]
-Side = Literal["better", "level", "worse", "far", "unclear", "unknown"]
-"""Where a figure is beside what it is compared with; `level` by its interval, `unclear` where it has none."""
+Side = Literal["better", "level", "unclear", "worse", "far", "unknown"]
+"""Where a figure is compared with another: `level` by its interval, `unclear` where it has none; in this order they
+are said."""
 
 SHORT_STEPS = (1, 2, 5, 10)
-COLUMNS = ("predictor", "basis", "causal", "h", "skill", "WPE", "REPW", "noise floor", "beats last", "windows")
 RIVALS = {
     "ridge": "a ridge regression that knows the phase",
     "ridge-elsewhere": "the ridge regression of the tasks that it was trained on",
@@ -45,6 +41,8 @@ ALIKE = 0.9
 """Ratio of distances, either way round, from which on two of them are said to be about the same."""
 GROUPS = {"phase": "phase", "third": "third of training"}
 THIRDS = ("first", "second", "last")
+DIFFERENCE = ("skill_difference", "difference")
+"""Column of a comparison, and how those of its interval begin."""
 BASELINE = "the copy-last baseline"
 NO_FORECASTS = "The results hold no forecast of the Transformer to compare."
 NO_POLICIES = "No policies were run, so nothing is known about returns."
@@ -109,12 +107,11 @@ class Answer:
     trials: int | None = None
 
 
-def write_report(
-    path: str | Path,
+def page(
     *,
     title: str,
     summary: Sequence[Row],
-    figures: Mapping[str, str | Path],
+    pictures: Mapping[str, bytes],
     facts: Mapping[str, Any],
     configuration: Mapping[str, Any],
     commands: Mapping[str, str],
@@ -122,48 +119,36 @@ def write_report(
     confidence: float = 0.95,
     comparisons: Sequence[Row] = (),
     groups: Sequence[Row] = (),
-) -> Path:
-    """Write the report as one HTML file that needs nothing beside it, and return its path.
+) -> str:
+    """The report as one HTML page that needs nothing beside it.
 
-    `figures` maps names of CAPTIONS to PNG files and keeps its order; `facts` are the few figures of the page's head;
+    `pictures` maps names of CAPTIONS to PNGs and keeps its order; `facts` are the few figures of the page's head;
     `configuration` may be nested and is printed as it is, so secrets must be out of it; `commands` and `files` map what
     it is to the command or the path. `comparisons` and `groups` are the rows of `metrics.compare` and
     `metrics.group_skills`.
     Raises ValueError for a picture that has no caption.
     """
-    unknown = [name for name in figures if name not in CAPTIONS]
+    unknown = [name for name in pictures if name not in CAPTIONS]
     if unknown:
-        raise ValueError(f"figures={unknown} have no caption; known are {sorted(CAPTIONS)}")
-    path = Path(path)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    page = template.render(
+        raise ValueError(f"pictures={unknown} have no caption; known are {sorted(CAPTIONS)}")
+    return pages.page(
+        "evaluation.html",
         title=title,
         facts=facts,
         answers=answers(summary, confidence, comparisons, groups),
-        pictures=[(*CAPTIONS[name], _embedded(file)) for name, file in figures.items()],
-        columns=COLUMNS,
-        tables={"short": _sorted(summary, SHORT_STEPS), "whole": _sorted(summary)},
-        cells=_cells,
+        pictures=[(*CAPTIONS[name], pages.embedded(png)) for name, png in pictures.items()],
+        short_table=table(summary, SHORT_STEPS),
+        whole_table=table(summary),
         confidence=f"{confidence:.0%}",
         configuration=list(flat(configuration)),
         commands=commands,
         files=files,
     )
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
-def format_table(summary: Sequence[Row]) -> str:
-    """The result table for a terminal: steps 1, 2, 5 and 10, intervals in brackets."""
-    rows = [_cells(row) for row in _sorted(summary, SHORT_STEPS)]
-    widths = [max(len(line[column]) for line in [COLUMNS, *rows]) for column in range(len(COLUMNS))]
-    lines = []
-    for line in (COLUMNS, tuple("-" * width for width in widths), *rows):
-        words = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True)]
-        numbers = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
-        lines.append("  ".join(words + numbers).rstrip())
-    return "\n".join(lines)
+def table(summary: Sequence[Row], steps: Sequence[int] | None = None) -> list[dict[str, str]]:
+    """Cells of the result table, intervals in brackets: at some steps, or at all where none of those is there."""
+    return [_cells(row) for row in _sorted(summary, steps)]
 
 
 def answers(
@@ -189,11 +174,9 @@ def beats_copying(summary: Sequence[Row], confidence: float = 0.95) -> Answer:
     rows = _of(summary, "tipl")
     verdict, sentences = _judge(
         {step: _skill_side(row) for step, row in rows.items()},
-        better=f"It beats {BASELINE} at {{steps}}.",
+        **_against(BASELINE),
         level=f"No significant difference at {{steps}}: the {confidence:.0%} interval of its skill includes 0.",
         unclear=f"At {{steps}} it is within {CLEAR} of {BASELINE}'s skill of 0, too close to call without an interval.",
-        worse=f"It is worse than {BASELINE} at {{steps}}.",
-        far=f"It is far worse than {BASELINE} at {{steps}}.",
     )
     sentences += _sizes(rows)
     if any(not row["causal"] for row in rows.values()):
@@ -216,39 +199,30 @@ def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -
     sides: dict[int, Side] = {}
     for step, row in rows.items():
         if step in paired:
-            names = ("skill_difference", "difference_low", "difference_high")
-            difference, low, high = (_number(paired[step], name) for name in names)
+            sides[step] = _side(*_interval(paired[step], *DIFFERENCE))
         else:
-            difference = _number(row, "skill") - _number(theirs[step], "skill")
-            low = _number(row, "skill_low") - _number(theirs[step], "skill_high")
-            high = _number(row, "skill_high") - _number(theirs[step], "skill_low")
-        sides[step] = _side(difference, low, high)
+            ours, other = _interval(row, "skill"), _interval(theirs[step], "skill")
+            sides[step] = _side(ours[0] - other[0], ours[1] - other[2], ours[2] - other[1])
     reason = "the interval of the difference includes 0" if paired else "the intervals of their skills overlap"
     verdict, sentences = _judge(
         sides,
-        better=f"It beats {words} at {{steps}}.",
+        **_against(words),
         level=f"No significant difference at {{steps}}: {reason}.",
         unclear=f"At {{steps}} their skills are within {CLEAR} of each other, too close to call without an interval.",
-        worse=f"It is worse than {words} at {{steps}}.",
-        far=f"It is far worse than {words} at {{steps}}.",
     )
     sentences += _at_both_ends(
         rows,
         "Skill is",
         lambda row: f"{_with_interval(row, 'skill')} against {_with_interval(theirs[row['step']], 'skill')}",
     )
-    if paired and rows:
-        sentences += _at_both_ends(
-            {step: paired[step] for step in rows if step in paired},
-            "On the same windows the difference is",
-            _difference,
-        )
+    on_both = {step: paired[step] for step in rows if step in paired}
+    sentences += _at_both_ends(on_both, "On the same windows the difference is", _difference)
     return _answer(f"Does it predict weights better than {words}?", verdict, sentences, rows, NO_FORECASTS)
 
 
 def where_it_lies(groups: Sequence[Row]) -> Answer:
     """In which phases and thirds TIPL's skill one step ahead lies above 0, and where it does not."""
-    own = [row for row in groups if row["predictor"] == "tipl" and math.isfinite(_number(row, "skill"))]
+    own = [row for row in groups if row["predictor"] == "tipl" and math.isfinite(number(row, "skill"))]
     first = min((row["step"] for row in own), default=1)
     sentences, decided = [], []
     for group, words in GROUPS.items():
@@ -271,7 +245,7 @@ def where_it_lies(groups: Sequence[Row]) -> Answer:
                 sentences.append(f"In {where} {finding}.")
         decided += sides
     phases = {
-        int(row["value"]): _number(row, "skill") for row in own if row["group"] == "phase" and row["step"] == first
+        int(row["value"]): number(row, "skill") for row in own if row["group"] == "phase" and row["step"] == first
     }
     inside = [value for phase, value in phases.items() if phase]
     if 0 in phases and inside and phases[0] < min(inside):
@@ -289,13 +263,12 @@ def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
     rows = _run(_of(summary, "tipl"))
     sides: dict[int, Side] = {}
     for step, row in rows.items():
-        apart, floor = _number(row, "repw"), _number(row, "repw_noise_floor")
-        low = _number(row, "repw_low")
+        (apart, low, _), floor = _interval(row, "repw"), number(row, "repw_noise_floor")
         if math.isfinite(low):
             sides[step] = "worse" if low > floor else "better"
         else:
             sides[step] = "better" if apart <= floor else "worse" if apart > TWICE * floor else "unclear"
-    has_interval = any(math.isfinite(_number(row, "repw_low")) for row in rows.values())
+    has_interval = any(math.isfinite(number(row, "repw_low")) for row in rows.values())
     verdict, sentences = _judge(
         sides,
         better="No difference beyond the noise of the evaluation at {steps}.",
@@ -311,7 +284,7 @@ def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
         "Returns differ by",
         lambda row: (
             f"{_with_interval(row, 'repw')} ({_above(row)} the noise floor of "
-            f"{_format('repw', _number(row, 'repw_noise_floor'))})"
+            f"{_format('repw', number(row, 'repw_noise_floor'))})"
         ),
     )
     return _answer("Do the predicted policies return what the true ones return?", verdict, sentences, rows, NO_POLICIES)
@@ -323,7 +296,7 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
     rows = {step: row for step, row in _run(_of(summary, "tipl")).items() if step in copied}
     sides: dict[int, Side] = {}
     for step, row in rows.items():
-        ours, theirs = ([_number(one, f"repw{end}") for end in ("", "_low", "_high")] for one in (row, copied[step]))
+        ours, theirs = _interval(row, "repw"), _interval(copied[step], "repw")
         if math.isfinite(ours[1]) and math.isfinite(theirs[1]):
             sides[step] = _side(theirs[0] - ours[0], theirs[1] - ours[2], theirs[2] - ours[1], far=-math.inf)
         else:
@@ -341,10 +314,10 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
         "REPW is",
         lambda row: f"{_with_interval(row, 'repw')} against {_with_interval(copied[row['step']], 'repw')} of the copy",
     )
-    if rows and math.isfinite(_number(rows[max(rows)], "beats_last")):
+    if rows and math.isfinite(number(rows[max(rows)], "beats_last")):
         sentences.append(
             f"At h = {max(rows)} the predicted policy returns more than the last snapshot in "
-            f"{_number(rows[max(rows)], 'beats_last'):.0%} of windows, ties counted half."
+            f"{number(rows[max(rows)], 'beats_last'):.0%} of windows, ties counted half."
         )
     question = "Do they return closer to the true policy than a copy of the last snapshot does?"
     nothing = NO_POLICIES if not _run(_of(summary, "tipl")) else "No policies of the copy-last baseline were run."
@@ -354,7 +327,7 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
 def modes_are_kept(summary: Sequence[Row]) -> Answer:
     """Whether predicted policies differ among each other as much as the true ones, in returns and in weights."""
     run = _run(_of(summary, "tipl"))
-    shares = {step: _number(row, "distance") / (_number(row, "distance_true") or math.nan) for step, row in run.items()}
+    shares = {step: number(row, "distance") / (number(row, "distance_true") or math.nan) for step, row in run.items()}
     rows = {step: row for step, row in run.items() if math.isfinite(shares[step])}
     sides: dict[int, Side] = {
         step: "worse" if shares[step] < ALIKE else "level" if shares[step] > 1 / ALIKE else "better" for step in rows
@@ -370,9 +343,9 @@ def modes_are_kept(summary: Sequence[Row]) -> Answer:
     sentences += _at_both_ends(rows, "Their distance is", lambda row: f"{_times(shares[row['step']])} the true ones'")
     spreads = ("returns_spread", "returns_spread_true")
     sentences += _at_both_ends(
-        {step: row for step, row in rows.items() if all(math.isfinite(_number(row, name)) for name in spreads)},
+        _known(rows, *spreads),
         "The spread of their returns is",
-        lambda row: " against ".join(_format("repw", _number(row, name)) for name in spreads),
+        lambda row: " against ".join(_format("repw", number(row, name)) for name in spreads),
     )
     nothing = "There are no two windows of one trial whose policies differ, so there are no distances." if run else ""
     question = "Do predicted policies differ as much as true ones, or do its modes collapse?"
@@ -381,10 +354,10 @@ def modes_are_kept(summary: Sequence[Row]) -> Answer:
 
 def basis_suffices(summary: Sequence[Row], floor: str = "svd-floor") -> Answer:
     """What the basis alone costs: the skill of the true future projected on it, which bounds every predictor."""
-    rows = {step: row for step, row in _of(summary, floor).items() if math.isfinite(_number(row, "skill"))}
+    rows = _known(_of(summary, floor), "skill")
     sides: dict[int, Side] = {}
     for step, row in rows.items():
-        skill = _number(row, "skill")
+        skill = number(row, "skill")
         sides[step] = "better" if skill >= 0.9 else "level" if skill > 0 else "far" if skill <= FAR else "worse"
     verdict, sentences = _judge(
         sides,
@@ -414,15 +387,24 @@ def _side(difference: float, low: float, high: float, far: float = FAR) -> Side:
 
 
 def _skill_side(row: Row) -> Side:
-    return _side(*(_number(row, name) for name in ("skill", "skill_low", "skill_high")))
+    return _side(*_interval(row, "skill"))
+
+
+def _against(words: str) -> dict[str, str]:
+    """What is said of a clear difference from a rival, by side."""
+    return {
+        "better": f"It beats {words} at {{steps}}.",
+        "worse": f"It is worse than {words} at {{steps}}.",
+        "far": f"It is far worse than {words} at {{steps}}.",
+    }
 
 
 def _judge(sides: Mapping[int, Side], **sentences: str) -> tuple[Verdict, list[str]]:
     """The verdict over all steps, and a sentence for each side that some steps are on."""
     sentences |= {"unknown": "At {steps} there is nothing to compare: no window moved, or the forecasts diverged."}
-    steps = {side: [step for step, of in sides.items() if of == side] for side in sentences}
+    steps = {side: [step for step, of in sides.items() if of == side] for side in get_args(Side) if side in sentences}
     return _verdict(list(sides.values())), [
-        sentence.format(steps=_steps_text(steps[side])) for side, sentence in sentences.items() if steps[side]
+        sentences[side].format(steps=_steps_text(some)) for side, some in steps.items() if some
     ]
 
 
@@ -447,10 +429,10 @@ def _answer(question: str, verdict: Verdict, sentences: Sequence[str], rows: Map
 
 def _sizes(rows: Mapping[int, Row]) -> list[str]:
     """What the first and the last skill are, in words: the share of the baseline's squared error gone, or on top."""
-    known = {step: row for step, row in rows.items() if math.isfinite(_number(row, "skill"))}
+    known = _known(rows, "skill")
     sentence, latest = "", ""
     for step in sorted({min(known), max(known)}) if known else ():
-        skill = _number(known[step], "skill")
+        skill = number(known[step], "skill")
         verb, amount, link = (
             ("has", f"{_number_text(1 - skill)} times", "")
             if skill <= FAR
@@ -488,12 +470,11 @@ def _of(summary: Sequence[Row], predictor: str) -> dict[int, Row]:
 
 
 def _difference(row: Row) -> str:
-    names = ("skill_difference", "difference_low", "difference_high")
-    value, low, high = (_number(row, name) for name in names)
+    value, low, high = _interval(row, *DIFFERENCE)
     if not math.isfinite(value):
         return "not known"
     # Adding 0.0 keeps a rounded -0.000 from being read as worse.
-    words = [f"{round(number, 3) + 0.0:+,.{3 if abs(number) < 10 else 0}f}" for number in (value, low, high)]
+    words = [f"{round(one, 3) + 0.0:+,.{3 if abs(one) < 10 else 0}f}" for one in (value, low, high)]
     return f"{words[0]} [{words[1]}, {words[2]}]" if math.isfinite(low) and math.isfinite(high) else words[0]
 
 
@@ -507,7 +488,12 @@ def _listed(words: Sequence[str]) -> str:
 
 def _run(rows: Mapping[int, Row]) -> dict[int, Row]:
     """The steps whose policies were run."""
-    return {step: row for step, row in rows.items() if math.isfinite(_number(row, "repw"))}
+    return _known(rows, "repw")
+
+
+def _known(rows: Mapping[int, Row], *keys: str) -> dict[int, Row]:
+    """The steps at which figures are numbers."""
+    return {step: row for step, row in rows.items() if all(math.isfinite(number(row, key)) for key in keys)}
 
 
 def _sorted(summary: Sequence[Row], steps: Sequence[int] | None = None) -> list[Row]:
@@ -519,24 +505,29 @@ def _sorted(summary: Sequence[Row], steps: Sequence[int] | None = None) -> list[
     return sorted(chosen, key=lambda row: (order.index((row["task"], row["predictor"], row["basis"])), row["step"]))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    beats = _number(row, "beats_last")
-    return (
-        str(row["predictor"]),
-        str(row["basis"]),
-        "yes" if row["causal"] else "no",
-        str(row["step"]),
-        _with_interval(row, "skill"),
-        _format("wpe", _number(row, "wpe")),
-        _with_interval(row, "repw"),
-        _format("repw", _number(row, "repw_noise_floor")),
-        f"{beats:.0%}" if math.isfinite(beats) else "-",
-        f"{row['windows']:,}",
-    )
+def _cells(row: Row) -> dict[str, str]:
+    beats = number(row, "beats_last")
+    return {
+        "predictor": str(row["predictor"]),
+        "basis": str(row["basis"]),
+        "causal": "yes" if row["causal"] else "no",
+        "h": str(row["step"]),
+        "skill": _with_interval(row, "skill"),
+        "WPE": _format("wpe", number(row, "wpe")),
+        "REPW": _with_interval(row, "repw"),
+        "noise floor": _format("repw", number(row, "repw_noise_floor")),
+        "beats last": f"{beats:.0%}" if math.isfinite(beats) else "-",
+        "windows": f"{row['windows']:,}",
+    }
+
+
+def _interval(row: Row, key: str, ends: str | None = None) -> tuple[float, float, float]:
+    """A figure and its interval's ends."""
+    return number(row, key), number(row, f"{ends or key}_low"), number(row, f"{ends or key}_high")
 
 
 def _with_interval(row: Row, key: str) -> str:
-    value, low, high = (_number(row, name) for name in (key, f"{key}_low", f"{key}_high"))
+    value, low, high = _interval(row, key)
     if not (math.isfinite(value) and math.isfinite(low) and math.isfinite(high)):
         return _format(key, value)
     return f"{_format(key, value)} [{_format(key, low)}, {_format(key, high)}]"
@@ -554,7 +545,7 @@ def _format(key: str, value: float) -> str:
 
 
 def _above(row: Row) -> str:
-    difference = _number(row, "repw") - _number(row, "repw_noise_floor")
+    difference = number(row, "repw") - number(row, "repw_noise_floor")
     return f"{_format('repw', abs(difference))} {'above' if difference >= 0 else 'below'}"
 
 
@@ -568,12 +559,3 @@ def _steps_text(steps: Sequence[int]) -> str:
             runs.append([step])
     words = [str(run[0]) if len(run) == 1 else f"{run[0]} {'to' if len(run) > 2 else 'and'} {run[-1]}" for run in runs]
     return "h = " + (words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
-
-
-def _number(row: Row, key: str) -> float:
-    value = row.get(key)
-    return math.nan if value is None or value == "" else float(value)
-
-
-def _embedded(png_file: str | Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(Path(png_file).read_bytes()).decode("ascii")

@@ -1,8 +1,9 @@
 """The paper's objective (Section 3.3): squared error of every position's next token.
 
-Shapes: B windows, K tokens of context, D numbers per token.
+Shapes: N trials, B windows, K tokens of context, H forward steps, D numbers per token.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tipl_ray import config
+from tipl_ray.paper.predictor import token_errors
+from tipl_ray.paper.temporal_svd import BASIS_FILE
 from tipl_ray.paper.tokens import Segments, Tokens
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
 from tipl_ray.predict.objective import Objective, validation_windows
+from tipl_ray.predict.representation import TrainingData
 
 
 class NextToken(Objective):
     """The paper's: mean squared error of normalised tokens, at every position of a window."""
 
-    def __init__(self, size: config.Model, train: Tokens, validation: Tokens, device: torch.device | str):
-        self.normaliser = Normaliser.fit(train.coordinates_NTD)
-        self.segments = Segments(train, self.normaliser, size.context, device)
-        self.validation = Segments(validation, self.normaliser, size.context, device)
+    def __init__(self, size: config.Model, data: TrainingData, device: torch.device | str = "cpu"):
+        self.normaliser = Normaliser.fit(data.train.coordinates_NTD)
+        self.segments = Segments(data.train, self.normaliser, size.context, device)
+        self.validation = Segments(data.validation, self.normaliser, size.context, device)
         self.chances = self.segments.num_windows
         self.model: CausalTransformer = CausalTransformer(
             size, self.segments.token_size, self.segments.num_snapshots
         ).to(device)
+        self._tokens: Tokens = data.validation
+        self._shared, self._device = data.shared, device
 
     def loss(self, network: nn.Module, windows_B: NDArray[np.int64]) -> Tensor:
         """See `Objective.loss`."""
@@ -43,12 +49,36 @@ class NextToken(Objective):
             batch = self.validation.gather(windows_B)
             predicted_BKD = self.model(batch.tokens_BKD, batch.snapshots_BK)
             loss += functional.mse_loss(predicted_BKD, batch.targets_BKD).item() * len(windows_B)
-            error_B, displacement_B = self.validation.one_step_errors(windows_B, predicted_BKD[:, -1])
-            error += error_B.sum().item()
-            displacement += displacement_B.sum().item()
+            coordinates_BD = self.normaliser.restore(predicted_BKD[:, -1].cpu().numpy())
+            trials_B, ends_B = self.validation.ends(windows_B)
+            for trial in np.unique(trials_B):
+                own_B = trials_B == trial
+                error += self._tokens.squared_errors(trial, coordinates_BD[own_B], ends_B[own_B] + 1).sum()
+            displacement += self._tokens.displacement_NT[trials_B, ends_B + 1].sum()
             count += len(windows_B)
-        return loss / count, 1.0 - error / displacement if displacement else float("nan")
+        return loss / count, float(1.0 - error / displacement) if displacement else float("nan")
+
+    def squared_errors(
+        self, model: nn.Module, starts_B: NDArray[np.int64], steps_H: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """See `Objective.squared_errors`."""
+        assert isinstance(model, CausalTransformer), "the model is of this objective's kind"
+        model.eval()
+        return np.stack(
+            [
+                token_errors(model, self.normaliser, self._tokens, trial, starts_B, steps_H, self._device)
+                for trial in range(len(self._tokens.seeds))
+            ]
+        )
+
+    def upper_bound(self, starts_B: NDArray[np.int64], steps_H: Sequence[int]) -> NDArray[np.float64]:
+        """See `Objective.upper_bound`: the true future, projected on each trial's basis."""
+        return self._tokens.outside_NT[:, starts_B[:, None] + np.asarray(steps_H)]
 
     def about(self) -> dict[str, Any]:
         """See `Objective.about`."""
         return {"normaliser": self.normaliser.as_table()}
+
+    def beside(self) -> dict[str, bytes]:
+        """See `Objective.beside`: the basis, where the trials share one."""
+        return {BASIS_FILE: self._shared.to_bytes()} if self._shared else {}

@@ -16,7 +16,6 @@ import safetensors.numpy
 from numpy.typing import DTypeLike, NDArray
 from scipy import linalg
 
-from tipl_ray import config
 from tipl_ray.data.rows import Rows
 
 BLOCK_BYTES = 32 * 2**20
@@ -36,6 +35,9 @@ KRYLOV_BLOCKS = 5
 ACCURACY = 1e-7
 """Relative error of singular values that a subspace found in this way must promise, or a Gram matrix is made."""
 
+BASIS_FILE = "basis.safetensors"
+"""Beside a model: the basis that all its trials share, where they do; see `FittedBasis.to_bytes`."""
+
 Array = NDArray[np.floating]
 
 
@@ -43,18 +45,15 @@ Array = NDArray[np.floating]
 class FittedBasis:
     """The basis of one trajectory: W = origin + U S V^T, with the first D columns of U as tokens."""
 
-    kind: Literal["trial", "raw", "shared"]
-    """`trial`: Temporal SVD of the whole trajectory; `raw`: the weights themselves are the tokens; `shared`: Temporal
-    SVD of other trajectories together."""
     rank: int
-    """SVD rank D; P where the kind is `raw`."""
+    """SVD rank D; P where the weights themselves are the tokens."""
     coordinates_TD: NDArray[np.float32]
     """Tokens of the trajectory itself: U[:, :D]."""
     singular_values_D: NDArray[np.float64]
-    """Leading singular values, falling; ones where the kind is `raw`."""
+    """Leading singular values, falling; ones where the weights themselves are the tokens."""
     basis_PD: NDArray[np.float32] | None
     """Right singular vectors, of which the entry with the largest absolute value is positive; none stands for the
-    identity of the kind `raw`."""
+    identity."""
     origin_P: NDArray[np.float32]
     """What was subtracted from every snapshot: zeros, the mean or the first snapshot."""
 
@@ -82,7 +81,7 @@ class FittedBasis:
 
     def truncated(self, rank: int) -> Self:
         """The leading part of the basis, as if it had been fitted with that SVD rank."""
-        assert self.basis_PD is not None, "the kind `raw` has no rank"
+        assert self.basis_PD is not None, "the identity has no rank"
         return dataclasses.replace(
             self,
             rank=rank,
@@ -92,8 +91,8 @@ class FittedBasis:
         )
 
     def to_bytes(self) -> bytes:
-        """The basis without the trajectory's own tokens, as safetensors; for the kind `shared`."""
-        assert self.basis_PD is not None, "the kind `raw` is the identity"
+        """The basis without the trajectory's own tokens, as safetensors."""
+        assert self.basis_PD is not None, "the identity is not kept"
         arrays = {"singular_values": self.singular_values_D, "basis": self.basis_PD, "origin": self.origin_P}
         return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
@@ -102,7 +101,6 @@ class FittedBasis:
         """The shared basis that `to_bytes` wrote; it has no tokens yet."""
         arrays = safetensors.numpy.load(content)
         return cls(
-            kind="shared",
             rank=len(arrays["singular_values"]),
             coordinates_TD=np.empty((0, len(arrays["singular_values"])), np.float32),
             singular_values_D=arrays["singular_values"],
@@ -126,7 +124,6 @@ def fit_basis(
         if not np.isfinite(weights_TP).all():
             raise ValueError("weights_TP has entries that are NaN or infinite: there is no basis for them")
         return FittedBasis(
-            kind=kind,
             rank=weights_TP.shape[1],
             coordinates_TD=np.asarray(weights_TP - origin_P if centred or deltas else weights_TP, np.float32),
             singular_values_D=np.ones(weights_TP.shape[1]),
@@ -137,7 +134,6 @@ def fit_basis(
     largest_D = right_PD[np.abs(right_PD).argmax(axis=0), np.arange(rank)]
     signs_D = np.where(largest_D < 0, -1.0, 1.0)
     return FittedBasis(
-        kind=kind,
         rank=rank,
         coordinates_TD=(left_TD * signs_D).astype(np.float32),
         singular_values_D=singular_values_D,
@@ -157,16 +153,7 @@ def fit_shared_basis(trajectories: Sequence[Rows], rank: int, centred: bool = Fa
     ]
     parts = [one[row : row + 1] for one, rows in zip(trajectories, chosen, strict=True) for row in rows]
     fitted = fit_basis(np.concatenate(parts), "trial", rank, centred)
-    return dataclasses.replace(fitted, kind="shared", coordinates_TD=np.empty((0, rank), np.float32))
-
-
-def basis_of(weights_TP: Rows, basis: config.Basis, shared: FittedBasis | None = None) -> FittedBasis:
-    """The basis that a configuration means for a trajectory, with its tokens. Raises ValueError as `fit_basis` does."""
-    assert basis.kind != "window", "displacements have a band, not tokens"
-    if basis.kind == "shared":
-        assert shared is not None, "a shared basis is fitted before the trials are reduced"
-        return shared.on(weights_TP)
-    return fit_basis(weights_TP, basis.kind, basis.rank, centred=basis.centred, deltas=basis.deltas)
+    return dataclasses.replace(fitted, coordinates_TD=np.empty((0, rank), np.float32))
 
 
 def reconstruction_error(

@@ -16,10 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tipl_ray import config
 from tipl_ray.data.rows import Rows
-from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.paper.temporal_svd import FittedBasis, basis_of
+from tipl_ray.paper.temporal_svd import FittedBasis
 from tipl_ray.paper.transformer import Normaliser
 from tipl_ray.predict.objective import draw_windows
 
@@ -68,24 +66,17 @@ class Tokens:
             outside_NT=self.outside_NT + np.square(left_out_NTd).sum(axis=-1),
         )
 
+    def squared_errors(
+        self, trial: int, coordinates_BHD: NDArray[np.floating], snapshots_BH: NDArray[np.integer]
+    ) -> NDArray[np.float64]:
+        """||w_hat - w||^2 of coordinates that are forecast for some snapshots of the trial of this index; (B, H).
 
-def load_tokens(
-    store: TrajectoryStore, seeds: Sequence[int], basis: config.Basis, shared: FittedBasis | None = None
-) -> Tokens:
-    """Tokens of some trials, each in a basis of its own or all in the shared one, read one trial at a time.
-
-    Raises StoreError where the data set is damaged, ValueError where a trial does not fit the basis or the others.
-    """
-    return Tokens.stack([_reduce(store, seed, basis, shared) for seed in seeds])
-
-
-def _reduce(store: TrajectoryStore, seed: int, basis: config.Basis, shared: FittedBasis | None) -> Tokens:
-    weights_TP = store.weights(seed)
-    try:
-        fitted = basis_of(weights_TP, basis, shared)
-    except ValueError as error:
-        raise ValueError(f"trial {seed}: {error}") from error
-    return tokens_of(seed, weights_TP, fitted)
+        Exact without the weights: inside the basis a coordinate counts with its singular value, and what the true
+        weights have outside the basis stands at right angles to it.
+        """
+        apart_BHD = coordinates_BHD - self.coordinates_NTD[trial][snapshots_BH]
+        inside_BH = np.square(apart_BHD * self.singular_values_ND[trial]).sum(axis=-1)
+        return inside_BH + self.outside_NT[trial][snapshots_BH]
 
 
 def tokens_of(seed: int, weights_TP: Rows, fitted: FittedBasis) -> Tokens:
@@ -96,7 +87,7 @@ def tokens_of(seed: int, weights_TP: Rows, fitted: FittedBasis) -> Tokens:
         part, before = slice(start, start + SNAPSHOTS_AT_ONCE), min(start, 1)
         some_TP = weights_TP[start - before : part.stop].astype(np.float64)
         displacement_T[start + 1 - before : part.stop] = np.square(np.diff(some_TP, axis=0)).sum(axis=1)
-        if fitted.kind != "raw":
+        if fitted.basis_PD is not None:
             outside_TP = some_TP[before:] - fitted.decode(fitted.coordinates_TD[part])
             outside_T[part] = np.square(outside_TP).sum(axis=1)
     return Tokens(
@@ -131,9 +122,6 @@ class Segments:
             )
         self.num_windows = num_trials * self.windows_per_trial
         self._tokens_SD = torch.from_numpy(normaliser.normalise(tokens.coordinates_NTD)).to(device).flatten(0, 1)
-        self._scales_ND = torch.from_numpy(tokens.singular_values_ND * normaliser.deviation_D).to(device)
-        self._outside_S = torch.tensor(tokens.outside_NT, device=device).flatten()
-        self._displacement_S = torch.tensor(tokens.displacement_NT, device=device).flatten()
         self._offsets_K = torch.arange(context, device=device)
 
     def gather(self, windows_B: NDArray[np.int64]) -> Batch:
@@ -147,16 +135,10 @@ class Segments:
         """One worker's share of a step's global batch, a pure function of the arguments: see `draw_windows`."""
         return self.gather(draw_windows(self.num_windows, step, batch_size, seed, rank, num_workers))
 
-    def one_step_errors(self, windows_B: NDArray[np.int64], predicted_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """||w_hat - w||^2 of the snapshot after each window, and ||w_t - w_{t+1}||^2; float64, (B,) each.
-
-        Exact without the weights: inside the basis a coordinate counts with its singular value, and what the true
-        weights have outside the basis stands at right angles to it.
-        """
-        trials_B, firsts_B = self._locate(windows_B)
-        rows_B = trials_B * self.num_snapshots + firsts_B + self.context
-        inside_BD = (predicted_BD - self._tokens_SD[rows_B]) * self._scales_ND[trials_B]
-        return inside_BD.square().sum(dim=1) + self._outside_S[rows_B], self._displacement_S[rows_B]
+    def ends(self, windows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Index of each window's trial, and of its last snapshot in that."""
+        trials_B = windows_B // self.windows_per_trial
+        return trials_B, windows_B - trials_B * self.windows_per_trial + self.context - 1
 
     def _locate(self, windows_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         windows = torch.from_numpy(windows_B).to(self._offsets_K.device, non_blocking=True)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tipl_ray import config
-from tipl_ray.data.storage import StoreError
 from tipl_ray.digest import as_table
 from tipl_ray.predict.blocks import DTYPE, Blocks, initialise
-from tipl_ray.predict.models import load_model, save_model
+from tipl_ray.predict.models import SavedModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,7 +55,7 @@ class Normaliser:
         return cls(mean_D=np.asarray(table["mean"], np.float32), deviation_D=np.asarray(table["deviation"], np.float32))
 
 
-class CausalTransformer(nn.Module):
+class CausalTransformer(SavedModel):
     """The causal Transformer (Section 3.3) for tokens of D numbers and trajectories of up to `max_snapshots`."""
 
     def __init__(self, size: config.Model, token_size: int, max_snapshots: int):
@@ -92,18 +91,9 @@ class CausalTransformer(nn.Module):
             snapshots_BK = torch.cat((snapshots_BK, next_B1), dim=1)[:, -self.size.context :]
         return torch.cat(predicted, dim=1)
 
-    def save(self, folder: str, about: dict[str, Any] | None = None, beside: Mapping[str, bytes] | None = None) -> None:
-        """Write the model, JSON that belongs to it, for `load_about`, and files beside it, for `read_model_file`."""
-        described = {"token_size": self.token_size, "max_snapshots": self.max_snapshots}
-        save_model(self, folder, {**(about or {}), "model": as_table(self.size), **described}, beside or {})
-
-    @classmethod
-    def load(cls, folder: str) -> Self:
-        """The model that `save` wrote, on the CPU and in evaluation mode. Raises StoreError as `load_model` does."""
-        model = load_model(folder)
-        if not isinstance(model, cls):
-            raise StoreError(f"{folder}: holds a {type(model).__name__}, not a {cls.__name__}; name another folder")
-        return model
+    def described(self) -> dict[str, Any]:
+        """See `SavedModel.described`."""
+        return {"model": as_table(self.size), **{"token_size": self.token_size, "max_snapshots": self.max_snapshots}}
 
     @classmethod
     def described_by(cls, about: Mapping[str, Any]) -> Self:

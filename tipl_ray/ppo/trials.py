@@ -11,16 +11,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tipl_ray.accelerate.jumps import GroupJumps
 from tipl_ray.config import Collect, Experiment, Ppo
 from tipl_ray.data.trajectory_store import Snapshot
+from tipl_ray.ppo.algorithms import NOTHING, Extension, State
 from tipl_ray.ppo.environments import CompiledEnvironments, Environments, generator_state, restored_generator
 from tipl_ray.ppo.learner import Rollouts, make_learner
 from tipl_ray.ppo.networks import NetworkShape
 from tipl_ray.ppo.tasks import find_task
-from tipl_ray.predict.saved import load_predictor
-
-State = dict[str, np.ndarray]
 
 
 def network_shape(collect: Collect) -> NetworkShape:
@@ -35,14 +32,24 @@ def network_shape(collect: Collect) -> NetworkShape:
 
 
 class TrialGroup:
-    """K trials, each at its own iteration; `run_iteration` takes all of them one PPO iteration further."""
+    """K trials, each at its own iteration; `run_iteration` takes all of them one PPO iteration further.
 
-    def __init__(self, experiment: Experiment, engine: str, seeds: list[int], states: list[State | None] | None = None):
+    An algorithm that differs from PPO in one step is a subclass that overrides `update`.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        engine: str,
+        seeds: list[int],
+        states: list[State | None] | None = None,
+        extension: Extension = NOTHING,
+    ):
         self.collect: Collect = experiment.collect
         self.ppo: Ppo = experiment.ppo
         self.num_iterations = experiment.num_iterations
-        self.snapshots_run = experiment.snapshots_run
-        self.snapshots_per_iteration = experiment.snapshots_per_iteration
+        self.snapshots_run = experiment.snapshots_per_iteration
+        self.snapshots_per_iteration = extension.snapshots_per_iteration(experiment)
         self.seeds = list(seeds)
         self.shape = network_shape(self.collect)
         self.learner = make_learner(engine, self.shape, self.ppo)
@@ -55,19 +62,14 @@ class TrialGroup:
         self.adam_steps_K, self.iterations_K = np.zeros((2, count), dtype=np.int64)
         self.diverged: dict[int, tuple[int, str]] = {}
         """By seed, the trials that ended because something of them is not finite: whole iterations, and what it is."""
-        self.jumps: GroupJumps | None = None
-        if experiment.jump.predictor:
-            predictor, num_weights = load_predictor(experiment.jump.predictor), self.shape.num_policy_weights
-            self.jumps = GroupJumps(
-                experiment.jump, predictor, self.parameters_KN, num_weights, experiment.snapshots_run
-            )
+        self.hooks = extension.hooks(self)
         for k, state in enumerate(states or []):
             if state is not None:
                 self._set_state(k, state)
         self._allocate()
 
     def _allocate(self) -> None:
-        self._rollouts = Rollouts.empty(len(self), self.ppo.num_steps, self.shape)
+        self.rollouts = Rollouts.empty(len(self), self.ppo.num_steps, self.shape)
         self._noise_KA, self._actions_KA = np.zeros((2, len(self), self.shape.action_size), dtype=np.float32)
 
     def __len__(self) -> int:
@@ -84,8 +86,8 @@ class TrialGroup:
             yield self._snapshot(int(k), 0, None)
 
     def run_iteration(self) -> Iterator[Snapshot]:
-        """One iteration of every trial that is not finished: rollout, update epochs with their snapshots, and a jump
-        with its own where there are jumps.
+        """One iteration of every trial that is not finished: rollout, update epochs with their snapshots, and what
+        the extension adds.
 
         Every snapshot is finite: a trial that is not any more has diverged, and ends with the one before.
         """
@@ -93,43 +95,30 @@ class TrialGroup:
         if len(going_on) < len(self):
             self._keep(going_on)
         returns = self._collect_rollouts()
-        self.learner.advantages(self.parameters_KN, self._rollouts)
+        self.learner.advantages(self.parameters_KN, self.rollouts)
         learning_rates_K = np.array([self._learning_rate(k) for k in range(len(self))])
         self.iterations_K += 1
         for index in range(1, self.snapshots_run + 1):
-            self.learner.update(
-                self.parameters_KN,
-                self.first_moments_KN,
-                self.second_moments_KN,
-                self.adam_steps_K,
-                learning_rates_K,
-                self._rollouts,
-                self._permutations(),
-            )
+            self.update(learning_rates_K)
             yield from self._finite_snapshots(index, returns if index == 1 else [None] * len(self))
-            if self.jumps:
-                self.jumps.record(self.parameters_KN)
-        if self.jumps:
-            yield from self._jump(self.jumps, learning_rates_K / self.ppo.learning_rate)
+            self.hooks.record(self)
+        for index, _ in enumerate(self.hooks.move(self, learning_rates_K), self.snapshots_run + 1):
+            yield from self._finite_snapshots(index, [None] * len(self))
 
-    def _jump(self, jumps: GroupJumps, learning_rates_K: np.ndarray) -> Iterator[Snapshot]:
-        """Go to where the epochs not run would have led, one snapshot after the other."""
-        # The snapshots so far, the predicted ones still to come: the trial's clock as the predictor's data has it.
-        done_K = self.iterations_K - jumps.settings.horizon / self.snapshots_per_iteration
-        moves_KHM = jumps.propose(done_K / self.num_iterations, learning_rates_K)
-        if jumps.settings.gate:
-            there_KN = self.parameters_KN.copy()
-            there_KN[:, : jumps.num_moved] += moves_KHM.sum(axis=1)
-            worse_K = self._surrogates(there_KN) < self._surrogates(self.parameters_KN)
-            jumps.drop(worse_K)
-            moves_KHM[worse_K] = 0.0
-        for step in range(jumps.settings.horizon):
-            self.parameters_KN[:, : jumps.num_moved] += moves_KHM[:, step]
-            yield from self._finite_snapshots(self.snapshots_run + 1 + step, [None] * len(self))
-        jumps.carry_on(moves_KHM, self.parameters_KN)
-        if jumps.settings.moments == "reset":
-            for array in (self.first_moments_KN, self.second_moments_KN, self.adam_steps_K):
-                array[moves_KHM.any(axis=(1, 2))] = 0
+    def update(self, learning_rates_K: np.ndarray) -> None:
+        """Move `parameters_KN` in place, by the update epochs on `rollouts` that lead to the next snapshot.
+
+        To be overridden: advantages are in the rollouts, what is random comes from each trial's own of `generators`.
+        """
+        self.learner.update(
+            self.parameters_KN,
+            self.first_moments_KN,
+            self.second_moments_KN,
+            self.adam_steps_K,
+            learning_rates_K,
+            self.rollouts,
+            self._permutations(),
+        )
 
     def _finite_snapshots(self, index: int, returns: list[float | None]) -> Iterator[Snapshot]:
         """A snapshot of every trial that has not diverged by now."""
@@ -159,9 +148,9 @@ class TrialGroup:
         sound_K = np.array([seed not in self.diverged for seed in self.seeds], dtype=bool)
         return np.flatnonzero(sound_K & (self.iterations_K < self.num_iterations))
 
-    def _surrogates(self, parameters_KN: np.ndarray) -> np.ndarray:
+    def surrogates(self, parameters_KN: np.ndarray) -> np.ndarray:
         """PPO's clipped surrogate objective (K,) of some parameters on the stored rollouts, advantages centred."""
-        stored = self._rollouts
+        stored = self.rollouts
         scratch = [np.empty_like(stored.rewards_KS) for _ in range(4)]
         names = ("log_probabilities_KS", "values_KS", "advantages_KS", "returns_KS")
         again = dataclasses.replace(stored, **dict(zip(names, scratch, strict=True)))
@@ -174,7 +163,7 @@ class TrialGroup:
 
     def _collect_rollouts(self) -> list[float | None]:
         """Fill the rollouts; the mean return of each trial's episodes that ended meanwhile."""
-        rollouts, environments = self._rollouts, self.environments
+        rollouts, environments = self.rollouts, self.environments
         noise_SKA = np.stack([self._noise(generator) for generator in self.generators], axis=1)
         environments.finished.clear()
         act = self.learner.actor(
@@ -228,16 +217,15 @@ class TrialGroup:
         """Everything that the next bit of a trial depends on, as arrays, between two iterations."""
         k = self.seeds.index(seed)
         arrays = {name: np.array(array[k]) for name, array in self._per_trial().items()}
-        jump = self.jumps.state(k) if self.jumps else {}
-        return {**arrays, "generator": generator_state(self.generators[k]), **self.environments.state(k), **jump}
+        generator, environments = generator_state(self.generators[k]), self.environments.state(k)
+        return {**arrays, "generator": generator, **environments, **self.hooks.state(k)}
 
     def _set_state(self, k: int, state: State) -> None:
         for name, array in self._per_trial().items():
             array[k] = state[name]
         self.generators[k] = restored_generator(state["generator"])
         self.environments.set_state(k, state)
-        if self.jumps:
-            self.jumps.set_state(k, state)
+        self.hooks.set_state(k, state)
 
     def _keep(self, kept: np.ndarray) -> None:
         """Go on with the kept trials alone."""
@@ -246,8 +234,7 @@ class TrialGroup:
         self.generators = [self.generators[k] for k in kept]
         for name, array in self._per_trial().items():
             setattr(self, name, array[kept])
-        if self.jumps:
-            self.jumps.keep(kept)
+        self.hooks.keep(kept)
         self._allocate()
 
     def _per_trial(self) -> dict[str, np.ndarray]:

@@ -109,7 +109,7 @@ class FirstAgain(PhaseTable):
     """The displacement that began the PPO iteration is made once more by the iteration's end: for jumps, the plainest
     that does more than carry on with the last one."""
 
-    name = "first-again"
+    name, in_tables = "first-again", False
 
     def table_QHK(self) -> NDArray[np.float64]:
         """h for that displacement, as a share of the snapshots that the iteration still has; 0 for the others."""
@@ -252,27 +252,6 @@ class MeanTrajectory(Predictor):
         before = np.minimum(place.astype(np.int64), len(knots_M) - 2)
         share = (place - before).astype(np.float32)[..., None]
         return (1 - share) * mean_MP[before] + share * mean_MP[before + 1]
-
-
-SIMPLE: tuple[type[Predictor], ...] = (
-    CopyLast,
-    Linear,
-    Damped,
-    WindowLinear,
-    Ridge,
-    RidgeOnContext,
-    RankOne,
-    RankOneFromLast,
-    DynamicModes,
-    MeanTrajectory,
-)
-"""What TIPL is held against in every table."""
-
-COMBINATIONS: dict[str, type[Combination]] = {
-    kind.name: kind
-    for kind in (CopyLast, Linear, Damped, WindowLinear, Ridge, FirstAgain, RankOne, RankOneFromLast, DynamicModes)
-}
-"""Predictors that one small file holds, by name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -1,9 +1,10 @@
 """Trained models on disk: safetensors plus JSON, in a folder or under a URI; nothing is unpickled."""
 
+import abc
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
 import torch
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tipl_ray.data.storage import Storage, StoreError, file_exists, publish, read_published
-from tipl_ray.predict.blocks import DTYPE
+from tipl_ray.predict.blocks import DTYPE, Blocks
 from tipl_ray.registry import Registry
 
 WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "model.json"
@@ -19,18 +20,42 @@ WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "model.json"
 RECORD_FILE = "model.sha256"
 """Digests of a model's files, as they were published."""
 
-BASIS_FILE = "basis.safetensors"
-"""The shared basis that a model's tokens are of, where they are; see `temporal_svd.FittedBasis.to_bytes`."""
 
 WAY_OUT = "restore it from a copy (MLflow keeps one), or delete the folder and train again"
 
 
-def save_model(model: nn.Module, folder: str, described: dict[str, Any], beside: Mapping[str, bytes]) -> None:
-    """Write all files, model.json last: where it stands, the model is whole."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    described["architecture"] = type(model).__name__
-    about = json.dumps(described, indent=1).encode()
-    publish(folder, {**beside, WEIGHTS_FILE: safetensors.torch.save(weights), ABOUT_FILE: about}, RECORD_FILE)
+class SavedModel(nn.Module, abc.ABC):
+    """A model that lies in a folder: its weights, and JSON that says what it is."""
+
+    blocks: Blocks
+    """Its Transformer."""
+
+    @abc.abstractmethod
+    def described(self) -> dict[str, Any]:
+        """What `described_by` makes an untrained model of, as JSON."""
+
+    @classmethod
+    @abc.abstractmethod
+    def described_by(cls, about: Mapping[str, Any]) -> Self:
+        """An untrained model of the size that model.json says."""
+
+    def save(self, folder: str, about: dict[str, Any] | None = None, beside: Mapping[str, bytes] | None = None) -> None:
+        """Write the model, JSON that belongs to it, for `load_about`, and files beside it, for `read_model_file`.
+
+        model.json is the last: where it stands, the model is whole.
+        """
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        described = {**(about or {}), **self.described(), "architecture": ARCHITECTURES.name_of(type(self))}
+        files = {WEIGHTS_FILE: safetensors.torch.save(weights), ABOUT_FILE: json.dumps(described, indent=1).encode()}
+        publish(folder, {**(beside or {}), **files}, RECORD_FILE)
+
+    @classmethod
+    def load(cls, folder: str) -> Self:
+        """The model that `save` wrote, on the CPU and in evaluation mode. Raises StoreError as `load_model` does."""
+        model = load_model(folder)
+        if not isinstance(model, cls):
+            raise StoreError(f"{folder}: holds a {type(model).__name__}, not a {cls.__name__}; name another folder")
+        return model
 
 
 ARCHITECTURES = Registry(
@@ -71,7 +96,13 @@ def load_about(folder: str) -> dict[str, Any]:
         return {**about, "architecture": about["architecture"]}
 
 
-def load_model(folder: str) -> Any:
+def files_beside(folder: str) -> list[str]:
+    """Names of the files that were saved beside a model's own."""
+    own = (WEIGHTS_FILE, ABOUT_FILE, RECORD_FILE)
+    return sorted(name for name in Storage(folder).sizes() if name not in own)
+
+
+def load_model(folder: str) -> SavedModel:
     """The model in a folder, whichever it is, on the CPU and in evaluation mode.
 
     Draws no random number, and takes neither type nor device from torch's defaults. Raises StoreError where there is no

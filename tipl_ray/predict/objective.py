@@ -1,18 +1,17 @@
 """What a model is trained for, whatever it is: its loss on a batch of windows, and its validation.
 
-Knows nothing of optimisers, workers or checkpoints. Shapes: B windows.
+Knows nothing of optimisers, workers or checkpoints. Shapes: N trials, B windows, H forward steps.
 """
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tipl_ray.paper.transformer import CausalTransformer
-from tipl_ray.window.transformer import WindowTransformer
+from tipl_ray.predict.models import SavedModel
 
 
 def draw_windows(
@@ -39,9 +38,9 @@ VALIDATION_BATCH = 256
 class Objective(abc.ABC):
     """A model and what it is trained for."""
 
-    model: CausalTransformer | WindowTransformer
+    model: SavedModel
     chances: int | NDArray[np.float64]
-    """How windows of the training trials are drawn: see `segments.draw_windows`."""
+    """How windows of the training trials are drawn: see `draw_windows`."""
 
     @abc.abstractmethod
     def loss(self, network: nn.Module, windows_B: NDArray[np.int64]) -> Tensor:
@@ -57,6 +56,21 @@ class Objective(abc.ABC):
     def about(self) -> dict[str, Any]:
         """What must be known beside the model's weights to use it, as JSON."""
         return {}
+
+    def beside(self) -> dict[str, bytes]:
+        """Files that belong beside the model's."""
+        return {}
+
+    @abc.abstractmethod
+    def squared_errors(
+        self, model: nn.Module, starts_B: NDArray[np.int64], steps_H: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """||w_hat - w||^2 of a model of this kind, such as the best so far, at some windows of each validation trial;
+        exact, without their weights; (N, B, H)."""
+
+    @abc.abstractmethod
+    def upper_bound(self, starts_B: NDArray[np.int64], steps_H: Sequence[int]) -> NDArray[np.float64]:
+        """The same of the true future, as well as the representation can express it: no model does better."""
 
 
 def validation_windows(num_windows: int) -> Iterator[NDArray[np.int64]]:

@@ -50,6 +50,8 @@ class Predictor(abc.ABC):
 
     name: ClassVar[str]
     """Name in the result table."""
+    in_tables: ClassVar[bool] = True
+    """Whether every result table has it."""
     basis: str = "none"
     """`none`, or the kind of the basis that it predicts in."""
     seed: int = 0

@@ -5,19 +5,16 @@ Knows MLflow's client and figures; knows nothing of data sets, models or Ray.
 
 from __future__ import annotations
 
-import base64
-import csv
 import dataclasses
 import difflib
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from tipl_ray import pages
 from tipl_ray.digest import redacted
-from tipl_ray.evaluate import figures
+from tipl_ray.drawing import png
+from tipl_ray.sweep import figures
 from tipl_ray.sweep.space import short_names
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
 
@@ -29,6 +26,18 @@ if TYPE_CHECKING:
 BEST_TAG, DIVERGED_TAG = "best", "diverged"
 SEED = "train.seed"
 """The field whose values are repetitions, not choices."""
+CAPTIONS = {
+    "heat_map": (
+        "Two fields, and what the model reached",
+        "Mean over whatever else varies, with the standard deviation where there are several runs. The ridge has a row "
+        "of its own; where it is known, a column says what the true future on each line's basis has.",
+    ),
+    "parallel_coordinates": (
+        "Every field at once",
+        "Every line is a run, from the values of its fields to what it reached.",
+    ),
+    "curves": ("Over training", "Of the model that would be kept if training ended there."),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,17 +183,18 @@ def _status(row: Row) -> str:
     return "best" if row.tags.get(BEST_TAG) == "true" else row.status.lower()
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def everything(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """A line for each run, in their order: the fields that differ, and the last value of every metric but `system/`."""
     fields = varied(rows)
     metrics = sorted({name for row in rows for name in row.metrics if not name.startswith("system/")})
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", *fields, *metrics])
-    for row in rows:
-        figures_of_run = [row.metrics.get(name, "") for name in metrics]
-        writer.writerow([row.name, *(row.parameters.get(field, "") for field in fields), *figures_of_run])
-    return text.getvalue()
+    return [
+        {
+            "run": row.name,
+            **{field: row.parameters.get(field) for field in fields},
+            **{name: row.metrics.get(name) for name in metrics},
+        }
+        for row in rows
+    ]
 
 
 def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Figure]:
@@ -206,7 +216,7 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Fi
     if len(choices) >= 2 and len(cells) > 1:
         up, across = sorted(choices, key=lambda field: (field in numbers, field == "model.context"))[-2:]
         names = short_names([across, up])
-        drawn["heat_map"] = figures.sweep_heat_map(cells, across, up, names, metric)
+        drawn["heat_map"] = figures.heat_map(cells, across, up, names, metric)
     if choices and len(cells) > 1:
         drawn["parallel_coordinates"] = figures.parallel_coordinates(cells, short_names(choices), metric)
     curves = {row.run_id: _history(client, row.run_id, metric) for row in known}
@@ -214,22 +224,17 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Fi
     if curves:
         first = by_metric([row for row in known if row.run_id in curves], metric)[0]
         ridge = first.metrics.get(f"ridge_{metric}", math.nan)
-        drawn["curves"] = figures.sweep_curves(list(curves.values()), curves[first.run_id], first.name, ridge, metric)
+        drawn["curves"] = figures.curves(list(curves.values()), curves[first.run_id], first.name, ridge, metric)
     return drawn
 
 
 def page(title: str, rows: Sequence[Row], metric: str, drawn: Mapping[str, Figure], source: str) -> str:
     """One HTML page that needs nothing beside it; `source` is MLflow's URI, of which no password is shown."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    pictures = {
-        name: f"data:image/png;base64,{base64.b64encode(figures.png(figure)).decode()}"
-        for name, figure in drawn.items()
-    }
-    return environment.from_string(PAGE).render(
+    return pages.page(
+        "comparison.html",
         title=title,
         rows=table(rows, metric),
-        pictures=pictures,
-        captions=CAPTIONS,
+        pictures=[(*CAPTIONS[name], pages.embedded(png(figure))) for name, figure in drawn.items()],
         metric=metric,
         source=redacted(source),
     )
@@ -253,35 +258,3 @@ def number(figure: Any) -> str:
 def _history(client: MlflowClient, run_id: str, metric: str) -> tuple[list[int], list[float]]:
     points = sorted(client.get_metric_history(run_id, metric), key=lambda point: point.step)
     return [point.step for point in points], [point.value for point in points]
-
-
-CAPTIONS = {
-    "heat_map": "Mean over whatever else varies, with the standard deviation where there are several runs. The ridge "
-    "has a row of its own; where it is known, a column says what the true future on each line's basis has.",
-    "parallel_coordinates": "Every line is a run, from the values of its fields to what it reached.",
-    "curves": "Of the model that would be kept if training ended there.",
-}
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 70em; padding: 0 1em }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-div { overflow-x: auto }
-img { max-width: 100% }
-</style></head><body>
-<h1>{{ title }}</h1>
-<p>{{ rows | length }} runs of {{ source }}, the best by {{ metric }} first. <code>skill</code> is the share of
-copying's squared error that a model takes away: 1 is perfect, 0 is no better than copying the last snapshot, below 0 is
-worse.</p>
-<div><table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}
-<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% for name, picture in pictures.items() %}
-<figure><img src="{{ picture }}" alt="{{ name }}"><figcaption>{{ captions[name] }}</figcaption></figure>
-{% endfor %}
-</body></html>
-"""

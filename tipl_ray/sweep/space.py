@@ -13,6 +13,7 @@ from typing import Any
 
 from tipl_ray import config
 from tipl_ray.digest import as_table, flat
+from tipl_ray.predict.representation import representation_of
 
 SECTIONS = ("basis", "model", "train")
 """Sections whose fields a sweep may vary: the others make the data or the question, which its children share."""
@@ -21,9 +22,6 @@ FIXED = {
     "train.data": "children share their trials",
 }
 """Fields of those sections that are the same for all, and why."""
-TOKENS = ("raw", "trial", "shared")
-UNUSED = {"basis.rank": ("raw", "window"), "model.clock": TOKENS, "model.phase": TOKENS}
-"""Fields that mean nothing on some bases."""
 MAX_COMBINATIONS = 10_000
 RANGE = re.compile(r"(log|uniform)\(([^,()]+),([^,()]+)\)")
 
@@ -85,11 +83,12 @@ def make_space(experiment: config.Experiment) -> Space:
     if combinations > MAX_COMBINATIONS:
         raise ValueError(f"sweep.over makes {combinations} combinations, more than {MAX_COMBINATIONS}")
     children = [with_fields(experiment, candidate) for candidate in corners(space)]
-    kinds = {child.basis.kind for child in children}
+    bases = {child.basis for child in children}
+    without_effect = [representation_of(basis).without_effect() for basis in bases]
     for field in space:
-        if kinds <= set(UNUSED.get(field, ())):
+        if all(field in fields for fields in without_effect):
             raise ValueError(
-                f"sweep.over.{field} changes nothing on basis.kind={sorted(kinds)}; "
+                f"sweep.over.{field} changes nothing on basis.kind={sorted({basis.kind for basis in bases})}; "
                 "--preset paper has basis `trial`, --preset causal `window`"
             )
     return space

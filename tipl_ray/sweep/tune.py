@@ -34,21 +34,21 @@ from tipl_ray.data.storage import Storage, join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, identity
 from tipl_ray.jobs import check_job, connected_to_ray, open_tracker
-from tipl_ray.paper.objective import NextToken
-from tipl_ray.paper.tokens import Tokens
+from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import GramBand
 from tipl_ray.predict.models import is_complete
-from tipl_ray.predict.training_data import TrainingData
+from tipl_ray.predict.representation import TrainingData, representation_of
 from tipl_ray.resources import require_resources
 from tipl_ray.stages import data_digest, essence, log_data, run_tags
 from tipl_ray.sweep import comparison
 from tipl_ray.sweep.judge import Judge
 from tipl_ray.sweep.space import Candidate, Range, Space, corners, describe, make_space, short_names, with_fields
-from tipl_ray.terminal import ProgressView, console, duration, format_rows, say
+from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import KEY_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder, run_digest
-from tipl_ray.train.training import Training, TrainingError, load_trials, make_trainer, publish_model, worker_training
-from tipl_ray.window.transformer import WindowTransformer
+from tipl_ray.train.ray_train import make_trainer, publish_model, worker_training
+from tipl_ray.train.reading import load_trials, read_trials
+from tipl_ray.train.training import Training, TrainingError
 
 CURVES = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
 """What MLflow is told of every iteration, beside the skills."""
@@ -101,13 +101,12 @@ class Reduced:
 
     data: TrainingData
     train_bands: Sequence[GramBand]
-    """Gram bands of the same trials; what `data` has on the basis `window`."""
+    """Gram bands of the same trials, by which every child is judged."""
     validation_bands: Sequence[GramBand]
 
     def of(self, experiment: config.Experiment) -> TrainingData:
         """What one child trains on."""
-        ranked = experiment.basis.kind in ("trial", "shared")
-        return self.data.truncated(experiment.basis.rank) if ranked else self.data
+        return representation_of(experiment.basis).narrowed(self.data)
 
 
 def run_sweep(experiment: config.Experiment) -> None:
@@ -156,11 +155,7 @@ def make_plan(experiment: config.Experiment) -> Plan:
     plan = Plan(experiment=experiment, space=space, children=children, data=data_digest(experiment))
     num_weights = TrajectoryStore(experiment.storage_path).header(experiment.collect.seeds[:1]).num_weights
     for child in plan.children:
-        if child.basis.kind in ("trial", "shared") and child.basis.rank > num_weights:
-            raise ValueError(
-                f"basis.rank={child.basis.rank} exceeds the {num_weights} weights of a policy, and with them the "
-                "singular values of a trial"
-            )
+        representation_of(child.basis).check_policy(num_weights)
     if plan.longest + max(experiment.evaluate.steps) >= experiment.num_snapshots:
         raise ValueError(
             f"model.context={plan.longest} + forward step {max(experiment.evaluate.steps)} leave no window in the "
@@ -232,11 +227,8 @@ def _reduce(plan: Plan, child: config.Experiment) -> Reduced:
     """The trials on the child's kind of basis, for every rank and context of the sweep."""
     rank = max(other.basis.rank for other in plan.children)
     widest = with_fields(child, {"basis.rank": rank, "model.context": plan.longest})
-    bands = load_trials(with_fields(widest, {"basis.kind": "window"}))
-    assert not isinstance(bands.train, Tokens), "the basis `window` has bands"
-    assert not isinstance(bands.validation, Tokens), "the basis `window` has bands"
-    data = bands if child.basis.kind == "window" else load_trials(widest)
-    return Reduced(data=data, train_bands=bands.train, validation_bands=bands.validation)
+    (train_bands,), (validation_bands,) = read_trials(widest, load_band)
+    return Reduced(data=load_trials(widest), train_bands=train_bands, validation_bands=validation_bands)
 
 
 def _origin(experiment: config.Experiment) -> str:
@@ -337,9 +329,8 @@ def _train(
     """`Training`, judged and with a checkpoint after every iteration, in Ray Tune's words or in Ray Train's."""
     experiment = training.experiment
     torch.set_num_threads(experiment.where.cpus_per_trial)
-    data = own.of(experiment)
     judge = Judge(bands=own.validation_bands, steps=experiment.evaluate.steps, longest=longest)
-    levels = {} if training.rank else _levels(judge, own.train_bands, data, experiment.model.context)
+    levels = {} if training.rank else _levels(judge, own.train_bands, training)
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             training.restore(folder)
@@ -350,7 +341,7 @@ def _train(
             if training.rank:
                 report(metrics)
                 continue
-            metrics |= _judged(judge, training, data)
+            metrics |= _judged(judge, training)
             with tempfile.TemporaryDirectory() as folder:
                 training.save(folder)
                 report(
@@ -363,27 +354,21 @@ def _train(
         report({**worst, "step": training.step, "history": training.history, "levels": levels, "error": str(error)})
 
 
-def _levels(judge: Judge, training: Sequence[GramBand], data: TrainingData, context: int) -> dict[str, float]:
-    """What a child's skill has to be seen beside: the ridge's, and that of its basis, which no model on it exceeds."""
-    ridge_H = judge.ridge(training, context)
-    floor_H = judge.token_floor(data.validation) if isinstance(data.validation, Tokens) else judge.window_floor(context)
-    return _named(ridge_H, judge.steps, "ridge_skill") | _named(floor_H, judge.steps, "floor_skill")
+def _levels(judge: Judge, bands: Sequence[GramBand], training: Training) -> dict[str, float]:
+    """What a child's skill has to be seen beside: the ridge's, and what no model on its representation exceeds."""
+    ridge_H = judge.ridge(bands, training.experiment.model.context)
+    bound_H = judge.skills(training.objective.upper_bound(judge.starts_B, judge.steps))
+    return _named(ridge_H, judge.steps, "ridge_skill") | _named(bound_H, judge.steps, "floor_skill")
 
 
-def _judged(judge: Judge, training: Training, data: TrainingData) -> dict[str, float]:
+def _judged(judge: Judge, training: Training) -> dict[str, float]:
     """Skills of the model that would be kept if training ended now: the best so far by validation loss."""
     names = _named(np.zeros(len(judge.steps)), judge.steps, "skill")
     kept = min(training.history, key=lambda row: row["validation_loss"])
     if all(name in kept for name in names):
         return {name: kept[name] for name in names}
-    best, objective, device = training.best, training.objective, training.device
-    if isinstance(best, WindowTransformer):
-        skill_H = judge.window_model(best, device)
-    else:
-        assert isinstance(objective, NextToken), "the paper's model has the paper's objective"
-        assert isinstance(data.validation, Tokens), "the paper's model has tokens"
-        skill_H = judge.token_model(best, objective.normaliser, data.validation, device)
-    return _named(skill_H, judge.steps, "skill")
+    errors_NBH = training.objective.squared_errors(training.best, judge.starts_B, judge.steps)
+    return _named(judge.skills(errors_NBH), judge.steps, "skill")
 
 
 def _named(skill_H: np.ndarray, steps: Sequence[int], name: str) -> dict[str, float]:
@@ -575,9 +560,7 @@ def _crown(plan: Plan, tracker: Tracker, parent: Run, best: comparison.Row, tria
 
 def _show(plan: Plan, children: Sequence[comparison.Row]) -> None:
     metric = plan.experiment.sweep.metric
-    console.print(
-        format_rows(comparison.table(comparison.by_metric(children, metric), metric), title=f"{plan.name}, by {metric}")
-    )
+    say_rows(comparison.table(comparison.by_metric(children, metric), metric), title=f"{plan.name}, by {metric}")
 
 
 def _seconds(history: Sequence[Mapping[str, float]]) -> Iterator[float]:

@@ -12,6 +12,8 @@ from tipl_ray.data.storage import Storage, StoreError, join, read_file
 from tipl_ray.data.trajectory_store import Header, TrajectoryStore
 from tipl_ray.digest import digest, flat, identity
 from tipl_ray.places import absolute_storage
+from tipl_ray.predict.representation import representation_of
+from tipl_ray.registry import REPRESENTATIONS
 
 MODELS_NAMED = 3
 """Trained models that an error names at most."""
@@ -104,19 +106,17 @@ def training_digest(experiment: config.Experiment) -> str:
 def run_digest(experiment: config.Experiment, data_digest: str) -> str:
     """What a trained model depends on, and nothing that only says where it is trained."""
     made_of = _made_of(experiment)
-    # On the basis `window` all forward steps are learned at once; elsewhere one, whatever is asked of it later.
-    steps = experiment.evaluate.steps if experiment.basis.kind == "window" else ()
-    return digest(data_digest, *made_of.values(), steps)
+    steps = representation_of(experiment.basis).learned_steps(experiment.evaluate)
+    source = REPRESENTATIONS.source_digest(experiment.basis.kind)
+    return digest(data_digest, *made_of.values(), steps, *([source] if source else []))
 
 
 def _made_of(experiment: config.Experiment) -> dict[str, dict[str, Any]]:
     """The sections that a trained model depends on, without what changes nothing in it."""
     made_of = {section: identity(getattr(experiment, section)) for section in ("basis", "split", "model", "train")}
-    # A model has one seed, and the data sets, wherever they lie, are known by their digest.
-    for field in ("num_seeds", "data"):
-        made_of["train"].pop(field)
-    if made_of["basis"]["kind"] != "window":
-        made_of["train"].pop("joined_windows", None)
+    # A model has one seed, and the data sets, wherever they are, are known by their digest.
+    for field in ("num_seeds", "data", *representation_of(experiment.basis).not_learned_from):
+        made_of["train"].pop(field, None)
     return made_of
 
 
@@ -156,8 +156,9 @@ def _differences(experiment: config.Experiment, data_digest: str, folder: str) -
         return []  # a training that has not ended, or a model of another making
     presets = [f"preset={made_by.preset!r}, not {experiment.preset!r}"] if made_by.preset != experiment.preset else []
     there, here = ({**_made_of(one), "evaluate": identity(one.evaluate)} for one in (made_by, experiment))
+    steps = representation_of(experiment.basis).learned_steps(experiment.evaluate)
     for table in (there, here):
-        asked = ("horizon", "extra_horizons") if here["basis"]["kind"] == "window" else ()
+        asked = ("horizon", "extra_horizons") if steps else ()
         table["evaluate"] = {field: table["evaluate"].get(field) for field in asked}
     before, now = dict(flat(there)), dict(flat(here))
     fields = [name for name in now | before if before.get(name) != now.get(name)]

@@ -3,6 +3,7 @@
 Shapes: B windows, K displacements of context, H forward steps.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,12 +17,13 @@ from tipl_ray.predict.gram import GramBand, Question
 from tipl_ray.predict.objective import Objective, validation_windows
 from tipl_ray.predict.predictor import Trials
 from tipl_ray.window.augmentation import side_by_side
+from tipl_ray.window.predictor import WindowFloor, WindowTipl
 from tipl_ray.window.transformer import WindowTransformer
 from tipl_ray.window.windows import WindowBatch, WindowSegments
 
 
 class WindowError(Objective):
-    """For the basis `window`: squared error of the forecast weights over that of copying the last snapshot.
+    """Squared error of the forecast weights over that of copying the last snapshot.
 
     The loss is 1 - skill, mean over forward steps: windows count by how far they move, as in the figure that is
     reported. As early windows move a hundred times as far as late ones, they are drawn more often instead of weighed
@@ -37,7 +39,7 @@ class WindowError(Objective):
         device: torch.device | str,
         joined: float = 0.0,
     ):
-        self._joined = joined
+        self._joined, self._bands, self._device = joined, validation, device
         self.segments = WindowSegments(train, question, device)
         self.validation = WindowSegments(validation, question, device)
         # Half of each draw is by share: late windows are still seen, and no window's weight exceeds 2.
@@ -75,6 +77,19 @@ class WindowError(Objective):
         # Where nothing moves, what is left of the loss is the error itself; skill there is none.
         loss = (error_H / torch.where(moved_H > 0, moved_H, 1.0)).mean()
         return loss.item(), 1.0 - (error_H[0] / moved_H[0]).item()
+
+    def squared_errors(
+        self, model: nn.Module, starts_B: NDArray[np.int64], steps_H: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """See `Objective.squared_errors`. Raises ValueError for other steps than the model's."""
+        assert isinstance(model, WindowTransformer), "the model is of this objective's kind"
+        tipl = WindowTipl(dataclasses.replace(self.segments.question, steps=tuple(steps_H)), model, self._device)
+        return np.stack([tipl.band_errors(band, starts_B) for band in self._bands])
+
+    def upper_bound(self, starts_B: NDArray[np.int64], steps_H: Sequence[int]) -> NDArray[np.float64]:
+        """See `Objective.upper_bound`: the true future, projected on each window's displacements."""
+        floor = WindowFloor(dataclasses.replace(self.segments.question, steps=tuple(steps_H)))
+        return np.stack([floor.band_errors(band, starts_B) for band in self._bands])
 
 
 def _error(network: nn.Module, batch: WindowBatch) -> Tensor:

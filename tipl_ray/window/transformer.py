@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tipl_ray import config
-from tipl_ray.data.storage import StoreError
 from tipl_ray.digest import as_table
 from tipl_ray.predict.blocks import DTYPE, Blocks
 from tipl_ray.predict.context_ridge import CONTEXT_PENALTIES, ContextRidge, lengths_and_cosines
-from tipl_ray.predict.models import load_model, save_model
+from tipl_ray.predict.gram import Question
+from tipl_ray.predict.models import SavedModel
 
 CLOCK_SIZE = 4
 
@@ -26,7 +26,7 @@ MOST_LOG_LENGTH = 8.0
 """Limit of a token's log length: a displacement may be 0."""
 
 
-class WindowTransformer(nn.Module):
+class WindowTransformer(SavedModel):
     """TIPL on the basis `window`: each displacement of the context is a token, answered with H coefficients.
 
     A token holds nothing but the displacement's cosines with the context's others and its length against theirs, the
@@ -79,18 +79,14 @@ class WindowTransformer(nn.Module):
         weighed_BHK = (shares_BH1R @ torch.cat((fitted_BH1K, own_BHRK.float()), dim=2)).squeeze(2)
         return weighed_BHK + self.predict(hidden_BKE).transpose(1, 2)
 
-    def save(self, folder: str, about: dict[str, Any] | None = None, beside: Mapping[str, bytes] | None = None) -> None:
-        """Write the model, JSON that belongs to it, for `load_about`, and files beside it, for `read_model_file`."""
-        described = {"steps": self.steps, "num_phases": self.num_phases}
-        save_model(self, folder, {**(about or {}), "model": as_table(self.size), **described}, beside or {})
+    @property
+    def question(self) -> Question:
+        """What it was trained to be asked."""
+        return Question(context=self.size.context, steps=self.steps, snapshots_per_iteration=self.num_phases)
 
-    @classmethod
-    def load(cls, folder: str) -> Self:
-        """The model that `save` wrote, on the CPU and in evaluation mode. Raises StoreError as `load_model` does."""
-        model = load_model(folder)
-        if not isinstance(model, cls):
-            raise StoreError(f"{folder}: holds a {type(model).__name__}, not a {cls.__name__}; name another folder")
-        return model
+    def described(self) -> dict[str, Any]:
+        """See `SavedModel.described`."""
+        return {"model": as_table(self.size), **{"steps": self.steps, "num_phases": self.num_phases}}
 
     @classmethod
     def described_by(cls, about: Mapping[str, Any]) -> Self:

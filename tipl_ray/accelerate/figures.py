@@ -1,0 +1,107 @@
+"""Pictures of contenders: their learning curves, areas under the curve, and areas by learning rate.
+
+Shape suffixes: S trials of a contender, I PPO iterations.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import StrMethodFormatter
+
+from tipl_ray.drawing import INK, SOFT, as_shipped, dress, explain, is_first_in_line, legend_below, new_figure, wrapped
+from tipl_ray.evaluate.figures import COLOURS, colour_of
+from tipl_ray.evaluate.metrics import MIN_TRIALS, Resampling, Row, interquartile_mean, numbers
+
+
+@as_shipped()
+def contenders(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, resampling: Resampling) -> Figure:
+    """Learning curves of contenders, (env_steps_I, returns_SI) each: interquartile mean over trials, with its band.
+
+    The first contender, which the others are held against, is black; where a name ends in a predictor's, its colour.
+    """
+    figure, (axes,) = new_figure(1, width=9.5, height=4.8)
+    entries = []
+    for index, (name, (steps_I, returns_SI)) in enumerate(curves.items()):
+        colour, jumps = _contender_colour(name, index == 0), name.partition("+")[2]
+        if len(returns_SI) >= MIN_TRIALS:
+            axes.fill_between(steps_I, *resampling.band(returns_SI), color=colour, alpha=0.12, linewidth=0)
+        axes.plot(steps_I, interquartile_mean(returns_SI.T), color=colour, linewidth=1.9)
+        label = f"{name.partition('+')[0]} epochs" + (f", jumps by {jumps}" if jumps else "")
+        entries.append(Line2D([], [], color=colour, linewidth=2.2, label=label))
+    dress(axes, f"PPO with and without jumps: {title}", "environment steps", "episodic return, interquartile mean")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    legend_below(figure, entries)
+    return figure
+
+
+@as_shipped()
+def areas(rows: Sequence[Row]) -> Figure:
+    """Area under the curve, less the first contender's and as a share of it, with its interval; a panel per task.
+
+    Rows are `contenders.score`'s. Filled is what the interval tells apart from the first contender.
+    """
+    tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    height = 1.6 + 0.34 * max(1, len(names) - 1)
+    figure, panels = new_figure(len(tasks), width=2.6 + 2.9 * min(3, len(tasks)), height=height, share=True, across=3)
+    for axes, (task, env_steps) in zip(panels, tasks, strict=False):
+        first, *others = [row for row in rows if (row["task"], row["env_steps"]) == (task, env_steps)]
+        for row in others:
+            place = names.index(row["contender"])
+            size = abs(first["auc"]) or math.nan
+            middle, low, high = (100 * row[f"auc_less_first{end}"] / size for end in ("", "_low", "_high"))
+            if not math.isfinite(middle):
+                axes.text(
+                    0, place, "no area", ha="center", va="center", fontsize=10, color=SOFT, backgroundcolor="white"
+                )
+                continue
+            colour = _contender_colour(row["contender"], first=False)
+            face = colour if low > 0 or high < 0 else "white"
+            axes.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
+            axes.plot(middle, place, "o", ms=7, mfc=face, mec=colour, mew=1.8)
+        axes.axvline(0, color=INK, linewidth=1.4, zorder=1)
+        dress(axes, f"{task}\n{env_steps:,} steps", f"AUC relative to {first['contender']} epochs [%]", "")
+        axes.set_yticks(range(1, len(names)), [wrapped(figure, name, 2.2, 10.5) for name in names[1:]])
+        axes.set_ylim(max(len(names), 2) - 0.4, 0.4)
+    if len(names) < 2:
+        explain(panels[0], "There is no second contender to compare")
+    return figure
+
+
+@as_shipped()
+def learning_rates(rows: Sequence[Row]) -> Figure:
+    """Mean area under the curve over the trials of a search, by learning rate; a panel per task, the chosen filled.
+
+    Rows are `contenders.search_rows`'.
+    """
+    tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
+    figure, panels = new_figure(len(tasks), width=2.2 + 3.1 * min(3, len(tasks)), height=4.2, across=3)
+    entries: dict[str, Line2D] = {}
+    for axes, (task, env_steps) in zip(panels, tasks, strict=False):
+        own = [row for row in rows if (row["task"], row["env_steps"]) == (task, env_steps)]
+        for index, name in enumerate(dict.fromkeys(row["contender"] for row in own)):
+            line = [row for row in own if row["contender"] == name]
+            colour = _contender_colour(name, index == 0)
+            axes.plot(numbers(line, "learning_rate"), numbers(line, "auc"), color=colour, lw=1.5, marker="o", ms=3)
+            for best in (row for row in line if row["chosen"]):
+                axes.plot(best["learning_rate"], best["auc"], "o", ms=8, color=colour)
+            entries.setdefault(name, Line2D([], [], color=colour, linewidth=2.2, label=name))
+        axes.set_xscale("log")
+        rates = sorted({row["learning_rate"] for row in own})
+        axes.set_xticks(rates, [f"{1e4 * rate:.4g}" for rate in rates])
+        axes.minorticks_off()
+        up = f"area under the curve, mean of {own[0]['seeds']} trials" if is_first_in_line(axes) else ""
+        dress(axes, f"{task}\n{env_steps:,} steps", "learning rate [0.0001]", up)
+    if not rows:
+        explain(panels[0], "No learning rates were searched")
+    legend_below(figure, list(entries.values()))
+    return figure
+
+
+def _contender_colour(name: str, first: bool) -> str:
+    """The first contender is black, others without jumps grey; with jumps they have their predictor's colour."""
+    jumps = name.partition("+")[2]
+    return INK if first else colour_of(jumps) if jumps else COLOURS["copy-last"]
