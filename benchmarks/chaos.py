@@ -88,7 +88,7 @@ def experiment_at(storage: str, *, num_trials: int, num_iterations: int) -> Expe
     collect = dataclasses.replace(
         smoke.collect, num_trials=num_trials, total_env_steps=num_iterations * smoke.ppo.num_steps
     )
-    return dataclasses.replace(smoke, storage=storage, collect=collect)
+    return dataclasses.replace(smoke, collect=collect).at(storage)
 
 
 def keep_books() -> None:

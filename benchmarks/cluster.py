@@ -38,7 +38,11 @@ from tipl_ray.collect.collection import collect, pending_seeds  # noqa: E402
 from tipl_ray.collect.crew import MESSAGES_PER_SECOND, SLICE_SECONDS, Crew, drive  # noqa: E402
 from tipl_ray.collect.group import GroupCollector, trial_header  # noqa: E402
 from tipl_ray.collect.placement import GroupProgress, Placement  # noqa: E402
-from tipl_ray.config import Collect, Experiment  # noqa: E402
+from tipl_ray.config import (  # noqa: E402
+    Collect,
+    Experiment,
+    Where,  # noqa: E402
+)
 from tipl_ray.data.snapshots import Snapshot  # noqa: E402
 from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
 from tipl_ray.data.trial_writer import TrialWriter  # noqa: E402
@@ -79,7 +83,7 @@ class Costs:
 
 def experiment_of(collect: Collect, storage: str, **fields: Any) -> Experiment:
     """Trials of a task in a storage."""
-    return Experiment(name="cluster", storage=storage, collect=dataclasses.replace(collect, **fields))
+    return Experiment(name="cluster", where=Where(storage=storage), collect=dataclasses.replace(collect, **fields))
 
 
 def measure_group(collect: Collect, size: int, folder: str) -> tuple[float, float]:
@@ -111,7 +115,8 @@ def run_group(collect: Collect, size: int, storage: str) -> tuple[float, float]:
 
 def measure_collection(collect_config: Collect, size: int, actors: int, storage: str) -> tuple[float, float]:
     """Env steps per second of CPU time and by the clock, of a real collection once all its actors run."""
-    experiment = experiment_of(collect_config, storage, num_trials=size * actors, trials_per_actor=size)
+    experiment = experiment_of(collect_config, storage, num_trials=size * actors)
+    experiment = dataclasses.replace(experiment, where=Where(storage=storage, trials_per_actor=size))
     first_seen: dict[int, tuple[float, float]] = {}
 
     def sample(groups: list[GroupProgress]) -> None:

@@ -69,7 +69,7 @@ def collect_a_trial(seed: int) -> str:
     collect = dataclasses.replace(
         experiment.collect, num_trials=1, first_seed=seed, total_env_steps=64 * 2048, policy_hidden=(64, 64)
     )
-    experiment = dataclasses.replace(experiment, collect=collect, storage=str(results_folder(quick=True) / "trial"))
+    experiment = dataclasses.replace(experiment, collect=collect).at(str(results_folder(quick=True) / "trial"))
     collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), [seed])
     while not collector.advance(0.001, to_commit=True).finished:
         pass

@@ -24,7 +24,7 @@ from command import make_parser, results_folder  # noqa: E402
 
 from tipl_ray.collect.crew import SLICE_SECONDS  # noqa: E402
 from tipl_ray.collect.group import GroupCollector  # noqa: E402
-from tipl_ray.config import Collect, Experiment  # noqa: E402
+from tipl_ray.config import Collect, Experiment, Where  # noqa: E402
 from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.terminal import say_rows  # noqa: E402
 
@@ -45,7 +45,7 @@ def run(num_actors: int, iterations: int, storage: str) -> tuple[float, float]:
     """Env steps per second of all actors together, and the share of their time that no call was running."""
     experiment = Experiment(
         name="scaling",
-        storage=storage,
+        where=Where(storage=storage),
         collect=Collect(num_trials=num_actors * TRIALS, total_env_steps=iterations * 2048, policy_hidden=(8, 8)),
     )
     engine = choose_engine("auto", experiment.ppo)

@@ -233,7 +233,7 @@ def collect_and_tell_memory(env_steps: int) -> None:
     told: dict[str, list[tuple[int, int]]] = {"resident": [], "peak": []}
     with tempfile.TemporaryDirectory() as folder:
         collect = dataclasses.replace(experiment.collect, total_env_steps=env_steps)
-        experiment = dataclasses.replace(experiment, storage=folder, collect=collect)
+        experiment = dataclasses.replace(experiment, collect=collect).at(folder)
         collector = GroupCollector(experiment, choose_engine("auto", experiment.ppo), [1, 2])
         snapshots = 0
         while snapshots < experiment.num_snapshots:

@@ -1,10 +1,11 @@
 """Accelerate: PPO with fewer update epochs and a predictor that jumps to where the others would have led.
 
     python jobs/accelerate.py
-    python jobs/accelerate.py --accelerate.tasks HalfCheetah-v4 --accelerate.contenders 10 4 4+ridge
+    python jobs/accelerate.py --accelerate.tasks HalfCheetah-v4 \\
+        --accelerate.contenders 10 4 4+ridge
     ray job submit --working-dir . -- python jobs/accelerate.py \\
         --storage s3://bucket/accelerate --tracking.uri http://mlflow:5000 \\
-        --accelerate.predictors-storage s3://bucket/inverted_pendulum
+        --predictors-storage s3://bucket/inverted_pendulum
 
 Predictors are fitted on the trials that jobs/collect.py left in another experiment's storage, and TIPL is the model
 that jobs/train.py --preset causal left there. The same command again goes on where it stopped, or says that all is

@@ -1,6 +1,8 @@
 """Collect: seeded PPO trials at once on Ray actors, their policy weights streamed to Parquet.
 
     python jobs/collect.py --experiment jobs/experiments/demo.toml
+    python jobs/collect.py --storage storage/hopper \\
+        --collect.task Hopper-v5
     ray job submit --working-dir . -- python jobs/collect.py \\
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000

@@ -14,8 +14,8 @@
                       optuna; once per field; given, it replaces the
                       experiment's sweep.over
 
-The trials are those that jobs/collect.py left in the storage. The same command again goes on where it stopped, or says
-that all is done.
+The trials are those that jobs/collect.py left in the storage, which without --experiment says what they are. The same
+command again goes on where it stopped, or says that all is done.
 """
 
 import dataclasses

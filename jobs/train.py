@@ -1,11 +1,13 @@
 """Train: reduce the collected trials by the Temporal SVD and train the causal Transformer with Ray Train.
 
     python jobs/train.py --experiment jobs/experiments/demo.toml
+    python jobs/train.py --storage storage/hopper
     ray job submit --working-dir . -- python jobs/train.py \\
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
-The same command again goes on where it stopped, or says that all is done.
+Without --experiment, what was collected in the storage is what is trained on: task, seeds, policy and split need not be
+said again. The same command again goes on where it stopped, or says that all is done.
 """
 
 import sys

@@ -21,7 +21,7 @@ from tipl_ray.accelerate.acceleration import (
 )
 from tipl_ray.accelerate.contenders import Contender, Fitted, Unit, filled
 from tipl_ray.collect.group import GroupCollector
-from tipl_ray.config import Accelerate, Collect, Experiment, Ppo, Split
+from tipl_ray.config import Accelerate, Collect, Experiment, Ppo, Split, Where
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table
@@ -70,18 +70,20 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     (folder / "source.toml").write_text(SOURCE)
     made = Experiment(
         name="accelerate",
-        storage=str(folder / "accelerate"),
+        where=Where(
+            storage=str(folder / "accelerate"),
+            predictors_from=str(folder / "source.toml"),
+            predictors_storage=str(folder / "source"),
+            units_at_once=1,
+        ),
         ppo=Ppo(num_steps=128, num_minibatches=4),
         collect=Collect(task="InvertedPendulum-v4", num_trials=3, first_seed=101, total_env_steps=768, engine="torch"),
         split=Split(validation_trials=1, test_trials=1),
         accelerate=Accelerate(
             tasks=("InvertedPendulum-v4",),
             contenders=("10", "4+ridge", "4+tipl:gate"),
-            predictors_from=str(folder / "source.toml"),
-            predictors_storage=str(folder / "source"),
             learning_rates=(3e-4, 1e-3),
             search_trials=2,
-            units_at_once=1,
             bootstrap=50,
         ),
     )
@@ -143,11 +145,15 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
     assert json.loads(altered.read_text())["returns"] == json.loads(content)["returns"]
     # Moved elsewhere, and asked with other settings of how fast it goes, it is the same acceleration.
     shutil.copytree(storage, tmp_path / "moved")
-    shutil.copytree(str(experiment.accelerate.predictors_storage), tmp_path / "source")
-    settings = dataclasses.replace(
-        experiment.accelerate, predictors_storage=str(tmp_path / "source"), units_at_once=2, keep_weights=True
+    shutil.copytree(str(experiment.where.predictors_storage), tmp_path / "source")
+    where = Where(
+        storage=str(tmp_path / "moved"),
+        predictors_from=experiment.where.predictors_from,
+        predictors_storage=str(tmp_path / "source"),
+        units_at_once=2,
+        keep_weights=True,
     )
-    run_acceleration(dataclasses.replace(experiment, storage=str(tmp_path / "moved"), accelerate=settings))
+    run_acceleration(dataclasses.replace(experiment, where=where))
     assert [path.name for path in (tmp_path / "moved" / "accelerations").iterdir()] == [folder.name]
     units_there = {path.relative_to(tmp_path / "moved") for path in tmp_path.glob("moved/units/*/unit.json")}
     assert units_there == {path.relative_to(storage) for path in before}
@@ -165,7 +171,7 @@ def test_a_unit_that_was_killed_goes_on_to_the_same_curves(experiment: Experimen
     for name, killed_after in (("killed", 3), ("whole", 0)):
         jumps = unit.jumps(source, predictors)
         assert jumps is not None
-        made = unit.experiment(dataclasses.replace(experiment, storage=str(tmp_path / name)), jumps)
+        made = unit.experiment(experiment.at(str(tmp_path / name)), jumps)
         made = dataclasses.replace(made, collect=dataclasses.replace(made.collect, iterations_per_commit=2))
         if killed_after:
             killed = GroupCollector(made, "torch", extension=jumps)
@@ -183,7 +189,7 @@ def test_a_unit_whose_trials_diverge_has_run_and_is_the_worst(
     experiment: Experiment, tmp_path: Path, task: str, rate: float
 ) -> None:
     plan = acceleration.Plan(
-        experiment=dataclasses.replace(experiment, storage=str(tmp_path)),
+        experiment=experiment.at(str(tmp_path)),
         source=source_experiment(experiment),
         predictors={},
         engine="torch",
@@ -208,7 +214,7 @@ def test_a_unit_whose_trials_diverge_has_run_and_is_the_worst(
 
 def test_a_unit_without_the_end_of_an_episode_is_one_line(experiment: Experiment, tmp_path: Path) -> None:
     plan = acceleration.Plan(
-        experiment=dataclasses.replace(experiment, storage=str(tmp_path)),
+        experiment=experiment.at(str(tmp_path)),
         source=source_experiment(experiment),
         predictors={},
         engine="torch",
@@ -224,8 +230,8 @@ def test_a_unit_without_the_end_of_an_episode_is_one_line(experiment: Experiment
 
 @pytest.mark.parametrize("names", [["4+first-again"], ["10", "4+linear:gate,x0.5"], ["4+copy-last", "6+copy-last"]])
 def test_rules_that_learn_nothing_need_no_trials(experiment: Experiment, tmp_path: Path, names: list[str]) -> None:
-    mine = dataclasses.replace(experiment, storage=str(tmp_path / "mine"))
-    source = dataclasses.replace(source_experiment(experiment), storage=str(tmp_path / "nothing"))
+    mine = experiment.at(str(tmp_path / "mine"))
+    source = source_experiment(experiment).at(str(tmp_path / "nothing"))
     named = [Contender.parse(name) for name in names]
     found = find_predictors(mine, source, named)
     assert set(found) == {one.predictor for one in named if one.predictor}
@@ -236,13 +242,13 @@ def test_rules_that_learn_nothing_need_no_trials(experiment: Experiment, tmp_pat
             assert len(question.steps) >= one.jump_settings(source).horizon
     assert not (tmp_path / "nothing").exists()
     with pytest.raises(
-        StoreError, match=r"contender '4\+ridge' learns from the 3 trials of source, the experiment of acc"
+        StoreError, match=r"contender '4\+ridge' learns from the 3 trials of source, the experiment of predictors_from"
     ):
         find_predictors(mine, source, [*named, Contender.parse("4+ridge")])
 
 
 def test_a_source_without_its_model_says_what_to_run(experiment: Experiment, tmp_path: Path) -> None:
-    other = dataclasses.replace(source_experiment(experiment), storage=str(tmp_path))
+    other = source_experiment(experiment).at(str(tmp_path))
     collected(other)
     with pytest.raises(StoreError, match=r"no trained model of source is there; run jobs/train.py --preset causal"):
         find_predictors(experiment, other, [Contender.parse("4+tipl")])

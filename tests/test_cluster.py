@@ -18,7 +18,7 @@ from test_collection import smoke
 from tipl_ray.collect import crew
 from tipl_ray.collect.collection import collect
 from tipl_ray.collect.group import GroupCollector
-from tipl_ray.config import Experiment
+from tipl_ray.config import Experiment, Where
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.ppo.engines import choose_engine
 
@@ -83,8 +83,8 @@ def test_nodes_that_are_killed_and_drained_and_that_come_change_nothing_in_the_d
 ) -> None:
     monkeypatch.setattr(crew, "SLICE_SECONDS", 0.2)
     env_steps = 80 * 256
-    fields = {"num_trials": 3, "trials_per_actor": 1, "total_env_steps": env_steps, "iterations_per_commit": 20}
-    disturbed, plain = smoke(tmp_path / "disturbed", **fields), smoke(tmp_path / "plain", **fields)
+    fields = {"num_trials": 3, "total_env_steps": env_steps, "iterations_per_commit": 20}
+    disturbed, plain = (smoke(tmp_path / name, Where(trials_per_actor=1), **fields) for name in ("disturbed", "plain"))
     expected = undisturbed_digest(plain)
     held = tmp_path / "held"
     held.mkdir()

@@ -26,7 +26,7 @@ from tipl_ray.collect.collection import CollectionError, collect, pending_seeds
 from tipl_ray.collect.crew import LOOK_SECONDS, MESSAGES_PER_SECOND, seat_resources
 from tipl_ray.collect.group import GroupCollector, trial_header
 from tipl_ray.collect.placement import GroupProgress
-from tipl_ray.config import Experiment, Ppo, load_experiment
+from tipl_ray.config import Experiment, Ppo, Where, load_experiment
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest
@@ -40,11 +40,11 @@ from tipl_ray.predict.gram import Question
 from tipl_ray.train.data_sets import DataSet
 
 
-def smoke(storage: Path, **collect_fields: Any) -> Experiment:
+def smoke(storage: Path, where: Where | None = None, **collect_fields: Any) -> Experiment:
     experiment = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
     return dataclasses.replace(
         experiment,
-        storage=str(storage),
+        where=dataclasses.replace(where or Where(), storage=str(storage)),
         collect=dataclasses.replace(experiment.collect, **collect_fields),
     ).check()
 
@@ -339,7 +339,7 @@ def test_jumps_that_are_handed_in_reach_the_actors(cluster: None, tmp_path: Path
     jumps = Jumps(settings=JumpSettings(), predictor=rule, digest="of a rule")
     experiment = smoke(tmp_path / "actors", num_trials=3, total_env_steps=1024)
     experiment = dataclasses.replace(experiment, ppo=dataclasses.replace(experiment.ppo, num_epochs=4))
-    alone = dataclasses.replace(experiment, storage=str(tmp_path / "alone"))
+    alone = experiment.at(str(tmp_path / "alone"))
     GroupCollector(alone, ENGINE, [1, 2, 3], jumps).advance(seconds=600)
     store = collect(experiment, extension=jumps)
     assert store.finished()
@@ -382,7 +382,7 @@ def test_ten_thousand_groups_are_driven_over_real_calls(cluster: None) -> None:
 
 
 def test_trials_on_gpus_are_refused_where_there_is_none(cluster: None, tmp_path: Path) -> None:
-    experiment = smoke(tmp_path, physics_threads=2)
+    experiment = smoke(tmp_path, Where(physics_threads=2))
     experiment = dataclasses.replace(experiment, collect=dataclasses.replace(experiment.collect, engine="cuda"))
     assert seat_resources(experiment, "cuda") == {"CPU": 2, "GPU": 1}
     assert seat_resources(experiment, "torch") == {"CPU": 2}

@@ -19,7 +19,7 @@ from tipl_ray.accelerate.contenders import (
     sentences,
     table,
 )
-from tipl_ray.config import Collect, Experiment, Ppo
+from tipl_ray.config import Collect, Experiment, Where
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.predict.baselines import Ridge
 
@@ -66,7 +66,7 @@ def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -
 
 
 def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> None:
-    experiment = Experiment(name="e", storage="/s", collect=Collect(first_seed=101, num_trials=10), ppo=Ppo())
+    experiment = Experiment(name="e", where=Where(storage="/s"), collect=Collect(first_seed=101, num_trials=10))
     plain, jumping = (
         Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse(name), learning_rate=1e-3, search=search)
         for name, search in (("4", True), ("4+ridge", False))
@@ -82,14 +82,14 @@ def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> Non
     assert second.snapshots_per_iteration == 2
     assert jumps.snapshots_per_iteration(second) == 5
     assert first.storage_path != second.storage_path
-    moved = dataclasses.replace(experiment, storage="/t")
+    moved = experiment.at("/t")
     for digest, same in (("a", True), ("b", False)):
         elsewhere = jumping.experiment(moved, dataclasses.replace(jumps, digest=digest))
         assert (elsewhere.storage_path.removeprefix("/t") == second.storage_path.removeprefix("/s")) == same
 
 
 def test_units_are_named_as_they_always_were() -> None:
-    experiment = Experiment(name="e", storage="/s", collect=Collect(first_seed=101, num_trials=10))
+    experiment = Experiment(name="e", where=Where(storage="/s"), collect=Collect(first_seed=101, num_trials=10))
     names = []
     for name in ("4", "4+ridge:gate"):
         unit = Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse(name), learning_rate=1e-3, search=True)

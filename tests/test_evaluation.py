@@ -30,7 +30,7 @@ def experiment(storage: Path) -> config.Experiment:
     """Two trials to train, one to choose and one to report, of 41 snapshots each."""
     return config.Experiment(
         name="tiny",
-        storage=str(storage),
+        where=config.Where(storage=str(storage)),
         collect=config.Collect(num_trials=4, total_env_steps=8 * 2048),
         split=config.Split(validation_trials=1, test_trials=1),
         basis=config.Basis(kind="window"),

@@ -22,7 +22,7 @@ from tipl_ray.accelerate.group_jumps import GATED, REFUSED, TAKEN, GroupJumps, J
 from tipl_ray.accelerate.jumps import History, JumpSettings, ModuleJumps
 from tipl_ray.collect.collection import pending_seeds
 from tipl_ray.collect.group import GroupCollector, trial_header
-from tipl_ray.config import Collect, Experiment, Ppo
+from tipl_ray.config import Collect, Experiment, Ppo, Where
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.ppo.algorithms import NOTHING, Extension
 from tipl_ray.ppo.trials import TrialGroup
@@ -210,13 +210,13 @@ def test_a_collector_that_is_killed_between_commits_leaves_the_same_bytes(
     experiment = dataclasses.replace(
         SHORT,
         collect=dataclasses.replace(SHORT.collect, num_trials=2, iterations_per_commit=3),
-        storage=str(tmp_path / "killed"),
+        where=Where(storage=str(tmp_path / "killed")),
     )
     killed = GroupCollector(experiment, "torch", extension=jumps)
     killed.start([1, 2])
     for _ in range(4):
         killed._run_iteration()
-    whole = dataclasses.replace(experiment, storage=str(tmp_path / "whole"))
+    whole = experiment.at(str(tmp_path / "whole"))
     for one in (experiment, whole):
         GroupCollector(one, "torch", [1, 2], jumps).advance(1000.0)
         assert pending_seeds(one, TrajectoryStore(one.storage_path), jumps) == []

@@ -143,7 +143,7 @@ def test_a_killed_collection_goes_on_to_the_same_data_whatever_the_number_of_act
     assert job.wait() == -signal.SIGKILL
     assert list(killed.glob("commits/trial=*/commit-2.json"))
     assert not (killed / "commits" / "_SUCCESS").exists()
-    said = run("collect", killed, *long, "--collect.trials-per-actor", "4")
+    said = run("collect", killed, *long, "--trials-per-actor", "4")
     assert re.findall(r"data set ([0-9a-f]{16})", said) == expected
     assert json.loads((killed / "commits" / "_SUCCESS").read_text())
 
@@ -183,6 +183,36 @@ def test_the_pipeline_leaves_in_a_bucket_what_it_leaves_in_a_folder(
     again = run("pipeline", storage, *tracking)
     assert "found all 4 trials complete" in again
     assert "found the trained model" in again
+
+
+@pytest.mark.slow
+def test_no_job_is_told_again_what_an_earlier_one_was_told(tmp_path: Path) -> None:
+    """Each job takes from the storage what an earlier one was told; elsewhere the demo's settings hold."""
+
+    def told(job: str, *arguments: str) -> str:
+        words = [
+            sys.executable,
+            str(CHECKOUT / "jobs" / f"{job}.py"),
+            "--storage",
+            str(tmp_path / "hopper"),
+            *arguments,
+        ]
+        result = subprocess.run(words, capture_output=True, text=True, timeout=400, cwd=tmp_path)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    trials = ["--collect.task", "Hopper-v5", "--collect.num-trials", "6", "--collect.total-env-steps", "16384"]
+    told("collect", *trials, "--collect.policy-hidden", "8", "8")
+    taken = "task Hopper-v5, 6 trials, policy 8-8"
+    ours = told("train", "--train.num-steps", "40", "--split.validation-trials", "1", "--split.test-trials", "1")
+    assert ours.startswith(f"train: preset causal, {taken} from storage {tmp_path}")
+    assert f"{taken}, split 1/1 from storage" in told("train", "--preset", "paper", "--train.num-steps", "20")
+    judged = told("evaluate", "--evaluate.episodes", "1", "--evaluate.windows-per-trial", "2")
+    for preset, basis in (("causal", "window"), ("paper", "trial")):
+        assert f"evaluate: preset {preset}, {taken}, split 1/1 from storage" in judged
+        assert re.search(rf"^tipl +{basis} ", judged, re.MULTILINE)
+    assert "sweep: 2 children in" in told("sweep", "--over", "model.context=5,10")
+    assert "2 runs compared in" in told("compare", "--output", str(tmp_path / "comparison.html"))
 
 
 def test_stages_run_alone_and_in_the_wrong_order_say_what_is_missing(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_corners_are_every_combination_of_values_and_limits() -> None:
         ({"basis.rnk": [8]}, "sweep.over.basis.rnk is no field of basis, model, train; near it are basis.rank"),
         ({"rank": [8]}, "near it are basis.rank"),
         ({"collect.num_trials": [3]}, "sweep.over.collect.num_trials is no field of basis, model, train"),
-        ({"train.num_workers": [1, 2]}, "sweep.cpus_per_trial gives them threads"),
+        ({"train.num_seeds": [1, 2]}, "a child has one seed"),
         ({"basis.rank": []}, "holds no value"),
         ({"basis.rank": [8, 8]}, "holds a value twice"),
         ({"basis.rank": [8.5]}, "basis.rank=8.5 is not of the field's type, int"),

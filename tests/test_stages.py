@@ -9,15 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from machine import new_root
 from test_training import experiment, trajectory, write_model
 from trajectories import write_trials
 
 from tipl_ray import stages
-from tipl_ray.config import Experiment
+from tipl_ray.command_line import parse_arguments, parse_trained
+from tipl_ray.config import Collect, Evaluate, Experiment, Tracking, Train, Where, load_experiment
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import StoreError
-from tipl_ray.digest import as_table
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.digest import as_table, digest
+from tipl_ray.evaluate.evaluation import evaluation_folder
 from tipl_ray.places import CHECKOUT
+from tipl_ray.remembered import remember_collection, remember_training, remembered
+from tipl_ray.sweep.space import make_space
+from tipl_ray.sweep.tune import Plan
 from tipl_ray.train.data_sets import run_digest
 
 
@@ -141,8 +148,7 @@ def test_a_second_driver_of_a_stage_is_refused_and_another_stages_is_not(
         assert "is already collecting trials; wait" in refused(settings, "collect", capsys=capsys)
         assert "4 of 4 trials are not complete; run" in refused(settings, "train", capsys=capsys)
     collected(tmp_path, 3, 4, 5, 6)
-    digest = stages.data_digest(settings)
-    name = f"train-{run_digest(settings, digest)}"
+    name = f"train-{run_digest(settings, stages.data_digest(settings))}"
     with only_one(str(tmp_path), name, "training this model"):
         assert "is already training this model; wait" in refused(settings, "train", capsys=capsys)
 
@@ -181,17 +187,141 @@ def test_a_figure_without_data_is_left_out_with_a_word_why(capsys: pytest.Captur
     assert capsys.readouterr().out == "collect: no picture 'curves': no curve has two returns\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "preset", "run", "pipeline", "sweep"),
+    [
+        ("demo", "causal", "b017fde2af96e712", "4f47cc5bef1072ae", "f8a64685f806c707"),
+        ("demo", "paper", "6f6c4171974e2dec", "aed39aa5fb2a0e70", "81f690d838ba9ac3"),
+    ],
+)
+def test_what_an_earlier_version_left_is_found_by_the_same_digests(
+    name: str, preset: str, run: str, pipeline: str, sweep: str
+):
+    settings = load_experiment(name, preset)
+    assert run_digest(settings, "4ce21bf34b0f5321") == run
+    assert digest(stages.essence(settings)) == pipeline
+    assert Plan(experiment=settings, space=make_space(settings), children=(), data="d").digest == sweep
+    assert evaluation_folder(settings, ["models/b017fde2af96e712"]).endswith("/805c7c9efacf88d9")
+
+
 def test_where_and_on_how_many_threads_it_runs_is_no_part_of_what_an_experiment_is():
     base = experiment("/here")
     elsewhere = dataclasses.replace(
         base,
-        storage="/there",
-        collect=dataclasses.replace(base.collect, physics_threads=4, trials_per_actor=2),
-        train=dataclasses.replace(base.train, num_workers=2),
+        where=Where(storage="/there", physics_threads=4, trials_per_actor=2, num_workers=2),
     )
     assert stages.essence(elsewhere) == stages.essence(base)
     assert stages.essence(with_trials(base, 4, 4)) != stages.essence(base)
     assert json.dumps(stages.essence(base))
+
+
+def told(storage: Path | str, *arguments: str, job: str = "train") -> Experiment:
+    """What a job makes of a storage, without an experiment."""
+    return parse_arguments("A job.", ["--storage", str(storage), *arguments], jobs=[job])
+
+
+def hopper(storage: Path | str, **train: int) -> Experiment:
+    """An experiment that is the demo in nothing that a job takes from a storage."""
+    return dataclasses.replace(
+        experiment(storage, "window", num_steps=50, **train),
+        name="hopper",
+        preset="causal",
+        collect=Collect(task="Hopper-v5", num_trials=6, first_seed=3, total_env_steps=8 * 2048, policy_hidden=(16, 4)),
+        evaluate=Evaluate(horizon=3),
+    ).check("train")
+
+
+def test_a_job_takes_from_a_storage_what_was_collected_there_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    settings = hopper(tmp_path)
+    remember_collection(settings)
+    for job in ("train", "sweep", "evaluate"):
+        taken = told(tmp_path, job=job)
+        assert dataclasses.replace(taken, accelerate=settings.accelerate) == settings
+        said = f"{job}: preset causal, task Hopper-v5, 6 trials, policy 16-4, split 1/1 from storage {tmp_path}\n"
+        assert capsys.readouterr().out == said
+    assert told(tmp_path, job="collect").collect == settings.collect
+    assert capsys.readouterr().out == f"collect: task Hopper-v5, 6 trials, policy 16-4 from storage {tmp_path}\n"
+
+
+def test_options_go_before_what_a_storage_remembers_and_that_before_the_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    settings = hopper(tmp_path)
+    remember_collection(settings)
+    taken = told(tmp_path, "--collect.num-trials", "4", "--train.seed", "7", "--split.test-trials", "2")
+    assert taken.collect == dataclasses.replace(settings.collect, num_trials=4)
+    assert taken.train == dataclasses.replace(settings.train, seed=7)
+    assert capsys.readouterr().out == f"train: preset causal, task Hopper-v5, policy 16-4 from storage {tmp_path}\n"
+    demo = load_experiment("demo")
+    assert told(tmp_path, "--experiment", "demo") == demo.at(str(tmp_path))
+    assert told(tmp_path / "empty") == demo.at(str(tmp_path / "empty"))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_was_trained_is_remembered_by_preset(tmp_path: Path):
+    remember_collection(hopper(tmp_path))
+    remember_training(told(tmp_path, "--train.num-steps", "70", "--split.test-trials", "2", "--evaluate.horizon", "2"))
+    # Another preset has the same split and forward steps; of its own what is its own.
+    paper = told(tmp_path, "--preset", "paper", "--train.num-steps", "30", "--model.context", "7")
+    assert (paper.split.test_trials, paper.evaluate.horizon, paper.basis.kind) == (2, 2, "trial")
+    remember_training(paper)
+    assert told(tmp_path).train.num_steps == 70
+    models = parse_trained("A job.", ["--storage", str(tmp_path)], jobs=["evaluate"])
+    assert {one.preset: (one.train.num_steps, one.model.context) for one in models} == {
+        "causal": (70, 6),
+        "paper": (30, 7),
+    }
+    assert {one.split.test_trials for one in models} == {2}
+    (one,) = parse_trained("A job.", ["--storage", str(tmp_path), "--preset", "paper"], jobs=["evaluate"])
+    assert one == told(tmp_path, "--preset", "paper", job="evaluate")
+    # Trials that are added later are what the next job is about.
+    remember_collection(told(tmp_path, "--collect.num-trials", "9", job="collect"))
+    assert (told(tmp_path).collect.num_trials, told(tmp_path).train.num_steps) == (9, 70)
+
+
+def test_what_is_remembered_says_nothing_of_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = hopper(tmp_path)
+    where = Where(storage=str(tmp_path), num_workers=2, tracking=Tracking(uri="http://ada:secret@host"))
+    remember_training(dataclasses.replace(settings, where=where, train=Train(data=(str(tmp_path), "elsewhere"))))
+    content = (tmp_path / "experiment-causal.json").read_text()
+    assert not {"where", "accelerate"} & set(json.loads(content))
+    assert "secret" not in content
+    monkeypatch.chdir(tmp_path)
+    assert all(Path(place).is_absolute() for place in json.loads(content)["train"]["data"])
+
+
+def test_a_storage_of_an_earlier_version_is_known_by_its_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    settings = hopper(tmp_path)
+    header = made_by_collect(settings, ppo={**as_table(settings.ppo), "gamma": 0.9})
+    write_trials(tmp_path, {seed: trajectory(seed) for seed in range(3, 9)}, header)
+    known = remembered(str(tmp_path))
+    assert known
+    assert (known.collected["collect"].policy_hidden, known.collected["ppo"].gamma) == ((16, 4), 0.9)
+    assert known.collected["collect"].num_trials == Collect().num_trials  # how many are to come is not known
+    TrajectoryStore(str(tmp_path)).finish(range(3, 9), 41)
+    known = remembered(str(tmp_path))
+    assert known
+    collect = dataclasses.replace(settings.collect, task="Line-v0")
+    assert known.collected == {"collect": collect, "ppo": dataclasses.replace(settings.ppo, gamma=0.9)}
+    assert known.preset is None
+
+
+def test_trials_of_another_making_tell_nothing_until_something_was_trained_on_them(tmp_path: Path):
+    assert remembered(str(tmp_path)) is None
+    collected(tmp_path, 3, 4)
+    assert remembered(str(tmp_path)) is None
+    remember_training(hopper(tmp_path))
+    assert told(tmp_path).collect == hopper(tmp_path).collect
+
+
+def test_a_bucket_remembers_as_a_folder_does(server: str):
+    storage = new_root(f"http://{server}")
+    assert remembered(storage) is None
+    settings = hopper(storage)
+    remember_collection(settings)
+    assert told(storage).collect == settings.collect
 
 
 def test_a_data_set_that_lost_its_seal_is_to_be_sealed_again(tmp_path: Path):

@@ -98,7 +98,7 @@ def working(processes: dict[int, str], before: dict[int, str], storage: Path) ->
 def shrunk(folder: Path, total_env_steps: int) -> Experiment:
     experiment = load_experiment(SMOKE)
     collect = dataclasses.replace(experiment.collect, total_env_steps=total_env_steps)
-    return dataclasses.replace(experiment, storage=str(folder), collect=collect)
+    return dataclasses.replace(experiment, collect=collect).at(str(folder))
 
 
 def statuses(storage: Path) -> dict[str, str]:
@@ -141,13 +141,13 @@ def test_a_storage_that_would_be_thrown_away_with_the_job_is_refused(monkeypatch
     experiment = load_experiment(SMOKE)
     check_job(experiment)
     monkeypatch.setenv(SUBMITTED, "{}")
-    check_job(dataclasses.replace(experiment, storage="s3://bucket/mine?region=us-east-1"))
+    check_job(experiment.at("s3://bucket/mine?region=us-east-1"))
     for storage, words in (
         (None, "storage is not set"),
         (f"{CHECKOUT}/mine", f"storage lies in it, '{CHECKOUT}/mine'"),
     ):
         with pytest.raises(ValueError, match=f"thrown away with the job, and {words}"):
-            check_job(dataclasses.replace(experiment, storage=storage))
+            check_job(experiment.at(storage))
 
 
 @pytest.mark.slow

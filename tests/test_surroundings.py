@@ -116,7 +116,7 @@ CASES = [
     ),
     Case(
         what="The experiment that predictors come from is misspelt",
-        attempt=job("accelerate", "--accelerate.predictors-from", "inverted_pendulm"),
+        attempt=job("accelerate", "--predictors-from", "inverted_pendulm"),
     ),
     Case(what="A sweep's metric is none", attempt=job("sweep", "--sweep.metric", "skil_h1")),
     Case(
@@ -135,6 +135,9 @@ CASES = [
             *("--over", f"train.seed={','.join(map(str, range(200)))}"),
         ),
     ),
+    Case(what="An option is misspelt", attempt=job("train", "--train.sed", "3")),
+    Case(what="An option is another job's", attempt=job("collect", "--train.seed", "3")),
+    Case(what="An option has another name since a version ago", attempt=job("train", "--train.num-workers", "4")),
     Case(what="A preset is misspelt", attempt=job("train", "--preset", "papr")),
     Case(what="A preset is empty", attempt=job("train", "--preset=")),
     Case(what="A preset is given twice", attempt=job("train", "--preset", "paper", "--preset", "causal")),
@@ -145,6 +148,7 @@ CASES = [
     Case(what="A file's key is misspelt", attempt=mine("[collect]\nnum_trails = 4\n")),
     Case(what="A file's section is misspelt", attempt=mine("[colect]\nnum_trials = 4\n")),
     Case(what="A file's section for the other preset is misspelt", attempt=mine("[causal.tain]\nnum_steps = 4\n")),
+    Case(what="A file has a key where an earlier version had it", attempt=mine("[train]\nnum_workers = 4\n")),
     Case(what="A file has a key twice", attempt=mine("[collect]\nnum_trials = 4\nnum_trials = 8\n")),
     Case(what="A file has true for a number", attempt=mine("[collect]\nnum_trials = true\n")),
     Case(what="A file has text for a section", attempt=mine("causal = 'yes'\n")),
@@ -157,7 +161,7 @@ CASES = [
     Case(what="A seed has more than 31 bits", attempt=job("collect", "--collect.first-seed", "2147483648")),
     Case(what="The last seed has more than 31 bits", attempt=job("collect", "--collect.first-seed", "2147483640")),
     Case(what="Trials without end", attempt=job("collect", "--collect.num-trials", "1000000000000")),
-    Case(what="A GPU and a half", attempt=job("sweep", "--sweep.gpus-per-trial", "1.5")),
+    Case(what="A GPU and a half", attempt=job("sweep", "--gpus-per-trial", "1.5")),
     Case(what="A name is `..`", attempt=job("collect", "--name", "..")),
     Case(what="A name holds a colon", attempt=job("collect", "--name", "run:1")),
     Case(what="A name holds a quote", attempt=job("collect", "--name", "ada's")),
@@ -199,6 +203,14 @@ CASES = [
     Case(
         what="The file system is read-only",
         attempt=fails(OSError(errno.EROFS, os.strerror(errno.EROFS), "d/models/x")),
+    ),
+    Case(
+        what="What a storage remembers is cut short",
+        attempt=with_file("experiment.json", '{"name": "demo"', job("train", "--storage", ".")),
+    ),
+    Case(
+        what="What a storage remembers is of a version to come",
+        attempt=with_file("experiment.json", '{"name": "demo", "dreams": {}}', job("train", "--storage", ".")),
     ),
     Case(what="There are no trials to train on", attempt=job("train", "--storage", "data")),
     Case(
@@ -262,7 +274,7 @@ def test_nothing_is_left_where_a_job_was_refused(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         said_by(case, folder)
-        assert [path.name for path in folder.iterdir()] in ([], ["file"])
+        assert [path.name for path in folder.iterdir()] in ([], ["file"], ["experiment.json"])
 
 
 def main() -> None:

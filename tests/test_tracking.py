@@ -313,7 +313,7 @@ def test_a_uri_without_a_secret_is_shown_as_it_is(uri):
 @pytest.mark.parametrize("uri", SECRETS)
 def test_a_published_configuration_has_no_secret(uri):
     smoke = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
-    experiment = dataclasses.replace(smoke, tracking=config.Tracking(uri=uri))
+    experiment = dataclasses.replace(smoke, where=config.Where(tracking=config.Tracking(uri=uri)))
     assert "S3CRET" not in repr(experiment)
     if "://" not in uri:
         return  # is refused as a folder before anything is published
@@ -326,8 +326,8 @@ def test_a_published_configuration_has_no_secret(uri):
 def test_a_storage_that_carries_credentials_is_refused_without_quoting_them(uri):
     smoke = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
     for changed in (
-        dataclasses.replace(smoke, storage=uri),
-        dataclasses.replace(smoke, accelerate=config.Accelerate(predictors_storage=uri)),
+        smoke.at(uri),
+        dataclasses.replace(smoke, where=config.Where(predictors_storage=uri)),
         dataclasses.replace(smoke, train=config.Train(data=("/data", uri)), basis=config.Basis(kind="window")),
     ):
         with pytest.raises(ValueError, match="carries credentials") as refused:
@@ -370,8 +370,9 @@ def test_a_server_that_is_reached_by_a_password_keeps_and_prints_none(tmp_path, 
             time.sleep(0.2)
         tracker = tracking.Tracker.open(f"http://someone:S3CRET@127.0.0.1:{port}", "pendulum", str(tmp_path / "d"))
         smoke = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
+        where = config.Where(tracking=config.Tracking(uri=tracker.uri))
         with tracker.run("train", "a key") as run:
-            run.log_parameters(as_table(dataclasses.replace(smoke, tracking=config.Tracking(uri=tracker.uri))))
+            run.log_parameters(as_table(dataclasses.replace(smoke, where=where)))
             run.log_figure(Figure(), "curve")
             run.log_dataset("trials", "0123", str(tmp_path))
         with pytest.raises(tracking.TrackingError, match="refuses") as refused:

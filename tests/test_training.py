@@ -38,13 +38,16 @@ def one_thread() -> None:
 
 
 def experiment(
-    storage: Path | str = "/nowhere", kind: Literal["trial", "shared", "window"] = "trial", **train: int | float | str
+    storage: Path | str = "/nowhere",
+    kind: Literal["trial", "shared", "window"] = "trial",
+    num_workers: int = 1,
+    **train: int | float | str,
 ) -> config.Experiment:
     """Two trials to train, one to choose and one to report, of 41 snapshots each."""
     schedule = {"num_steps": 30, "steps_per_iteration": 10, "batch_size": 8, "warmup_steps": 5, "learning_rate": 1e-3}
     return config.Experiment(
         name="tiny",
-        storage=str(storage),
+        where=config.Where(storage=str(storage), num_workers=num_workers),
         collect=config.Collect(num_trials=4, first_seed=3, total_env_steps=8 * 2048),
         split=config.Split(validation_trials=1, test_trials=1),
         basis=config.Basis(kind=kind, rank=4),
@@ -80,7 +83,7 @@ def data(kind: str = "trial") -> TrainingData:
 
 
 def of_kind(kind: Literal["trial", "window"], **train: int | float | str) -> training.Training:
-    return training.Training(experiment("/nowhere", kind, **train), data(kind))
+    return training.Training(experiment("/nowhere", kind, 1, **train), data(kind))
 
 
 both_bases = pytest.mark.parametrize("kind", ["trial", "window"])
@@ -408,7 +411,7 @@ def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster
     assert "reading and reducing trials, " in phases[0]
     assert "starting 1 Ray Train worker" in phases
     # It goes on wherever it is moved to, from the newest checkpoint that is whole, whatever Ray Train's record says.
-    moved = dataclasses.replace(settings, storage=str(tmp_path / "moved"))
+    moved = settings.at(str(tmp_path / "moved"))
     (tmp_path / "first").rename(tmp_path / "moved")
     *_, earlier, newest = sorted(tmp_path.glob("moved/training/*/checkpoint_2*"))
     step = json.loads((earlier / "training.json").read_text())["step"]

@@ -2,17 +2,98 @@
 
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tipl_ray.config import JOBS, Experiment, find_experiment, load_experiment, named_experiments
-from tipl_ray.digest import as_table, flat
+from tipl_ray.config import (
+    JOBS,
+    MOVED,
+    Experiment,
+    check_place,
+    fields_read,
+    find_experiment,
+    load_experiment,
+    named_experiments,
+)
+from tipl_ray.digest import redacted
 from tipl_ray.errors import UserError, nearest
 from tipl_ray.places import absolute_storage, check_places, forget_empty_variables, in_checkout, with_variables
 from tipl_ray.registry import REPRESENTATIONS
+from tipl_ray.terminal import say
+
+if TYPE_CHECKING:
+    from tipl_ray.remembered import Remembered
+
+OWN_OPTIONS = ("--experiment", "--help", "--tyro-print-completion", "--tyro-write-completion")
+"""Options that are no fields."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CommandLine:
+    """What was said on a command line, and what it is held against."""
+
+    description: str
+    jobs: Sequence[str]
+    """Jobs of `JOBS` that are to run; none stands for all."""
+    arguments: Sequence[str]
+    """Without --experiment and --preset."""
+    said: Sequence[str]
+    """Fields that it sets, by their dotted names."""
+    path: Path
+    """The experiment's file."""
+    preset: str | None
+    memory: "Remembered | None"
+    """What the storage remembers, where it is named and no experiment is."""
+
+    def experiment(self, preset: str | None) -> Experiment:
+        """The experiment, checked; exits as `parse_arguments` does.
+
+        Options go before what the storage remembers, and that before the experiment's file.
+        """
+        with refused():
+            # The preset decides what the other fields' defaults are, wherever it stands among them.
+            loaded = load_experiment(self.path, preset)
+            sections = self.memory.sections(loaded.preset) if self.memory else {}
+            loaded = dataclasses.replace(loaded, **sections)
+        shown = _shown(loaded, fields_read(self.jobs))
+        parsed = tyro.cli(type(shown), default=shown, args=self.arguments, description=self._usage())
+        with refused():
+            parsed = _with_places(_plain(parsed, loaded)).check(*self.jobs)
+            _check_named(parsed, self.jobs)
+        for option, why in _without_effect(parsed, self.said):
+            print(f"note: {option} has no effect: {why}", file=sys.stderr)
+        with refused():
+            check_places(parsed.storage_path)
+        if self.memory:
+            taken = ", ".join(self._taken(parsed, {*sections, *(["preset"] if self.memory.preset else [])}))
+            say(f"{_named(self.jobs)}: {taken} from storage {redacted(parsed.storage_path)}")
+        return parsed
+
+    def _usage(self) -> str:
+        known = "" if tuple(self.jobs) == ("accelerate",) else "what the storage remembers, then "
+        return (
+            f"{self.description}\n\n--experiment FILE   TOML file with the experiment, or its name; it is read first\n"
+            f"                    (default: {known}{self.path.name})"
+        )
+
+    def _taken(self, experiment: Experiment, sections: Collection[str]) -> Iterator[str]:
+        """What the storage has told, of what these jobs read and nobody has said."""
+        collect, split = experiment.collect, experiment.split
+        told = {
+            "preset": f"preset {experiment.preset}",
+            "collect.task": f"task {collect.task}",
+            "collect.num_trials": f"{collect.num_trials} trials",
+            "collect.policy_hidden": f"policy {'-'.join(map(str, collect.policy_hidden))}",
+            "split.test_trials": f"split {split.validation_trials}/{split.test_trials}",
+        }
+        for field, text in told.items():
+            if field.partition(".")[0] in sections and field not in self.said and field in fields_read(self.jobs):
+                yield text
 
 
 def parse_arguments(
@@ -20,59 +101,103 @@ def parse_arguments(
 ) -> Experiment:
     """The experiment of a command line: `--experiment FILE` and `--preset NAME` first, then any field of it by name.
 
-    It is checked for these jobs of `JOBS`, or for all; without `--experiment` it is the one of the name given here.
-    Exits with one line on standard error: status 2 where the file or a field is refused, 1 where nothing can be written
-    where it says. What was said and changes nothing in these jobs is told in a line.
+    It is checked for these jobs of `JOBS`, or for all; without `--experiment` it is what the storage named by
+    `--storage` remembers, over the one of the name given here. Exits with one line on standard error: status 2 where
+    the file or an option is refused, 1 where nothing can be written or read where it says. What was said and changes
+    nothing in these jobs is told in a line, and what the storage knew in another.
     """
+    line = _read(description, arguments, jobs or tuple(JOBS), experiment)
+    return line.experiment(line.preset or (line.memory.preset if line.memory else None))
+
+
+def parse_trained(description: str, arguments: list[str] | None = None, *, jobs: Sequence[str]) -> list[Experiment]:
+    """As `parse_arguments`, once for each preset that the storage remembers a model of, unless one is named."""
+    line = _read(description, arguments, jobs, "demo")
+    trained = line.memory.trained_for if line.memory and not line.preset else ()
+    return [line.experiment(preset) for preset in trained or [line.preset]]
+
+
+def _read(description: str, arguments: list[str] | None, jobs: Sequence[str], experiment: str) -> CommandLine:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     forget_empty_variables()
     with refused():
-        said = _options(arguments)
-        given = take_option(arguments, "--experiment")
+        said = _said(arguments, jobs)
+        given, preset = take_option(arguments, "--experiment"), take_option(arguments, "--preset")
         path = find_experiment(given) if given else named_experiments().get(experiment) or find_experiment(experiment)
-        # The preset decides what the other fields' defaults are, wherever it stands among them.
-        loaded = load_experiment(path, take_option(arguments, "--preset"))
-    usage = (
-        f"{description}\n\n--experiment FILE   TOML file with the experiment, or its name; it is read first\n"
-        f"                    (default: {path})"
+        # What accelerates is kept in storages of its own.
+        asked = None if given or list(jobs) == ["accelerate"] else take_option(list(arguments), "--storage")
+        return CommandLine(
+            description=description,
+            jobs=jobs,
+            arguments=arguments,
+            said=said,
+            path=path,
+            preset=preset,
+            memory=_memory(asked) if asked else None,
+        )
+
+
+def _memory(storage: str) -> "Remembered | None":
+    place = absolute_storage(with_variables("storage", storage) or storage)
+    check_place("storage", place)
+    check_places(place)
+    # Takes a third of a second to load.
+    from tipl_ray.remembered import remembered
+
+    return remembered(place)
+
+
+def _shown(part: Any, read: Collection[str], prefix: str = "") -> Any:
+    """A section, in a subclass whose other fields tyro neither shows nor sets."""
+    fields: list[Any] = []
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(part):
+        name, value = f"{prefix}{field.name}", getattr(part, field.name)
+        if any(one.startswith(f"{name}.") for one in read):
+            value = _shown(value, read, f"{name}.")
+            # What says where a job runs has no section on a command line.
+            kind = Annotated[type(value), tyro.conf.arg(name="")] if name == "where" else type(value)
+            fields.append((field.name, kind))
+        elif name not in read:
+            fields.append((field.name, Annotated[field.type, tyro.conf.Suppress, tyro.conf.Fixed]))
+        values[field.name] = value
+    known = {"__doc__": type(part).__doc__}
+    made = dataclasses.make_dataclass(
+        type(part).__name__, fields, bases=(type(part),), namespace=known, frozen=True, kw_only=True
     )
-    parsed = tyro.cli(Experiment, default=loaded, args=arguments, description=usage)
-    with refused():
-        parsed = _with_places(parsed).check(*jobs)
-        _check_named(parsed, jobs or tuple(JOBS))
-    for option, why in _without_effect(parsed, jobs or tuple(JOBS), said):
-        print(f"note: {option} has no effect: {why}", file=sys.stderr)
-    try:
-        check_places(parsed.storage_path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
-    return parsed
+    return made(**values)
+
+
+def _plain(shown: Any, loaded: Any) -> Any:
+    """What was set in something `_shown`, in the class that it was made of."""
+    changed = {}
+    for field in dataclasses.fields(loaded):
+        value, before = getattr(shown, field.name), getattr(loaded, field.name)
+        changed[field.name] = _plain(value, before) if dataclasses.is_dataclass(before) else value
+    return dataclasses.replace(loaded, **changed)
 
 
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
-    """Exit with status 2 and one line on standard error where a command line or an experiment's file is refused."""
+    """Exit with one line on standard error: status 2 for a command line or a file, 1 for a place that is refused."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(1 if isinstance(error, UserError) else 2) from error
 
 
 def _with_places(experiment: Experiment) -> Experiment:
     """With $NAME in its folders as the environment has it, and its own storage wherever a worker stands."""
-    settings = experiment.accelerate
-    storage = with_variables("storage", experiment.storage)
+    storage = with_variables("storage", experiment.where.storage)
     if storage is not None or not in_checkout():
-        storage = dataclasses.replace(experiment, storage=storage).storage_path
+        storage = experiment.at(storage).storage_path
     data = tuple(str(with_variables("train.data", one)) for one in experiment.train.data)
-    predictors = with_variables("accelerate.predictors_storage", settings.predictors_storage)
+    predictors = with_variables("predictors_storage", experiment.where.predictors_storage)
     return dataclasses.replace(
         experiment,
-        storage=storage,
+        where=dataclasses.replace(experiment.where, storage=storage, predictors_storage=predictors),
         train=dataclasses.replace(experiment.train, data=data),
-        accelerate=dataclasses.replace(settings, predictors_storage=predictors),
     )
 
 
@@ -94,19 +219,19 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
         for storage in experiment.train.data:
             _check_folder("train.data", storage)
     if "accelerate" in jobs and experiment.accelerate.predictors:
-        settings = experiment.accelerate
-        path = find_experiment(settings.predictors_from, "accelerate.predictors_from")
+        where = experiment.where
+        path = find_experiment(where.predictors_from, "predictors_from")
         source = load_experiment(path, preset="causal").check_fields()
         size = source.collect.epochs_per_snapshot
-        for contender, epochs in settings.predictors.items():
+        for contender, epochs in experiment.accelerate.predictors.items():
             skipped = source.ppo.num_epochs - epochs
             if skipped < size or skipped % size or epochs % size:
                 raise ValueError(
                     f"accelerate.contenders: {contender!r} leaves {skipped} of {source.ppo.num_epochs} epochs to a "
                     f"predictor of snapshots that are {size} epochs apart"
                 )
-        if settings.predictors_storage is not None:
-            _check_folder("accelerate.predictors_storage", settings.predictors_storage)
+        if where.predictors_storage is not None:
+            _check_folder("predictors_storage", where.predictors_storage)
 
 
 def _check_folder(field: str, place: str) -> None:
@@ -116,58 +241,68 @@ def _check_folder(field: str, place: str) -> None:
         raise ValueError(f"{field}={place!r}: there is no folder {folder}{nearest(folder.name, siblings)}")
 
 
-def _without_effect(experiment: Experiment, jobs: Sequence[str], said: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Options of a command line that change nothing in these jobs, each with the reason."""
-    read = ("name", "storage", "tracking", *(field for job in jobs for field in JOBS[job]))
-    settings = experiment.accelerate
+def _without_effect(experiment: Experiment, said: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Options of a command line that change nothing beside the others, each with the reason."""
     reasons: dict[str, str] = {}
 
     def none_of(section: str, fields: Sequence[str], why: str) -> None:
         reasons.update({f"{section}.{field}": why for field in fields})
 
-    if "basis" in read:
+    if any(field.startswith(("basis.", "model.", "train.")) for field in said):
         reasons.update(REPRESENTATIONS.load(experiment.basis.kind)(experiment.basis).without_effect())
     if not experiment.evaluate.run_policies_of:
         fields = ["windows_per_trial", "episodes", "sampled_actions"]
         none_of("evaluate", fields, "evaluate.run_policies_of is empty, so that no policy is run")
     if experiment.sweep.search == "grid":
         none_of("sweep", ("num_samples", "seed"), "a grid has every combination once")
-    if list(jobs) == ["sweep"]:
-        none_of("train", ("use_gpu",), "sweep.gpus_per_trial gives the runs of a sweep GPUs")
-        none_of("train", ("num_seeds",), "the runs of a sweep have one seed each; vary train.seed")
-    if list(jobs) == ["accelerate"]:
-        none_of("collect", ("task",), "accelerate.tasks names the tasks")
-        none_of("collect", ("trials_per_actor",), "all trials of a contender are one stack")
-        none_of("ppo", ("num_epochs",), "each contender names its own")
-        none_of("ppo", ("learning_rate",), "each contender's is chosen from accelerate.learning_rates")
-        if not settings.predictors:
-            none_of("accelerate", ("predictors_from", "predictors_storage"), "no contender has a predictor")
+    if not experiment.accelerate.predictors:
+        none_of("where", ("predictors_from", "predictors_storage"), "no contender has a predictor")
     for field in said:
-        option = f"--{field.replace('_', '-')}"
         if field in reasons:
-            yield option, reasons[field]
-        elif not any(field == one or field.startswith(f"{one}.") for one in read) and _is_field(experiment, field):
-            yield option, f"{' and '.join(jobs)} does not read it"
+            yield _option(field), reasons[field]
 
 
-def _is_field(experiment: Experiment, field: str) -> bool:
-    """Whether an option is an experiment's, and not the job's own."""
-    return field in dict(flat(as_table(experiment))) or field == "preset"
+def _said(arguments: Sequence[str], jobs: Sequence[str]) -> list[str]:
+    """Fields that a command line sets, in its order.
 
-
-def _options(arguments: Sequence[str]) -> list[str]:
-    """Fields that a command line sets, in its order. Raises ValueError for one that is set twice."""
+    Raises ValueError for an option that is given twice, that these jobs do not read, or that there is not.
+    """
     said: list[str] = []
+    known = {_option(field): field for field in fields_read(JOBS)}
+    moved = {_option(field): _option(f"where.{field.rpartition('.')[2]}") for field in MOVED}
     for argument in arguments:
         if not argument.startswith("--") or argument == "--":
             continue
-        option = argument.partition("=")[0]
-        section, dot, field = option.removeprefix("--").replace("-", "_").rpartition(".")
-        field = f"{section}{dot}{field.removeprefix('no_')}"
+        given = argument.partition("=")[0]
+        option = given.replace("_", "-")
+        if option not in known:
+            option = re.sub(r"^(.*\.|--)no-", r"\1", option)
+        field = known.get(option, option)
         if field in said:
-            raise ValueError(f"{option} is given twice")
+            raise ValueError(f"{given} is given twice")
         said.append(field)
+        if option in known:
+            _check_read(given, field, jobs)
+        elif option not in OWN_OPTIONS:
+            hint = f"it is {moved[option]} now" if option in moved else f"no job has it{nearest(option, list(known))}"
+            raise ValueError(f"{given}: {hint}")
     return said
+
+
+def _check_read(option: str, field: str, jobs: Sequence[str]) -> None:
+    if field not in fields_read(jobs):
+        readers = [job for job in JOBS if field in fields_read([job])]
+        do = f"{', '.join(readers[:-1])} and {readers[-1]} do" if len(readers) > 1 else f"{readers[0]} does"
+        raise ValueError(f"{option}: {_named(jobs)} does not read it; {do}")
+
+
+def _option(field: str) -> str:
+    """As a field is named on a command line."""
+    return f"--{field.removeprefix('where.').replace('_', '-')}"
+
+
+def _named(jobs: Sequence[str]) -> str:
+    return jobs[0] if len(jobs) == 1 else "pipeline"
 
 
 def take_option(arguments: list[str], option: str) -> str | None:

@@ -7,17 +7,17 @@ The defaults are the paper's (Section 4.1) and, where the paper is silent, what 
 import dataclasses
 import functools
 import json
-import math
 import re
 import sys
 import tomllib
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import tyro
+from pydantic import Field
 
 from tipl_ray.digest import as_table, flat, published, redacted
 from tipl_ray.errors import nearest, no_such
@@ -29,51 +29,73 @@ LARGEST = 2**31 - 1
 
 MAX_NAME_BYTES = 100
 
+NO_IDENTITY = {"identity": False}
+"""Metadata of fields that no result depends on; see `digest.identity`."""
+
+STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Step = Annotated[int, Field(ge=1, le=10_000)]
+Width = Annotated[int, Field(ge=1, le=16_384)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(ge=1e-37, le=1e37)]
+"""What float32 holds, above 0."""
+
+_LEARNING = (
+    *("preset", "collect", "-collect.engine", "-collect.iterations_per_commit", "ppo"),
+    *("split", "basis", "model", "train", "evaluate.horizon", "evaluate.extra_horizons"),
+)
 JOBS: dict[str, tuple[str, ...]] = {
-    "collect": ("collect", "ppo"),
-    "train": (
-        *("preset", "collect", "ppo", "split", "basis", "model", "train"),
-        *("evaluate.horizon", "evaluate.extra_horizons"),
-    ),
-    "evaluate": ("preset", "collect", "ppo", "split", "basis", "model", "train", "evaluate"),
+    "collect": ("collect", "ppo", "where.trials_per_actor", "where.physics_threads"),
+    "train": (*_LEARNING, "where.num_workers", "where.use_gpu"),
+    "evaluate": (*_LEARNING, "evaluate"),
     "sweep": (
-        *("preset", "collect", "ppo", "split", "basis", "model", "train", "sweep"),
-        *("evaluate.horizon", "evaluate.extra_horizons"),
+        *(*_LEARNING, "-train.num_seeds", "-train.data", "sweep"),
+        *("where.trainer", "where.num_workers", "where.max_concurrent_trials"),
+        *("where.cpus_per_trial", "where.gpus_per_trial"),
     ),
-    "accelerate": ("collect", "ppo", "accelerate", "evaluate.confidence"),
+    "accelerate": (
+        *("collect", "-collect.task", "ppo", "-ppo.num_epochs", "-ppo.learning_rate"),
+        *("accelerate", "evaluate.confidence", "where.physics_threads"),
+        *("where.predictors_from", "where.predictors_storage", "where.units_at_once", "where.keep_weights"),
+    ),
 }
-"""What each job reads of an experiment, beside its name, its storage and where it is tracked."""
+"""What each job reads of an experiment: sections and fields, and with a dash what of them it does not."""
+
+EVERY_JOB = ("name", "where.storage", "where.tracking")
+"""What each of them reads too."""
 
 LEARNING = ("train", "evaluate", "sweep")
 """Jobs that cut the trials in three and look at them through the model's context."""
 
 
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Ppo:
     """CleanRL's `ppo_continuous_action.py`, no hyperparameter changed."""
 
-    num_steps: int = 2048
+    num_steps: Annotated[int, Field(ge=1, le=10_000_000)] = 2048
     """Environment steps that a trial takes per iteration."""
-    num_minibatches: int = 32
+    num_minibatches: Annotated[int, Field(ge=1, le=10_000_000)] = 32
     """Minibatches per update epoch; each has num_steps / num_minibatches samples."""
-    num_epochs: int = 10
+    num_epochs: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Update epochs per iteration."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Adam's learning rate at the first iteration; annealed linearly to 0 over the trial."""
-    adam_epsilon: float = 1e-5
+    adam_epsilon: Positive = 1e-5
     """Adam's epsilon."""
-    gamma: float = 0.99
+    gamma: Share = 0.99
     """Discount factor, of returns and of the reward normalisation."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """Lambda of generalised advantage estimation."""
-    clip_coefficient: float = 0.2
+    clip_coefficient: Positive = 0.2
     """Clipping of the probability ratio and of the value's change."""
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Weight of the entropy bonus."""
-    value_coefficient: float = 0.5
+    value_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 0.5
     """Weight of the value loss."""
-    max_gradient_norm: float = 0.5
+    max_gradient_norm: Positive = 0.5
     """Limit of the gradient's norm, over actor, log-std and critic together."""
 
     @property
@@ -81,11 +103,6 @@ class Ppo:
         return self.num_steps // self.num_minibatches
 
     def check(self) -> None:
-        _between("ppo", self, 1, 10_000_000, "num_steps", "num_minibatches")
-        _between("ppo", self, 1, 10_000, "num_epochs")
-        _between("ppo", self, 0.0, 1.0, "gamma", "gae_lambda")
-        _between("ppo", self, 0.0, 1e6, "entropy_coefficient", "value_coefficient")
-        _positive("ppo", self, "learning_rate", "adam_epsilon", "clip_coefficient", "max_gradient_norm")
         if self.num_steps % self.num_minibatches or self.minibatch_size < 2:
             raise ValueError(
                 f"ppo.num_minibatches={self.num_minibatches} does not cut the {self.num_steps} steps of an iteration "
@@ -93,70 +110,50 @@ class Ppo:
             )
 
 
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Collect:
     """The PPO trials whose policy weights become the data set."""
 
     task: str = "InvertedPendulum-v4"
     """Gymnasium id of the task."""
-    num_trials: int = 50
+    num_trials: Annotated[int, Field(ge=1, le=100_000)] = 50
     """Number of trials; their seeds count up from first_seed."""
-    first_seed: int = 1
+    first_seed: Natural = 1
     """Seed of the first trial."""
-    total_env_steps: int = 800_000
+    total_env_steps: Count = 800_000
     """Environment steps per trial; whole iterations of ppo.num_steps are run."""
-    policy_hidden: tuple[int, int] = (8, 8)
+    policy_hidden: tuple[Width, Width] = (8, 8)
     """Widths of the policy's two hidden layers."""
-    critic_hidden: tuple[int, int] = (64, 64)
+    critic_hidden: tuple[Width, Width] = (64, 64)
     """Widths of the critic's two hidden layers (the paper gives the policy's alone; these are CleanRL's)."""
-    epochs_per_snapshot: int = 2
+    epochs_per_snapshot: Count = 2
     """PPO update epochs between two stored snapshots; must divide ppo.num_epochs."""
-    iterations_per_commit: int = 20
+    iterations_per_commit: Count = 20
     """PPO iterations between two commits of a trial: what a kill can cost at most."""
-    trials_per_actor: int = 0
-    """Trials that one Ray actor runs in lock step; 0 spreads them over the cluster's CPUs."""
     algorithm: str = dataclasses.field(default="ppo", metadata={"later": True})
     """What trains the policies: `ppo`, an entry point of the group `tipl_ray.algorithms`, or a class of one's own as
     module:Name."""
     engine: Literal["auto", "compiled", "torch", "cuda"] = "auto"
     """What runs the networks: `compiled` (C++, needs g++), `torch`, `cuda` (torch on one GPU per actor), or `auto`:
     compiled where g++ is found, else torch."""
-    physics_threads: int = 1
-    """Threads that step an actor's simulations, each with a CPU of its own; changes no bit. More than 1 is for `cuda`,
-    where an actor has many trials and few others beside it."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(range(self.first_seed, self.first_seed + self.num_trials))
 
     def check(self) -> None:
-        _at_least(
-            "collect",
-            self,
-            total_env_steps=1,
-            first_seed=0,
-            epochs_per_snapshot=1,
-            iterations_per_commit=1,
-            trials_per_actor=0,
-            physics_threads=1,
-        )
-        _between("collect", self, 1, 100_000, "num_trials")
         _check_last_seed("collect", "first_seed", self.first_seed, self.num_trials)
-        for field in ("policy_hidden", "critic_hidden"):
-            widths = getattr(self, field)
-            if len(widths) != 2 or min(widths) < 1 or max(widths) > 16_384:
-                raise ValueError(f"collect.{field}={widths} is not two widths from 1 to 16384")
 
 
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
     """Held-out trials, by trial and never by window: the last seeds report, those before choose, the rest train."""
 
-    validation_trials: int = 5
+    validation_trials: Count = 5
     """Trials that choose: early stopping, hyperparameters."""
-    test_trials: int = 5
+    test_trials: Count = 5
     """Trials that report: every figure of the evaluation."""
 
     def cut(self, seeds: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -164,11 +161,8 @@ class Split:
         first, second = len(seeds) - self.validation_trials - self.test_trials, len(seeds) - self.test_trials
         return seeds[: max(first, 0)], seeds[max(first, 0) : second], seeds[second:]
 
-    def check(self) -> None:
-        _at_least("split", self, validation_trials=1, test_trials=1)
 
-
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Basis:
     """How snapshots become tokens and tokens become weights (Section 3.2)."""
@@ -177,7 +171,7 @@ class Basis:
     """`trial`: Temporal SVD of the trial's own trajectory, the paper's, not causal; `raw`: the weights themselves;
     `shared`: one Temporal SVD of all training trials, causal; `window`: the displacements of the context, known by
     their inner products alone, causal; or `module:Name`, a representation of one's own (docs/extending.md)."""
-    rank: int = 32
+    rank: Count = 32
     """SVD rank D of `trial` and `shared`."""
     centred: bool = False
     """Subtract the trajectory's mean before the SVD."""
@@ -185,26 +179,25 @@ class Basis:
     """Subtract the trajectory's first snapshot before the SVD."""
 
     def check(self) -> None:
-        _at_least("basis", self, rank=1)
         REPRESENTATIONS.check("basis.kind", self.kind)
         if self.centred and self.deltas:
             raise ValueError("basis.centred=True and basis.deltas=True exclude each other: choose one origin")
 
 
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
     """The causal Transformer (Section 3.3), by default of Decision Transformer's size for gym."""
 
-    context: int = 20
+    context: Annotated[int, Field(ge=2, le=LARGEST)] = 20
     """Context length K: the tokens that the model sees; snapshots, or with basis `window` displacements between."""
-    embedding: int = 128
+    embedding: Annotated[int, Field(ge=1, le=65_536)] = 128
     """Width of a token inside the model."""
-    layers: int = 3
+    layers: Annotated[int, Field(ge=1, le=1_000)] = 3
     """Transformer blocks."""
-    heads: int = 1
+    heads: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Attention heads per block; must divide embedding."""
-    dropout: float = 0.1
+    dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.1
     """Dropout of embeddings, attention and blocks."""
     phase: bool = True
     """Basis `window`: tell the model the phase, where in its PPO iteration each displacement was made."""
@@ -212,91 +205,75 @@ class Model:
     """Basis `window`: what tells the model how far the trial has come: its share of snapshots, or PPO's annealing."""
 
     def check(self) -> None:
-        _at_least("model", self, context=2)
-        _between("model", self, 1, 65_536, "embedding", "heads")
-        _between("model", self, 1, 1_000, "layers")
-        _between("model", self, 0.0, 0.95, "dropout")
         if self.embedding % self.heads:
             raise ValueError(f"model.heads={self.heads} does not divide model.embedding={self.embedding}")
 
 
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Train:
     """How the Transformer is trained; the defaults are the paper's 50 iterations of 10,000 batches."""
 
-    num_steps: int = 500_000
+    num_steps: Count = 500_000
     """Optimisation steps."""
-    steps_per_iteration: int = 10_000
+    steps_per_iteration: Count = 10_000
     """Steps between two validations, each with a checkpoint."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 64
     """Windows per step, over all workers together."""
-    learning_rate: float = 1e-4
+    learning_rate: Positive = 1e-4
     """AdamW's learning rate after the warm-up."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 1e-4
     """AdamW's weight decay."""
-    warmup_steps: int = 10_000
+    warmup_steps: Natural = 10_000
     """Steps of linear warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
     """The learning rate after the warm-up: constant, or falling to 0 at the last step on half a cosine."""
-    max_gradient_norm: float = 0.25
+    max_gradient_norm: Positive = 0.25
     """Limit of the gradient's norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products inside the Transformer's blocks while it trains; all else, and validation, is float32.
     `bfloat16` takes half the time where the processor or GPU has instructions for it, and is slow where not."""
-    joined_windows: float = 0.0
+    joined_windows: Share = 0.0
     """Basis `window`: share of a batch's windows that are put beside others, so that each stands for a policy that is
     made of several."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of initialisation, batches and dropout."""
-    num_seeds: int = 1
+    num_seeds: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Models that are trained, on seeds that count up from `seed`; the evaluation judges them all."""
     data: tuple[str, ...] = ()
     """Basis `window`: storages of the data sets to train on in place of this experiment's own; the split holds in
     each."""
-    num_workers: int = 1
-    """Ray Train workers."""
-    use_gpu: bool = False
-    """One GPU per worker."""
 
     def check(self) -> None:
-        _at_least("train", self, num_steps=1, steps_per_iteration=1, warmup_steps=0, seed=0)
-        _between("train", self, 1, 1_000_000, "batch_size")
-        _between("train", self, 1, 10_000, "num_workers", "num_seeds")
         _check_last_seed("train", "seed", self.seed, self.num_seeds)
-        _positive("train", self, "learning_rate", "max_gradient_norm")
-        _between("train", self, 0.0, 1e6, "weight_decay")
         _check_once("train", "data", [absolute_storage(storage) for storage in self.data])
-        _between("train", self, 0.0, 1.0, "joined_windows")
-        if self.batch_size % self.num_workers:
-            raise ValueError(f"train.num_workers={self.num_workers} does not divide train.batch_size={self.batch_size}")
 
 
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluate:
     """How predicted weights are judged: WPE, skill and REPW (Section 4)."""
 
-    horizon: int = 10
+    horizon: Step = 10
     """Forward steps that are predicted, from 1 on."""
-    extra_horizons: tuple[int, ...] = ()
+    extra_horizons: tuple[Step, ...] = ()
     """Forward steps beyond them that are predicted too, rising."""
-    windows_per_trial: int = 20
+    windows_per_trial: Count = 20
     """Windows per test trial whose policies are run for REPW, evenly spaced; WPE takes every window."""
     run_policies_of: tuple[str, ...] = ("copy-last", "linear", "ridge", "tipl", "svd-floor", "window-floor")
     """Predictors whose policies are run, by their names in the result table; WPE takes all predictors, and of
     none no policy is run."""
     predictors: tuple[str, ...] = dataclasses.field(default=(), metadata={"later": True})
     """Predictors of one's own that are compared too, as `module:Name` (docs/extending.md)."""
-    episodes: int = 10
+    episodes: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """Evaluation episodes E per policy; the noise floor takes as many again on other seeds."""
     sampled_actions: bool = False
     """Sample actions from the policy instead of taking its mean."""
-    bootstrap: int = 1000
+    bootstrap: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     """Bootstrap resamples over trials behind each confidence interval."""
-    confidence: float = 0.95
+    confidence: Annotated[float, Field(ge=0.5, le=0.999)] = 0.95
     """Level of the confidence intervals."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the evaluation episodes and of the bootstrap."""
 
     @property
@@ -305,10 +282,6 @@ class Evaluate:
         return (*range(1, self.horizon + 1), *self.extra_horizons)
 
     def check(self) -> None:
-        _at_least("evaluate", self, windows_per_trial=1, seed=0)
-        _between("evaluate", self, 1, 10_000, "horizon")
-        _between("evaluate", self, 1, 1_000_000, "episodes", "bootstrap")
-        _between("evaluate", self, 0.5, 0.999, "confidence")
         for name in self.predictors:
             PREDICTORS.check("evaluate.predictors", name)
         _check_once("evaluate", "predictors", self.predictors)
@@ -318,11 +291,9 @@ class Evaluate:
             raise ValueError(
                 f"evaluate.extra_horizons={self.extra_horizons} do not rise from beyond evaluate.horizon={self.horizon}"
             )
-        if extra[-1] > 10_000:
-            raise ValueError(f"evaluate.extra_horizons={self.extra_horizons} go beyond 10000")
 
 
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Accelerate:
     """PPO with and without jumps, side by side on the unseen seeds that `collect` names."""
@@ -342,27 +313,16 @@ class Accelerate:
     )
     """EPOCHS or EPOCHS+PREDICTOR, with :OPTION,... of gate, reset, both, xDAMPING; the first is what others are held
     against."""
-    predictors_from: str = "jobs/experiments/inverted_pendulum.toml"
-    """Experiment whose collected trials the predictors are fitted on, and whose trained model TIPL is."""
-    predictors_storage: str | None = None
-    """That experiment's storage; none is the one that it names."""
-    learning_rates: tuple[float, ...] = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
+    learning_rates: tuple[Positive, ...] = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
     """What each contender's learning rate is chosen from, by area under the curve, rising."""
-    search_first_seed: int = 10_001
+    search_first_seed: Natural = 10_001
     """Seed of the first trial of the search; none of them is reported."""
-    search_trials: int = 5
+    search_trials: Annotated[int, Field(ge=1, le=100_000)] = 5
     """Trials per contender and learning rate in the search."""
-    units_at_once: int = 0
-    """Contenders that run at the same time, each on one CPU; 0 takes every CPU."""
-    keep_weights: bool = False
-    """Keep the trials' snapshots once their learning curves are written down."""
-    bootstrap: int = 10_000
+    bootstrap: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     """Bootstrap resamples over trials behind each confidence interval."""
 
     def check(self) -> None:
-        _at_least("accelerate", self, search_first_seed=0, units_at_once=0)
-        _between("accelerate", self, 1, 100_000, "search_trials")
-        _between("accelerate", self, 1, 1_000_000, "bootstrap")
         _check_last_seed("accelerate", "search_first_seed", self.search_first_seed, self.search_trials)
         for field in ("tasks", "contenders", "learning_rates"):
             if not getattr(self, field):
@@ -376,7 +336,7 @@ class Accelerate:
                 )
         for contender in self.contenders:
             _check_contender(contender)
-        if list(self.learning_rates) != sorted(set(self.learning_rates)) or self.learning_rates[0] <= 0:
+        if list(self.learning_rates) != sorted(set(self.learning_rates)):
             raise ValueError(f"accelerate.learning_rates={self.learning_rates} do not rise from above 0")
 
     @property
@@ -386,7 +346,7 @@ class Accelerate:
         return {name: int(epochs) for name, (epochs, _, predictor) in plans.items() if predictor}
 
 
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tracking:
     """Where MLflow keeps its records."""
@@ -405,7 +365,49 @@ class Tracking:
                 _check_name("tracking.experiment", self.experiment, part, " ")
 
 
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Where:
+    """Where a job runs, what it may take there and where its work is kept: no result depends on any of it."""
+
+    storage: str | None = None
+    """Folder or URI for everything that the stages leave; none is storage/<name> in the checkout, which git ignores,
+    or, where this package is installed, in the working directory."""
+    tracking: Tracking = dataclasses.field(default_factory=Tracking)
+    trials_per_actor: Natural = 0
+    """Trials that one Ray actor runs in lock step; 0 spreads them over the cluster's CPUs."""
+    physics_threads: Count = 1
+    """Threads that step an actor's simulations, each with a CPU of its own; changes no bit. More than 1 is for
+    `--collect.engine cuda`, where an actor has many trials and few others beside it."""
+    num_workers: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Ray Train workers."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+    trainer: Literal["tune", "ray-train"] = "tune"
+    """`tune` trains each run of a sweep in Ray Tune's own process; `ray-train` has Ray Tune drive Ray Train's
+    TorchTrainer, so that a run can have num_workers workers. Each takes half a minute longer to start."""
+    max_concurrent_trials: Natural = 0
+    """Most runs of a sweep at a time; 0 leaves it to the cluster's resources."""
+    cpus_per_trial: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """CPUs of each run of a sweep, and its threads; with `ray-train`, of each of its workers."""
+    gpus_per_trial: Annotated[float, Field(ge=0, le=10_000)] = 0.0
+    """GPUs of each run of a sweep; a fraction shares one. Above 0 it trains there. With `ray-train`, of each of its
+    workers."""
+    predictors_from: str = "jobs/experiments/inverted_pendulum.toml"
+    """Experiment whose collected trials the predictors are fitted on, and whose trained model TIPL is."""
+    predictors_storage: str | None = None
+    """That experiment's storage; none is the one that it names."""
+    units_at_once: Natural = 0
+    """Contenders that run at the same time, each on one CPU; 0 takes every CPU."""
+    keep_weights: bool = False
+    """Keep the trials' snapshots once their learning curves are written down."""
+
+    def check(self) -> None:
+        if self.gpus_per_trial > 1 and not self.gpus_per_trial.is_integer():
+            raise ValueError(f"gpus_per_trial={self.gpus_per_trial} is neither a part of one GPU nor whole GPUs")
+
+
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
     """What jobs/sweep.py varies and how it searches; what every child of the sweep shares is the experiment itself."""
@@ -417,44 +419,25 @@ class Sweep:
     search: Literal["grid", "optuna"] = "grid"
     """`grid`: every combination of the values once; `optuna`: num_samples of them, each drawn where those before it did
     well."""
-    num_samples: int = 20
+    num_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     """Children of an `optuna` search."""
     scheduler: Literal["none", "asha"] = "none"
     """`asha` ends a child early where others had more of the metric after as many steps."""
     metric: str = "skill"
     """What the best child has most of: `skill`, the validation skill in weights, mean over the forward steps, or
     `skill_h1`, `skill_h10`, ..., at one of them."""
-    trainer: Literal["tune", "ray-train"] = "tune"
-    """`tune` trains a child in Ray Tune's own process; `ray-train` has Ray Tune drive Ray Train's TorchTrainer, so that
-    a child can have many workers, train.num_workers. Each takes half a minute longer to start."""
-    max_concurrent_trials: int = 0
-    """Most children that run at a time; 0 leaves it to the cluster's resources."""
-    cpus_per_trial: int = 1
-    """CPUs of each child, and its threads; with `ray-train`, of each of its workers."""
-    gpus_per_trial: float = 0.0
-    """GPUs of each child; a fraction shares one. Above 0 it trains there. With `ray-train`, of each of its workers."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the `optuna` search."""
 
-    def check(self) -> None:
-        _at_least("sweep", self, max_concurrent_trials=0, seed=0)
-        _between("sweep", self, 1, 1_000_000, "num_samples")
-        _between("sweep", self, 1, 10_000, "cpus_per_trial")
-        _between("sweep", self, 0.0, 10_000.0, "gpus_per_trial")
-        if self.gpus_per_trial > 1 and not self.gpus_per_trial.is_integer():
-            raise ValueError(f"sweep.gpus_per_trial={self.gpus_per_trial} is neither a part of one GPU nor whole GPUs")
 
-
-@pydantic.with_config(extra="forbid")
+@pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
     """One experiment: what is collected, how it is reduced, what learns from it and how that is judged."""
 
-    name: str
+    name: str = dataclasses.field(metadata=NO_IDENTITY)
     """Name of the experiment, and of its folder in the default storage."""
-    storage: str | None = None
-    """Folder or URI for everything that the stages leave; none is storage/<name> in the checkout, which git ignores,
-    or, where this package is installed, in the working directory."""
+    where: Where = dataclasses.field(default_factory=Where, metadata=NO_IDENTITY)
     preset: Literal["causal", "paper"] = "paper"
     """Set of defaults for basis, model and training: `paper` is the paper's Transformer on its Temporal SVD, `causal`
     our own on the basis `window`. The file's sections [causal.train], [paper.train] and so on hold for one of them."""
@@ -467,12 +450,16 @@ class Experiment:
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     accelerate: Accelerate = dataclasses.field(default_factory=Accelerate)
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
-    tracking: Tracking = dataclasses.field(default_factory=Tracking)
 
     @property
     def storage_path(self) -> str:
         """Absolute folder, or the URI as given: Ray changes the working directory of its workers."""
-        return default_storage(self.name) if self.storage is None else absolute_storage(self.storage)
+        storage = self.where.storage
+        return default_storage(self.name) if storage is None else absolute_storage(storage)
+
+    def at(self, storage: str | None) -> Self:
+        """This experiment, kept in a storage."""
+        return dataclasses.replace(self, where=dataclasses.replace(self.where, storage=storage))
 
     @property
     def num_iterations(self) -> int:
@@ -536,19 +523,17 @@ class Experiment:
 
     def check_fields(self) -> Self:
         """Refuse values that no job can use. Raises ValueError naming the field, the value and the limit."""
-        _check_values("", self)
+        parts = list(_parts(self))
+        for prefix, part in parts:
+            _check_texts(prefix, part)
         _check_name("name", self.name, self.name)
-        places = [("storage", self.storage), ("accelerate.predictors_storage", self.accelerate.predictors_storage)]
+        check_limits(self)
+        places = [("storage", self.where.storage), ("predictors_storage", self.where.predictors_storage)]
         for named, place in places + [("train.data", storage) for storage in self.train.data]:
-            if place and redacted(place) != place:
-                raise ValueError(
-                    f"{named}={redacted(place)!r} carries credentials, which every log would show, or an option that "
-                    "is none of endpoint_override, scheme and region: give credentials by the environment or a profile"
-                )
-        for field in dataclasses.fields(self):
-            part = getattr(self, field.name)
+            if place:
+                check_place(named, place)
+        for _, part in parts[1:]:
             if hasattr(part, "check"):
-                _check_values(f"{field.name}.", part)
                 part.check()
         return self
 
@@ -572,6 +557,10 @@ class Experiment:
             )
 
     def _check_learning(self) -> None:
+        if self.train.batch_size % self.where.num_workers:
+            raise ValueError(
+                f"num_workers={self.where.num_workers} does not divide train.batch_size={self.train.batch_size}"
+            )
         held_out = self.split.validation_trials + self.split.test_trials
         if held_out >= self.collect.num_trials:
             raise ValueError(
@@ -700,7 +689,10 @@ def _with_preset(path: Path, table: dict[str, Any], preset: str, own: dict[str, 
             _section(path, own.get(section, {}), f"{preset}.{section}"),
         )
         built[section] = {key: value for part in parts for key, value in part.items()}
-    return _build(built, str(path))
+    try:
+        return _validated(Experiment, built)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -722,29 +714,64 @@ def _section(path: Path, value: Any, name: str) -> dict[str, Any]:
 
 
 def from_table(table: dict[str, Any]) -> Experiment:
-    """The experiment that `as_table` wrote down."""
-    # Tables once had a section `jump`, which is no part of an experiment any more.
-    return _build({name: value for name, value in table.items() if name != "jump"}, "table").check_fields()
+    """The experiment that `as_table` wrote down, in this version or an earlier one. Raises ValueError as `check`."""
+    return _validated(Experiment, _upgraded(table)).check_fields()
 
 
-@functools.cache
-def _adapter() -> pydantic.TypeAdapter[Experiment]:
-    return pydantic.TypeAdapter(Experiment)
+MOVED = (
+    *("storage", "tracking", "collect.trials_per_actor", "collect.physics_threads", "train.num_workers"),
+    *("train.use_gpu", "sweep.trainer", "sweep.max_concurrent_trials", "sweep.cpus_per_trial", "sweep.gpus_per_trial"),
+    *("accelerate.predictors_from", "accelerate.predictors_storage", "accelerate.units_at_once"),
+    "accelerate.keep_weights",
+)
+"""Where earlier versions had what is in the section `where` under the same last name."""
 
 
-def _build(table: dict[str, Any], where: str) -> Experiment:
+def _upgraded(table: dict[str, Any]) -> dict[str, Any]:
+    """A table that any version wrote, as this one writes it."""
+    table = {name: dict(part) if isinstance(part, dict) else part for name, part in table.items()}
+    table.pop("jump", None)  # which is no part of an experiment any more
+    where = table.setdefault("where", {})
+    for moved in MOVED:
+        section, _, field = moved.rpartition(".")
+        part = table.get(section, {}) if section else table
+        if field in part:
+            where[field] = part.pop(field)
+    return table
+
+
+def check_limits(part: Any, prefix: str = "") -> None:
+    """Refuse values beyond the limits of their fields. Raises ValueError naming field, value and limit of each."""
+    _validated(type(part), dataclasses.asdict(part), prefix)
+
+
+_adapter = functools.cache(pydantic.TypeAdapter)
+
+
+def _validated(kind: Any, table: dict[str, Any], prefix: str = "") -> Any:
+    """The configuration of a table. Raises ValueError for unknown keys, wrong types and values beyond limits."""
     try:
         # By way of JSON, in which a list may be a tuple, and true no number.
-        return _adapter().validate_json(json.dumps(table, default=str), strict=True)
+        return _adapter(kind).validate_json(json.dumps(table, default=str), strict=True)
     except pydantic.ValidationError as error:
-        complaints = []
-        for item in error.errors():
-            field = ".".join(map(str, item["loc"]))
-            message = item["msg"]
-            if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                message = f"unknown key{nearest(field, _fields())}"
-            complaints.append(f"{field}={published(item['input'])!r}: {message}")
-        raise ValueError(f"{where}: " + "; ".join(complaints)) from error
+        raise ValueError("; ".join(f"{prefix}{_complaint(item)}" for item in error.errors())) from error
+
+
+def _complaint(item: Any) -> str:
+    """One of pydantic's errors, in our words where it is a limit's or a key's."""
+    field, context = ".".join(map(str, item["loc"])).removeprefix("where."), item.get("ctx", {})
+    said = f"{field}={published(item['input'])!r}"
+    if item["type"] == "greater_than_equal":
+        return f"{said} is below {context['ge']}"
+    if item["type"] == "less_than_equal":
+        return f"{said} is above {context['le']}"
+    if item["type"] == "finite_number":
+        return f"{said} is not a finite number"
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if field in MOVED:
+            return f"{said}: {field.rpartition('.')[2]} is in the section [where] now"
+        return f"{said}: unknown key{nearest(field, _fields())}"
+    return f"{said}: {item['msg']}"
 
 
 @functools.cache
@@ -755,17 +782,44 @@ def _fields() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*sections, *(name for name, _ in flat(as_table(experiment)))]))
 
 
-def _check_values(section: str, config: Any) -> None:
-    """What holds for every field: numbers are finite, whole ones fit 32 bits, text has letters only, and some."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+def fields_read(jobs: Collection[str]) -> tuple[str, ...]:
+    """Fields of an experiment that some of these jobs read, by their dotted names, in its order."""
+
+    def holds(parts: Sequence[str], field: str) -> bool:
+        return any(field == part or field.startswith(f"{part}.") for part in parts)
+
+    left_out = {job: [part.removeprefix("-") for part in JOBS[job] if part.startswith("-")] for job in jobs}
+    every = [name for name, _ in flat(as_table(Experiment(name="any")))]
+    return tuple(
+        field
+        for field in every
+        if any(holds((*EVERY_JOB, *JOBS[job]), field) and not holds(left_out[job], field) for job in jobs)
+    )
+
+
+def check_place(field: str, place: str) -> None:
+    """Raise ValueError for a folder or URI that says more than where something is."""
+    if redacted(place) != place:
+        raise ValueError(
+            f"{field}={redacted(place)!r} carries credentials, which every log would show, or an option that is none "
+            "of endpoint_override, scheme and region: give credentials by the environment or a profile"
+        )
+
+
+def _parts(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A configuration and every section in it, each with what stands before its fields' names in errors."""
+    yield prefix, part
+    for field in dataclasses.fields(part):
+        if dataclasses.is_dataclass(section := getattr(part, field.name)):
+            yield from _parts(section, f"{prefix}{field.name}.".removeprefix("where."))
+
+
+def _check_texts(prefix: str, part: Any) -> None:
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, str):
-                check_text(f"{section}{field.name}", one)
-            elif isinstance(one, int) and abs(one) > LARGEST:
-                raise ValueError(f"{section}{field.name}={one} is beyond {LARGEST}")
-            elif isinstance(one, float) and not math.isfinite(one):
-                raise ValueError(f"{section}{field.name}={one} is not a finite number")
+                check_text(f"{prefix}{field.name}", one)
 
 
 def _check_name(field: str, whole: str, name: str, also: str = "") -> None:
@@ -817,22 +871,3 @@ def _check_once(section: str, field: str, values: Sequence[Any]) -> None:
     for value in values:
         if values.count(value) > 1:
             raise ValueError(f"{section}.{field} holds {value!r} twice")
-
-
-def _at_least(section: str, config: Any, **limits: int) -> None:
-    for field, limit in limits.items():
-        if getattr(config, field) < limit:
-            raise ValueError(f"{section}.{field}={getattr(config, field)} is below {limit}")
-
-
-def _between(section: str, config: Any, low: float, high: float, *fields: str) -> None:
-    for field in fields:
-        if not low <= getattr(config, field) <= high:
-            raise ValueError(f"{section}.{field}={getattr(config, field)} is outside [{low}, {high}]")
-
-
-def _positive(section: str, config: Any, *fields: str) -> None:
-    for field in fields:
-        # What float32 holds.
-        if not 1e-37 < getattr(config, field) < 1e37:
-            raise ValueError(f"{section}.{field}={getattr(config, field)} is not a positive number")

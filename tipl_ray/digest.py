@@ -15,14 +15,17 @@ def as_table(config: Any) -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """`as_table` for what is named after a configuration: fields whose metadata says `later` count only where they
-    differ from their default, so that what was named before they came keeps its name."""
+    """What of a configuration a result depends on, as `as_table` has it: all digests and names of folders are of this.
+
+    Left out are fields whose metadata say {"identity": False}, as what something is called and where it runs, and those
+    that say {"later": True} while they have their default: what was made before there was such a field is still found.
+    """
     table = as_table(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
-        if field.metadata.get("later") and value == default:
+        if not field.metadata.get("identity", True) or (field.metadata.get("later") and value == default):
             del table[field.name]
         elif dataclasses.is_dataclass(value):
             table[field.name] = identity(value)

@@ -73,7 +73,7 @@ def check_job(experiment: Experiment) -> None:
     Storage(experiment.storage_path)
     folder = local_folder(experiment.storage_path)
     if SUBMITTED in os.environ and folder and any(folder.is_relative_to(one) for one in _thrown_away()):
-        problem = "is not set" if experiment.storage is None else f"lies in it, {experiment.storage!r}"
+        problem = "is not set" if experiment.where.storage is None else f"lies in it, {experiment.where.storage!r}"
         raise ValueError(
             f"the checkout that a submitted job runs in is thrown away with the job, and storage {problem}: give "
             "--storage, a folder that all nodes see, or a bucket"
@@ -88,7 +88,7 @@ def _thrown_away() -> list[Path]:
 
 def open_tracker(experiment: Experiment) -> Tracker:
     """The experiment's MLflow. Raises TrackingError where it cannot be used."""
-    settings = experiment.tracking
+    settings = experiment.where.tracking
     return Tracker.open(settings.uri, settings.experiment or experiment.name, experiment.storage_path)
 
 

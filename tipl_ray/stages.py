@@ -24,9 +24,10 @@ from tipl_ray.data.locks import only_one
 from tipl_ray.data.snapshots import Header
 from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.digest import as_table, digest, flat
+from tipl_ray.digest import as_table, digest, flat, identity
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.predict.representation import representation_of
+from tipl_ray.remembered import remember_collection, remember_training
 from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
@@ -162,6 +163,7 @@ def run_collect(context: Context) -> None:
     elif 0 < found < settings.num_trials:
         say(f"collect: found {found} trials complete, going on with the others")
     begin = time.monotonic()
+    remember_collection(experiment)
     if not done:
         context.claim("collect", "collecting trials")
         with ProgressView() as view:
@@ -216,6 +218,7 @@ def run_train(context: Context) -> None:
     )
     for run_of_seed in experiment.training_runs:
         _train_one(context, run_of_seed)
+    remember_training(experiment)
 
 
 def _train_one(context: Context, experiment: Experiment) -> None:
@@ -466,13 +469,18 @@ def mean_curve(curves: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> tuple[li
     return [int(step) for step in curves[0][1]], means
 
 
+JUMP_OF_BEFORE = {
+    **{"predictor": None, "horizon": 3, "damping": 1.0, "networks": "policy", "moments": "kept", "gate": False},
+    "limit": 3.0,
+}
+"""A section that experiments once had: runs that were logged then are still found."""
+
+
 def essence(experiment: Experiment) -> dict:
-    """What tells one experiment from another: not where it is kept, tracked or run."""
-    table = as_table(experiment)
-    del table["storage"], table["tracking"], table["accelerate"], table["sweep"]
-    del table["train"]["num_workers"], table["train"]["use_gpu"]
-    del table["collect"]["trials_per_actor"], table["collect"]["physics_threads"]
-    return table
+    """What tells one pipeline from another: its name, and of its identity what some stage reads."""
+    elsewhere = ("accelerate", "sweep")
+    table = {section: part for section, part in identity(experiment).items() if section not in elsewhere}
+    return {"name": experiment.name, "jump": JUMP_OF_BEFORE, **table}
 
 
 def run_tags(experiment: Experiment) -> dict[str, str]:

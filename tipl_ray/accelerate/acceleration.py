@@ -52,7 +52,7 @@ from tipl_ray.data.storage import (
     write_file,
 )
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.digest import as_table, digest, identity
+from tipl_ray.digest import as_table, digest
 from tipl_ray.drawing import png
 from tipl_ray.errors import UserError
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
@@ -70,8 +70,6 @@ Cell = tuple[str, int, Contender]
 """Task, environment steps and contender: what one row of the table stands for."""
 SLICE_SECONDS = 5.0
 """Seconds of work between two looks at whether a unit has run."""
-NOT_IN_NAME = ("predictors_from", "predictors_storage", "units_at_once", "keep_weights")
-"""Settings that only say where something lies, how fast it goes and what is kept."""
 
 
 class AccelerationError(UserError):
@@ -91,11 +89,10 @@ class Plan:
     @property
     def digest(self) -> str:
         """What the results depend on, and nothing that says where anything lies."""
-        settings, collect, engine = self.experiment.accelerate, self.experiment.collect, ENGINES[self.engine]
-        told = {name: value for name, value in identity(settings).items() if name not in NOT_IN_NAME}
-        run = identity(dataclasses.replace(collect, trials_per_actor=0, physics_threads=1)) | {"engine": engine}
+        one, engine = self.experiment, ENGINES[self.engine]
+        run = contenders.collection_identity(one.collect) | {"engine": engine}
         answers = {name: one.digest for name, one in self.predictors.items()}
-        return digest(told, run, self.experiment.ppo, self.experiment.evaluate.confidence, answers)
+        return digest(one.accelerate, run, one.ppo, one.evaluate.confidence, answers)
 
     def of(self, unit: Unit) -> Experiment:
         """The experiment that a unit runs."""
@@ -137,9 +134,9 @@ def run_acceleration(experiment: Experiment) -> None:
 
 def source_experiment(experiment: Experiment) -> Experiment:
     """The experiment that predictors come from. Raises FileNotFoundError or ValueError where there is none such."""
-    settings = experiment.accelerate
-    source = load_experiment(settings.predictors_from, preset="causal")
-    return dataclasses.replace(source, storage=settings.predictors_storage or source.storage).check("train")
+    where = experiment.where
+    source = load_experiment(where.predictors_from, preset="causal")
+    return source.at(where.predictors_storage or source.where.storage).check("train")
 
 
 def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[Contender]) -> dict[str, Fitted]:
@@ -191,7 +188,7 @@ def _source_digest(source: Experiment, contender: str) -> str:
     if missing or not store.finished():
         raise StoreError(
             f"{source.storage_path}: contender {contender!r} learns from the {source.collect.num_trials} trials of "
-            f"{source.name}, the experiment of accelerate.predictors_from, and {len(missing)} of them are not complete "
+            f"{source.name}, the experiment of predictors_from, and {len(missing)} of them are not complete "
             "there; collect that experiment first, or leave out the contenders that learn"
         )
     return store.digest(source.collect.seeds)
@@ -205,7 +202,7 @@ def _result(reference: ray.ObjectRef) -> Any:
         raise error.cause from None
     except ray.exceptions.WorkerCrashedError as error:
         raise AccelerationError(
-            "a unit's process was killed four times, as happens where memory runs out; give accelerate.units_at_once a "
+            "a unit's process was killed four times, as happens where memory runs out; give units_at_once a "
             "lower value, and the same command goes on from the last commits"
         ) from error
 
@@ -310,7 +307,7 @@ def _run_units(
     total = len(waiting) + len(cells)
     running: dict[ray.ObjectRef, Unit] = {}
     ran: set[Unit] = set()
-    limit = settings.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    limit = plan.experiment.where.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def settle(unit: Unit) -> None:
         """Log a unit that has run; the last one of a search decides what is reported."""
@@ -368,7 +365,7 @@ def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
             run.log_metrics({"auc": float(whole.areas_S.mean()), "final_return": float(whole.finals_S.mean())})
             run.log_metrics({"collapsed": whole.num_collapsed})
     folder = local_folder(experiment.storage_path)
-    if folder and not plan.experiment.accelerate.keep_weights:
+    if folder and not plan.experiment.where.keep_weights:
         for name in ("trajectories", "commits"):
             shutil.rmtree(folder / name, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.jumps import JumpSettings
-from tipl_ray.config import Experiment
+from tipl_ray.config import Collect, Experiment
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, identity
@@ -36,6 +36,11 @@ FINAL_SHARE = 10
 TIPL = "tipl"
 
 Row = dict[str, Any]
+
+
+def collection_identity(collect: Collect) -> dict[str, Any]:
+    """`identity`, with what earlier versions had in the digests of units and accelerations too."""
+    return identity(collect) | {"trials_per_actor": 0, "physics_threads": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,9 +135,7 @@ class Unit:
     def experiment(self, experiment: Experiment, jumps: Jumps | None) -> Experiment:
         """What it runs, in a storage of its own below the experiment's, named after nothing that says where it is."""
         settings, contender = experiment.accelerate, self.contender
-        collect = dataclasses.replace(
-            experiment.collect, task=self.task, total_env_steps=self.env_steps, trials_per_actor=0
-        )
+        collect = dataclasses.replace(experiment.collect, task=self.task, total_env_steps=self.env_steps)
         if self.search:
             seeds = {"first_seed": settings.search_first_seed, "num_trials": settings.search_trials}
             collect = dataclasses.replace(collect, **seeds)  # type: ignore[arg-type]  # mypy: of all fields' types
@@ -144,13 +147,13 @@ class Unit:
         ppo = dataclasses.replace(experiment.ppo, num_epochs=contender.num_epochs, learning_rate=self.learning_rate)
         made = dataclasses.replace(experiment, collect=collect, ppo=ppo)
         name = digest(*unit_table(made, jumps).values())
-        return dataclasses.replace(made, storage=join(experiment.storage_path, "units", name))
+        return made.at(join(experiment.storage_path, "units", name))
 
 
 def unit_table(experiment: Experiment, jumps: Jumps | None) -> dict[str, dict[str, Any]]:
     """What a unit's learning curves depend on; of its predictor the digest, and None where nothing jumps."""
     jump = jumps.header["jump"] if jumps else as_table(JumpSettings()) | {"predictor": None}
-    return {"collect": identity(experiment.collect), "ppo": identity(experiment.ppo), "jump": jump}
+    return {"collect": collection_identity(experiment.collect), "ppo": identity(experiment.ppo), "jump": jump}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -75,7 +75,7 @@ def _run(
     on_progress: Callable[[list[GroupProgress]], None],
 ) -> None:
     """Run the trials on as many actors as the cluster has room for, while nodes and actors come and go."""
-    trials_per_actor = experiment.collect.trials_per_actor
+    trials_per_actor = experiment.where.trials_per_actor
     # What is free, not what there is: the cluster may be at other work too.
     free, needs = ray.available_resources(), seat_resources(experiment, engine)
     num_seats = min(int(free.get(name, 0) // amount) for name, amount in needs.items())

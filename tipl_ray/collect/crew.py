@@ -27,13 +27,13 @@ LOOK_SECONDS = 1.0
 
 def seat_resources(experiment: Experiment, engine: str) -> dict[str, int]:
     """What one actor takes of Ray's resources."""
-    return {"CPU": experiment.collect.physics_threads} | ({"GPU": 1} if engine == "cuda" else {})
+    return {"CPU": experiment.where.physics_threads} | ({"GPU": 1} if engine == "cuda" else {})
 
 
 def require_seat(experiment: Experiment, engine: str, per: str) -> None:
     """Refuse what the cluster can never have. Raises ValueError."""
     fields = {
-        "CPU": f"collect.physics_threads={experiment.collect.physics_threads}",
+        "CPU": f"physics_threads={experiment.where.physics_threads}",
         "GPU": f"collect.engine={engine!r}",
     }
     require_resources(

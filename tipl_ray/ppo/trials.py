@@ -56,7 +56,7 @@ class TrialGroup:
         self.learner = make_learner(engine, self.shape, self.ppo)
         count, size = len(seeds), self.shape.num_parameters
         wrapped = CompiledEnvironments if engine == "compiled" else Environments
-        self.environments = wrapped(self.collect.task, self.seeds, self.ppo.gamma, self.collect.physics_threads)
+        self.environments = wrapped(self.collect.task, self.seeds, self.ppo.gamma, experiment.where.physics_threads)
         self.generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 1]))) for seed in seeds]
         self.parameters_KN = np.stack([self.shape.initial_parameters(generator) for generator in self.generators])
         self.first_moments_KN, self.second_moments_KN = np.zeros((2, count, size), dtype=np.float32)

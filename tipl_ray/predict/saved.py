@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from tipl_ray import config
 from tipl_ray.data.storage import Storage, file_exists, join, last_name, publish, read_file, read_published
-from tipl_ray.digest import flat
+from tipl_ray.digest import flat, identity
 from tipl_ray.predict.gram import Question
 from tipl_ray.predict.models import ABOUT_FILE, WEIGHTS_FILE, is_complete, load_about, understood
 from tipl_ray.predict.predictor import Combination, Predictor
@@ -22,9 +23,6 @@ MODEL_FILES = (WEIGHTS_FILE, ABOUT_FILE)
 PREDICTOR_FILE, ABOUT_PREDICTOR_FILE, PREDICTOR_RECORD = "predictor.safetensors", "predictor.json", "predictor.sha256"
 
 PREDICTOR_WAY_OUT = "restore it from a copy, or delete the folder and fit the predictor again"
-
-PLACES = ("name", "storage", "tracking.uri", "tracking.experiment")
-"""Fields of an experiment that say where it is kept, and nothing of a model."""
 
 
 def save_fitted(predictors: Sequence[Predictor]) -> bytes:
@@ -109,7 +107,7 @@ def _models_below(folder: str) -> list[str]:
 def _differences(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line a model: its folder, the fields of its experiment that are not those of all, and its skill."""
     tables = {
-        folder: {name: value for name, value in flat(about.get("experiment") or {}) if name not in PLACES}
+        folder: dict(flat(identity(config.from_table(about["experiment"])))) if "experiment" in about else {}
         for folder, about in models.items()
     }
     names = dict.fromkeys(name for table in tables.values() for name in table)

@@ -18,12 +18,10 @@ from tipl_ray.predict.representation import representation_of
 SECTIONS = ("basis", "model", "train")
 """Sections whose fields a sweep may vary: the others make the data or the question, which its children share."""
 FIXED = {
-    "train.num_workers": "all children have as many; sweep.cpus_per_trial gives them threads",
-    "train.use_gpu": "sweep.gpus_per_trial gives children GPUs",
     "train.num_seeds": "a child has one seed; vary train.seed",
     "train.data": "children share their trials",
 }
-"""Fields of those sections that say where a child is trained, and what to set instead."""
+"""Fields of those sections that are the same for all, and why."""
 MAX_COMBINATIONS = 10_000
 RANGE = re.compile(r"(log|uniform)\(([^,()]+),([^,()]+)\)")
 

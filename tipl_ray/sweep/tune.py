@@ -32,7 +32,7 @@ from tipl_ray import config
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import Storage, join
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.digest import as_table, digest
+from tipl_ray.digest import as_table, digest, identity
 from tipl_ray.jobs import check_job, connected_to_ray, open_tracker
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import GramBand
@@ -76,10 +76,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """What the sweep's results depend on, and nothing that only says where it runs."""
-        told = as_table(self.experiment.sweep)
-        for field in ("trainer", "max_concurrent_trials", "cpus_per_trial", "gpus_per_trial"):
-            del told[field]
-        told["over"] = {field: repr(entry) for field, entry in self.space.items()}
+        told = identity(self.experiment.sweep) | {"over": {field: repr(entry) for field, entry in self.space.items()}}
         return digest(run_digest(self.experiment, self.data), self.experiment.evaluate.steps, told)
 
     @property
@@ -140,10 +137,10 @@ def make_plan(experiment: config.Experiment) -> Plan:
     if experiment.sweep.metric not in metrics:
         raise ValueError(f"sweep.metric={experiment.sweep.metric!r} is not one of {', '.join(metrics)}")
     children = tuple(with_fields(experiment, candidate) for candidate in corners(space))
-    if experiment.train.num_workers > 1 and experiment.sweep.trainer != "ray-train":
+    if experiment.where.num_workers > 1 and experiment.where.trainer != "ray-train":
         raise ValueError(
-            f"train.num_workers={experiment.train.num_workers} needs sweep.trainer='ray-train': with "
-            f"{experiment.sweep.trainer!r} a child trains in one process"
+            f"num_workers={experiment.where.num_workers} needs trainer='ray-train': with "
+            f"{experiment.where.trainer!r} a child trains in one process"
         )
     if experiment.sweep.scheduler == "asha" and all(
         child.train.steps_per_iteration >= child.train.num_steps for child in children
@@ -210,13 +207,13 @@ def _sweep(plan: Plan, tracker: Tracker, parent: Run) -> None:
 
 def _require_children(experiment: config.Experiment) -> None:
     """Refuse children that the cluster can never have. Raises ValueError."""
-    settings, num_workers = experiment.sweep, experiment.train.num_workers
+    where = experiment.where
     needs = {
-        "CPU": (float(settings.cpus_per_trial), f"sweep.cpus_per_trial={settings.cpus_per_trial}"),
-        "GPU": (settings.gpus_per_trial, f"sweep.gpus_per_trial={settings.gpus_per_trial:g}"),
+        "CPU": (float(where.cpus_per_trial), f"cpus_per_trial={where.cpus_per_trial}"),
+        "GPU": (where.gpus_per_trial, f"gpus_per_trial={where.gpus_per_trial:g}"),
     }
-    per = "worker of a child" if settings.trainer == "ray-train" else "child"
-    require_resources(needs, per, num_workers, f"train.num_workers={num_workers}")
+    per = "worker of a child" if where.trainer == "ray-train" else "child"
+    require_resources(needs, per, where.num_workers, f"num_workers={where.num_workers}")
 
 
 def _forget_others(tracker: Tracker, parent: Run, keys: set[str]) -> None:
@@ -242,7 +239,7 @@ def _origin(experiment: config.Experiment) -> str:
 
 def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> list[Trial]:
     """Ray Tune over the plan's candidates, from wherever an earlier driver has left it; what became of each."""
-    settings = plan.experiment.sweep
+    settings, where = plan.experiment.sweep, plan.experiment.where
     # Tune would write three more files for each child, and tell on standard output what the progress view tells.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -251,7 +248,7 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
     )
     searcher = OptunaSearch(metric=settings.metric, mode="max", seed=settings.seed)
     filesystem, path = Storage(join(plan.experiment.storage_path, "sweeps")).filesystem
-    driving = settings.trainer == "ray-train"
+    driving = where.trainer == "ray-train"
     analysis = tune.run(
         trainable,
         name=plan.digest,
@@ -262,10 +259,8 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
         search_alg=searcher if settings.search == "optuna" else None,
         scheduler=_asha(plan) if settings.scheduler == "asha" else None,
         # Ray Train asks for its workers' resources itself; Ray Tune wants something, if only a byte.
-        resources_per_trial={"memory": 1}
-        if driving
-        else {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial},
-        max_concurrent_trials=settings.max_concurrent_trials or (_fitting(plan.experiment) if driving else None),
+        resources_per_trial={"memory": 1} if driving else {"cpu": where.cpus_per_trial, "gpu": where.gpus_per_trial},
+        max_concurrent_trials=where.max_concurrent_trials or (_fitting(plan.experiment) if driving else None),
         checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         # A process takes longer to import torch than a short child to train.
         reuse_actors=True,
@@ -294,24 +289,24 @@ def _asha(plan: Plan) -> ASHAScheduler:
 
 def _fitting(experiment: config.Experiment) -> int:
     """Children whose Ray Train workers the cluster has room for, as it is."""
-    settings, room = experiment.sweep, ray.cluster_resources()
-    asked = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
+    where, room = experiment.where, ray.cluster_resources()
+    asked = {"CPU": where.cpus_per_trial, "GPU": where.gpus_per_trial}
     workers = [room.get(name, 0) / amount for name, amount in asked.items() if amount]
-    return max(1, int(min(workers)) // experiment.train.num_workers)
+    return max(1, int(min(workers)) // where.num_workers)
 
 
 def run_child(candidate: Candidate, *, table: dict[str, Any], reduced: Mapping[str, Reduced], longest: int) -> None:
     """What each child of the sweep runs in Ray Tune: its training, or Ray Train's TorchTrainer with its training."""
     experiment = with_fields(config.from_table(table), candidate)
-    own, settings = reduced[_origin(experiment)], experiment.sweep
-    if settings.trainer == "ray-train":
+    own, where = reduced[_origin(experiment)], experiment.where
+    if where.trainer == "ray-train":
         context = tune.get_context()
         name = f"sweep-{context.get_experiment_name()}-{context.get_trial_id()}"
         told = {"experiment": as_table(experiment), "reduced": ray.put(own), "longest": longest}
-        cpus, gpus = settings.cpus_per_trial, settings.gpus_per_trial
+        cpus, gpus = where.cpus_per_trial, where.gpus_per_trial
         make_trainer(run_worker, told, experiment, name, cpus, gpus, [TuneReportCallback()]).fit()
         return
-    training = Training(experiment, own.of(experiment), device="cuda" if settings.gpus_per_trial else "cpu")
+    training = Training(experiment, own.of(experiment), device="cuda" if where.gpus_per_trial else "cpu")
     _train(training, own, longest, tune.get_checkpoint(), tune.report, tune.Checkpoint.from_directory)
 
 
@@ -333,7 +328,7 @@ def _train(
 ) -> None:
     """`Training`, judged and with a checkpoint after every iteration, in Ray Tune's words or in Ray Train's."""
     experiment = training.experiment
-    torch.set_num_threads(experiment.sweep.cpus_per_trial)
+    torch.set_num_threads(experiment.where.cpus_per_trial)
     judge = Judge(bands=own.validation_bands, steps=experiment.evaluate.steps, longest=longest)
     levels = {} if training.rank else _levels(judge, own.train_bands, training)
     if checkpoint is not None:

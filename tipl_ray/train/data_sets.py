@@ -11,7 +11,7 @@ from tipl_ray import config
 from tipl_ray.data.snapshots import Header
 from tipl_ray.data.storage import Storage, StoreError, join, read_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.digest import as_table, digest, flat
+from tipl_ray.digest import digest, flat, identity
 from tipl_ray.places import absolute_storage
 from tipl_ray.predict.representation import representation_of
 from tipl_ray.registry import REPRESENTATIONS
@@ -106,19 +106,17 @@ def training_digest(experiment: config.Experiment) -> str:
 
 def run_digest(experiment: config.Experiment, data_digest: str) -> str:
     """What a trained model depends on, and nothing that only says where it is trained."""
-    made_of = _made_of(as_table(experiment))
+    made_of = _made_of(experiment)
     steps = representation_of(experiment.basis).learned_steps(experiment.evaluate)
     source = REPRESENTATIONS.source_digest(experiment.basis.kind)
     return digest(data_digest, *made_of.values(), steps, *([source] if source else []))
 
 
-def _made_of(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sections of an experiment's table that a trained model depends on, without what changes nothing in it."""
-    made_of = {section: dict(experiment[section]) for section in ("basis", "split", "model", "train")}
-    # The data sets, wherever they lie, are known by their digest.
-    for field in ("num_workers", "use_gpu", "num_seeds", "data"):
-        made_of["train"].pop(field, None)
-    for field in representation_of(config.Basis(**made_of["basis"])).not_learned_from:
+def _made_of(experiment: config.Experiment) -> dict[str, dict[str, Any]]:
+    """The sections that a trained model depends on, without what changes nothing in it."""
+    made_of = {section: identity(getattr(experiment, section)) for section in ("basis", "split", "model", "train")}
+    # A model has one seed, and the data sets, wherever they are, are known by their digest.
+    for field in ("num_seeds", "data", *representation_of(experiment.basis).not_learned_from):
         made_of["train"].pop(field, None)
     return made_of
 
@@ -154,13 +152,11 @@ def _differences(experiment: config.Experiment, data_digest: str, folder: str) -
     """In which fields the model of a folder differs from the one that is asked for; none where that is not known."""
     try:
         about = json.loads(read_file(folder, "model.json"))
-        there = {**_made_of(about["experiment"]), "evaluate": about["experiment"]["evaluate"]}
+        made_by = config.from_table(about["experiment"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []  # a training that has not ended, or a model of another making
-    here = as_table(experiment)
-    preset = about["experiment"].get("preset")
-    presets = [f"preset={preset!r}, not {experiment.preset!r}"] if preset not in (None, experiment.preset) else []
-    here = {**_made_of(here), "evaluate": here["evaluate"]}
+    presets = [f"preset={made_by.preset!r}, not {experiment.preset!r}"] if made_by.preset != experiment.preset else []
+    there, here = ({**_made_of(one), "evaluate": identity(one.evaluate)} for one in (made_by, experiment))
     steps = representation_of(experiment.basis).learned_steps(experiment.evaluate)
     for table in (there, here):
         asked = ("horizon", "extra_horizons") if steps else ()

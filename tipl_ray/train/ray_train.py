@@ -192,9 +192,9 @@ def worker_training(experiment: config.Experiment, data: TrainingData) -> Traini
 
 def require_workers(experiment: config.Experiment) -> None:
     """Refuse workers that the cluster can never have. Raises ValueError."""
-    settings = experiment.train
-    counted = f"train.num_workers={settings.num_workers}"
-    needs = {"CPU": (1.0, counted), "GPU": (float(settings.use_gpu), "train.use_gpu=True")}
+    settings = experiment.where
+    counted = f"num_workers={settings.num_workers}"
+    needs = {"CPU": (1.0, counted), "GPU": (float(settings.use_gpu), "use_gpu=True")}
     require_resources(needs, "worker", settings.num_workers, counted)
 
 
@@ -212,7 +212,7 @@ def _run(
     """
     require_workers(experiment)
     data = ray.put(load_trials(experiment, on_phase))
-    num_workers = experiment.train.num_workers
+    num_workers = experiment.where.num_workers
     phase = f"starting {num_workers} Ray Train worker{'s' if num_workers > 1 else ''}"
     on_phase(phase)
     queue = Queue(actor_options={"num_cpus": 0})
@@ -248,10 +248,10 @@ def _run(
 
 def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> ray.train.Checkpoint | None:
     """What the Ray task runs; None where the model diverged before its first checkpoint."""
-    use_gpu = experiment.train.use_gpu
+    use_gpu = experiment.where.use_gpu
     # A small model gains little by a second thread, and loses all where that has to wait for its CPU.
     one_thread = use_gpu or representation_of(experiment.basis).one_thread
-    num_threads = 1 if one_thread else _cpus_per_worker(experiment.train.num_workers)
+    num_threads = 1 if one_thread else _cpus_per_worker(experiment.where.num_workers)
     settings = {**settings, "num_threads": num_threads}
     return make_trainer(train_loop, settings, experiment, name, num_threads, float(use_gpu)).fit().checkpoint
 
@@ -274,7 +274,7 @@ def make_trainer(
         loop,
         train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=experiment.train.num_workers,
+            num_workers=experiment.where.num_workers,
             use_gpu=gpus_per_worker > 0,
             resources_per_worker={"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})},
         ),
