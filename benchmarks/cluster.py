@@ -41,7 +41,7 @@ from tipl_ray.collect.placement import GroupProgress, Placement  # noqa: E402
 from tipl_ray.config import (  # noqa: E402
     Collect,
     Experiment,
-    Where,  # noqa: E402
+    Where,
 )
 from tipl_ray.data.snapshots import Snapshot  # noqa: E402
 from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
