@@ -39,6 +39,7 @@ lint: $(STAMP)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo --no-cache
 
 bench: $(PEERS)
 	.venv-bench/bin/python benchmarks/engine.py
