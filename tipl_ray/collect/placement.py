@@ -3,6 +3,11 @@
 A seat is a place for one actor on one CPU of the cluster. A group of trials moves from seat to seat at its commits, so
 that nothing is lost, or from its last commit where the seat is lost. Which seats there are does not show in the data: a
 trial's bytes do not depend on its group. Knows nothing of Ray.
+
+Why not plain Ray tasks, one for each commit interval, with groups formed anew when one returns? A prototype made the
+same bytes in the same CPU time, and lost and draining nodes did no harm. But it, too, had to form groups, count free
+CPUs, ask an autoscaler for more and limit losses: about 290 lines in place of 390. A killed process was not replaced
+sooner, and each task opens its trials again, a quarter of a second per trial on a store that answers in 30 ms.
 """
 
 import dataclasses
