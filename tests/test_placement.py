@@ -1,6 +1,5 @@
 """Placement without Ray: a cluster of made-up actors that come, commit, die and drain, in made-up time."""
 
-import doctest
 import itertools
 import random
 import time
@@ -102,10 +101,6 @@ class MadeUpCluster:
 
     def held(self) -> list[int]:
         return sorted(len(mine) for mine in self.live.values() if mine)
-
-
-def test_examples_in_docstrings_hold() -> None:
-    assert doctest.testmod(placement).failed == 0
 
 
 def test_each_seat_runs_one_group_to_its_end_and_nothing_twice() -> None:

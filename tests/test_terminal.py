@@ -1,7 +1,6 @@
 """What a job prints."""
 
 import contextlib
-import doctest
 import io
 import os
 import pty
@@ -16,10 +15,6 @@ from rich.console import Console
 from tipl_ray import terminal
 from tipl_ray.places import CHECKOUT
 from tipl_ray.terminal import ProgressView, format_rows
-
-
-def test_examples_in_docstrings_hold() -> None:
-    assert doctest.testmod(terminal).failed == 0
 
 
 def test_a_program_without_a_console_says_nothing_and_goes_on() -> None:
