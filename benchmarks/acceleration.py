@@ -27,7 +27,8 @@ from command import make_parser, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps  # noqa: E402
 from tipl_ray.accelerate.jumps import JumpSettings  # noqa: E402
-from tipl_ray.config import PRESETS, Collect, Experiment, Model, Ppo  # noqa: E402
+from tipl_ray.config import Collect, Experiment, Model, Ppo  # noqa: E402
+from tipl_ray.experiments import PRESETS  # noqa: E402
 from tipl_ray.ppo.algorithms import NOTHING  # noqa: E402
 from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402

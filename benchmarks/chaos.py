@@ -38,9 +38,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from command import make_parser, results_folder  # noqa: E402
 from machine import new_root, own_processes, s3_server  # noqa: E402
 
-from tipl_ray.config import Experiment, load_experiment  # noqa: E402
+from tipl_ray.config import Experiment  # noqa: E402
 from tipl_ray.data.storage import Storage, join  # noqa: E402
 from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
+from tipl_ray.experiments import load_experiment  # noqa: E402
 from tipl_ray.terminal import say_rows  # noqa: E402
 
 SMOKE = ROOT / "jobs" / "experiments" / "smoke.toml"

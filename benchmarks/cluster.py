@@ -38,11 +38,7 @@ from tipl_ray.collect.collection import collect, pending_seeds  # noqa: E402
 from tipl_ray.collect.crew import MESSAGES_PER_SECOND, SLICE_SECONDS, Crew, drive  # noqa: E402
 from tipl_ray.collect.group import GroupCollector, trial_header  # noqa: E402
 from tipl_ray.collect.placement import GroupProgress, Placement  # noqa: E402
-from tipl_ray.config import (  # noqa: E402
-    Collect,
-    Experiment,
-    Where,
-)
+from tipl_ray.config import Collect, Experiment, Where  # noqa: E402
 from tipl_ray.data.snapshots import Snapshot  # noqa: E402
 from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
 from tipl_ray.data.trial_writer import TrialWriter  # noqa: E402

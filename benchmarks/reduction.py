@@ -62,7 +62,7 @@ def reduce_and_tell(storage: str, seed: int) -> None:
 def collect_a_trial(seed: int) -> str:
     """A trial of a quick run, as long as its rank needs; the storage."""
     from tipl_ray.collect.group import GroupCollector
-    from tipl_ray.config import load_experiment
+    from tipl_ray.experiments import load_experiment
     from tipl_ray.ppo.engines import choose_engine
 
     experiment = load_experiment(ROOT / "jobs" / "experiments" / "half_cheetah.toml")

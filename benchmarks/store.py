@@ -226,7 +226,7 @@ def actor_memory(env_steps: int) -> Iterator[dict]:
 def collect_and_tell_memory(env_steps: int) -> None:
     """What `actor_memory` runs: two trials to their end, and (snapshots of each, bytes) at every commit."""
     from tipl_ray.collect.group import GroupCollector
-    from tipl_ray.config import load_experiment
+    from tipl_ray.experiments import load_experiment
     from tipl_ray.ppo.engines import choose_engine
 
     experiment = load_experiment(ROOT / "jobs" / "experiments" / "half_cheetah.toml")

@@ -26,10 +26,11 @@ from tipl_ray.collect.collection import CollectionError, collect, pending_seeds
 from tipl_ray.collect.crew import LOOK_SECONDS, MESSAGES_PER_SECOND, seat_resources
 from tipl_ray.collect.group import GroupCollector, trial_header
 from tipl_ray.collect.placement import GroupProgress
-from tipl_ray.config import Experiment, Ppo, Where, load_experiment
+from tipl_ray.config import Experiment, Ppo, Where
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest
+from tipl_ray.experiments import load_experiment
 from tipl_ray.jobs import check_job
 from tipl_ray.places import CHECKOUT
 from tipl_ray.ppo.algorithms import State

@@ -16,19 +16,9 @@ import pytest
 from tipl_ray import config
 from tipl_ray.accelerate import contenders
 from tipl_ray.command_line import parse_arguments
-from tipl_ray.config import (
-    JOBS,
-    Basis,
-    Collect,
-    Experiment,
-    Model,
-    Train,
-    Where,
-    fields_read,
-    from_table,
-    load_experiment,
-)
+from tipl_ray.config import JOBS, Basis, Collect, Experiment, Model, Train, Where, fields_read
 from tipl_ray.digest import as_table, digest, flat, identity
+from tipl_ray.experiments import from_table, load_experiment
 from tipl_ray.places import CHECKOUT
 from tipl_ray.predict.predictor import Predictor
 from tipl_ray.registry import PREDICTORS

@@ -49,6 +49,7 @@ from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.data.trial_writer import TrialWriter
 from tipl_ray.digest import as_table
+from tipl_ray.experiments import load_experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 PART, STATE = "trial=3/part-00000001-*", "trial=3/state-3-*"
@@ -889,7 +890,7 @@ def values_for(field: str) -> st.SearchStrategy:
 def load_config(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with contextlib.suppress(ValueError):
-        config.load_experiment(path).check()
+        load_experiment(path).check()
 
 
 @FUZZ

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tipl_ray.config import Experiment, Sweep, load_experiment
+from tipl_ray.config import Experiment, Sweep
+from tipl_ray.experiments import load_experiment
 from tipl_ray.places import CHECKOUT
 from tipl_ray.sweep.space import Range, corners, describe, make_space, parse_over, short_names, with_fields
 

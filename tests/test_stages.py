@@ -15,12 +15,13 @@ from trajectories import write_trials
 
 from tipl_ray import stages
 from tipl_ray.command_line import parse_arguments, parse_trained
-from tipl_ray.config import Collect, Evaluate, Experiment, Tracking, Train, Where, load_experiment
+from tipl_ray.config import Collect, Evaluate, Experiment, Tracking, Train, Where
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest
 from tipl_ray.evaluate.evaluation import evaluation_folder
+from tipl_ray.experiments import load_experiment
 from tipl_ray.places import CHECKOUT
 from tipl_ray.remembered import remember_collection, remember_training, remembered
 from tipl_ray.sweep.space import make_space

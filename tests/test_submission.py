@@ -15,8 +15,9 @@ from head import Head, answers, ray_head, short_folder, until
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tipl_ray.collect.group import GroupCollector
-from tipl_ray.config import Experiment, load_experiment
+from tipl_ray.config import Experiment
 from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.experiments import load_experiment
 from tipl_ray.jobs import SUBMITTED, check_job
 from tipl_ray.places import CHECKOUT
 from tipl_ray.ppo.engines import choose_engine

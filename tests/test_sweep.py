@@ -21,8 +21,9 @@ import pytest
 from trajectories import write_trials
 
 from tipl_ray import stages
-from tipl_ray.config import Experiment, Sweep, Train, Where, load_experiment
+from tipl_ray.config import Experiment, Sweep, Train, Where
 from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.experiments import load_experiment
 from tipl_ray.paper.transformer import CausalTransformer
 from tipl_ray.places import CHECKOUT
 from tipl_ray.predict.models import is_complete, load_model

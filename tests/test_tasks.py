@@ -13,8 +13,9 @@ from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
 from tipl_ray.collect.collection import collect
 from tipl_ray.collect.group import GroupCollector
-from tipl_ray.config import Experiment, Where, load_experiment
+from tipl_ray.config import Experiment, Where
 from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.experiments import load_experiment
 from tipl_ray.places import CHECKOUT
 from tipl_ray.ppo.gymnasium_tasks import GymnasiumSimulations
 from tipl_ray.ppo.mujoco_tasks import InvertedPendulum

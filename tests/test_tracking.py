@@ -18,9 +18,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from tipl_ray import config, tracking
-from tipl_ray.config import load_experiment
 from tipl_ray.data.storage import Storage, StoreError
 from tipl_ray.digest import as_table, redacted
+from tipl_ray.experiments import load_experiment
 from tipl_ray.places import CHECKOUT
 from tipl_ray.sweep import comparison
 

@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tipl_ray.config import (
-    JOBS,
-    MOVED,
-    Experiment,
-    check_place,
-    fields_read,
-    find_experiment,
-    load_experiment,
-    named_experiments,
-)
+from tipl_ray.config import JOBS, MOVED, Experiment, check_place, fields_read
 from tipl_ray.digest import redacted
 from tipl_ray.errors import UserError, nearest
+from tipl_ray.experiments import find_experiment, load_experiment, named_experiments
 from tipl_ray.places import absolute_storage, check_places, forget_empty_variables, in_checkout, with_variables
 from tipl_ray.registry import REPRESENTATIONS
 from tipl_ray.terminal import say

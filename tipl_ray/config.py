@@ -8,11 +8,8 @@ import dataclasses
 import functools
 import json
 import re
-import sys
-import tomllib
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -21,7 +18,7 @@ from pydantic import Field
 
 from tipl_ray.digest import as_table, flat, published, redacted
 from tipl_ray.errors import nearest, no_such
-from tipl_ray.places import CHECKOUT, absolute_storage, check_text, default_storage
+from tipl_ray.places import absolute_storage, check_text, default_storage
 from tipl_ray.registry import PREDICTORS, REPRESENTATIONS
 
 LARGEST = 2**31 - 1
@@ -613,111 +610,6 @@ class Experiment:
                 )
 
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {},
-    "causal": {
-        "basis": {"kind": "window"},
-        "model": {"embedding": 64, "layers": 2, "heads": 4, "dropout": 0.0},
-        "train": {
-            "num_steps": 2_500,
-            "steps_per_iteration": 250,
-            "batch_size": 64,
-            "learning_rate": 2e-3,
-            "weight_decay": 0.05,
-            "warmup_steps": 200,
-            "schedule": "cosine",
-            "max_gradient_norm": 1.0,
-            "joined_windows": 0.3,
-        },
-    },
-}
-"""Fields that a preset sets; the paper's are the dataclasses' own defaults."""
-
-
-def known_predictors(outside: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names that a result table may have: this package's, those that representations bring, and those from outside."""
-    brought = [name for kind in REPRESENTATIONS.own for name in REPRESENTATIONS.load(kind).own_predictors]
-    return tuple(dict.fromkeys([*PREDICTORS.own, *brought, *(PREDICTORS.load(name).name for name in outside)]))
-
-
-def named_experiments() -> dict[str, Path]:
-    """The experiments that are found by their names: those beside the running job, then the checkout's."""
-    folders = (CHECKOUT / "jobs" / "experiments", Path(sys.argv[0]).absolute().parent / "experiments")
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
-
-
-def find_experiment(given: str | Path, option: str = "--experiment") -> Path:
-    """The file of an experiment: a path, or a name, or jobs/experiments/NAME.toml from wherever a job is started.
-
-    Raises FileNotFoundError naming the option and the experiments that there are, or IsADirectoryError.
-    """
-    path, known = Path(given), named_experiments()
-    if path.exists() and not path.is_dir():
-        return path
-    if path.parent in (Path(), Path("jobs", "experiments")) and path.name.removesuffix(".toml") in known:
-        return known[path.name.removesuffix(".toml")]
-    if path.is_dir():
-        raise IsADirectoryError(f"{option} {given}: is a folder, not an experiment's file")
-    near = nearest(path.stem, list(known))
-    raise FileNotFoundError(f"{option} {given}: no such file, and no name of {', '.join(known)}{near}")
-
-
-def load_experiment(path: str | Path, preset: str | None = None) -> Experiment:
-    """Read an experiment's TOML file, unchecked; a preset given here takes the place of the file's.
-
-    What is later overrides what is before: the dataclasses' defaults, the preset, the file's sections, its sections for
-    this preset. Raises OSError where there is no such file, or ValueError naming the key for what is not TOML, an
-    unknown key or a wrong type.
-    """
-    path = find_experiment(path)
-    table = _read_toml(path)
-    given = table.get("preset", "paper") if preset is None else preset
-    if given not in PRESETS:
-        raise ValueError(f"{path}: {no_such('preset', given, sorted(PRESETS))}")
-    own = {name: _section(path, table.pop(name, {}), name) for name in PRESETS}
-    # The sections for other presets are not used, and may not be wrong either.
-    return {name: _with_preset(path, table, name, own[name]) for name in PRESETS}[given]
-
-
-def _with_preset(path: Path, table: dict[str, Any], preset: str, own: dict[str, Any]) -> Experiment:
-    """The experiment of a file's sections, a preset and the file's sections for that preset."""
-    built = {"name": path.stem, **table, "preset": preset}
-    for section in PRESETS[preset] | own:
-        parts = (
-            PRESETS[preset].get(section, {}),
-            _section(path, table.get(section, {}), section),
-            _section(path, own.get(section, {}), f"{preset}.{section}"),
-        )
-        built[section] = {key: value for part in parts for key, value in part.items()}
-    try:
-        return _validated(Experiment, built)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    text = ""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        # It says where, and not what stands there.
-        line = re.search(r"at line (\d+)", str(error))
-        shown = f": {text.splitlines()[int(line[1]) - 1].strip()!r}" if line else ""
-        raise ValueError(f"{path} is not TOML: {error}{shown}") from error
-
-
-def _section(path: Path, value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: {name}={value!r} is not a section: write [{name}] and its fields below it")
-    return value
-
-
-def from_table(table: dict[str, Any]) -> Experiment:
-    """The experiment that `as_table` wrote down, in this version or an earlier one. Raises ValueError as `check`."""
-    return _validated(Experiment, _upgraded(table)).check_fields()
-
-
 MOVED = (
     *("storage", "tracking", "collect.trials_per_actor", "collect.physics_threads", "train.num_workers"),
     *("train.use_gpu", "sweep.trainer", "sweep.max_concurrent_trials", "sweep.cpus_per_trial", "sweep.gpus_per_trial"),
@@ -727,28 +619,21 @@ MOVED = (
 """Where earlier versions had what is in the section `where` under the same last name."""
 
 
-def _upgraded(table: dict[str, Any]) -> dict[str, Any]:
-    """A table that any version wrote, as this one writes it."""
-    table = {name: dict(part) if isinstance(part, dict) else part for name, part in table.items()}
-    table.pop("jump", None)  # which is no part of an experiment any more
-    where = table.setdefault("where", {})
-    for moved in MOVED:
-        section, _, field = moved.rpartition(".")
-        part = table.get(section, {}) if section else table
-        if field in part:
-            where[field] = part.pop(field)
-    return table
+def known_predictors(outside: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names that a result table may have: this package's, those that representations bring, and those from outside."""
+    brought = [name for kind in REPRESENTATIONS.own for name in REPRESENTATIONS.load(kind).own_predictors]
+    return tuple(dict.fromkeys([*PREDICTORS.own, *brought, *(PREDICTORS.load(name).name for name in outside)]))
 
 
 def check_limits(part: Any, prefix: str = "") -> None:
     """Refuse values beyond the limits of their fields. Raises ValueError naming field, value and limit of each."""
-    _validated(type(part), dataclasses.asdict(part), prefix)
+    validated(type(part), dataclasses.asdict(part), prefix)
 
 
 _adapter = functools.cache(pydantic.TypeAdapter)
 
 
-def _validated(kind: Any, table: dict[str, Any], prefix: str = "") -> Any:
+def validated(kind: Any, table: dict[str, Any], prefix: str = "") -> Any:
     """The configuration of a table. Raises ValueError for unknown keys, wrong types and values beyond limits."""
     try:
         # By way of JSON, in which a list may be a tuple, and true no number.

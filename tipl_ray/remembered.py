@@ -10,10 +10,11 @@ import dataclasses
 import json
 from typing import Any
 
-from tipl_ray.config import PRESETS, Experiment, from_table
+from tipl_ray.config import Experiment
 from tipl_ray.data.storage import Storage, StoreError, read_file, write_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table
+from tipl_ray.experiments import PRESETS, from_table
 from tipl_ray.places import absolute_storage
 
 COLLECTED = ("name", "collect", "ppo")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl_ray import config
+from tipl_ray.experiments import from_table
 from tipl_ray.predict.gram import GramBand, Question, check_starts, make_band
 from tipl_ray.predict.models import load_about
 from tipl_ray.predict.predictor import Trial
@@ -21,7 +21,7 @@ class Forecaster:
     """Policy weights as they will be, from policy weights as they were."""
 
     def __init__(self, folder: str):
-        self.experiment = config.from_table(load_about(folder)["experiment"])
+        self.experiment = from_table(load_about(folder)["experiment"])
         self._question = Question.of(self.experiment)
         self._tipl = load_tipl(folder, self._question)
 

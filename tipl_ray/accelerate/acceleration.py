@@ -39,7 +39,7 @@ from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps
 from tipl_ray.collect.collection import pending_seeds
 from tipl_ray.collect.crew import require_seat, seat_resources
 from tipl_ray.collect.group import GroupCollector
-from tipl_ray.config import Experiment, load_experiment
+from tipl_ray.config import Experiment
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import (
     StoreError,
@@ -56,6 +56,7 @@ from tipl_ray.digest import as_table, digest
 from tipl_ray.drawing import png
 from tipl_ray.errors import UserError
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
+from tipl_ray.experiments import load_experiment
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.pages import as_csv
 from tipl_ray.ppo.algorithms import NOTHING

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tipl_ray import config
 from tipl_ray.data.rows import Rows
 from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.experiments import from_table
 from tipl_ray.predict.gram import Question
 from tipl_ray.predict.representation import Representation, TrainingData
 
@@ -77,7 +78,7 @@ class TokenRepresentation(Representation):
         about = load_about(folder)
         with understood(folder, ABOUT_FILE):
             normaliser = Normaliser.from_table(about["normaliser"])
-            question = question or Question.of(config.from_table(about["experiment"]))
+            question = question or Question.of(from_table(about["experiment"]))
         trial_basis = TrialBasis(self, self._load_shared(folder))
         return Tipl(question, CausalTransformer.load(folder), trial_basis, normaliser, device)
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from tipl_ray import config
 from tipl_ray.data.storage import Storage, file_exists, join, last_name, publish, read_file, read_published
 from tipl_ray.digest import flat, identity
+from tipl_ray.experiments import from_table
 from tipl_ray.predict.gram import Question
 from tipl_ray.predict.models import ABOUT_FILE, WEIGHTS_FILE, is_complete, load_about, understood
 from tipl_ray.predict.predictor import Combination, Predictor
@@ -107,7 +107,7 @@ def _models_below(folder: str) -> list[str]:
 def _differences(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line a model: its folder, the fields of its experiment that are not those of all, and its skill."""
     tables = {
-        folder: dict(flat(identity(config.from_table(about["experiment"])))) if "experiment" in about else {}
+        folder: dict(flat(identity(from_table(about["experiment"])))) if "experiment" in about else {}
         for folder, about in models.items()
     }
     names = dict.fromkeys(name for table in tables.values() for name in table)

@@ -13,6 +13,7 @@ from typing import Any
 
 from tipl_ray import config
 from tipl_ray.digest import as_table, flat
+from tipl_ray.experiments import from_table
 from tipl_ray.predict.representation import representation_of
 
 SECTIONS = ("basis", "model", "train")
@@ -107,7 +108,7 @@ def with_fields(experiment: config.Experiment, candidate: Mapping[str, Any]) -> 
     for field, value in candidate.items():
         section, name = field.split(".")
         table[section][name] = value
-    return config.from_table(table).check("train")
+    return from_table(table).check("train")
 
 
 def field_types(experiment: config.Experiment) -> dict[str, type]:

@@ -33,6 +33,7 @@ from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import Storage, join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, identity
+from tipl_ray.experiments import from_table
 from tipl_ray.jobs import check_job, connected_to_ray, open_tracker
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import GramBand
@@ -297,7 +298,7 @@ def _fitting(experiment: config.Experiment) -> int:
 
 def run_child(candidate: Candidate, *, table: dict[str, Any], reduced: Mapping[str, Reduced], longest: int) -> None:
     """What each child of the sweep runs in Ray Tune: its training, or Ray Train's TorchTrainer with its training."""
-    experiment = with_fields(config.from_table(table), candidate)
+    experiment = with_fields(from_table(table), candidate)
     own, where = reduced[_origin(experiment)], experiment.where
     if where.trainer == "ray-train":
         context = tune.get_context()
@@ -312,7 +313,7 @@ def run_child(candidate: Candidate, *, table: dict[str, Any], reduced: Mapping[s
 
 def run_worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker of a child runs; TuneReportCallback tells Ray Tune what the first of them reports."""
-    experiment, own = config.from_table(settings["experiment"]), ray.get(settings["reduced"])
+    experiment, own = from_table(settings["experiment"]), ray.get(settings["reduced"])
     training = worker_training(experiment, own.of(experiment))
     as_checkpoint = ray.train.Checkpoint.from_directory
     _train(training, own, settings["longest"], ray.train.get_checkpoint(), ray.train.report, as_checkpoint)

@@ -24,6 +24,7 @@ from tipl_ray import config
 from tipl_ray.data.storage import Storage, StoreError, join, read_file, read_published
 from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
+from tipl_ray.experiments import from_table
 from tipl_ray.predict.models import files_beside, is_complete, load_about, load_model, read_model_file
 from tipl_ray.predict.representation import TrainingData, representation_of
 from tipl_ray.resources import require_resources
@@ -150,7 +151,7 @@ def _explained(folder: str) -> Iterator[None]:
 def train_loop(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs: `Training` with a checkpoint after every iteration."""
     torch.set_num_threads(settings["num_threads"])
-    training = worker_training(config.from_table(settings["experiment"]), ray.get(settings["data"]))
+    training = worker_training(from_table(settings["experiment"]), ray.get(settings["data"]))
     # Ray Train knows of none until this start has made one.
     resumed = ray.train.get_checkpoint() or settings["checkpoint"]
     if resumed is not None:
