@@ -51,7 +51,7 @@ def dying_before(calls: tuple[int, ...], folder: Path) -> type[GroupCollector]:
     tests = str(Path(__file__).parent)
 
     class Dying(GroupCollector):
-        def __init__(self, experiment: Experiment, engine: str) -> None:
+        def __init__(self, experiment: Experiment, engine: str, *more: Any) -> None:
             sys.path.append(tests)
             from publications import before_publications
 
@@ -63,7 +63,7 @@ def dying_before(calls: tuple[int, ...], folder: Path) -> type[GroupCollector]:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             before_publications(experiment.storage_path, reach)
-            super().__init__(experiment, engine)
+            super().__init__(experiment, engine, *more)
 
     return Dying
 
@@ -76,7 +76,7 @@ def held_at(name: str, folder: Path) -> type[GroupCollector]:
     tests = str(Path(__file__).parent)
 
     class Held(GroupCollector):
-        def __init__(self, experiment: Experiment, engine: str) -> None:
+        def __init__(self, experiment: Experiment, engine: str, *more: Any) -> None:
             sys.path.append(tests)
             from publications import before_publications
 
@@ -87,6 +87,6 @@ def held_at(name: str, folder: Path) -> type[GroupCollector]:
                         time.sleep(0.05)
 
             before_publications(experiment.storage_path, reach)
-            super().__init__(experiment, engine)
+            super().__init__(experiment, engine, *more)
 
     return Held

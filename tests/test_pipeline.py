@@ -128,8 +128,8 @@ def test_a_killed_collection_goes_on_to_the_same_data_whatever_the_number_of_act
     held.mkdir()
     script = (
         "import pathlib, runpy, sys; tests, held, *sys.argv = sys.argv[1:]; sys.path.append(tests)\n"
-        "import publications; from tipl_ray.collect import collection\n"
-        "collection.GroupCollector = publications.held_at('commit-3.json', pathlib.Path(held))\n"
+        "import publications; from tipl_ray.collect import crew\n"
+        "crew.GroupCollector = publications.held_at('commit-3.json', pathlib.Path(held))\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     _, *job_and_arguments = command("collect", killed, *long)
