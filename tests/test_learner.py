@@ -102,7 +102,7 @@ def outcome(learner: Learner, shape: NetworkShape) -> list[np.ndarray]:
     first, second = np.zeros((2, *parameters.shape), dtype=np.float32)
     steps, rates = np.zeros(2, dtype=np.int64), np.array([3e-4, 1e-4])
     permutations = np.array([[np.random.default_rng(k).permutation(STEPS)] for k in range(2)], dtype=np.int32)
-    learner.update(parameters, first, second, steps, rates, rollouts, permutations)
+    learner.update(parameters, first, second, steps, rates, np.ones(2, dtype=np.int64), rollouts, permutations)
     return [actions, rollouts.log_probabilities_KS, rollouts.advantages_KS, parameters, first, steps]
 
 

@@ -26,6 +26,10 @@ LARGEST = 2**31 - 1
 
 MAX_NAME_BYTES = 100
 
+
+LATER = {"later": True}
+"""Metadata of fields that came later: they count in names and digests where they differ from their default."""
+
 NO_IDENTITY = {"identity": False}
 """Metadata of fields that no result depends on; see `digest.identity`."""
 
@@ -70,7 +74,7 @@ LEARNING = ("train", "evaluate", "sweep")
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Ppo:
-    """CleanRL's `ppo_continuous_action.py`, no hyperparameter changed."""
+    """PPO; the defaults are CleanRL's `ppo_continuous_action.py`, no hyperparameter changed."""
 
     num_steps: Annotated[int, Field(ge=1, le=10_000_000)] = 2048
     """Environment steps that a trial takes per iteration."""
@@ -79,7 +83,18 @@ class Ppo:
     num_epochs: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Update epochs per iteration."""
     learning_rate: Positive = 3e-4
-    """Adam's learning rate at the first iteration; annealed linearly to 0 over the trial."""
+    """Adam's learning rate at the first iteration."""
+    schedule: Literal["linear", "constant"] = dataclasses.field(default="linear", metadata=LATER)
+    """The learning rate over the trial: annealed linearly to 0, or constant."""
+    policy_rate_ratio: Positive = dataclasses.field(default=1.0, metadata=LATER)
+    """The policy's learning rate as a multiple of the critic's, which is learning_rate."""
+    desired_kl: Annotated[float, Field(ge=0, le=1e6)] = dataclasses.field(default=0.0, metadata=LATER)
+    """Adapt the learning rate after each update epoch to keep the policy's approximate KL divergence from the one that
+    collected near this, as rl_games does: divided by 1.5 above twice of it, multiplied by 1.5 below half of it, within
+    1e-6 and 1e-2. 0 leaves the learning rate alone; needs schedule constant."""
+    target_kl: Annotated[float, Field(ge=0, le=1e6)] = dataclasses.field(default=0.0, metadata=LATER)
+    """End an iteration's update epochs after one whose last minibatch has an approximate KL divergence above this, as
+    CleanRL does; the snapshots still to come repeat the last. 0 runs them all."""
     adam_epsilon: Positive = 1e-5
     """Adam's epsilon."""
     gamma: Share = 0.99
@@ -88,18 +103,36 @@ class Ppo:
     """Lambda of generalised advantage estimation."""
     clip_coefficient: Positive = 0.2
     """Clipping of the probability ratio and of the value's change."""
+    clip_values: bool = dataclasses.field(default=True, metadata=LATER)
+    """Clip the value's change in the value loss."""
+    drift: Literal["clip", "dpo"] = dataclasses.field(default="clip", metadata=LATER)
+    """What keeps the policy near the one that collected: PPO's clipping, or the drift of Discovered Policy Optimisation
+    (arXiv 2210.05639), which has no clip_coefficient."""
+    recompute_advantages: bool = dataclasses.field(default=False, metadata=LATER)
+    """Compute values, advantages and returns anew before each update epoch, by the critic as it is then."""
     entropy_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Weight of the entropy bonus."""
     value_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 0.5
     """Weight of the value loss."""
     max_gradient_norm: Positive = 0.5
     """Limit of the gradient's norm, over actor, log-std and critic together."""
+    activation: Literal["tanh", "relu"] = dataclasses.field(default="tanh", metadata=LATER)
+    """Of the hidden layers of policy and critic."""
+    initialisation: Literal["orthogonal", "uniform"] = dataclasses.field(default="orthogonal", metadata=LATER)
+    """Of the networks: CleanRL's orthogonal weights, or torch's default, uniform within 1 / sqrt(inputs)."""
+    initial_log_std: Annotated[float, Field(ge=-20, le=10)] = dataclasses.field(default=0.0, metadata=LATER)
+    """Logarithm of the standard deviation of a fresh policy's actions."""
 
     @property
     def minibatch_size(self) -> int:
         return self.num_steps // self.num_minibatches
 
     def check(self) -> None:
+        if self.desired_kl and self.schedule != "constant":
+            raise ValueError(
+                f"ppo.desired_kl={self.desired_kl} adapts the learning rate, and ppo.schedule={self.schedule!r} sets "
+                "it: give ppo.schedule=constant"
+            )
         if self.num_steps % self.num_minibatches or self.minibatch_size < 2:
             raise ValueError(
                 f"ppo.num_minibatches={self.num_minibatches} does not cut the {self.num_steps} steps of an iteration "
@@ -128,7 +161,7 @@ class Collect:
     """PPO update epochs between two stored snapshots; must divide ppo.num_epochs."""
     iterations_per_commit: Count = 20
     """PPO iterations between two commits of a trial: what a kill can cost at most."""
-    algorithm: str = dataclasses.field(default="ppo", metadata={"later": True})
+    algorithm: str = dataclasses.field(default="ppo", metadata=LATER)
     """What trains the policies: `ppo`, an entry point of the group `tipl_ray.algorithms`, or a class of one's own as
     module:Name."""
     engine: Literal["auto", "compiled", "torch", "cuda"] = "auto"
@@ -260,7 +293,7 @@ class Evaluate:
     run_policies_of: tuple[str, ...] = ("copy-last", "linear", "ridge", "tipl", "svd-floor", "window-floor")
     """Predictors whose policies are run, by their names in the result table; WPE takes all predictors, and of
     none no policy is run."""
-    predictors: tuple[str, ...] = dataclasses.field(default=(), metadata={"later": True})
+    predictors: tuple[str, ...] = dataclasses.field(default=(), metadata=LATER)
     """Predictors of one's own that are compared too, as `module:Name` (docs/extending.md)."""
     episodes: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """Evaluation episodes E per policy; the noise floor takes as many again on other seeds."""

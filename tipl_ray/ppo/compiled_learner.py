@@ -46,11 +46,11 @@ class CompiledLearner:
 
     def __init__(self, shape: NetworkShape, ppo: Ppo, precision: type = np.float32, march: str = "native"):
         self.shape, self.precision = shape, precision
-        self._library = _library(shape, ppo.minibatch_size, precision, march)
+        self._library = _library(shape, ppo, precision, march)
         real = ctypes.c_float if precision is np.float32 else ctypes.c_double
 
         class Hyperparameters(ctypes.Structure):
-            _fields_ = [(f"field_{index}", real) for index in range(7)]
+            _fields_ = [(f"field_{index}", real) for index in range(10)]
 
         class RolloutPointers(ctypes.Structure):
             _fields_ = [(field.name, ctypes.c_void_p) for field in dataclasses.fields(Rollouts)]
@@ -64,13 +64,25 @@ class CompiledLearner:
             ppo.adam_epsilon,
             ppo.gamma,
             ppo.gae_lambda,
+            ppo.policy_rate_ratio,
+            ppo.desired_kl,
+            ppo.target_kl,
         )
         address: Any = ctypes.c_void_p
         count: Any = ctypes.c_int64
         self._library.act.argtypes = [count, address, count, *[address] * 4]
         self._library.advantages.argtypes = [count, count, address, RolloutPointers, Hyperparameters]
-        self._library.gradient.argtypes = [count, count, address, RolloutPointers, address, Hyperparameters, address]
-        self._library.update.argtypes = [*[count] * 3, *[address] * 5, RolloutPointers, address, Hyperparameters]
+        self._library.gradient.argtypes = [
+            count,
+            count,
+            address,
+            RolloutPointers,
+            address,
+            Hyperparameters,
+            address,
+            address,
+        ]
+        self._library.update.argtypes = [*[count] * 3, *[address] * 6, RolloutPointers, address, Hyperparameters]
         self._library.num_parameters.restype = count
         assert self._library.num_parameters() == shape.num_parameters
 
@@ -108,6 +120,7 @@ class CompiledLearner:
             np.ascontiguousarray(indices_B, dtype=np.int32).ctypes.data,
             self._hyperparameters,
             gradient_N.ctypes.data,
+            None,
         )
         return gradient_N
 
@@ -118,6 +131,7 @@ class CompiledLearner:
         second_moments_KN: np.ndarray,
         adam_steps_K: np.ndarray,
         learning_rates_K: np.ndarray,
+        going_on_K: np.ndarray,
         rollouts: Rollouts,
         permutations_KES: np.ndarray,
     ) -> None:
@@ -125,7 +139,7 @@ class CompiledLearner:
         trials, epochs, steps = permutations_KES.shape
         assert permutations_KES.dtype == np.int32
         assert permutations_KES.flags.c_contiguous
-        assert adam_steps_K.dtype == np.int64
+        assert adam_steps_K.dtype == going_on_K.dtype == np.int64
         assert learning_rates_K.dtype == np.float64
         self._library.update(
             trials,
@@ -136,6 +150,7 @@ class CompiledLearner:
             self._address(second_moments_KN),
             adam_steps_K.ctypes.data,
             learning_rates_K.ctypes.data,
+            going_on_K.ctypes.data,
             self._addresses(rollouts),
             permutations_KES.ctypes.data,
             self._hyperparameters,
@@ -153,7 +168,7 @@ class CompiledLearner:
         return self._pointers(*(array.ctypes.data for array in arrays))
 
 
-def _library(shape: NetworkShape, minibatch_size: int, precision: type, march: str) -> ctypes.CDLL:
+def _library(shape: NetworkShape, ppo: Ppo, precision: type, march: str) -> ctypes.CDLL:
     macros = {
         "OBSERVATION": shape.observation_size,
         "ACTION": shape.action_size,
@@ -161,8 +176,11 @@ def _library(shape: NetworkShape, minibatch_size: int, precision: type, march: s
         "POLICY_2": shape.policy_hidden[1],
         "CRITIC_1": shape.critic_hidden[0],
         "CRITIC_2": shape.critic_hidden[1],
-        "BATCH": minibatch_size,
+        "BATCH": ppo.minibatch_size,
         "REAL": "float" if precision is np.float32 else "double",
+        "RELU": int(ppo.activation == "relu"),
+        "CLIP_VALUES": int(ppo.clip_values),
+        "DPO": int(ppo.drift == "dpo"),
     }
     options = [f"-D{name}={value}" for name, value in macros.items()]
     return ctypes.CDLL(str(shared_library("learner.cpp", *options, march=march)))

@@ -1,7 +1,8 @@
 // PPO's networks of many trials, one trial after another, so that what a trial touches stays in cache.
 //
 // Compiled by compiled_learner.py for the shapes of one experiment: OBSERVATION, ACTION, POLICY_1, POLICY_2, CRITIC_1,
-// CRITIC_2 (widths), BATCH (samples per minibatch, a multiple of 16) and REAL (float; double in tests) are macros.
+// CRITIC_2 (widths), BATCH (samples per minibatch, a multiple of 16) and REAL (float; double in tests) are macros, and so
+// are RELU (else tanh), CLIP_VALUES and DPO (else PPO's clipping), each 0 or 1.
 //
 // Activations are feature-major: a layer's output is (features, BATCH), with the samples of the minibatch along the
 // vector lanes. Weights are (inputs, outputs). Every sum runs in an order that the source fixes, lane by lane of 16,
@@ -232,9 +233,14 @@ struct Layer {
   }
 };
 
+INLINE Vector activation(Vector x) { return RELU ? (x > 0 ? x : Vector{}) : vector_tanh(x); }
+
+// Gradient of an activation's input, from that of its output and the output itself.
+INLINE Vector activation_gradient(Vector d, Vector y) { return RELU ? (y > 0 ? d : Vector{}) : d * (REAL(1) - y * y); }
+
 template <int SIZE>
-INLINE void tanh_in_place(Vector *y) {
-  for (int j = 0; j < SIZE * NV; ++j) y[j] = vector_tanh(y[j]);
+INLINE void activate(Vector *y) {
+  for (int j = 0; j < SIZE * NV; ++j) y[j] = activation(y[j]);
 }
 
 template <int H1, int H2, int OUT>
@@ -248,9 +254,9 @@ struct Network {
 
   void forward(const REAL *weights, const Vector *x) {
     First::forward(weights, x, hidden_1);
-    tanh_in_place<H1>(hidden_1);
+    activate<H1>(hidden_1);
     Second::forward(weights + SECOND, hidden_1, hidden_2);
-    tanh_in_place<H2>(hidden_2);
+    activate<H2>(hidden_2);
     Head::forward(weights + HEAD, hidden_2, output);
   }
 
@@ -259,19 +265,19 @@ struct Network {
     Vector d_2[H2 * NV], d_1[H1 * NV];
     Head::weight_gradient(hidden_2, d_output, gradient + HEAD);
     Head::input_gradient(weights + HEAD, d_output, d_2);
-    for (int j = 0; j < H2 * NV; ++j) d_2[j] *= REAL(1) - hidden_2[j] * hidden_2[j];
+    for (int j = 0; j < H2 * NV; ++j) d_2[j] = activation_gradient(d_2[j], hidden_2[j]);
     Second::weight_gradient(hidden_1, d_2, gradient + SECOND);
     Second::input_gradient(weights + SECOND, d_2, d_1);
-    for (int j = 0; j < H1 * NV; ++j) d_1[j] *= REAL(1) - hidden_1[j] * hidden_1[j];
+    for (int j = 0; j < H1 * NV; ++j) d_1[j] = activation_gradient(d_1[j], hidden_1[j]);
     First::weight_gradient(x, d_1, gradient);
   }
 
   static void single(const REAL *weights, const REAL *x, REAL *y) {
     alignas(64) REAL h1[padded(H1)] = {}, h2[padded(H2)] = {};
     First::single(weights, x, h1);
-    for (int j = 0; j < padded(H1); j += LANES) *reinterpret_cast<Vector *>(h1 + j) = vector_tanh(*reinterpret_cast<Vector *>(h1 + j));
+    for (int j = 0; j < padded(H1); j += LANES) *reinterpret_cast<Vector *>(h1 + j) = activation(*reinterpret_cast<Vector *>(h1 + j));
     Second::single(weights + SECOND, h1, h2);
-    for (int j = 0; j < padded(H2); j += LANES) *reinterpret_cast<Vector *>(h2 + j) = vector_tanh(*reinterpret_cast<Vector *>(h2 + j));
+    for (int j = 0; j < padded(H2); j += LANES) *reinterpret_cast<Vector *>(h2 + j) = activation(*reinterpret_cast<Vector *>(h2 + j));
     Head::single(weights + HEAD, h2, y);
   }
 };
@@ -332,7 +338,12 @@ struct Rollouts {  // of K trials, S steps each; row-major
 
 struct Hyperparameters {
   REAL clip_coefficient, entropy_coefficient, value_coefficient, max_gradient_norm, adam_epsilon, gamma, gae_lambda;
+  REAL policy_rate_ratio;
+  REAL desired_kl, target_kl;  // 0: neither adapts the learning rate nor ends the epochs
 };
+
+// rl_games' adaptive scheduler (rl_games/common/schedulers.py, AdaptiveScheduler).
+constexpr double FASTER = 1.5, LEAST_RATE = 1e-6, MOST_RATE = 1e-2;
 
 int64_t num_parameters() { return SIZE; }
 int64_t num_policy_weights() { return CRITIC; }
@@ -393,9 +404,10 @@ void advantages(int64_t trials, int64_t steps, const REAL *parameters, Rollouts 
   }
 }
 
-// Gradient of PPO's loss on one minibatch of trial k's rollout, (SIZE,).
+// Gradient of PPO's loss on one minibatch of trial k's rollout, (SIZE,); if asked for, the policy's approximate KL
+// divergence from the one that collected, mean of (ratio - 1) - log ratio (http://joschu.net/blog/kl-approx.html).
 void gradient(int64_t k, int64_t steps, const REAL *weights, Rollouts rollouts, const int32_t *indices,
-              Hyperparameters hyper, REAL *out) {
+              Hyperparameters hyper, REAL *out, REAL *divergence) {
   static thread_local Workspace work;
   gather<O>(rollouts.observations + k * (steps + 1) * O, indices, work.x);
   gather<A>(rollouts.actions + k * steps * A, indices, work.actions);
@@ -413,16 +425,31 @@ void gradient(int64_t k, int64_t steps, const REAL *weights, Rollouts rollouts, 
     squares += advantage[v] * advantage[v];
   }
   const REAL deviation = std::sqrt(lane_sum(squares) / (B - 1)) + REAL(1e-8);
-  Vector d_log_probability[NV];
+  Vector d_log_probability[NV], divergences = {};
   UNROLL for (int v = 0; v < NV; ++v) {
     const Vector normalised = advantage[v] / deviation;
-    const Vector ratio =
-        vector_exp(log_probability[v] - gather_scalar(rollouts.log_probabilities + k * steps, indices + v * LANES));
-    const Vector low = Vector{} + (REAL(1) - hyper.clip_coefficient), high = Vector{} + (REAL(1) + hyper.clip_coefficient);
-    const Vector clipped = ratio < low ? low : (ratio > high ? high : ratio);
-    const Vector chosen = -normalised * ratio, other = -normalised * clipped;
-    d_log_probability[v] = chosen >= other ? chosen / REAL(B) : Vector{};
+    const Vector log_ratio =
+        log_probability[v] - gather_scalar(rollouts.log_probabilities + k * steps, indices + v * LANES);
+    const Vector ratio = vector_exp(log_ratio);
+    if (divergence) divergences += (ratio - REAL(1)) - log_ratio;
+    const Vector chosen = -normalised * ratio;
+    if constexpr (DPO) {
+      // The drift is x - 2 tanh(x / 2) of x = (ratio - 1) A where A is positive, x - 0.6 tanh(x / 0.6) of x = A log ratio
+      // where it is negative, and 0 where that is negative; its slope in x is a squared tanh.
+      const auto positive = normalised >= 0;
+      const Vector x = positive ? (ratio - REAL(1)) * normalised : log_ratio * normalised;
+      const Vector t = vector_tanh(positive ? x * REAL(1 / 2.0) : x * REAL(1 / 0.6));
+      const Vector slope = x > 0 ? t * t : Vector{};
+      d_log_probability[v] = (chosen + slope * (positive ? normalised * ratio : normalised)) / REAL(B);
+    } else {
+      const Vector low = Vector{} + (REAL(1) - hyper.clip_coefficient);
+      const Vector high = Vector{} + (REAL(1) + hyper.clip_coefficient);
+      const Vector clipped = ratio < low ? low : (ratio > high ? high : ratio);
+      const Vector other = -normalised * clipped;
+      d_log_probability[v] = chosen >= other ? chosen / REAL(B) : Vector{};
+    }
   }
+  if (divergence) *divergence = lane_sum(divergences) / B;
   Vector d_mean[A * NV];
   for (int a = 0; a < A; ++a) {
     const REAL precision = scalar_exp(REAL(-2) * weights[LOG_STD + a]);
@@ -439,9 +466,14 @@ void gradient(int64_t k, int64_t steps, const REAL *weights, Rollouts rollouts, 
   work.critic.forward(weights + CRITIC, work.x);
   Vector d_value[NV];
   UNROLL for (int v = 0; v < NV; ++v) {
-    const Vector before = gather_scalar(rollouts.values + k * steps, indices + v * LANES);
     const Vector target = gather_scalar(rollouts.returns + k * steps, indices + v * LANES);
-    const Vector change = work.critic.output[v] - before, error = work.critic.output[v] - target;
+    const Vector error = work.critic.output[v] - target;
+    if constexpr (!CLIP_VALUES) {
+      d_value[v] = error * (hyper.value_coefficient / B);
+      continue;
+    }
+    const Vector before = gather_scalar(rollouts.values + k * steps, indices + v * LANES);
+    const Vector change = work.critic.output[v] - before;
     const Vector low = Vector{} - hyper.clip_coefficient, high = Vector{} + hyper.clip_coefficient;
     const Vector clipped_error = before + (change < low ? low : (change > high ? high : change)) - target;
     const auto inside = (change >= low) & (change <= high);
@@ -451,35 +483,54 @@ void gradient(int64_t k, int64_t steps, const REAL *weights, Rollouts rollouts, 
   work.critic.backward(weights + CRITIC, work.x, d_value, out + CRITIC);
 }
 
+// Adam's step on parameters [first, last), whose gradient is scaled first.
+INLINE void adam(int first, int last, REAL *__restrict w, REAL *__restrict m, REAL *__restrict s, const REAL *__restrict g,
+                 REAL scale, REAL step, REAL root_correction, REAL epsilon) {
+  for (int j = first; j < last; ++j) {
+    const REAL clipped = g[j] * scale;
+    m[j] = m[j] + (clipped - m[j]) * REAL(0.1);
+    s[j] = s[j] * REAL(0.999) + clipped * clipped * REAL(0.001);
+    w[j] -= step * m[j] / (std::sqrt(s[j]) * root_correction + epsilon);
+  }
+}
+
 // `epochs` update epochs of every trial: clipped gradients and Adam, minibatch by minibatch of its permutations.
-// permutations: (K, epochs, S); adam_steps: (K,), counted on; learning_rates: (K,).
+// permutations: (K, epochs, S); adam_steps: (K,), counted on; learning_rates: (K,), adapted where there is a desired_kl;
+// going_on: (K,), a trial with 0 is left alone, and set to 0 where target_kl ends its epochs.
 void update(int64_t trials, int64_t steps, int64_t epochs, REAL *parameters, REAL *first_moments, REAL *second_moments,
-            int64_t *adam_steps, const double *learning_rates, Rollouts rollouts, const int32_t *permutations,
-            Hyperparameters hyper) {
+            int64_t *adam_steps, double *learning_rates, int64_t *going_on, Rollouts rollouts,
+            const int32_t *permutations, Hyperparameters hyper) {
   alignas(64) static thread_local REAL g[padded(SIZE)];
+  const bool watched = hyper.desired_kl > 0 || hyper.target_kl > 0;
   for (int64_t k = 0; k < trials; ++k) {
-    REAL *__restrict w = parameters + k * SIZE;
-    REAL *__restrict m = first_moments + k * SIZE;
-    REAL *__restrict s = second_moments + k * SIZE;
-    for (int64_t start = 0; start + B <= epochs * steps; start += B) {
-      gradient(k, steps, w, rollouts, permutations + k * epochs * steps + start, hyper, g);
-      Vector squares[4] = {};
-      for (int j = SIZE; j < padded(SIZE); ++j) g[j] = 0;
-      for (int j = 0; j < padded(SIZE); j += LANES) {
-        const Vector part = *reinterpret_cast<const Vector *>(g + j);
-        squares[j / LANES % 4] += part * part;
+    REAL *w = parameters + k * SIZE, *m = first_moments + k * SIZE, *s = second_moments + k * SIZE;
+    for (int64_t epoch = 0; epoch < epochs && going_on[k]; ++epoch) {
+      const int32_t *permutation = permutations + (k * epochs + epoch) * steps;
+      REAL divergence = 0, divergences = 0;
+      for (int64_t start = 0; start < steps; start += B) {
+        gradient(k, steps, w, rollouts, permutation + start, hyper, g, watched ? &divergence : nullptr);
+        divergences += divergence;
+        Vector squares[4] = {};
+        for (int j = SIZE; j < padded(SIZE); ++j) g[j] = 0;
+        for (int j = 0; j < padded(SIZE); j += LANES) {
+          const Vector part = *reinterpret_cast<const Vector *>(g + j);
+          squares[j / LANES % 4] += part * part;
+        }
+        const REAL norm = std::sqrt(lane_sum((squares[0] + squares[1]) + (squares[2] + squares[3])));
+        const REAL scale = std::fmin(REAL(1), hyper.max_gradient_norm / (norm + REAL(1e-6)));
+        const double t = static_cast<double>(++adam_steps[k]);
+        const REAL step = REAL(learning_rates[k] / (1 - std::pow(0.9, t)));
+        const REAL root_correction = REAL(1 / std::sqrt(1 - std::pow(0.999, t)));
+        adam(0, CRITIC, w, m, s, g, scale, step * hyper.policy_rate_ratio, root_correction, hyper.adam_epsilon);
+        adam(CRITIC, SIZE, w, m, s, g, scale, step, root_correction, hyper.adam_epsilon);
       }
-      const REAL norm = std::sqrt(lane_sum((squares[0] + squares[1]) + (squares[2] + squares[3])));
-      const REAL scale = std::fmin(REAL(1), hyper.max_gradient_norm / (norm + REAL(1e-6)));
-      const double t = static_cast<double>(++adam_steps[k]);
-      const REAL step = REAL(learning_rates[k] / (1 - std::pow(0.9, t)));
-      const REAL root_correction = REAL(1 / std::sqrt(1 - std::pow(0.999, t)));
-      for (int j = 0; j < SIZE; ++j) {
-        const REAL clipped = g[j] * scale;
-        m[j] = m[j] + (clipped - m[j]) * REAL(0.1);
-        s[j] = s[j] * REAL(0.999) + clipped * clipped * REAL(0.001);
-        w[j] -= step * m[j] / (std::sqrt(s[j]) * root_correction + hyper.adam_epsilon);
+      if (hyper.desired_kl > 0) {
+        const REAL mean = divergences / (steps / B);
+        double &rate = learning_rates[k];
+        if (mean > 2 * hyper.desired_kl) rate = std::fmax(rate / FASTER, LEAST_RATE);
+        if (mean < REAL(0.5) * hyper.desired_kl) rate = std::fmin(rate * FASTER, MOST_RATE);
       }
+      if (hyper.target_kl > 0 && divergence > hyper.target_kl) going_on[k] = 0;
     }
   }
 }

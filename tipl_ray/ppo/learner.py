@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tipl_ray.config import Ppo
 from tipl_ray.ppo.networks import NetworkShape
 
 
@@ -65,7 +66,29 @@ class Learner(Protocol):
         second_moments_KN: np.ndarray,
         adam_steps_K: np.ndarray,
         learning_rates_K: np.ndarray,
+        going_on_K: np.ndarray,
         rollouts: Rollouts,
         permutations_KES: np.ndarray,
     ) -> None:
-        """E update epochs of every trial, in place; epoch e of trial k draws its minibatches by permutation (k, e)."""
+        """E update epochs of every trial, in place; epoch e of trial k draws its minibatches by permutation (k, e).
+
+        A trial whose `going_on_K`, int64, is 0 is left alone; it is set to 0 where `ppo.target_kl` ends the epochs.
+        With `ppo.desired_kl` the learning rates, float64, are adapted.
+        """
+
+
+FASTER, LEAST_RATE, MOST_RATE = 1.5, 1e-6, 1e-2
+"""Of rl_games' adaptive scheduler (rl_games/common/schedulers.py, AdaptiveScheduler)."""
+
+
+def adapt(
+    ppo: Ppo, learning_rates_K: np.ndarray, going_on_K: np.ndarray, means_K: np.ndarray, lasts_K: np.ndarray
+) -> None:
+    """After an epoch, in place: what its minibatches' mean and last approximate KL divergences make of each trial."""
+    going_on = going_on_K > 0
+    if ppo.desired_kl:
+        slower, faster = going_on & (means_K > 2 * ppo.desired_kl), going_on & (means_K < 0.5 * ppo.desired_kl)
+        learning_rates_K[slower] = np.maximum(learning_rates_K[slower] / FASTER, LEAST_RATE)
+        learning_rates_K[faster] = np.minimum(learning_rates_K[faster] * FASTER, MOST_RATE)
+    if ppo.target_kl:
+        going_on_K[going_on & (lasts_K > ppo.target_kl)] = 0

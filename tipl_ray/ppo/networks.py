@@ -53,13 +53,28 @@ class NetworkShape:
         """N."""
         return sum(math.prod(shape) for _, shape, _ in self.layout)
 
-    def initial_parameters(self, generator: np.random.Generator) -> np.ndarray:
-        """CleanRL's initialisation, (N,) float32: orthogonal of gain sqrt 2 (actor head 0.01, critic head 1), zeros."""
+    def initial_parameters(
+        self, generator: np.random.Generator, initialisation: str = "orthogonal", log_std: float = 0.0
+    ) -> np.ndarray:
+        """A fresh actor, log-std and critic, (N,) float32.
+
+        `orthogonal` is CleanRL's: of gain sqrt 2 (actor head 0.01, critic head 1), biases 0; `uniform` is torch's
+        default for linear layers, weights and biases within 1 / sqrt(inputs).
+        """
         parameters = np.zeros(self.num_parameters, dtype=np.float32)
+        named = unflatten(parameters, self.layout)
+        named["log_std"][:] = log_std
         heads = {"actor.2.weight": 0.01, "critic.2.weight": 1.0}
-        for name, weight in unflatten(parameters, self.layout).items():
-            if name.endswith("weight"):
+        for name, weight in named.items():
+            if not name.endswith("weight"):
+                continue
+            if initialisation == "orthogonal":
                 weight[:] = _orthogonal(generator, weight.shape) * heads.get(name, math.sqrt(2))
+            else:
+                bound = 1 / math.sqrt(len(weight))
+                weight[:] = generator.uniform(-bound, bound, weight.shape)
+                bias = named[name.replace("weight", "bias")]
+                bias[:] = generator.uniform(-bound, bound, bias.shape)
         return parameters
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tipl_ray.config import Ppo
-from tipl_ray.ppo.learner import Rollouts
+from tipl_ray.ppo.learner import Rollouts, adapt
 from tipl_ray.ppo.networks import NetworkShape
 
 
@@ -101,14 +101,21 @@ class TorchLearner:
         advantages: torch.Tensor,
         returns: torch.Tensor,
     ) -> torch.Tensor:
-        """PPO's loss of each trial (K,) on a minibatch (K, B, ...): clipped surrogate, clipped value loss, entropy."""
+        """PPO's loss of each trial (K,) on a minibatch (K, B, ...): surrogate, value loss, entropy."""
         clip = self.ppo.clip_coefficient
         advantages = (advantages - advantages.mean(1, keepdim=True)) / (advantages.std(1, keepdim=True) + 1e-8)
-        ratio = (self._log_probabilities(parameters, observations, actions) - log_probabilities).exp()
-        policy_loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).mean(1)
+        log_ratio = self._log_probabilities(parameters, observations, actions) - log_probabilities
+        ratio = log_ratio.exp()
+        if self.ppo.drift == "dpo":
+            policy_loss = (_dpo_drift(log_ratio, advantages) - advantages * ratio).mean(1)
+        else:
+            policy_loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).mean(1)
         predicted = self._values(parameters, observations)
-        clipped = values + (predicted - values).clamp(-clip, clip)
-        value_loss = 0.5 * torch.maximum((predicted - returns) ** 2, (clipped - returns) ** 2).mean(1)
+        squares = (predicted - returns) ** 2
+        if self.ppo.clip_values:
+            clipped = values + (predicted - values).clamp(-clip, clip)
+            squares = torch.maximum(squares, (clipped - returns) ** 2)
+        value_loss = 0.5 * squares.mean(1)
         entropy = self._named(parameters)["log_std"].sum(1)  # up to a constant, which has no gradient
         return policy_loss + self.ppo.value_coefficient * value_loss - self.ppo.entropy_coefficient * entropy
 
@@ -119,6 +126,7 @@ class TorchLearner:
         second_moments_KN: np.ndarray,
         adam_steps_K: np.ndarray,
         learning_rates_K: np.ndarray,
+        going_on_K: np.ndarray,
         rollouts: Rollouts,
         permutations_KES: np.ndarray,
     ) -> None:
@@ -134,40 +142,66 @@ class TorchLearner:
         )
         host = [torch.from_numpy(array) for array in (parameters_KN, first_moments_KN, second_moments_KN, *samples)]
         device = [self._place(f"update {index}", tensor) for index, tensor in enumerate(host)]
-        num_minibatches = permutations_KES[0].size // size
-        permutations_KMB = torch.from_numpy(permutations_KES).reshape(trials, num_minibatches, size)
-        steps_KM = adam_steps_K[:, None] + np.arange(1, num_minibatches + 1)
-        rates_KM = torch.from_numpy(learning_rates_K[:, None] / (1 - 0.9**steps_KM)).float()
-        corrections_KM = torch.from_numpy(1 / np.sqrt(1 - 0.999**steps_KM)).float()
-        every = [tensor.to(self.device) for tensor in (permutations_KMB, rates_KM, corrections_KM)]
-        current = [self._place(f"minibatch {index}", tensor[:, 0].clone()) for index, tensor in enumerate(every)]
-        step = self._recorded(self._step, *device, *current)
+        num_epochs, per_epoch = permutations_KES.shape[1], permutations_KES.shape[2] // size
+        permutations_KEMB = torch.from_numpy(permutations_KES).reshape(trials, num_epochs, per_epoch, size)
+        first = (permutations_KEMB[:, 0, 0].clone(), *torch.zeros(2, trials), torch.zeros(trials, dtype=torch.bool))
+        current = [self._place(f"minibatch {index}", tensor) for index, tensor in enumerate(first)]
+        divergences_K = self._place("divergences", torch.zeros(trials))
+        step = self._recorded(self._step, divergences_K, *device, *current)
         _fill(device, host)
-        for minibatch in range(num_minibatches):
-            for tensor, values in zip(current, every, strict=True):
-                tensor.copy_(values[:, minibatch])
-            step()
+        for epoch in range(num_epochs):
+            moving_K = going_on_K > 0
+            steps_KM = adam_steps_K[:, None] + np.arange(1, per_epoch + 1)
+            rates_KM = torch.from_numpy(learning_rates_K[:, None] / (1 - 0.9**steps_KM)).float()
+            corrections_KM = torch.from_numpy(1 / np.sqrt(1 - 0.999**steps_KM)).float()
+            every = [tensor.to(self.device) for tensor in (permutations_KEMB[:, epoch], rates_KM, corrections_KM)]
+            current[3].copy_(torch.from_numpy(moving_K))
+            total_K = torch.zeros_like(divergences_K)
+            for minibatch in range(per_epoch):
+                for tensor, values in zip(current, every, strict=False):
+                    tensor.copy_(values[:, minibatch])
+                step()
+                total_K += divergences_K
+            adam_steps_K += per_epoch * moving_K
+            if self.ppo.desired_kl or self.ppo.target_kl:
+                mean_K, last_K = (tensor.cpu().numpy() for tensor in (total_K / per_epoch, divergences_K))
+                adapt(self.ppo, learning_rates_K, going_on_K, mean_K, last_K)
         _fill(host[:3], device[:3])
-        adam_steps_K += num_minibatches
 
     def _step(
         self,
+        divergences_K: torch.Tensor,
         parameters: torch.Tensor,
         first: torch.Tensor,
         second: torch.Tensor,
         *samples_and_current: torch.Tensor,
     ) -> None:
-        """One minibatch of every trial: clipped gradient and Adam, in place."""
-        *samples, indices_KB, rates_K, corrections_K = samples_and_current
+        """One minibatch of every trial that goes on: clipped gradient and Adam, in place."""
+        *samples, indices_KB, rates_K, corrections_K, moving_K = samples_and_current
         rows_K1 = torch.arange(len(parameters), device=self.device).unsqueeze(1)
         minibatch = [values[rows_K1, indices_KB] for values in samples]
+        if self.ppo.desired_kl or self.ppo.target_kl:
+            divergences_K.copy_(_stacked(self._divergences, parameters, *minibatch[:3]))
         gradient = _stacked(self.gradient, parameters, *minibatch)
         norm = gradient.norm(dim=1, keepdim=True)
         gradient = gradient * (self.ppo.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
+        before = [tensor.clone() for tensor in (parameters, first, second)] if self.ppo.target_kl else []
         first.lerp_(gradient, 0.1)
         second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         denominator = second.sqrt() * corrections_K.unsqueeze(1) + self.ppo.adam_epsilon
-        parameters -= rates_K.unsqueeze(1) * first / denominator
+        steps = rates_K.unsqueeze(1) * first / denominator
+        steps[:, : self.shape.num_policy_weights] *= self.ppo.policy_rate_ratio
+        parameters -= steps
+        for tensor, as_before in zip((parameters, first, second), before, strict=False):
+            tensor.copy_(torch.where(moving_K.unsqueeze(1), tensor, as_before))
+
+    @torch.no_grad()
+    def _divergences(
+        self, parameters: torch.Tensor, observations: torch.Tensor, actions: torch.Tensor, before: torch.Tensor
+    ) -> torch.Tensor:
+        """Approximate KL divergence (K,) from the policies that collected: mean of (ratio - 1) - log ratio."""
+        log_ratio = self._log_probabilities(parameters, observations, actions) - before
+        return (log_ratio.exp() - 1 - log_ratio).mean(1)
 
     def _place(self, name: str, host: torch.Tensor) -> torch.Tensor:
         """Where a tensor lies on the device, the same place for a name and shape: on the CPU the tensor itself."""
@@ -207,7 +241,7 @@ class TorchLearner:
         named = self._named(parameters)
         for index in range(3):
             x = torch.baddbmm(named[f"{name}.{index}.bias"].unsqueeze(1), x, named[f"{name}.{index}.weight"])
-            x = x if index == 2 else x.tanh()
+            x = x if index == 2 else x.tanh() if self.ppo.activation == "tanh" else x.relu()
         return x
 
     def _mean(self, parameters: torch.Tensor, observations: torch.Tensor) -> torch.Tensor:
@@ -229,6 +263,14 @@ def _stacked(function: Callable[..., torch.Tensor], parameters: torch.Tensor, *o
     if len(parameters) > 1:
         return function(parameters, *others)
     return function(parameters.repeat(2, 1), *(torch.cat([other, other]) for other in others))[:1]
+
+
+def _dpo_drift(log_ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Drift of Discovered Policy Optimisation (arXiv 2210.05639, Section 5), with its alpha 2 and beta 0.6."""
+    gains, losses = (log_ratio.exp() - 1) * advantages, log_ratio * advantages
+    return torch.where(
+        advantages >= 0, (gains - 2 * (gains / 2).tanh()).relu(), (losses - 0.6 * (losses / 0.6).tanh()).relu()
+    )
 
 
 def _fill(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:

@@ -58,19 +58,25 @@ class TrialGroup:
         wrapped = CompiledEnvironments if engine == "compiled" else Environments
         self.environments = wrapped(self.collect.task, self.seeds, self.ppo.gamma, experiment.where.physics_threads)
         self.generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 1]))) for seed in seeds]
-        self.parameters_KN = np.stack([self.shape.initial_parameters(generator) for generator in self.generators])
+        fresh = (self.ppo.initialisation, self.ppo.initial_log_std)
+        self.parameters_KN = np.stack([self.shape.initial_parameters(one, *fresh) for one in self.generators])
         self.first_moments_KN, self.second_moments_KN = np.zeros((2, count, size), dtype=np.float32)
         self.adam_steps_K, self.iterations_K = np.zeros((2, count), dtype=np.int64)
+        self.adapted_rates_K = np.full(count, self.ppo.learning_rate)
+        """Learning rates as they are adapted, where they are."""
         self.diverged: dict[int, tuple[int, str]] = {}
         """By seed, the trials that ended because something of them is not finite: whole iterations, and what it is."""
         self.hooks = extension.hooks(self)
         for k, state in enumerate(states or []):
             if state is not None:
                 self._set_state(k, state)
+        self._first_rates_K = self._learning_rates()
+        """Of the iteration that is run, at its beginning."""
         self._allocate()
 
     def _allocate(self) -> None:
         self.rollouts = Rollouts.empty(len(self), self.ppo.num_steps, self.shape)
+        self.going_on_K = np.ones(len(self), dtype=np.int64)
         self._noise_KA, self._actions_KA = np.zeros((2, len(self), self.shape.action_size), dtype=np.float32)
 
     def __len__(self) -> int:
@@ -97,8 +103,10 @@ class TrialGroup:
             self._keep(going_on)
         returns = self._collect_rollouts()
         self.learner.advantages(self.parameters_KN, self.rollouts)
-        learning_rates_K = np.array([self._learning_rate(k) for k in range(len(self))])
+        self._first_rates_K = self._learning_rates()
+        learning_rates_K = self._first_rates_K.copy()
         self.iterations_K += 1
+        self.going_on_K[:] = 1
         for index in range(1, self.snapshots_run + 1):
             self.update(learning_rates_K)
             yield from self._finite_snapshots(index, returns if index == 1 else [None] * len(self))
@@ -111,15 +119,27 @@ class TrialGroup:
 
         To be overridden: advantages are in the rollouts, what is random comes from each trial's own of `generators`.
         """
-        self.learner.update(
-            self.parameters_KN,
-            self.first_moments_KN,
-            self.second_moments_KN,
-            self.adam_steps_K,
-            learning_rates_K,
-            self.rollouts,
-            self._permutations(),
-        )
+        permutations_KES = self._permutations()
+        at_once = 1 if self.ppo.recompute_advantages else permutations_KES.shape[1]
+        for first in range(0, permutations_KES.shape[1], at_once):
+            if self.ppo.recompute_advantages:
+                # Of the policy that collected the log-probabilities stay.
+                scratch = np.empty_like(self.rollouts.log_probabilities_KS)
+                self.learner.advantages(
+                    self.parameters_KN, dataclasses.replace(self.rollouts, log_probabilities_KS=scratch)
+                )
+            self.learner.update(
+                self.parameters_KN,
+                self.first_moments_KN,
+                self.second_moments_KN,
+                self.adam_steps_K,
+                learning_rates_K,
+                self.going_on_K,
+                self.rollouts,
+                np.ascontiguousarray(permutations_KES[:, first : first + at_once]),
+            )
+        if self.ppo.desired_kl:
+            self.adapted_rates_K[:] = learning_rates_K
 
     def _finite_snapshots(self, index: int, returns: list[float | None]) -> Iterator[Snapshot]:
         """A snapshot of every trial that has not diverged by now."""
@@ -193,8 +213,15 @@ class TrialGroup:
         permutations = [[generator.permutation(steps) for _ in range(epochs)] for generator in self.generators]
         return np.array(permutations, dtype=np.int32)
 
+    def _learning_rates(self) -> np.ndarray:
+        return np.array([self._learning_rate(k) for k in range(len(self))])
+
     def _learning_rate(self, k: int) -> float:
         """Of the iteration that trial k runs next."""
+        if self.ppo.desired_kl:
+            return float(self.adapted_rates_K[k])
+        if self.ppo.schedule == "constant":
+            return self.ppo.learning_rate
         return self.ppo.learning_rate * (1.0 - int(self.iterations_K[k]) / self.num_iterations)
 
     def _snapshot(self, k: int, index: int, episodic_return: float | None) -> Snapshot:
@@ -206,7 +233,7 @@ class TrialGroup:
             iteration=iteration,
             epoch=index * self.collect.epochs_per_snapshot,
             env_step=iteration * self.ppo.num_steps,
-            learning_rate=self.ppo.learning_rate * (1.0 - ran / self.num_iterations),
+            learning_rate=float(self._first_rates_K[k]),
             episodic_return=episodic_return,
             weights=self.parameters_KN[k, : self.shape.num_policy_weights].copy(),
             observation_mean=statistics.mean[k].copy(),
@@ -239,5 +266,6 @@ class TrialGroup:
         self._allocate()
 
     def _per_trial(self) -> dict[str, np.ndarray]:
-        names = ("parameters_KN", "first_moments_KN", "second_moments_KN", "adam_steps_K", "iterations_K")
+        names = ["parameters_KN", "first_moments_KN", "second_moments_KN", "adam_steps_K", "iterations_K"]
+        names += ["adapted_rates_K"] if self.ppo.desired_kl else []
         return {name: getattr(self, name) for name in names}
