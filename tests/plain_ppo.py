@@ -25,30 +25,41 @@ def make_environment(task: str) -> gymnasium.Env:
     return gymnasium.wrappers.TransformReward(environment, lambda r: np.clip(float(r), -10, 10))
 
 
-def make_network(widths: list[int], head_gain: float) -> nn.Sequential:
+def make_network(widths: list[int], head_gain: float, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         last = index == len(widths) - 2
         linear = nn.Linear(inputs, outputs)
         nn.init.orthogonal_(linear.weight, head_gain if last else 2**0.5)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, nn.Tanh()]
+        layers += [linear] if last else [linear, activation()]
     return nn.Sequential(*layers)
 
 
 class PlainTrial:
     """A trial that runs iteration by iteration."""
 
-    def __init__(self, task: str, policy_hidden: tuple[int, int], seed: int, num_iterations: int):
+    def __init__(
+        self,
+        task: str,
+        policy_hidden: tuple[int, int],
+        seed: int,
+        num_iterations: int,
+        *,
+        activation: type[nn.Module] = nn.Tanh,
+        clip_values: bool = True,
+        target_kl: float | None = None,
+    ):
         torch.manual_seed(seed)
+        self.clip_values, self.target_kl = clip_values, target_kl
         self.environment = gymnasium.vector.SyncVectorEnv(
             [lambda: make_environment(task)], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
         )
         spaces = (self.environment.single_observation_space, self.environment.single_action_space)
         observation_size, action_size = (int(np.prod(space.shape or ())) for space in spaces)
-        self.actor = make_network([observation_size, *policy_hidden, action_size], 0.01)
+        self.actor = make_network([observation_size, *policy_hidden, action_size], 0.01, activation)
         self.log_std = nn.Parameter(torch.zeros(1, action_size))
-        self.critic = make_network([observation_size, 64, 64, 1], 1.0)
+        self.critic = make_network([observation_size, 64, 64, 1], 1.0, activation)
         self.parameters = [*self.actor.parameters(), self.log_std, *self.critic.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=LEARNING_RATE, eps=1e-5)
         self.observation = torch.tensor(self.environment.reset(seed=seed)[0], dtype=torch.float32)
@@ -69,13 +80,17 @@ class PlainTrial:
         self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - self.iteration / self.num_iterations)
         self.collect(noise, actions)
         self.estimate_advantages()
+        self.epochs_run = 0
         for epoch in range(NUM_EPOCHS):
+            self.epochs_run += 1
             permutation = self.random.permutation(NUM_STEPS) if permutations is None else permutations[epoch]
             for indices in np.split(permutation, NUM_MINIBATCHES):
                 self.optimizer.zero_grad()
                 self.loss(torch.from_numpy(indices)).backward()
                 nn.utils.clip_grad_norm_(self.parameters, 0.5)
                 self.optimizer.step()
+            if self.target_kl is not None and self.approximate_kl > self.target_kl:
+                break
         self.iteration += 1
 
     def collect(self, noise: np.ndarray | None, actions: np.ndarray | None) -> None:
@@ -120,11 +135,16 @@ class PlainTrial:
     def loss(self, indices: torch.Tensor) -> torch.Tensor:
         observations = self.observations[indices]
         distribution = torch.distributions.Normal(self.actor(observations), self.log_std.exp())
-        ratio = (distribution.log_prob(self.actions[indices]).sum(1) - self.log_probabilities[indices]).exp()
+        log_ratio = distribution.log_prob(self.actions[indices]).sum(1) - self.log_probabilities[indices]
+        ratio = log_ratio.exp()
+        self.approximate_kl = ((ratio - 1) - log_ratio).mean().item()
         advantages = self.advantages[indices]
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         policy_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
         values, before, returns = self.critic(observations)[:, 0], self.values[indices], self.returns[indices]
-        clipped = before + (values - before).clamp(-CLIP, CLIP)
-        value_loss = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2).mean()
+        value_losses = (values - returns) ** 2
+        if self.clip_values:
+            clipped = before + (values - before).clamp(-CLIP, CLIP)
+            value_losses = torch.max(value_losses, (clipped - returns) ** 2)
+        value_loss = 0.5 * value_losses.mean()
         return policy_loss + 0.5 * value_loss

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,14 @@ ODD = NetworkShape(observation_size=5, action_size=3, policy_hidden=(40, 16), cr
 CHEETAH = NetworkShape(observation_size=17, action_size=6, policy_hidden=(256, 256), critic_hidden=(64, 64))
 STEPS = 256
 PPO = Ppo(num_steps=STEPS, num_minibatches=4, entropy_coefficient=0.01)
+
+VARIANTS = {
+    "relu": {"activation": "relu"},
+    "plain values": {"clip_values": False},
+    "dpo": {"drift": "dpo"},
+    "all": {"activation": "relu", "clip_values": False, "drift": "dpo", "policy_rate_ratio": 4.0},
+}
+"""Options of PPO's loss and networks."""
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -50,7 +59,7 @@ def prepared(shape: NetworkShape) -> tuple[np.ndarray, Rollouts]:
 
 
 def autograd_gradient(
-    shape: NetworkShape, parameters: np.ndarray, rollouts: Rollouts, k: int, indices: np.ndarray
+    shape: NetworkShape, parameters: np.ndarray, rollouts: Rollouts, k: int, indices: np.ndarray, ppo: Ppo = PPO
 ) -> np.ndarray:
     arrays = (
         rollouts.observations_KSO,
@@ -62,7 +71,7 @@ def autograd_gradient(
     )
     minibatch = [torch.from_numpy(array[k, indices].astype(np.float64))[None] for array in arrays]
     return (
-        TorchLearner(shape, PPO)
+        TorchLearner(shape, ppo)
         .gradient(torch.from_numpy(parameters[k].astype(np.float64))[None], *minibatch)[0]
         .numpy()
     )
@@ -79,6 +88,19 @@ def test_closed_form_gradients_equal_autograd_in_float64(shape: NetworkShape) ->
         gradient = learner.gradient(parameters[k].astype(np.float64), rollouts, k, indices)
         assert np.abs(expected).max() > 1e-3
         np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-13)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_gradients_under_every_option_equal_autograd_in_float64(options: dict[str, Any]) -> None:
+    ppo = dataclasses.replace(PPO, **options)
+    parameters, rollouts = prepared(ODD)
+    indices = np.random.default_rng(0).permutation(STEPS)[: ppo.minibatch_size]
+    expected = autograd_gradient(ODD, parameters, rollouts, 1, indices, ppo)
+    learner = CompiledLearner(ODD, ppo, precision=np.float64)
+    gradient = learner.gradient(parameters[1].astype(np.float64), rollouts, 1, indices)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-13)
+    assert np.abs(expected - autograd_gradient(ODD, parameters, rollouts, 1, indices)).max() > 1e-3
 
 
 @needs_compiler
@@ -112,6 +134,78 @@ def test_compiled_and_torch_learners_agree(shape: NetworkShape) -> None:
     results = (outcome(learner, shape) for learner in (CompiledLearner(shape, PPO), TorchLearner(shape, PPO)))
     for compiled, eager in zip(*results, strict=True):
         np.testing.assert_allclose(compiled, eager, rtol=2e-4, atol=2e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_compiled_and_torch_learners_agree_under_every_option(options: dict[str, Any]) -> None:
+    ppo = dataclasses.replace(PPO, **options)
+    results = (outcome(learner, ODD) for learner in (CompiledLearner(ODD, ppo), TorchLearner(ODD, ppo)))
+    for compiled, eager in zip(*results, strict=True):
+        np.testing.assert_allclose(compiled, eager, rtol=2e-4, atol=2e-5)
+
+
+def learners(ppo: Ppo) -> list[Learner]:
+    return [TorchLearner(ODD, ppo), *([CompiledLearner(ODD, ppo)] if shutil.which("g++") else [])]
+
+
+def updated(learner: Learner, epochs: int, rates: np.ndarray, going_on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters and Adam's step counts of two trials after some epochs."""
+    parameters, rollouts = some_parameters(ODD), some_rollouts(ODD)
+    learner.advantages(parameters, rollouts)
+    first, second = np.zeros((2, *parameters.shape), dtype=np.float32)
+    steps, random = np.zeros(2, dtype=np.int64), np.random.default_rng(0)
+    permutations = np.array([[random.permutation(STEPS) for _ in range(epochs)] for _ in range(2)], dtype=np.int32)
+    learner.update(parameters, first, second, steps, rates, going_on, rollouts, permutations)
+    return parameters, steps
+
+
+def test_a_rate_ratio_is_a_parameter_group_of_torchs_adam() -> None:
+    """One epoch, minibatch by minibatch: gradients by autograd, clipped by torch, stepped by torch's Adam."""
+    ppo = dataclasses.replace(PPO, policy_rate_ratio=4.0, num_minibatches=2)
+    parameters, rollouts = some_parameters(ODD), some_rollouts(ODD)
+    TorchLearner(ODD, ppo).advantages(parameters, rollouts)
+    random = np.random.default_rng(0)
+    permutation = random.permutation(STEPS)
+    policy, critic = (
+        torch.from_numpy(part.copy()).requires_grad_() for part in np.split(parameters[0], [ODD.num_policy_weights])
+    )
+    groups = [{"params": [policy], "lr": 4 * 1e-3}, {"params": [critic], "lr": 1e-3}]
+    optimizer = torch.optim.Adam(groups, eps=ppo.adam_epsilon)
+    for indices in np.split(permutation, 2):
+        whole = torch.cat([policy, critic]).detach().numpy()[None].repeat(2, axis=0)
+        gradient = torch.from_numpy(autograd_gradient(ODD, whole, rollouts, 0, indices, ppo)).float()
+        policy.grad, critic.grad = gradient.split([len(policy), len(critic)])
+        torch.nn.utils.clip_grad_norm_([policy, critic], ppo.max_gradient_norm)
+        optimizer.step()
+    expected = torch.cat([policy, critic]).detach().numpy()
+    for learner in learners(ppo):
+        found, _ = updated(learner, 1, np.array([1e-3, 1e-3]), np.ones(2, dtype=np.int64))
+        np.testing.assert_allclose(found[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("target_kl", [1e-5, 1e9])
+def test_epochs_end_after_the_one_whose_divergence_is_above_the_target(target_kl: float) -> None:
+    ppo, far = dataclasses.replace(PPO, target_kl=target_kl), target_kl > 1
+    for learner in learners(ppo):
+        going_on = np.array([1, 0])
+        found, steps = updated(learner, 3, np.array([1e-3, 1e-3]), going_on)
+        assert steps.tolist() == [3 * 4 if far else 4, 0]
+        assert going_on.tolist() == [1 if far else 0, 0]
+        np.testing.assert_array_equal(found[1], some_parameters(ODD)[1])
+        for free in learners(PPO):
+            if type(free) is type(learner):
+                run, _ = updated(free, 3 if far else 1, np.array([1e-3, 1e-3]), np.ones(2, dtype=np.int64))
+                np.testing.assert_array_equal(found[0], run[0])
+
+
+@pytest.mark.parametrize(("desired_kl", "rates"), [(1e-9, [1e-3 / 1.5**2] * 2), (1e3, [1e-3 * 1.5**2] * 2)])
+def test_learning_rates_follow_the_divergence_as_rl_games_has_them(desired_kl: float, rates: list[float]) -> None:
+    ppo = dataclasses.replace(PPO, desired_kl=desired_kl, schedule="constant")
+    for learner in learners(ppo):
+        found = np.array([1e-3, 1e-3])
+        updated(learner, 2, found, np.ones(2, dtype=np.int64))
+        np.testing.assert_allclose(found, rates, rtol=1e-12)
 
 
 class StagedLearner(TorchLearner):

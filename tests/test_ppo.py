@@ -1,6 +1,8 @@
 """A group of trials against one plain trial, against itself in other groups, and against itself resumed."""
 
+import dataclasses
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,19 +36,28 @@ def snapshots_of(group: TrialGroup) -> dict[tuple[int, int], np.ndarray]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("task", "width"), [("InvertedPendulum-v4", 8), ("HalfCheetah-v4", 64)])
-def test_one_iteration_equals_a_plain_trial_fed_the_same_noise(engine: str, task: str, width: int) -> None:
+@pytest.mark.parametrize(
+    ("task", "width", "options"),
+    [
+        ("InvertedPendulum-v4", 8, {}),
+        ("HalfCheetah-v4", 64, {}),
+        ("InvertedPendulum-v4", 8, {"target_kl": 1e-3, "clip_values": False, "activation": "relu"}),
+    ],
+)
+def test_one_iteration_equals_a_plain_trial_fed_the_same_noise(
+    engine: str, task: str, width: int, options: dict[str, Any]
+) -> None:
     """Tolerance: float32 rounding, grown over 320 Adam steps, stays below 1e-3; parameters move by 1e-2.
 
     The cheetah's contacts are chaotic: a last bit is another rollout within 50 steps. There the plain trial
     takes the group's actions; the pendulum closes the loop on its own.
     """
     torch.set_num_threads(1)
-    experiment = Experiment(
-        name="one", collect=Collect(task=task, policy_hidden=(width, width), epochs_per_snapshot=10)
-    )
+    collect = Collect(task=task, policy_hidden=(width, width), epochs_per_snapshot=10)
+    experiment = Experiment(name="one", collect=collect, ppo=Ppo(**options))
     group = TrialGroup(experiment, engine, [5, 6])
-    plain = PlainTrial(task, (width, width), seed=6, num_iterations=experiment.num_iterations)
+    plain_options = {**options, "activation": nn.ReLU} if options else {}
+    plain = PlainTrial(task, (width, width), seed=6, num_iterations=experiment.num_iterations, **plain_options)
     named = unflatten(group.parameters_KN[1], group.shape.layout)
     with torch.no_grad():
         for name, network in (("actor", plain.actor), ("critic", plain.critic)):
@@ -73,6 +84,8 @@ def test_one_iteration_equals_a_plain_trial_fed_the_same_noise(engine: str, task
     actions = group.rollouts.actions_KSA[1] if task.startswith("HalfCheetah") else None
     plain.run_iteration(noise[1], permutations[0][1], actions)
     named = unflatten(group.parameters_KN[1], group.shape.layout)
+    assert group.adam_steps_K[1] == plain.epochs_run * 32
+    assert (plain.epochs_run < 10) == bool(options)
     np.testing.assert_allclose(group.rollouts.rewards_KS[1], plain.rewards.numpy(), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(group.rollouts.advantages_KS[1], plain.advantages.numpy(), rtol=1e-3, atol=1e-3)
     moved = np.abs(group.parameters_KN[1] - start).max()
@@ -121,3 +134,56 @@ def test_snapshots_count_iterations_epochs_and_env_steps() -> None:
     assert [s.learning_rate for s in group_snapshots[::5]] == [3e-4, 3e-4 * 0.75]
     assert group_snapshots[0].episodic_return is not None
     assert group_snapshots[1].episodic_return is None
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "constant": {"schedule": "constant"},
+    "adapted": {"schedule": "constant", "desired_kl": 0.008},
+    "stopped": {"target_kl": 1e-4},
+    "recomputed": {"recompute_advantages": True},
+    "zoo's": {"activation": "relu", "initialisation": "uniform", "initial_log_std": -2.0, "clip_values": False},
+    "dpo": {"drift": "dpo", "policy_rate_ratio": 2.0},
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_under_every_option_a_resumed_trial_in_another_group_goes_on_bit_for_bit(
+    engine: str, options: dict[str, Any]
+) -> None:
+    experiment = dataclasses.replace(SMALL, ppo=dataclasses.replace(SMALL.ppo, **options))
+    undisturbed, plain = (snapshots_of(TrialGroup(one, engine, [1, 2])) for one in (experiment, SMALL))
+    first = TrialGroup(experiment, engine, [1, 2])
+    list(first.run_iteration())
+    early = first.state(1)
+    list(first.run_iteration())
+    for (seed, snapshot), weights in snapshots_of(
+        TrialGroup(experiment, engine, [3, 2, 1], [None, first.state(2), early])
+    ).items():
+        if seed != 3:
+            np.testing.assert_array_equal(weights, undisturbed[seed, snapshot])
+    last = experiment.num_snapshots - 1
+    assert (undisturbed[1, last] != plain[1, last]).any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_snapshots_after_a_stop_repeat_the_last_and_adapted_rates_are_told(engine: str) -> None:
+    stopped = dataclasses.replace(SMALL, ppo=dataclasses.replace(SMALL.ppo, target_kl=1e-12))
+    ran = [one for one in TrialGroup(stopped, engine, [1, 2]).run_iteration() if one.seed == 1]
+    # It stops after the first epoch, halfway to the first snapshot.
+    assert all(np.array_equal(one.weights, ran[0].weights) for one in ran)
+    options: dict[str, Any] = {"schedule": "constant", "desired_kl": 1e-9}
+    adapted = TrialGroup(dataclasses.replace(SMALL, ppo=dataclasses.replace(SMALL.ppo, **options)), engine, [1, 2])
+    rates = [next(one.learning_rate for one in list(adapted.run_iteration())) for _ in range(2)]
+    assert rates == [3e-4, pytest.approx(max(3e-4 / 1.5**10, 1e-6))]
+
+
+def test_a_fresh_policy_is_as_the_options_say() -> None:
+    options: dict[str, Any] = {"initialisation": "uniform", "initial_log_std": -2.0}
+    group = TrialGroup(dataclasses.replace(SMALL, ppo=dataclasses.replace(SMALL.ppo, **options)), "torch", [1, 2])
+    named = unflatten(group.parameters_KN, group.shape.layout)
+    assert (named["log_std"] == -2.0).all()
+    for layer, inputs in (("actor.0", 4), ("actor.2", 8), ("critic.1", 64)):
+        for part in ("weight", "bias"):
+            largest = np.abs(named[f"{layer}.{part}"]).max() * inputs**0.5
+            assert 0.5 < largest <= 1.0, f"{layer}.{part} is not torch's default"
