@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tipl_ray.collect.placement import GroupProgress
-from tipl_ray.config import Experiment
+from tipl_ray.config import Experiment, Ppo
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.snapshots import Header
 from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
@@ -425,7 +425,8 @@ def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
     jump.pop("predictor", None)  # a digest, which means nothing to a reader
     for field in ("engine", "iterations_per_commit"):  # of no account to who reads the trials
         made.pop(field, None)
-    there = {"collect": {"task": header.task, **made}, "ppo": ppo, "jump": jump}
+    # What is not recorded came later, or was at its default.
+    there = {"collect": {"task": header.task, **made}, "ppo": as_table(Ppo()) | ppo if ppo else ppo, "jump": jump}
     asked = {"collect": {field: here["collect"].get(field) for field in there["collect"]}, "ppo": here["ppo"]}
     before, now = dict(flat(there)), dict(flat(asked))
     fields = [name for name in now | before if before.get(name) != now.get(name)]
