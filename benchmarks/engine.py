@@ -2,8 +2,7 @@
 
 Every subject runs one PPO iteration per round and the rounds alternate, so that a noisy machine is noisy for all; the
 table shows medians of CPU time, which on a machine of one's own is wall time. Floors: MuJoCo's steps alone, and the
-update's matrix products at the best rate that torch's own product of a minibatch reaches here. Run it by `make bench`,
-which installs stable-baselines3 into an environment of its own.
+update's matrix products at the best rate that torch's own product of a minibatch reaches here.
 
     python benchmarks/engine.py [--rounds 5]
 """

@@ -14,6 +14,7 @@ from test_training import experiment, trajectory, write_model
 from trajectories import write_trials
 
 from tipl_ray import stages
+from tipl_ray.collect.group import GroupCollector
 from tipl_ray.command_line import parse_arguments, parse_trained
 from tipl_ray.config import Collect, Evaluate, Experiment, Tracking, Train, Where
 from tipl_ray.data.locks import only_one
@@ -331,3 +332,14 @@ def test_a_data_set_that_lost_its_seal_is_to_be_sealed_again(tmp_path: Path):
     (tmp_path / "commits" / "_SUCCESS").unlink()
     with pytest.raises(StoreError, match=r"all 4 trials are there, but not sealed .* run jobs/collect\.py"):
         stages.data_digest(settings)
+
+
+def test_trials_that_were_collected_before_a_field_came_are_those_of_its_default(tmp_path: Path) -> None:
+    smoke = load_experiment("smoke").at(str(tmp_path))
+    GroupCollector(smoke, "torch", [1, 2]).advance(seconds=600.0)
+    header = TrajectoryStore(str(tmp_path)).header([1])
+    assert "activation" not in header.config["ppo"], "what has its default does not count"
+    stages._refuse_other_experiment(smoke, header)
+    relu = dataclasses.replace(smoke, ppo=dataclasses.replace(smoke.ppo, activation="relu"))
+    with pytest.raises(StoreError, match=r"ppo\.activation='tanh' there, 'relu' here"):
+        stages._refuse_other_experiment(relu, header)

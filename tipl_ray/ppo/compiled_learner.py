@@ -112,12 +112,13 @@ class CompiledLearner:
     def gradient(self, parameters_N: np.ndarray, rollouts: Rollouts, trial: int, indices_B: np.ndarray) -> np.ndarray:
         """Gradient (N,) of PPO's loss on one minibatch of a trial, unclipped."""
         gradient_N: np.ndarray = np.zeros(self.shape.num_parameters, dtype=self.precision)
+        indices_B = np.ascontiguousarray(indices_B, dtype=np.int32)  # held here: a bare address keeps no array alive
         self._library.gradient(
             trial,
             rollouts.rewards_KS.shape[1],
             self._address(parameters_N),
             self._addresses(rollouts),
-            np.ascontiguousarray(indices_B, dtype=np.int32).ctypes.data,
+            indices_B.ctypes.data,
             self._hyperparameters,
             gradient_N.ctypes.data,
             None,
