@@ -5,16 +5,13 @@ import math
 import shutil
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
-from stable_baselines3 import PPO
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
+from zoo import their_model
 
-from tipl_ray.config import Experiment
 from tipl_ray.experiments import load_experiment
 from tipl_ray.places import CHECKOUT
 from tipl_ray.ppo.compiled_learner import CompiledLearner
@@ -24,34 +21,6 @@ from tipl_ray.ppo.torch_learner import TorchLearner
 from tipl_ray.ppo.trials import network_shape
 
 PRESETS = sorted(path.stem for path in (CHECKOUT / "jobs" / "experiments").glob("tuned_*.toml"))
-
-
-def their_model(experiment: Experiment) -> Any:
-    """stable-baselines3's PPO as the zoo makes it, one epoch of one minibatch per rollout."""
-    collect, ppo = experiment.collect, experiment.ppo
-    vector = DummyVecEnv([lambda: gymnasium.make(collect.task)])
-    return PPO(
-        "MlpPolicy",
-        VecNormalize(vector, gamma=ppo.gamma),
-        n_steps=ppo.num_steps,
-        batch_size=ppo.num_steps,
-        n_epochs=1,
-        learning_rate=ppo.learning_rate,
-        gamma=ppo.gamma,
-        gae_lambda=ppo.gae_lambda,
-        clip_range=ppo.clip_coefficient,
-        ent_coef=ppo.entropy_coefficient,
-        vf_coef=ppo.value_coefficient / 2,
-        max_grad_norm=ppo.max_gradient_norm,
-        seed=1,
-        device="cpu",
-        policy_kwargs={
-            "log_std_init": ppo.initial_log_std,
-            "ortho_init": ppo.initialisation == "orthogonal",
-            "activation_fn": {"relu": nn.ReLU, "tanh": nn.Tanh}[ppo.activation],
-            "net_arch": {"pi": list(collect.policy_hidden), "vf": list(collect.critic_hidden)},
-        },
-    )
 
 
 def their_layers(model: Any) -> dict[str, nn.Linear]:
@@ -100,7 +69,7 @@ def test_the_first_losses_and_gradients_are_those_of_stable_baselines3(name: str
     torch.set_num_threads(1)
     experiment = load_experiment(name).check("collect")
     ppo, shape = experiment.ppo, network_shape(experiment.collect)
-    model = their_model(experiment)
+    model = their_model(experiment, seed=1, n_epochs=1, batch_size=ppo.num_steps)
     _, callback = model._setup_learn(total_timesteps=ppo.num_steps)
     model.set_logger(configure(None, []))
     assert model.collect_rollouts(model.env, callback, model.rollout_buffer, ppo.num_steps)
