@@ -49,9 +49,11 @@ class PlainTrial:
         activation: type[nn.Module] = nn.Tanh,
         clip_values: bool = True,
         target_kl: float | None = None,
+        bootstrap_truncated: bool = False,
     ):
         torch.manual_seed(seed)
         self.clip_values, self.target_kl = clip_values, target_kl
+        self.bootstrap_truncated = bootstrap_truncated
         self.environment = gymnasium.vector.SyncVectorEnv(
             [lambda: make_environment(task)], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
         )
@@ -115,6 +117,9 @@ class PlainTrial:
             self.actions[step] = action[0]
             observation, reward, terminated, truncated, info = self.environment.step(action.numpy())
             self.rewards[step] = torch.tensor(reward).view(-1)
+            if self.bootstrap_truncated and truncated[0] and not terminated[0]:
+                last = torch.tensor(np.array(info["final_obs"][0]), dtype=torch.float32)
+                self.rewards[step] += GAMMA * self.critic(last).detach()[0]
             self.ends[step] = torch.tensor(np.logical_or(terminated, truncated)).float()
             if "final_info" in info:
                 self.episodic_returns.append(float(info["final_info"]["episode"]["r"][0]))

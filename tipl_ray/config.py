@@ -108,6 +108,9 @@ class Ppo:
     drift: Literal["clip", "dpo"] = dataclasses.field(default="clip", metadata=LATER)
     """What keeps the policy near the one that collected: PPO's clipping, or the drift of Discovered Policy Optimisation
     (arXiv 2210.05639), which has no clip_coefficient."""
+    bootstrap_truncated: bool = dataclasses.field(default=False, metadata=LATER)
+    """Add gamma times the critic's value of where an episode was cut off by its time limit to its last reward, as
+    stable-baselines3 does; CleanRL takes such an end for any other."""
     recompute_advantages: bool = dataclasses.field(default=False, metadata=LATER)
     """Compute values, advantages and returns anew before each update epoch, by the critic as it is then."""
     entropy_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 0.0

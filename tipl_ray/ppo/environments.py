@@ -76,6 +76,8 @@ class Environments:
         self.ends_K = np.zeros(count, dtype=bool)
         self.finished: list[tuple[int, float]] = []
         """(k, undiscounted return) of the episodes that ended since the list was last cleared."""
+        self.cut_off: list[tuple[int, np.ndarray]] = []
+        """(k, last observation as the agent would have seen it) of the episodes that the last step cut off for time."""
         self._actions_KA = np.zeros((count, self.simulations.action_size), dtype=np.float32)
         self._scale_KO, self._normalised_KO = np.zeros((count, size)), np.zeros((count, size))
 
@@ -91,7 +93,12 @@ class Environments:
         np.maximum(actions_KA, simulations.action_low, out=self._actions_KA)
         np.minimum(self._actions_KA, simulations.action_high, out=self._actions_KA)
         simulations.step(self._actions_KA)
+        self.cut_off.clear()
         if self._account():
+            if not simulations.terminated_K[self.ends_K].all():
+                self._normalise_observations()
+                cut_off = np.flatnonzero(self.ends_K & ~simulations.terminated_K)
+                self.cut_off += [(int(k), self.observations_KO[k].copy()) for k in cut_off]
             for k in map(int, np.flatnonzero(self.ends_K)):
                 self.finished.append((k, float(self.episode_returns_K[k])))
                 self.simulations.reset(k, self.generators[k])

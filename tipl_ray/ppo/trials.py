@@ -198,11 +198,21 @@ class TrialGroup:
             environments.step(self._actions_KA)
             rollouts.rewards_KS[:, step] = environments.rewards_K
             rollouts.ends_KS[:, step + 1] = environments.ends_K
+            if self.ppo.bootstrap_truncated and environments.cut_off:
+                self._bootstrap(step)
         rollouts.observations_KSO[:, -1] = environments.observations_KO
         ended: list[list[float]] = [[] for _ in self.seeds]
         for k, episodic_return in environments.finished:
             ended[k].append(episodic_return)
         return [float(np.mean(values)) if values else None for values in ended]
+
+    def _bootstrap(self, step: int) -> None:
+        """Add what the critic expects after the episodes that this step cut off."""
+        for k, observation_O in self.environments.cut_off:
+            alone = Rollouts.empty(1, 1, self.shape)
+            alone.observations_KSO[0, 0] = observation_O
+            self.learner.advantages(self.parameters_KN[k : k + 1], alone)
+            self.rollouts.rewards_KS[k, step] += np.float32(self.ppo.gamma) * alone.values_KS[0, 0]
 
     def _noise(self, generator: np.random.Generator) -> np.ndarray:
         return generator.standard_normal((self.ppo.num_steps, self.shape.action_size), dtype=np.float32)
