@@ -27,6 +27,7 @@ from command import make_parser, results_folder, use_one_core  # noqa: E402
 from plain_ppo import PlainTrial  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
+from tipl_ray.experiments import load_experiment  # noqa: E402
 from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.ppo.simulations import BatchSimulations  # noqa: E402
 from tipl_ray.ppo.tasks import find_task  # noqa: E402
@@ -36,19 +37,24 @@ from tipl_ray.terminal import say_rows  # noqa: E402
 NUM_STEPS = 2048
 TASKS = (("InvertedPendulum-v4", 8, 25), ("HalfCheetah-v4", 256, 10))
 """Task, width of the policy's hidden layers, trials of one actor."""
+PRESETS = (("tuned_half_cheetah", 10),)
+"""Experiment of rl-baselines3-zoo's hyperparameters, trials of one actor."""
 
 
-def engine(task: str, width: int, trials: int) -> Callable[[], float]:
+def of_defaults(task: str, width: int) -> Experiment:
+    """CleanRL's hyperparameters."""
+    return Experiment(name="bench", collect=Collect(task=task, policy_hidden=(width, width)))
+
+
+def engine(experiment: Experiment, trials: int) -> Callable[[], float]:
     """Seconds per environment step of one iteration of a group of trials."""
-    collect = Collect(task=task, policy_hidden=(width, width))
-    experiment = Experiment(name="bench", collect=collect)
     group = TrialGroup(experiment, choose_engine("auto", experiment.ppo), list(range(1, trials + 1)))
 
     def run() -> float:
         begin = time.process_time()
         for _ in group.run_iteration():
             pass
-        return (time.process_time() - begin) / (trials * NUM_STEPS)
+        return (time.process_time() - begin) / (trials * experiment.ppo.num_steps)
 
     return run
 
@@ -65,31 +71,19 @@ def plain(task: str, width: int) -> Callable[[], float]:
     return run
 
 
-def stable_baselines(task: str, width: int) -> Callable[[], float] | None:
+def stable_baselines(experiment: Experiment) -> Callable[[], float] | None:
     """Seconds per environment step of one iteration of stable-baselines3's PPO; None where it is not installed."""
     try:
-        import gymnasium
-        from stable_baselines3 import PPO
-        from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+        from zoo import their_model
     except ImportError:
         return None
-    environment = VecNormalize(DummyVecEnv([lambda: gymnasium.make(task)]), clip_obs=10.0, clip_reward=10.0)
-    widths = {"pi": [width, width], "vf": [64, 64]}
-    model = PPO(
-        "MlpPolicy",
-        environment,
-        n_steps=NUM_STEPS,
-        batch_size=64,
-        n_epochs=10,
-        clip_range_vf=0.2,
-        policy_kwargs={"net_arch": widths},
-        device="cpu",
-    )
+    ppo = experiment.ppo
+    model = their_model(experiment, seed=1, clip_range_vf=ppo.clip_coefficient if ppo.clip_values else None)
 
     def run() -> float:
         begin = time.process_time()
-        model.learn(NUM_STEPS, reset_num_timesteps=False)
-        return (time.process_time() - begin) / NUM_STEPS
+        model.learn(ppo.num_steps, reset_num_timesteps=False)
+        return (time.process_time() - begin) / ppo.num_steps
 
     return run
 
@@ -149,39 +143,56 @@ def matrix_products(task: str, width: int) -> Callable[[], float]:
     return run
 
 
+def medians_of(subjects: dict[str, Callable[[], float] | None], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each subject over alternating rounds, and their spread as a share of it."""
+    present = {name: run for name, run in subjects.items() if run is not None}
+    seconds: dict[str, list[float]] = {name: [] for name in present}
+    for number in range(rounds + 1):
+        for name, run in present.items():
+            taken = run()
+            if number:  # the first round warms up
+                seconds[name].append(taken)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: (median, (max(seconds[name]) - min(seconds[name])) / median) for name, median in medians.items()}
+
+
 def measure(rounds: int) -> list[dict]:
-    """All subjects on all tasks; one row each."""
+    """All subjects on all tasks; one row each. Ratios are to the plain trial, where there is one, else to the last."""
     rows = []
+    tasks: list[tuple[str, int, dict[str, Callable[[], float] | None]]] = []
     for task, width, trials in TASKS:
-        subjects: dict[str, Callable[[], float] | None] = {
-            "engine": engine(task, width, trials),
+        experiment = of_defaults(task, width)
+        subjects = {
+            "engine": engine(experiment, trials),
             "plain": plain(task, width),
-            "stable-baselines3": stable_baselines(task, width),
+            "stable-baselines3": stable_baselines(experiment),
             "floor: physics": physics(task, trials),
             "floor: matrix products": matrix_products(task, width),
         }
-        present = {name: run for name, run in subjects.items() if run is not None}
-        seconds: dict[str, list[float]] = {name: [] for name in present}
-        for number in range(rounds + 1):
-            for name, run in present.items():
-                taken = run()
-                if number:  # the first round warms up
-                    seconds[name].append(taken)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        floor = medians["floor: physics"] + medians["floor: matrix products"]
-        for name, median in medians.items():
+        tasks.append((f"{task} {width}-{width}", trials, subjects))
+    for name, trials in PRESETS:
+        experiment = load_experiment(ROOT / "jobs" / "experiments" / f"{name}.toml")
+        tasks.append(
+            (name, trials, {"engine": engine(experiment, trials), "stable-baselines3": stable_baselines(experiment)})
+        )
+    for label, trials, subjects in tasks:
+        found = medians_of(subjects, rounds)
+        beside = "plain" if "plain" in found else list(found)[-1]
+        floors = [found[name][0] for name in ("floor: physics", "floor: matrix products") if name in found]
+        for name, (median, spread) in found.items():
             rows.append(
                 {
-                    "task": f"{task} {width}-{width}",
+                    "task": label,
                     "subject": name,
                     "metric": "env steps per second, one core",
                     "value": round(1 / median, 1),
                     "unit": "1/s",
-                    "ratio_to_plain": round(medians["plain"] / median, 2),
-                    "ratio_to_floor": round(median / floor, 3),
-                    "ratio_to_physics": round(median / medians["floor: physics"], 3),
+                    "beside": beside,
+                    "ratio": round(found[beside][0] / median, 2),
+                    "ratio_to_floor": round(median / sum(floors), 3) if floors else None,
+                    "ratio_to_physics": round(median / floors[0], 3) if floors else None,
                     "microseconds": round(median * 1e6, 2),
-                    "spread": round((max(seconds[name]) - min(seconds[name])) / median, 3),
+                    "spread": round(spread, 3),
                     "trials": trials if name == "engine" else 1,
                     "rounds": rounds,
                 }
@@ -203,7 +214,8 @@ def main() -> None:
         "subject",
         "value",
         "microseconds",
-        "ratio_to_plain",
+        "beside",
+        "ratio",
         "ratio_to_physics",
         "ratio_to_floor",
         "spread",
