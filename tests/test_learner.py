@@ -61,15 +61,7 @@ def prepared(shape: NetworkShape) -> tuple[np.ndarray, Rollouts]:
 def autograd_gradient(
     shape: NetworkShape, parameters: np.ndarray, rollouts: Rollouts, k: int, indices: np.ndarray, ppo: Ppo = PPO
 ) -> np.ndarray:
-    arrays = (
-        rollouts.observations_KSO,
-        rollouts.actions_KSA,
-        rollouts.log_probabilities_KS,
-        rollouts.values_KS,
-        rollouts.advantages_KS,
-        rollouts.returns_KS,
-    )
-    minibatch = [torch.from_numpy(array[k, indices].astype(np.float64))[None] for array in arrays]
+    minibatch = [torch.from_numpy(array[k, indices].astype(np.float64))[None] for array in rollouts.samples]
     return (
         TorchLearner(shape, ppo)
         .gradient(torch.from_numpy(parameters[k].astype(np.float64))[None], *minibatch)[0]

@@ -86,22 +86,15 @@ def test_the_first_losses_and_gradients_are_those_of_stable_baselines3(name: str
         np.testing.assert_allclose(ours[0], theirs[:, 0], rtol=1e-4, atol=1e-4)
     model.train()
     logged = model.logger.name_to_value
-    samples = (
-        rollouts.observations_KSO[:, :-1],
-        rollouts.actions_KSA,
-        rollouts.log_probabilities_KS,
-        rollouts.values_KS,
-        rollouts.advantages_KS,
-        rollouts.returns_KS,
-    )
-    (loss,) = learner.losses(torch.from_numpy(parameters), *map(torch.from_numpy, samples)).tolist()
+    samples = [torch.from_numpy(array) for array in rollouts.samples]
+    (loss,) = learner.losses(torch.from_numpy(parameters), *samples).tolist()
     # Our loss leaves out what of a Gaussian's entropy has no gradient.
     constant = ppo.entropy_coefficient * shape.action_size * 0.5 * math.log(2 * math.pi * math.e)
     assert loss - constant == pytest.approx(logged["train/loss"], rel=1e-5, abs=1e-6)
     expected, everything = flattened(model, shape, of_gradients=True), np.arange(ppo.num_steps)
     learners = [CompiledLearner(shape, dataclasses.replace(ppo, num_minibatches=1))] if shutil.which("g++") else []
     gradients = [one.gradient(parameters[0], rollouts, 0, everything) for one in learners]
-    gradients.append(learner.gradient(torch.from_numpy(parameters), *map(torch.from_numpy, samples))[0].numpy())
+    gradients.append(learner.gradient(torch.from_numpy(parameters), *samples)[0].numpy())
     for gradient in gradients:
         clipped = gradient * min(1.0, ppo.max_gradient_norm / (float(np.linalg.norm(gradient)) + 1e-6))
         assert np.linalg.norm(clipped - expected) < 1e-5 * np.linalg.norm(expected)

@@ -30,6 +30,13 @@ class Rollouts:
     advantages_KS: np.ndarray
     returns_KS: np.ndarray
 
+    @property
+    def samples(self) -> tuple[np.ndarray, ...]:
+        """What a minibatch takes of them, by sample: observations, actions, log-probabilities, values, advantages and
+        returns."""
+        own = (self.observations_KSO[:, :-1], self.actions_KSA, self.log_probabilities_KS)
+        return (*own, self.values_KS, self.advantages_KS, self.returns_KS)
+
     @classmethod
     def empty(cls, trials: int, steps: int, shape: NetworkShape) -> "Rollouts":
         """Room for K trials of S steps."""

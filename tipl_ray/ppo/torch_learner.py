@@ -132,15 +132,8 @@ class TorchLearner:
     ) -> None:
         """See Learner."""
         trials, size = len(parameters_KN), self.ppo.minibatch_size
-        samples = (
-            rollouts.observations_KSO,
-            rollouts.actions_KSA,
-            rollouts.log_probabilities_KS,
-            rollouts.values_KS,
-            rollouts.advantages_KS,
-            rollouts.returns_KS,
-        )
-        host = [torch.from_numpy(array) for array in (parameters_KN, first_moments_KN, second_moments_KN, *samples)]
+        moved = (parameters_KN, first_moments_KN, second_moments_KN)
+        host = [torch.from_numpy(array) for array in (*moved, *rollouts.samples)]
         device = [self._place(f"update {index}", tensor) for index, tensor in enumerate(host)]
         num_epochs, per_epoch = permutations_KES.shape[1], permutations_KES.shape[2] // size
         permutations_KEMB = torch.from_numpy(permutations_KES).reshape(trials, num_epochs, per_epoch, size)
