@@ -11,17 +11,13 @@ import pyarrow.csv
 import pytest
 import torch
 
-from tipl_ray.accelerate import acceleration, contenders
-from tipl_ray.accelerate.acceleration import (
-    AccelerationError,
-    find_predictors,
-    run_acceleration,
-    run_unit,
-    source_experiment,
-)
-from tipl_ray.accelerate.contenders import Contender, Fitted, Unit, filled
+from tipl_ray.accelerate import acceleration
+from tipl_ray.accelerate.acceleration import find_predictors, run_acceleration, source_experiment
+from tipl_ray.accelerate.contenders import Fitted, Unit, fit_and_save, jump_question, jump_settings
+from tipl_ray.accelerate.scores import best_value, comparable, filled
+from tipl_ray.accelerate.units import AccelerationError, Counted, load_unit, run_unit
 from tipl_ray.collect.group import GroupCollector
-from tipl_ray.config import Accelerate, Collect, Experiment, Ppo, Split, Where
+from tipl_ray.config import Accelerate, Collect, Contender, Experiment, Jump, OuterStep, Ppo, Split, Where
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table
@@ -54,6 +50,9 @@ horizon = 3
 """
 
 
+RIDGE = Contender(name="4+ridge", ppo={"num_epochs": 4}, jump=Jump(predictor="ridge"))
+
+
 def collected(source: Experiment) -> TrajectoryStore:
     collector = GroupCollector(source, "torch")
     collector.start(source.collect.seeds)
@@ -81,7 +80,11 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
         split=Split(validation_trials=1, test_trials=1),
         accelerate=Accelerate(
             tasks=("InvertedPendulum-v4",),
-            contenders=("10", "4+ridge", "4+tipl:gate"),
+            contenders=(
+                Contender(name="10"),
+                RIDGE,
+                Contender(name="gated", ppo={"num_epochs": 4}, jump=Jump(predictor="tipl", gate=True)),
+            ),
             learning_rates=(3e-4, 1e-3),
             search_trials=2,
             bootstrap=50,
@@ -105,7 +108,7 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
     run_acceleration(experiment)
     (folder,) = (storage / "accelerations").iterdir()
     rows = pyarrow.csv.read_csv(folder / "table.csv").to_pylist()
-    assert [row["contender"] for row in rows] == ["10", "4+ridge", "4+tipl:gate"]
+    assert [row["contender"] for row in rows] == ["10", "4+ridge", "gated"]
     assert {row["env_steps"] for row in rows} == {768}
     assert {row["seeds"] for row in rows} == {3}
     assert [row["gradient_steps"] for row in rows] == [240, 96, 96]
@@ -125,15 +128,16 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
             and (unit["experiment"]["jump"]["predictor"] is None) == (row["predictor"] == "none")
             and unit["experiment"]["jump"]["gate"] == ("gate" in row["contender"])
         }
-        assert row["learning_rate"] == max(chosen, key=lambda rate: chosen[rate])
+        assert row["hyperparameters"] == f"learning_rate={max(chosen, key=lambda rate: chosen[rate]):g}"
     assert list(storage.glob("units/*/trajectories")) == []
     page = (folder / "report.html").read_text()
     assert page.count("of the gradient steps of") == 2
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     rates = pyarrow.csv.read_csv(folder / "search.csv").to_pylist()
-    assert [row["learning_rate"] for row in rates if row["chosen"]] == [row["learning_rate"] for row in rows]
+    chosen_values = [f"{row['searched']}={row['value']:g}" for row in rates if row["chosen"]]
+    assert chosen_values == [row["hyperparameters"] for row in rows]
     assert len(rates) == len(searched)
-    assert len(list((folder / "figures").glob("*.png"))) == 3
+    assert len(list((folder / "figures").glob("*.png"))) == 4
     before = {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")}
     run_acceleration(experiment)
     assert {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")} == before
@@ -160,95 +164,170 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
     assert str(storage) not in (tmp_path / "moved" / units_there.pop()).read_text()
 
 
-def test_a_unit_that_was_killed_goes_on_to_the_same_curves(experiment: Experiment, tmp_path: Path) -> None:
-    named = [Contender.parse("4+ridge")]
+def plan(experiment: Experiment, storage: Path, predictors: dict[str, Fitted] | None = None) -> acceleration.Plan:
     source = source_experiment(experiment)
-    contenders.fit_and_save(source, 3, ["ridge"], f"{tmp_path}/predictors/1")
-    folder = f"{tmp_path}/predictors/1/ridge"
-    predictors = {"ridge": Fitted(predictor=load_predictor(folder), digest=predictor_digest(folder))}
-    unit = Unit(task="InvertedPendulum-v4", env_steps=768, contender=named[0], learning_rate=1e-3, search=True)
-    tables = []
-    for name, killed_after in (("killed", 3), ("whole", 0)):
-        jumps = unit.jumps(source, predictors)
-        assert jumps is not None
-        made = unit.experiment(experiment.at(str(tmp_path / name)), jumps)
+    here = experiment.at(str(storage))
+    return acceleration.Plan(experiment=here, source=source, predictors=predictors or {}, engine="torch")
+
+
+@pytest.mark.parametrize(
+    ("contender", "gradient_steps"),
+    [
+        (RIDGE, 4 * 4),
+        (Contender(name="outer", ppo={"num_epochs": 2}, outer=OuterStep(rate=2.0, momentum=0.5)), 2 * 4),
+        (
+            Contender(name="then 1", ppo={"num_epochs": 3}, jump=Jump(predictor="first-again", corrective_epochs=1)),
+            3 * 4,
+        ),
+        (Contender(name="replicas", ppo={"num_epochs": 2, "replicas": 2}), 2 * 2 * 4),
+        (Contender(name="stop", ppo={"target_kl": 1e-4}), None),
+    ],
+    ids=lambda one: getattr(one, "name", ""),
+)
+def test_a_unit_that_was_killed_goes_on_to_the_same_curves(
+    experiment: Experiment, tmp_path: Path, contender: Contender, gradient_steps: int | None
+) -> None:
+    source, predictors = source_experiment(experiment), {}
+    if contender.jump:
+        question, name = jump_question(contender, experiment, source), contender.jump.predictor
+        fit_and_save(source, question, [name], f"{tmp_path}/predictors")
+        folder = f"{tmp_path}/predictors/{name}"
+        predictors = {contender.name: Fitted(predictor=load_predictor(folder), digest=predictor_digest(folder))}
+    unit = Unit(task="InvertedPendulum-v4", env_steps=768, contender=contender, value=1e-3, search=True)
+    tables, finished = [], []
+    for storage, killed_after in (("killed", 3), ("whole", 0)):
+        planned = plan(experiment, tmp_path / storage, predictors)
+        made, extension = planned.of(unit), planned.extension(unit)
         made = dataclasses.replace(made, collect=dataclasses.replace(made.collect, iterations_per_commit=2))
         if killed_after:
-            killed = GroupCollector(made, "torch", extension=jumps)
+            killed = GroupCollector(made, "torch", extension=Counted(extension))
             killed.start(made.collect.seeds)
             for _ in range(killed_after):
                 killed._run_iteration()
-        run_unit(made, "torch", jumps)
+        run_unit(made, "torch", extension)
         tables.append(json.loads((Path(made.storage_path) / "unit.json").read_text()))
+        finished.append(load_unit(unit, made, 10))
     assert tables[0]["returns"] == tables[1]["returns"]
-    assert tables[0]["jump_counts"] == tables[1]["jump_counts"] == [12, 0, 0]
+    assert tables[0]["gradient_steps"] == tables[1]["gradient_steps"]
+    assert tables[0]["jump_counts"] == tables[1]["jump_counts"] == ([12, 0, 0] if contender.jump else [])
+    steps_I = finished[0].gradient_steps_I
+    if gradient_steps:
+        np.testing.assert_array_equal(steps_I, gradient_steps * np.arange(1, 7))
+    else:
+        assert (np.diff(steps_I, prepend=0) > 0).all()
+        assert steps_I[-1] < 6 * 10 * 4
 
 
 @pytest.mark.parametrize(("task", "rate"), [("InvertedPendulum-v4", 1e3), ("HalfCheetah-v4", 1e5)])
 def test_a_unit_whose_trials_diverge_has_run_and_is_the_worst(
     experiment: Experiment, tmp_path: Path, task: str, rate: float
 ) -> None:
-    plan = acceleration.Plan(
-        experiment=experiment.at(str(tmp_path)),
-        source=source_experiment(experiment),
-        predictors={},
-        engine="torch",
-    )
+    planned = plan(experiment, tmp_path)
     loaded = []
-    for contender, learning_rate in (("10", rate), ("4", 1e-3)):
+    for contender, learning_rate in ((Contender(name="10"), rate), (RULES[0], 1e-3)):
         unit = Unit(
             task=task,
             env_steps=1_280,
-            contender=Contender.parse(contender),
-            learning_rate=learning_rate,
+            contender=contender,
+            value=learning_rate,
             search=True,
         )
         for _ in range(2):
-            run_unit(plan.of(unit), "torch")
-        loaded.append(acceleration.load_unit(plan, unit))
+            run_unit(planned.of(unit), "torch")
+        loaded.append(planned.load(unit))
     assert [one.num_diverged for one in loaded] == [2, 0]
-    first, second = contenders.comparable(loaded)
+    first, second = comparable(loaded)
     assert first.areas_S.max() <= second.areas_S.min()
-    assert contenders.best_learning_rate(loaded) == 1e-3
+    alike = [dataclasses.replace(one, unit=dataclasses.replace(one.unit, contender=RULES[0])) for one in loaded]
+    assert best_value(alike) == 1e-3
 
 
 def test_a_unit_without_the_end_of_an_episode_is_one_line(experiment: Experiment, tmp_path: Path) -> None:
-    plan = acceleration.Plan(
-        experiment=experiment.at(str(tmp_path)),
-        source=source_experiment(experiment),
-        predictors={},
-        engine="torch",
-    )
-    ten = Contender.parse("10")
-    unit = Unit(task="HalfCheetah-v4", env_steps=256, contender=ten, learning_rate=1e-3, search=True)
-    run_unit(plan.of(unit), "torch")
+    planned = plan(experiment, tmp_path)
+    unit = Unit(task="HalfCheetah-v4", env_steps=256, contender=Contender(name="10"), value=1e-3, search=True)
+    run_unit(planned.of(unit), "torch")
     with pytest.raises(
         AccelerationError, match=r"contender '10': no episode of trial 10001 ended within 256 env steps"
     ):
-        acceleration.load_unit(plan, unit)
+        planned.load(unit)
 
 
-@pytest.mark.parametrize("names", [["4+first-again"], ["10", "4+linear:gate,x0.5"], ["4+copy-last", "6+copy-last"]])
-def test_rules_that_learn_nothing_need_no_trials(experiment: Experiment, tmp_path: Path, names: list[str]) -> None:
+RULES = (
+    Contender(name="4", ppo={"num_epochs": 4}),
+    Contender(name="again", ppo={"num_epochs": 4}, jump=Jump(predictor="first-again")),
+    Contender(name="linear", ppo={"num_epochs": 4}, jump=Jump(predictor="linear", gate=True, damping=0.5)),
+    Contender(name="twenty", ppo={"num_epochs": 20}, jump=Jump(predictor="first-again", horizon=1)),
+    Contender(name="nowhere", ppo={"num_epochs": 6}, jump=Jump(predictor="copy-last")),
+)
+
+
+def test_rules_that_learn_nothing_need_no_trials(experiment: Experiment, tmp_path: Path) -> None:
     mine = experiment.at(str(tmp_path / "mine"))
     source = source_experiment(experiment).at(str(tmp_path / "nothing"))
-    named = [Contender.parse(name) for name in names]
-    found = find_predictors(mine, source, named)
-    assert set(found) == {one.predictor for one in named if one.predictor}
-    for one in named:
-        if one.predictor:
-            question = found[one.predictor].predictor.question
+    found = find_predictors(mine, source, RULES)
+    assert set(found) == {one.name for one in RULES if one.jump}
+    for one in RULES:
+        if one.jump:
+            question = found[one.name].predictor.question
             assert question.context == source.model.context
-            assert len(question.steps) >= one.jump_settings(source).horizon
+            assert len(question.steps) == jump_settings(one, mine, source).horizon
     assert not (tmp_path / "nothing").exists()
     with pytest.raises(
         StoreError, match=r"contender '4\+ridge' learns from the 3 trials of source, the experiment of predictors_from"
     ):
-        find_predictors(mine, source, [*named, Contender.parse("4+ridge")])
+        find_predictors(mine, source, [*RULES, RIDGE])
+
+
+def test_what_combines_no_displacements_cannot_jump(experiment: Experiment) -> None:
+    mean = Contender(name="mean", ppo={"num_epochs": 4}, jump=Jump(predictor="mean-trajectory"))
+    with pytest.raises(ValueError, match=r"jump\.predictor='mean-trajectory' does not combine displacements"):
+        jump_settings(mean, experiment, source_experiment(experiment))
 
 
 def test_a_source_without_its_model_says_what_to_run(experiment: Experiment, tmp_path: Path) -> None:
     other = source_experiment(experiment).at(str(tmp_path))
     collected(other)
+    tipl = Contender(name="4+tipl", ppo={"num_epochs": 4}, jump=Jump(predictor="tipl"))
     with pytest.raises(StoreError, match=r"no trained model of source is there; run jobs/train.py --preset causal"):
-        find_predictors(experiment, other, [Contender.parse("4+tipl")])
+        find_predictors(experiment, other, [tipl])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_one_setting_for_all_tasks_is_searched_once_and_an_oracles_on_each(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceleration, "connected_to_ray", contextlib.nullcontext)
+    rates = (3e-4, 1e-3)
+    accelerate = Accelerate(
+        tasks=("InvertedPendulum-v4", "InvertedDoublePendulum-v4"),
+        search_tasks=("InvertedPendulum-v4@512",),
+        contenders=(
+            Contender(name="2", ppo={"num_epochs": 2}),
+            Contender(name="KL", ppo={"schedule": "constant"}, searched="desired_kl", values=(0.01, 0.02)),
+            Contender(name="oracle", ppo={"num_epochs": 2}, per_task=True),
+            Contender(name="left out"),
+        ),
+        only=("KL", "oracle"),
+        learning_rates=rates,
+        search_trials=2,
+        bootstrap=50,
+    )
+    run_acceleration(dataclasses.replace(experiment, accelerate=accelerate).at(str(tmp_path)))
+    (folder,) = tmp_path.glob("accelerations/*")
+    rows = pyarrow.csv.read_csv(folder / "table.csv").to_pylist()
+    assert [(row["contender"], row["held_out"]) for row in rows] == [
+        (name, held) for held in (False, True) for name in ("2", "KL", "oracle")
+    ]
+    chosen = [row["hyperparameters"] for row in rows]
+    assert chosen[:2] == chosen[3:5]
+    assert chosen[0] == chosen[2]
+    assert chosen[1].startswith("desired_kl=")
+    search = pyarrow.csv.read_csv(folder / "search.csv").to_pylist()
+    # The oracle's cells on the searched task are those of the first contender, run once.
+    tasks = {"InvertedPendulum-v4": 512, "InvertedDoublePendulum-v4": 512}
+    assert {row["task"]: row["env_steps"] for row in search} == tasks
+    assert [row["contender"] for row in search] == [*2 * ["2"], *2 * ["KL"], *4 * ["oracle"]]
+    # What the oracle reports on the searched task is what the first contender does there.
+    assert len(list(tmp_path.glob("units/*/unit.json"))) == (2 + 2 + 2) + (6 - 1)
+    (page,) = tmp_path.glob("accelerations/*/report.html")
+    assert "held-out tasks" in page.read_text()

@@ -5,39 +5,46 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tipl_ray.accelerate.contenders import (
-    Contender,
+from tipl_ray.accelerate.contenders import Fitted, Unit, epochs_of, jump_question, jump_settings
+from tipl_ray.accelerate.group_jumps import Jumps
+from tipl_ray.accelerate.scores import (
     Finished,
-    Fitted,
-    Unit,
-    best_learning_rate,
+    best_value,
     comparable,
     filled,
-    jump_question,
     over_tasks,
     score,
     sentences,
     table,
 )
-from tipl_ray.config import Collect, Experiment, Where
+from tipl_ray.config import Accelerate, Collect, Contender, Experiment, Jump, OuterStep, Ppo, Where
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
+from tipl_ray.ppo.algorithms import NOTHING
 from tipl_ray.predict.baselines import Ridge
 
-SOURCE = Experiment(name="source")
+ANY = SOURCE = Experiment(name="source")
 RESAMPLING = Resampling(confidence=0.95, bootstrap=500, seed=0)
 
 
+def named(name: str) -> Contender:
+    """`EPOCHS` or `EPOCHS+PREDICTOR`, as the contenders of the shipped experiments are called."""
+    epochs, _, predictor = name.partition("+")
+    jump = Jump(predictor=predictor) if predictor else None
+    return Contender(name=name, ppo={"num_epochs": int(epochs)}, jump=jump)
+
+
 def finished(name: str, returns_SI: np.ndarray, task: str = "Hopper-v4") -> Finished:
-    contender = Contender.parse(name)
-    iterations = returns_SI.shape[1]
-    unit = Unit(task=task, env_steps=100 * iterations, contender=contender, learning_rate=1e-3, search=False)
+    contender, iterations = named(name), returns_SI.shape[1]
+    epochs = epochs_of(contender, ANY)
+    unit = Unit(task=task, env_steps=100 * iterations, contender=contender, value=1e-3, search=False)
     return Finished(
         unit=unit,
         returns_SI=returns_SI,
         env_steps_I=100 * np.arange(1, iterations + 1),
-        gradient_steps_I=contender.num_epochs * 32 * np.arange(1, iterations + 1),
+        gradient_steps_I=epochs * 32 * np.arange(1, iterations + 1),
+        epochs=epochs,
         cpu_seconds=10.0 * len(returns_SI),
-        jump_counts=[iterations, 0, 0] if contender.predictor else [],
+        jump_counts=[iterations, 0, 0] if contender.jump else [],
     )
 
 
@@ -45,37 +52,79 @@ def rising(height: float, spread: float = 0.0) -> np.ndarray:
     return np.linspace(0, height, 40) + spread * np.arange(-5, 5)[:, None]
 
 
-def test_a_contenders_name_says_its_epochs_its_predictor_and_its_jumps() -> None:
-    assert Contender.parse("10") == Contender(name="10", num_epochs=10)
-    options = Contender.parse("4+tipl:gate,both,reset,x0.5")
-    jump = options.jump_settings(SOURCE)
-    assert (options.predictor, jump.horizon, jump.damping) == ("tipl", 3, 0.5)
-    assert (jump.gate, jump.networks, jump.moments) == (True, "both", "reset")
+def test_a_contender_jumps_over_what_is_left_of_the_sources_iteration() -> None:
+    jump = Jump(predictor="tipl", damping=0.5, gate=True, networks="both", moments="reset")
+    made = jump_settings(Contender(name="x", ppo={"num_epochs": 4}, jump=jump), ANY, SOURCE)
+    assert (made.horizon, made.damping, made.corrective_epochs) == (3, 0.5, 0)
+    assert (made.gate, made.networks, made.moments) == (True, "both", "reset")
 
 
-@pytest.mark.parametrize("name", ["", "ten", "4+", "4+oracle", "4:gate", "4+ridge:often", "4+ridge:x", "-4"])
-def test_a_name_that_means_nothing_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=r"accelerate\.contenders: "):
-        Contender.parse(name)
+def test_a_corrective_epoch_is_one_that_is_not_run_before_the_jump() -> None:
+    contender = Contender(name="x", ppo={"num_epochs": 3}, jump=Jump(predictor="first-again", corrective_epochs=1))
+    assert (contender.epochs_before_jump(ANY.ppo), epochs_of(contender, ANY)) == (2, 3)
+    made = jump_settings(contender, ANY, SOURCE)
+    assert (made.horizon, made.corrective_epochs) == (4, 1)
+
+
+def test_a_rule_needs_no_iteration_of_the_sources_length() -> None:
+    contender = Contender(name="x", ppo={"num_epochs": 20}, jump=Jump(predictor="first-again", horizon=1))
+    question = jump_question(contender, ANY, SOURCE)
+    assert (question.steps, question.snapshots_per_iteration) == ((1,), 11)
+    learned = dataclasses.replace(contender, jump=Jump(predictor="ridge", horizon=1))
+    with pytest.raises(ValueError, match="makes iterations of 22 epochs, and ridge has seen iterations of 10"):
+        jump_question(learned, ANY, SOURCE)
 
 
 @pytest.mark.parametrize("name", ["10+ridge", "3+ridge", "12+ridge"])
 def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="to a predictor of snapshots that are 2 epochs apart"):
-        Contender.parse(name).jump_settings(SOURCE)
+        jump_settings(named(name), ANY, SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"name": ""}, "name='' is empty"),
+        ({"name": "a\nb"}, "no letter of a name"),
+        ({"jump": Jump(predictor="rigde")}, r"did you mean ridge\?"),
+        ({"jump": Jump(predictor="dmd"), "outer": OuterStep()}, "a jump and an outer step are both given"),
+        ({"ppo": {"learning_rate": 1e-3}}, r"ppo.learning_rate=0.001 is what is searched"),
+        ({"ppo": {"num_epoch": 3}}, r"ppo.num_epoch=3: unknown key; did you mean num_epochs"),
+        ({"ppo": {"num_epochs": 0}}, r"ppo.num_epochs=0 is below 1"),
+        ({"ppo": {"num_epochs": 2.5}}, r"ppo.num_epochs=2.5"),
+        ({"ppo": {"replicas": 2, "target_kl": 0.1}}, "ppo.replicas=2 are averaged"),
+        ({"searched": "desired_kl"}, "ppo.desired_kl is searched, and values are not given"),
+        ({"searched": "desired_kl", "values": (0.01, 0.02)}, "chosen from 2 values, and others from 5"),
+        ({"values": (3.0, 2.0, 1.0, 4.0, 5.0)}, "do not rise"),
+        ({"jump": Jump(predictor="first-again", corrective_epochs=10)}, "leaves none of ppo.num_epochs"),
+    ],
+)
+def test_a_contender_that_means_nothing_is_refused_by_name(fields: dict, words: str) -> None:
+    contender = Contender(**{"name": "mine", **fields})
+    accelerate = Accelerate(contenders=(Contender(name="10"), contender))
+    with pytest.raises(ValueError, match=words) as refusal:
+        Experiment(name="any", accelerate=accelerate).check("accelerate")
+    assert str(refusal.value).startswith(f"accelerate.contenders: {contender.name!r}: ")
+
+
+def test_some_of_the_contenders_run_and_the_first_always() -> None:
+    names = [one.name for one in Accelerate(only=("4+ridge",)).running]
+    assert names == ["10", "4+ridge"]
+    with pytest.raises(ValueError, match=r"accelerate\.only='4\+rigde'"):
+        Accelerate(only=("4+rigde",)).check()
 
 
 def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> None:
     experiment = Experiment(name="e", where=Where(storage="/s"), collect=Collect(first_seed=101, num_trials=10))
     plain, jumping = (
-        Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse(name), learning_rate=1e-3, search=search)
+        Unit(task="Hopper-v4", env_steps=4096, contender=named(name), value=1e-3, search=search)
         for name, search in (("4", True), ("4+ridge", False))
     )
-    ridge = Ridge(jump_question(SOURCE, 3))
-    jumps = jumping.jumps(SOURCE, {"ridge": Fitted(predictor=ridge, digest="a")})
-    assert jumps is not None
-    assert plain.jumps(SOURCE, {}) is None
-    first, second = plain.experiment(experiment, None), jumping.experiment(experiment, jumps)
+    ridge = Ridge(jump_question(named("4+ridge"), ANY, SOURCE))
+    jumps = jumping.extension(experiment, SOURCE, {"4+ridge": Fitted(predictor=ridge, digest="a")})
+    assert isinstance(jumps, Jumps)
+    assert plain.extension(experiment, SOURCE, {}) is NOTHING
+    first, second = plain.experiment(experiment, SOURCE, NOTHING), jumping.experiment(experiment, SOURCE, jumps)
     assert first.collect.seeds == (10_001, 10_002, 10_003, 10_004, 10_005)
     assert second.collect.seeds == tuple(range(101, 111))
     assert (first.ppo.num_epochs, first.ppo.learning_rate, first.collect.task) == (4, 1e-3, "Hopper-v4")
@@ -84,24 +133,30 @@ def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> Non
     assert first.storage_path != second.storage_path
     moved = experiment.at("/t")
     for digest, same in (("a", True), ("b", False)):
-        elsewhere = jumping.experiment(moved, dataclasses.replace(jumps, digest=digest))
+        elsewhere = jumping.experiment(moved, SOURCE, dataclasses.replace(jumps, digest=digest))
         assert (elsewhere.storage_path.removeprefix("/t") == second.storage_path.removeprefix("/s")) == same
 
 
 def test_units_are_named_as_they_always_were() -> None:
     experiment = Experiment(name="e", where=Where(storage="/s"), collect=Collect(first_seed=101, num_trials=10))
+    gated = Contender(name="4+ridge", ppo={"num_epochs": 4}, jump=Jump(predictor="ridge", gate=True))
     names = []
-    for name in ("4", "4+ridge:gate"):
-        unit = Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse(name), learning_rate=1e-3, search=True)
-        fitted = Fitted(predictor=Ridge(jump_question(SOURCE, 3)), digest="a")
-        names.append(unit.experiment(experiment, unit.jumps(SOURCE, {"ridge": fitted})).storage_path)
+    for contender in (named("4"), gated):
+        unit = Unit(task="Hopper-v4", env_steps=4096, contender=contender, value=1e-3, search=True)
+        fitted = Fitted(predictor=Ridge(jump_question(named("4+ridge"), ANY, SOURCE)), digest="a")
+        extension = unit.extension(experiment, SOURCE, {"4+ridge": fitted})
+        names.append(unit.experiment(experiment, SOURCE, extension).storage_path)
     assert names == ["/s/units/029cd8e64253ee5f", "/s/units/0a732ad7ddb3333a"]
 
 
-def test_epochs_that_snapshots_do_not_divide_are_refused() -> None:
-    unit = Unit(task="Hopper-v4", env_steps=4096, contender=Contender.parse("5"), learning_rate=1e-3, search=False)
-    with pytest.raises(ValueError, match=r"does not divide the epochs of accelerate\.contenders '5'"):
-        unit.experiment(Experiment(name="e"), None)
+def test_a_contender_is_what_its_section_says_and_nothing_else_of_ppo_changes() -> None:
+    contender = Contender(name="x", ppo={"schedule": "constant"}, searched="desired_kl", values=(0.01, 0.02))
+    unit = Unit(task="Hopper-v4", env_steps=4096, contender=contender, value=0.02, search=False)
+    made = unit.experiment(dataclasses.replace(ANY, ppo=Ppo(learning_rate=1e-3)), SOURCE, NOTHING)
+    assert made.ppo == Ppo(learning_rate=1e-3, schedule="constant", desired_kl=0.02)
+    assert unit.hyperparameters == "desired_kl=0.02"
+    odd = dataclasses.replace(unit, contender=Contender(name="3", ppo={"num_epochs": 3}))
+    assert odd.experiment(ANY, SOURCE, NOTHING).collect.epochs_per_snapshot == 1
 
 
 def test_the_interquartile_mean_leaves_out_a_quarter_rounded_down_at_each_end() -> None:
@@ -238,14 +293,31 @@ def test_from_where_it_diverged_a_trial_counts_as_the_lowest_return_on_its_task(
     assert "2 of 10 trials of 10 diverged" in "\n".join(sentences(rows, 0.95))
 
 
-def test_a_learning_rate_at_which_trials_diverge_is_chosen_last() -> None:
-    def at(rate: float, returns_SI: np.ndarray) -> Finished:
-        one = finished("10", returns_SI)
-        return dataclasses.replace(one, unit=dataclasses.replace(one.unit, learning_rate=rate, search=True))
+def searched(rate: float, returns_SI: np.ndarray, task: str = "Hopper-v4") -> Finished:
+    one = finished("10", returns_SI, task)
+    return dataclasses.replace(one, unit=dataclasses.replace(one.unit, value=rate, search=True))
 
+
+def test_a_learning_rate_at_which_trials_diverge_is_chosen_last() -> None:
     nothing = np.full((3, 40), np.nan)
-    assert best_learning_rate([at(1e-3, rising(5) - 100), at(10.0, nothing)]) == 1e-3
-    assert best_learning_rate([at(1e-3, nothing), at(10.0, nothing)]) == 1e-3
+    assert best_value([searched(1e-3, rising(5) - 100), searched(10.0, nothing)]) == 1e-3
+    assert best_value([searched(1e-3, nothing), searched(10.0, nothing)]) == 1e-3
+
+
+def test_one_setting_for_all_tasks_is_the_one_with_the_best_mean_rank() -> None:
+    """Whatever a task's returns are: the large ones of one task do not decide for the others."""
+    areas = {"A-v4": (10_000.0, 2.0, 1.0), "B-v4": (1.0, 3.0, 2.0), "C-v4": (1.0, 3.0, 2.0)}
+    cells = [
+        searched(rate, np.full((3, 40), area), task)
+        for task, row in areas.items()
+        for rate, area in zip((1e-4, 2e-4, 3e-4), row, strict=True)
+    ]
+    assert best_value(cells) == 2e-4
+    assert best_value(cells[:3]) == 1e-4
+    # Equal ranks: what is nearer to the best on each task.
+    even = [searched(r, np.full((3, 40), a), t) for t, r, a in [("A", 1.0, 9.0), ("A", 2.0, 10.0), ("A", 3.0, 0.0)]]
+    even += [searched(r, np.full((3, 40), a), t) for t, r, a in [("B", 1.0, 10.0), ("B", 2.0, 1.0), ("B", 3.0, 0.0)]]
+    assert best_value(even) == 1.0
 
 
 def test_tasks_count_alike_whatever_their_returns() -> None:
@@ -256,3 +328,42 @@ def test_tasks_count_alike_whatever_their_returns() -> None:
     ]
     first, second = over_tasks(units, RESAMPLING)
     assert (first["share"], second["share"]) == (pytest.approx(1.0), pytest.approx(1.5))
+    assert (first["better"], second["better"]) == (0.5, 1.0)
+    assert second["share_of_gradient_steps"] == 0.4
+
+
+def test_tasks_that_no_setting_was_chosen_on_are_told_apart() -> None:
+    units = [
+        finished(name, 100 * rising(share if task == "Walker2d-v4" else 1.0, 0.01), task)
+        for task in ("Hopper-v4", "Walker2d-v4")
+        for name, share in (("10", 1.0), ("4", 2.0))
+    ]
+    rows = over_tasks(units, RESAMPLING, ["Hopper-v4"])
+    assert [(row["scope"], row["contender"], row["tasks"]) for row in rows] == [
+        ("all tasks", "10", 2),
+        ("all tasks", "4", 2),
+        ("held-out tasks", "10", 1),
+        ("held-out tasks", "4", 1),
+    ]
+    assert rows[3]["share"] == pytest.approx(2.0, rel=0.05)
+    held = score(units, "InvertedPendulum-v4", RESAMPLING, ["Hopper-v4"])
+    assert [row["held_out"] for row in held] == [False, False, True, True]
+
+
+def test_the_probability_of_improvement_is_that_of_pairs_of_trials() -> None:
+    """Three of four pairs, by hand: 2 > 1, 4 > 1, 4 > 3, and 2 < 3."""
+    units = [
+        finished(name, np.stack([np.full(40, area) for area in areas]))
+        for name, areas in (("10", (1.0, 3.0)), ("4", (2.0, 4.0)))
+    ]
+    assert over_tasks(units, RESAMPLING)[1]["better"] == 0.75
+
+
+def test_a_share_is_as_unsure_as_what_it_is_a_share_of() -> None:
+    sure, unsure = rising(100), rising(100, 8)
+    narrow, wide = (
+        over_tasks([finished("10", first), finished("4", np.tile(sure, (10, 1)))], RESAMPLING)[1]
+        for first in (np.tile(sure, (10, 1)), unsure)
+    )
+    assert narrow["share_high"] - narrow["share_low"] == pytest.approx(0)
+    assert wide["share_high"] - wide["share_low"] > 0.05

@@ -297,7 +297,7 @@ def test_every_band_heeds_the_confidence_that_was_asked_for():
 
     for draw in (
         lambda how: figures.learning_curves(trials, how),
-        lambda how: accelerate_figures.contenders({"10": (steps, returns_NG)}, "", how),
+        lambda how: accelerate_figures.contenders({"10": (steps, 320 * steps, returns_NG)}, "", how),
     ):
         assert height(draw(narrow)) < height(draw(wide))
     assert "mean and its 50% interval" in legend(figures.learning_curves(trials, narrow))
@@ -508,7 +508,8 @@ def test_the_chosen_learning_rates_are_marked_in_every_task():
             "env_steps": 1000,
             "contender": name,
             "predictor": "none",
-            "learning_rate": rate,
+            "searched": "learning_rate",
+            "value": rate,
             "seeds": 3,
             "auc": 1e4 * rate,
             "chosen": rate == 3e-4,
@@ -596,7 +597,8 @@ def test_every_figure_and_its_legend_lie_within_its_edges():
         "parallel": sweep_figures.parallel_coordinates(cells, names, "validation_skill_h10"),
         "curves": sweep_figures.curves([curve], curve, "learning_rate=0.001 " * 9, 0.1),
         "contenders": contenders(
-            {name: (env_steps, np.ones((3, 10))) for name in ("10", "4+tipl:gate,reset,both,x0.5")}, "T" * 120
+            {name: (env_steps, env_steps, np.ones((3, 10))) for name in ("10", "4+tipl:gate,reset,both,x0.5")},
+            "T" * 120,
         ),
     }
     assert {name: outside(figure) for name, figure in drawn.items() if outside(figure)} == {}
@@ -618,7 +620,7 @@ def test_a_predictor_without_a_colour_of_its_own_has_the_same_one_in_any_company
         return {line.get_label(): line.get_color() for line in lines}["custom"]
 
     assert colour(("custom",)) == colour(("tipl", "another", "custom")) == colour(("custom", "zebra"))
-    curves = {name: (np.arange(3), np.ones((3, 3))) for name in ("10", "4+x", "4+ridge:gate", "4+custom")}
+    curves = {name: (np.arange(3), np.arange(3), np.ones((3, 3))) for name in ("10", "4+x", "4+ridge:gate", "4+custom")}
     for chosen in (curves, {name: curves[name] for name in ("10", "4+custom")}):
         *_, custom = contenders(chosen).axes[0].lines
         assert custom.get_color() == colour(("custom",))
@@ -724,7 +726,7 @@ def test_importing_and_drawing_start_no_pyplot_and_choose_no_backend(tmp_path):
 def test_colours_made_of_names_are_far_from_the_known_ones():
     known = [np.array(to_rgb(colour)) for colour in figures.COLOURS.values()]
     for name in ("tipl:gate", "tipl:x0.5", "ridge:both", "custom", "", "ж"):
-        curves = {"10": (np.arange(3), np.ones((3, 3))), f"4+{name or 'x'}": (np.arange(3), np.ones((3, 3)))}
+        curves = {one: (np.arange(3), np.arange(3), np.ones((3, 3))) for one in ("10", f"4+{name or 'x'}")}
         made = np.array(to_rgb(contenders(curves).axes[0].lines[-1].get_color()))
         assert min(np.linalg.norm(made - other) for other in known) > 0.25
 

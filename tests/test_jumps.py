@@ -20,13 +20,14 @@ from torch import nn
 from tipl_ray import config
 from tipl_ray.accelerate.group_jumps import GATED, REFUSED, TAKEN, GroupJumps, Jumps
 from tipl_ray.accelerate.jumps import History, JumpSettings, ModuleJumps
+from tipl_ray.accelerate.outer_steps import OuterSteps
 from tipl_ray.collect.collection import pending_seeds
 from tipl_ray.collect.group import GroupCollector, trial_header
 from tipl_ray.config import Collect, Experiment, Ppo, Where
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.ppo.algorithms import NOTHING, Extension
 from tipl_ray.ppo.trials import TrialGroup
-from tipl_ray.predict.baselines import CopyLast, Linear, Ridge
+from tipl_ray.predict.baselines import CopyLast, FirstAgain, Linear, Ridge
 from tipl_ray.predict.gram import Contexts, GramBand, Question, make_band
 from tipl_ray.predict.predictor import Combination, Trial, Trials
 from tipl_ray.predict.saved import combinations, load_predictor, save_predictor
@@ -189,6 +190,7 @@ def test_a_jump_goes_where_the_coefficients_say_and_the_next_epochs_start_there(
         ("tipl", {}, ENGINES[-1]),
         ("dmd", {"networks": "both"}, "torch"),
         ("ridge", {"gate": True, "moments": "reset"}, "torch"),
+        ("first-again", {"corrective_epochs": 1}, ENGINES[-1]),
     ],
 )
 def test_a_trial_with_jumps_resumes_bit_for_bit_in_any_group(
@@ -251,6 +253,61 @@ def test_the_gate_keeps_only_what_does_not_lower_the_surrogate() -> None:
     assert counts_3[GATED] > 0
     assert counts_3[GATED] + counts_3[TAKEN] == 14
     assert counts_3[REFUSED] == 0
+
+
+def test_corrective_epochs_start_where_the_jump_led_and_end_the_iterations_path() -> None:
+    """The next jump sees where they led: its displacements are those between the snapshots that were written."""
+    settings = JumpSettings(corrective_epochs=1)
+    group, hooks = jumping(Jumps(settings=settings, predictor=FirstAgain(QUESTION), digest=""), [1, 2])
+    still, _ = jumping(Jumps(settings=JumpSettings(), predictor=FirstAgain(QUESTION), digest=""), [1, 2])
+    seen = [one.weights for one in group.initial_snapshots() if one.seed == 1]
+    seen += [one.weights for one in group.run_iteration() if one.seed == 1]
+    jumped = [one.weights for one in still.run_iteration() if one.seed == 1]
+    for mine, theirs in zip(seen[1:5], jumped[:4], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    moved = np.linalg.norm(seen[5] - jumped[4])
+    assert 0 < moved < np.linalg.norm(jumped[4] - seen[0])
+    assert group.gradient_steps_K.tolist() == [5 * 4] * 2
+    history = hooks._histories[0][0]
+    displacements_KP = np.diff(np.stack(seen), axis=0).astype(np.float64)
+    np.testing.assert_allclose(history.gram()[-5:, -5:], displacements_KP @ displacements_KP.T, rtol=1e-4, atol=1e-9)
+    np.testing.assert_array_equal(history.last_P, seen[5])
+
+
+@pytest.mark.parametrize(
+    ("rate", "momentum", "networks"), [(2.0, 0.0, "both"), (1.0, 0.5, "both"), (0.7, 0.9, "policy")]
+)
+def test_outer_steps_are_torchs_sgd_on_what_an_iteration_moved(rate: float, momentum: float, networks: Any) -> None:
+    settings = config.OuterStep(rate=rate, momentum=momentum, networks=networks)
+    group = TrialGroup(SHORT, ENGINES[-1], [1, 2], extension=OuterSteps(settings=settings))
+    size = group.shape.num_parameters if networks == "both" else group.shape.num_policy_weights
+    outer_N = torch.tensor(group.parameters_KN[0, :size], requires_grad=True)
+    optimizer = torch.optim.SGD([outer_N], lr=rate, momentum=momentum, nesterov=momentum > 0)
+    move = group.hooks.move
+
+    def checked(group: TrialGroup, rates_K: np.ndarray) -> Iterator[None]:
+        inner_N = group.parameters_KN[0].copy()
+        outer_N.grad = outer_N.detach() - torch.from_numpy(inner_N[:size])
+        optimizer.step()
+        yield from move(group, rates_K)
+        np.testing.assert_allclose(group.parameters_KN[0, :size], outer_N.detach().numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(group.parameters_KN[0, size:], inner_N[size:])
+
+    group.hooks.move = checked  # type: ignore[method-assign]
+    for _ in range(4):
+        ran = [one for one in group.run_iteration() if one.seed == 1]
+        assert len(ran) == 3
+        np.testing.assert_array_equal(ran[-1].weights, group.parameters_KN[0, : group.shape.num_policy_weights])
+
+
+def test_a_trial_with_outer_steps_resumes_bit_for_bit_in_any_group() -> None:
+    outer = OuterSteps(settings=config.OuterStep(rate=1.5, momentum=0.5))
+    undisturbed = run(SHORT, [1, 2, 3], ENGINES[-1], outer)
+    first = TrialGroup(SHORT, ENGINES[-1], [1, 2], extension=outer)
+    for _ in range(4):
+        list(first.run_iteration())
+    again = TrialGroup(SHORT, ENGINES[-1], [9, 2], [None, first.state(2)], pickle.loads(pickle.dumps(outer)))
+    np.testing.assert_array_equal(weights_by_seed(again)[2], undisturbed[2][13:])
 
 
 def test_the_critic_jumps_by_its_own_displacements_or_not_at_all(predictors: dict[str, str]) -> None:
@@ -620,6 +677,8 @@ def test_a_state_of_other_parameters_is_refused_and_changes_nothing() -> None:
         ({"moments": "reset"}, "moments='reset' is for PPO's engine; with ModuleJumps, reset your optimizer's"),
         ({"gate": True}, "gate=True is for PPO's engine"),
         ({"networks": "both"}, "networks='both' is for PPO's engine"),
+        ({"corrective_epochs": 1}, r"with ModuleJumps, run them after jump\(\), and then record\(\)"),
+        ({"corrective_epochs": -1}, "corrective_epochs=-1 is below 0"),
         ({"horizon": 0}, "horizon=0"),
         ({"damping": math.nan}, "damping=nan"),
         ({"damping": -1.0}, "damping=-1.0"),

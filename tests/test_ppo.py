@@ -73,8 +73,8 @@ def test_one_iteration_equals_a_plain_trial_fed_the_same_noise(
         noise.append(original_noise(generator))
         return noise[-1]
 
-    def kept_permutations() -> np.ndarray:
-        permutations.append(original_permutations())
+    def kept_permutations(epochs: int) -> np.ndarray:
+        permutations.append(original_permutations(epochs))
         return permutations[-1]
 
     group._noise = kept_noise  # type: ignore[method-assign]
@@ -144,6 +144,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "recomputed": {"recompute_advantages": True},
     "bootstrapped": {"bootstrap_truncated": True, "activation": "relu"},
     "zoo's": {"activation": "relu", "initialisation": "uniform", "initial_log_std": -2.0, "clip_values": False},
+    "replicas": {"replicas": 2},
     "dpo": {"drift": "dpo", "policy_rate_ratio": 2.0},
 }
 
@@ -189,3 +190,41 @@ def test_a_fresh_policy_is_as_the_options_say() -> None:
         for part in ("weight", "bias"):
             largest = np.abs(named[f"{layer}.{part}"]).max() * inputs**0.5
             assert 0.5 < largest <= 1.0, f"{layer}.{part} is not torch's default"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_replicas_are_averaged_once_an_iteration_and_each_shuffles_on_its_own(engine: str) -> None:
+    """Against two groups of one replica, handed the permutations that the replicas drew."""
+    replicated = dataclasses.replace(SMALL, ppo=dataclasses.replace(SMALL.ppo, replicas=2))
+    group, drawn = TrialGroup(replicated, engine, [1, 2]), []
+    original = group._permutations
+
+    def kept(epochs: int) -> np.ndarray:
+        drawn.append(original(epochs))
+        return drawn[-1]
+
+    group._permutations = kept  # type: ignore[method-assign]
+    snapshots = [one.weights for one in group.run_iteration() if one.seed == 1]
+    assert not np.array_equal(drawn[0], drawn[1])
+    ends, seen = [], []
+    for replica in range(2):
+        alone, own = TrialGroup(SMALL, engine, [1, 2]), iter(drawn[replica::2])
+        alone._permutations = lambda epochs, own=own: next(own)  # type: ignore[method-assign]
+        seen.append([one.weights for one in alone.run_iteration() if one.seed == 1])
+        ends.append([alone.parameters_KN, alone.first_moments_KN, alone.second_moments_KN])
+    assert not np.array_equal(ends[0][0], ends[1][0])
+    for mean, first, second in zip(snapshots, *seen, strict=True):
+        np.testing.assert_allclose(mean, (first + second) / 2, rtol=1e-6, atol=1e-8)
+    for one, *pair in zip([group.parameters_KN, group.first_moments_KN, group.second_moments_KN], *ends, strict=True):
+        np.testing.assert_allclose(one, (pair[0] + pair[1]) / 2, rtol=1e-6, atol=1e-12)
+    assert group.adam_steps_K.tolist() == [40, 40]
+    assert group.gradient_steps_K.tolist() == [80, 80]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradient_steps_are_those_that_adam_made(engine: str) -> None:
+    group = TrialGroup(dataclasses.replace(SMALL, ppo=dataclasses.replace(SMALL.ppo, target_kl=1e-12)), engine, [1, 2])
+    for iterations in (1, 2):
+        list(group.run_iteration())
+        # It stops after the first epoch of ten.
+        assert group.gradient_steps_K.tolist() == [4 * iterations] * 2

@@ -62,6 +62,12 @@ def mine(text: str) -> Callable[[], object]:
     return with_file("mine.toml", text, job("collect", "--experiment", "mine.toml"))
 
 
+def with_contender(fields: str) -> Callable[[], object]:
+    """An experiment's file with a second contender, and the job that would run it."""
+    text = f'[[accelerate.contenders]]\nname = "10"\n\n[[accelerate.contenders]]\nname = "mine"\n{fields}\n'
+    return with_file("mine.toml", text, job("accelerate", "--experiment", "mine.toml"))
+
+
 def fails(error: Exception) -> Callable[[], object]:
     """What a job makes of an error in the middle of its work."""
 
@@ -100,15 +106,19 @@ CASES = [
     ),
     Case(
         what="A contender's predictor is misspelt",
-        attempt=job("accelerate", "--accelerate.contenders", "10", "4+rigde"),
+        attempt=with_contender('jump = {predictor = "rigde"}'),
     ),
     Case(
-        what="A contender's option is misspelt",
-        attempt=job("accelerate", "--accelerate.contenders", "10", "4+ridge:gat"),
+        what="A field of a contender's PPO is misspelt",
+        attempt=with_contender("ppo = {num_epoch = 4}"),
     ),
     Case(
         what="A contender leaves no epochs to its predictor",
-        attempt=job("accelerate", "--accelerate.contenders", "10", "10+ridge"),
+        attempt=with_contender('jump = {predictor = "ridge"}'),
+    ),
+    Case(
+        what="A contender that is to run is none of the experiment's",
+        attempt=job("accelerate", "--accelerate.only", "4+rigde"),
     ),
     Case(
         what="The search would take seeds that are reported",

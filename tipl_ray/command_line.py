@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tipl_ray.config import JOBS, MOVED, Experiment, check_place, fields_read
+from tipl_ray.config import JOBS, MOVED, Experiment, check_place, every_field, fields_read
 from tipl_ray.digest import redacted
 from tipl_ray.errors import UserError, nearest
 from tipl_ray.experiments import find_experiment, load_experiment, named_experiments
@@ -200,7 +200,9 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
 
     tasks = {experiment.collect.task: "collect.task"} if set(jobs) - {"accelerate"} else {}
     if "accelerate" in jobs:
-        tasks |= {task.partition("@")[0]: "accelerate.tasks" for task in experiment.accelerate.tasks}
+        for field in ("tasks", "search_tasks"):
+            given = getattr(experiment.accelerate, field)
+            tasks |= {task.partition("@")[0]: f"accelerate.{field}" for task in given}
     for task, field in tasks.items():
         module, _, name = task.rpartition(":")
         if not module and name not in gymnasium.registry:
@@ -210,18 +212,13 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
     if "train" in jobs or "evaluate" in jobs:
         for storage in experiment.train.data:
             _check_folder("train.data", storage)
-    if "accelerate" in jobs and experiment.accelerate.predictors:
+    if "accelerate" in jobs and any(one.jump for one in experiment.accelerate.running):
         where = experiment.where
         path = find_experiment(where.predictors_from, "predictors_from")
         source = load_experiment(path, preset="causal").check_fields()
-        size = source.collect.epochs_per_snapshot
-        for contender, epochs in experiment.accelerate.predictors.items():
-            skipped = source.ppo.num_epochs - epochs
-            if skipped < size or skipped % size or epochs % size:
-                raise ValueError(
-                    f"accelerate.contenders: {contender!r} leaves {skipped} of {source.ppo.num_epochs} epochs to a "
-                    f"predictor of snapshots that are {size} epochs apart"
-                )
+        for contender in experiment.accelerate.running:
+            if contender.jump:
+                contender.horizon(experiment.ppo, source)
         if where.predictors_storage is not None:
             _check_folder("predictors_storage", where.predictors_storage)
 
@@ -247,7 +244,7 @@ def _without_effect(experiment: Experiment, said: Collection[str]) -> Iterator[t
         none_of("evaluate", fields, "evaluate.run_policies_of is empty, so that no policy is run")
     if experiment.sweep.search == "grid":
         none_of("sweep", ("num_samples", "seed"), "a grid has every combination once")
-    if not experiment.accelerate.predictors:
+    if not any(one.jump for one in experiment.accelerate.running):
         none_of("where", ("predictors_from", "predictors_storage"), "no contender has a predictor")
     for field in said:
         if field in reasons:
@@ -260,7 +257,7 @@ def _said(arguments: Sequence[str], jobs: Sequence[str]) -> list[str]:
     Raises ValueError for an option that is given twice, that these jobs do not read, or that there is not.
     """
     said: list[str] = []
-    known = {_option(field): field for field in fields_read(JOBS)}
+    known = {_option(field): field for field in every_field()}
     moved = {_option(field): _option(f"where.{field.rpartition('.')[2]}") for field in MOVED}
     for argument in arguments:
         if not argument.startswith("--") or argument == "--":
@@ -284,6 +281,8 @@ def _said(arguments: Sequence[str], jobs: Sequence[str]) -> list[str]:
 def _check_read(option: str, field: str, jobs: Sequence[str]) -> None:
     if field not in fields_read(jobs):
         readers = [job for job in JOBS if field in fields_read([job])]
+        if not readers:
+            raise ValueError(f"{option}: it is set in the experiment's file alone")
         do = f"{', '.join(readers[:-1])} and {readers[-1]} do" if len(readers) > 1 else f"{readers[0]} does"
         raise ValueError(f"{option}: {_named(jobs)} does not read it; {do}")
 

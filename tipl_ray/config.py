@@ -7,7 +7,6 @@ The defaults are the paper's (Section 4.1) and, where the paper is silent, what 
 import dataclasses
 import functools
 import json
-import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -57,8 +56,8 @@ JOBS: dict[str, tuple[str, ...]] = {
         *("where.cpus_per_trial", "where.gpus_per_trial"),
     ),
     "accelerate": (
-        *("collect", "-collect.task", "ppo", "-ppo.num_epochs", "-ppo.learning_rate"),
-        *("accelerate", "evaluate.confidence", "where.physics_threads"),
+        *("collect", "-collect.task", "ppo", "-ppo.learning_rate"),
+        *("accelerate", "-accelerate.contenders", "evaluate.confidence", "where.physics_threads"),
         *("where.predictors_from", "where.predictors_storage", "where.units_at_once", "where.keep_weights"),
     ),
 }
@@ -113,6 +112,9 @@ class Ppo:
     stable-baselines3 does; CleanRL takes such an end for any other."""
     recompute_advantages: bool = dataclasses.field(default=False, metadata=LATER)
     """Compute values, advantages and returns anew before each update epoch, by the critic as it is then."""
+    replicas: Annotated[int, Field(ge=1, le=64)] = dataclasses.field(default=1, metadata=LATER)
+    """Copies of networks and optimizer that each train on the rollout, with minibatches shuffled in their own order;
+    the iteration ends with their mean (CAPO, arXiv 2603.12596, in parameter space)."""
     entropy_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Weight of the entropy bonus."""
     value_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 0.5
@@ -135,6 +137,11 @@ class Ppo:
             raise ValueError(
                 f"ppo.desired_kl={self.desired_kl} adapts the learning rate, and ppo.schedule={self.schedule!r} sets "
                 "it: give ppo.schedule=constant"
+            )
+        if self.replicas > 1 and (self.desired_kl or self.target_kl):
+            raise ValueError(
+                f"ppo.replicas={self.replicas} are averaged after the same number of steps at the same learning rate, "
+                "which ppo.desired_kl and ppo.target_kl would give each of its own"
             )
         if self.num_steps % self.num_minibatches or self.minibatch_size < 2:
             raise ValueError(
@@ -328,26 +335,133 @@ class Evaluate:
 
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Jump:
+    """A jump at the end of every PPO iteration, by a predictor of snapshots."""
+
+    predictor: str
+    """Name of a predictor that combines displacements, or `tipl`, the Transformer that predictors_from has trained."""
+    horizon: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Snapshots that the jump stands for and that end the iteration; 0 for those that an iteration of predictors_from
+    has beyond the epochs run before it."""
+    damping: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Share of the forecast that is taken; above 1 goes further."""
+    networks: Literal["policy", "both"] = "policy"
+    """What jumps: the policy alone, or the critic too, by a forecast of its own."""
+    moments: Literal["kept", "reset"] = "kept"
+    """Adam's moments and step count after a jump."""
+    gate: bool = False
+    """Keep a jump only if the surrogate objective on the stored rollout does not fall."""
+    corrective_epochs: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Update epochs of ppo.num_epochs that are run after the jump, and not before it."""
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OuterStep:
+    """What a PPO iteration moved as the gradient of an outer optimizer: SGD with Nesterov's momentum (outer-PPO, arXiv
+    2411.00666)."""
+
+    rate: Positive = 1.0
+    """The outer learning rate; 1 without momentum is PPO."""
+    momentum: Share = 0.0
+    """Share of the outer velocity that is left after an iteration."""
+    networks: Literal["policy", "both"] = "both"
+    """What it moves: the policy alone, or the critic too."""
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """A way to run PPO's updates."""
+
+    name: str
+    """What tables and pictures call it."""
+    ppo: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict, hash=False)
+    """Fields of [ppo] that it has otherwise."""
+    jump: Jump | None = None
+    """How it jumps, if it does."""
+    outer: OuterStep | None = None
+    """Its outer step, if it has one."""
+    searched: str = "learning_rate"
+    """Number of [ppo] that is chosen for it by the search."""
+    values: tuple[float, ...] = ()
+    """What that is chosen from, rising; accelerate.learning_rates where nothing is said, and as many as those."""
+    per_task: bool = False
+    """Choose for each task by itself, on search seeds of that task: an oracle where others have one setting for all."""
+
+    def check(self) -> None:
+        """Refuse what means nothing. Raises ValueError naming the contender."""
+        try:
+            check_text("name", self.name)
+            if self.jump and self.outer:
+                raise ValueError("a jump and an outer step are both given")
+            if self.searched in self.ppo:
+                raise ValueError(f"ppo.{self.searched}={self.ppo[self.searched]!r} is what is searched")
+            if list(self.values) != sorted(set(self.values)):
+                raise ValueError(f"values={list(self.values)} do not rise")
+            if self.searched != "learning_rate" and not self.values:
+                raise ValueError(f"ppo.{self.searched} is searched, and values are not given")
+            if self.jump and self.jump.predictor not in (known := (*PREDICTORS.names(), "tipl")):
+                raise no_such("jump.predictor", self.jump.predictor, known)
+        except ValueError as error:
+            raise ValueError(f"accelerate.contenders: {self.name!r}: {error}") from error
+
+    def ppo_at(self, ppo: Ppo, value: float | None) -> Ppo:
+        """Its own PPO, made of another, at a value of what is searched. Raises ValueError naming the contender."""
+        table = {**self.ppo, **({} if value is None else {self.searched: value})}
+        try:
+            made: Ppo = validated(Ppo, as_table(ppo) | table, "ppo.")
+            made.check()
+        except ValueError as error:
+            raise ValueError(f"accelerate.contenders: {self.name!r}: {error}") from error
+        return made
+
+    def epochs_before_jump(self, ppo: Ppo) -> int:
+        """Update epochs that an iteration runs before its jump."""
+        return int(self.ppo.get("num_epochs", ppo.num_epochs)) - (self.jump.corrective_epochs if self.jump else 0)
+
+    def horizon(self, ppo: Ppo, source: "Experiment") -> int:
+        """Snapshots that its jump stands for, `source` being the experiment that predictors come from.
+
+        Raises ValueError naming the contender where no whole snapshots are left to predict.
+        """
+        run, size = self.epochs_before_jump(ppo), source.collect.epochs_per_snapshot
+        skipped = self.jump.horizon * size if self.jump and self.jump.horizon else source.ppo.num_epochs - run
+        if skipped < size or skipped % size or run % size:
+            raise ValueError(
+                f"accelerate.contenders: {self.name!r} runs {run} epochs before its jump and leaves {skipped} of "
+                f"{source.ppo.num_epochs} to a predictor of snapshots that are {size} epochs apart"
+            )
+        return skipped // size
+
+
+def _with_jumps(epochs: int, predictors: Sequence[str]) -> tuple[Contender, ...]:
+    ppo: dict[str, bool | int | float | str] = {"num_epochs": epochs}
+    return tuple(Contender(name=f"{epochs}+{name}", ppo=ppo, jump=Jump(predictor=name)) for name in predictors)
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Accelerate:
     """PPO with and without jumps, side by side on the unseen seeds that `collect` names."""
 
     tasks: tuple[str, ...] = ("HalfCheetah-v4", "InvertedPendulum-v4", "Hopper-v4", "Walker2d-v4")
     """Gymnasium ids; TASK@STEPS for other environment steps than collect.total_env_steps."""
-    contenders: tuple[str, ...] = (
-        "10",
-        "4",
-        "4+ridge",
-        "4+tipl",
-        "4+damped",
-        "4+linear",
-        "4+first-again",
-        "4+rank-1-from-last",
-        "4+dmd",
+    contenders: Annotated[tuple[Contender, ...], tyro.conf.Suppress] = (
+        Contender(name="10"),
+        Contender(name="4", ppo={"num_epochs": 4}),
+        *_with_jumps(4, ("ridge", "tipl", "damped", "linear", "first-again", "rank-1-from-last", "dmd")),
     )
-    """EPOCHS or EPOCHS+PREDICTOR, with :OPTION,... of gate, reset, both, xDAMPING; the first is what others are held
+    """A section [[accelerate.contenders]] of the experiment's file for each; the first is what others are held
     against."""
+    only: tuple[str, ...] = dataclasses.field(default=(), metadata=LATER)
+    """Names of the contenders that run, beside the first; all of them where none is given."""
     learning_rates: tuple[Positive, ...] = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
-    """What each contender's learning rate is chosen from, by area under the curve, rising."""
+    """What each contender's learning rate is chosen from, by area under the curve, rising; a single one is taken as it
+    is."""
+    search_tasks: tuple[str, ...] = dataclasses.field(default=(), metadata=LATER)
+    """Tasks, as TASK or TASK@STEPS, on which one learning rate is chosen for all tasks: the one with the best mean rank
+    over them. Where none is given each task has its own."""
     search_first_seed: Natural = 10_001
     """Seed of the first trial of the search; none of them is reported."""
     search_trials: Annotated[int, Field(ge=1, le=100_000)] = 5
@@ -360,23 +474,40 @@ class Accelerate:
         for field in ("tasks", "contenders", "learning_rates"):
             if not getattr(self, field):
                 raise ValueError(f"accelerate.{field} is empty")
+        names = [contender.name for contender in self.contenders]
+        _check_once("accelerate", "contenders", names)
+        for field in ("tasks", "search_tasks", "only"):
             _check_once("accelerate", field, getattr(self, field))
-        for task in self.tasks:
-            name, at, steps = task.partition("@")
-            if not name or (at and not (steps.isdecimal() and 1 <= int(steps) <= LARGEST)):
-                raise ValueError(
-                    f"accelerate.tasks: {task!r} is not TASK or TASK@STEPS, with environment steps from 1 to {LARGEST}"
-                )
+        for name in self.only:
+            if name not in names:
+                raise no_such("accelerate.only", name, names)
+        for field in ("tasks", "search_tasks"):
+            for task in getattr(self, field):
+                name, at, steps = task.partition("@")
+                if not name or (at and not (steps.isdecimal() and 1 <= int(steps) <= LARGEST)):
+                    raise ValueError(
+                        f"accelerate.{field}: {task!r} is not TASK or TASK@STEPS, with environment steps from 1 to "
+                        f"{LARGEST}"
+                    )
         for contender in self.contenders:
-            _check_contender(contender)
+            contender.check()
+            if len(contender.values) not in (0, len(self.learning_rates)):
+                raise ValueError(
+                    f"accelerate.contenders: {contender.name!r} is chosen from {len(contender.values)} values, and "
+                    f"others from {len(self.learning_rates)}: all have the same budget"
+                )
         if list(self.learning_rates) != sorted(set(self.learning_rates)):
             raise ValueError(f"accelerate.learning_rates={self.learning_rates} do not rise from above 0")
 
     @property
-    def predictors(self) -> dict[str, int]:
-        """Update epochs of each contender that jumps, by its name."""
-        plans = {name: name.partition(":")[0].partition("+") for name in self.contenders}
-        return {name: int(epochs) for name, (epochs, _, predictor) in plans.items() if predictor}
+    def running(self) -> tuple[Contender, ...]:
+        """The contenders that run, the one that others are held against first."""
+        first, *others = self.contenders
+        return (first, *(one for one in others if not self.only or one.name in self.only))
+
+    def values_of(self, contender: Contender) -> tuple[float, ...]:
+        """What a contender's searched number is chosen from."""
+        return contender.values or self.learning_rates
 
 
 @pydantic.with_config(STRICT)
@@ -573,8 +704,9 @@ class Experiment:
     def _check_trials(self, jobs: Collection[str]) -> None:
         steps = {f"collect.total_env_steps={self.collect.total_env_steps}": self.collect.total_env_steps}
         if "accelerate" in jobs:
-            given = [task.partition("@") for task in self.accelerate.tasks]
-            steps |= {f"accelerate.tasks={task}@{count}": int(count) for task, _, count in given if count}
+            for field in ("tasks", "search_tasks"):
+                given = [task.partition("@") for task in getattr(self.accelerate, field)]
+                steps |= {f"accelerate.{field}={task}@{count}": int(count) for task, _, count in given if count}
         for where, count in steps.items():
             if count < self.ppo.num_steps:
                 raise ValueError(f"{where} is less than one iteration of ppo.num_steps={self.ppo.num_steps}")
@@ -638,11 +770,13 @@ class Experiment:
                 f"accelerate.search_first_seed={searched[0]} and accelerate.search_trials={len(searched)} take some of "
                 f"the seeds {reported[0]} to {reported[-1]}, which are reported"
             )
-        for contender in settings.contenders:
-            if int(re.split("[+:]", contender)[0]) % self.collect.epochs_per_snapshot:
+        for contender in settings.running:
+            for value in settings.values_of(contender):
+                contender.ppo_at(self.ppo, value)
+            if contender.epochs_before_jump(self.ppo) < 1:
                 raise ValueError(
-                    f"collect.epochs_per_snapshot={self.collect.epochs_per_snapshot} does not divide the epochs of "
-                    f"accelerate.contenders {contender!r}"
+                    f"accelerate.contenders: {contender.name!r}: jump.corrective_epochs leaves none of ppo.num_epochs "
+                    "to run before the jump"
                 )
 
 
@@ -698,9 +832,14 @@ def _complaint(item: Any) -> str:
 @functools.cache
 def _fields() -> tuple[str, ...]:
     """Every section, and every field by its dotted name."""
-    experiment = Experiment(name="any")
-    sections = [field.name for field in dataclasses.fields(experiment)]
-    return tuple(dict.fromkeys([*sections, *(name for name, _ in flat(as_table(experiment)))]))
+    sections = [field.name for field in dataclasses.fields(Experiment)]
+    return tuple(dict.fromkeys([*sections, *every_field()]))
+
+
+@functools.cache
+def every_field() -> tuple[str, ...]:
+    """Fields of an experiment by their dotted names, in its order."""
+    return tuple(name for name, _ in flat(as_table(Experiment(name="any"))))
 
 
 def fields_read(jobs: Collection[str]) -> tuple[str, ...]:
@@ -710,10 +849,9 @@ def fields_read(jobs: Collection[str]) -> tuple[str, ...]:
         return any(field == part or field.startswith(f"{part}.") for part in parts)
 
     left_out = {job: [part.removeprefix("-") for part in JOBS[job] if part.startswith("-")] for job in jobs}
-    every = [name for name, _ in flat(as_table(Experiment(name="any")))]
     return tuple(
         field
-        for field in every
+        for field in every_field()
         if any(holds((*EVERY_JOB, *JOBS[job]), field) and not holds(left_out[job], field) for job in jobs)
     )
 
@@ -758,29 +896,6 @@ def _check_name(field: str, whole: str, name: str, also: str = "") -> None:
         raise ValueError(f"{field}={whole!r} ends in {name[-1]!r}, which some would leave out")
     if len(whole.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"{field}={whole[:20]!r}... has {len(whole.encode())} bytes, more than {MAX_NAME_BYTES}")
-
-
-def _check_contender(contender: str) -> None:
-    """EPOCHS or EPOCHS+PREDICTOR[:OPTION,...], as contenders.py reads it."""
-    plan, colon, options = contender.partition(":")
-    epochs, plus, predictor = plan.partition("+")
-    known = (*PREDICTORS.names(), "tipl")
-    if not epochs.isdecimal() or not 1 <= int(epochs) <= 10_000 or (colon and not (predictor and options)):
-        raise ValueError(
-            f"accelerate.contenders: {contender!r} is not EPOCHS or EPOCHS+PREDICTOR[:OPTION,...], with 1 to 10000 "
-            "epochs"
-        )
-    if plus and predictor not in known:
-        raise no_such(f"accelerate.contenders: {contender!r}: predictor", predictor, known)
-    given = options.split(",") if options else []
-    _check_once(f"accelerate.contenders: {contender!r}", "options", given)
-    for option in given:
-        damping = re.fullmatch(r"x(\d+\.?\d*|\.\d+)", option)
-        if option not in ("gate", "reset", "both") and not (damping and 0 < float(damping[1]) <= 1e6):
-            raise ValueError(
-                f"accelerate.contenders: {contender!r}: {option!r} is not gate, reset, both or xDAMPING, above 0"
-                f"{nearest(option, ('gate', 'reset', 'both'))}"
-            )
 
 
 def _check_last_seed(section: str, field: str, first: int, count: int) -> None:

@@ -114,6 +114,9 @@ def _upgraded(table: dict[str, Any]) -> dict[str, Any]:
     table = {name: dict(part) if isinstance(part, dict) else part for name, part in table.items()}
     table.pop("jump", None)  # which is no part of an experiment any more
     where = table.setdefault("where", {})
+    # Contenders were words once; what runs them writes no table.
+    if any(isinstance(one, str) for one in table.get("accelerate", {}).get("contenders", ())):
+        del table["accelerate"]["contenders"]
     for moved in MOVED:
         section, _, field = moved.rpartition(".")
         part = table.get(section, {}) if section else table

@@ -25,7 +25,7 @@ class Reinforce(TrialGroup):
         if self.ppo.num_epochs != 1:
             raise ValueError(f"ppo.num_epochs={self.ppo.num_epochs}: REINFORCE learns once from each rollout, give 1")
 
-    def update(self, learning_rates_K: np.ndarray) -> None:
+    def update(self, learning_rates_K: np.ndarray, epochs: int) -> None:
         """See `TrialGroup.update`."""
         rollouts, size = self.rollouts, self.shape.num_policy_weights
         returns_KS = rollouts.rewards_KS.copy()

@@ -1,17 +1,17 @@
 """Accelerate: contenders with and without jumps, trained side by side on seeds that nothing was fitted on.
 
-Each contender's learning rate is chosen by a grid on seeds of its own, the same for all of them; the best one then runs
-on the seeds that are reported. A unit of work, one contender at one learning rate on one task, is one stack of trials
-in one Ray task, committed to a data set of its own: whatever is killed goes on from its last commits.
+Each contender's learning rate, or another number in its place, is chosen by a grid on seeds of its own, the same for
+all of them; the best one then runs on the seeds that are reported. A unit of work, one contender with one setting on
+one task, is one stack of trials in one Ray task, committed to a data set of its own: whatever is killed goes on from
+its last commits.
 
     <storage>/predictors/<digest>/<name>/    what the jumps are made of, fitted on another experiment's trials
-    <storage>/units/<digest>/unit.json       a unit's learning curves; beside it its trials while it runs
+    <storage>/units/<digest>/                a unit, as units.py has it
     <storage>/accelerations/<digest>/        table.csv, curves.csv, search.csv, tasks.csv,
                                              report.html, figures/
 """
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,59 +22,33 @@ import ray
 from matplotlib.figure import Figure
 
 from tipl_ray import pages
-from tipl_ray.accelerate import contenders, figures
-from tipl_ray.accelerate.contenders import (
-    TIPL,
-    Contender,
-    Finished,
-    Fitted,
-    Row,
-    Unit,
-    comparable,
-    filled,
-    jump_question,
-    unit_table,
-)
-from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps
+from tipl_ray.accelerate import contenders, figures, scores
+from tipl_ray.accelerate.contenders import TIPL, Fitted, Unit, unit_table
+from tipl_ray.accelerate.scores import Finished, Row, best_value, comparable, predictor_of
+from tipl_ray.accelerate.units import AccelerationError, has_run, load_unit, run_unit
 from tipl_ray.collect.collection import pending_seeds
 from tipl_ray.collect.crew import require_seat, seat_resources
-from tipl_ray.collect.group import GroupCollector
-from tipl_ray.config import Experiment
+from tipl_ray.config import Contender, Experiment
 from tipl_ray.data.locks import only_one
-from tipl_ray.data.storage import (
-    StoreError,
-    file_exists,
-    join,
-    last_name,
-    local_folder,
-    publish,
-    read_published,
-    write_file,
-)
+from tipl_ray.data.storage import StoreError, file_exists, join, last_name, local_folder, write_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest
 from tipl_ray.drawing import png
-from tipl_ray.errors import UserError
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.experiments import load_experiment
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.pages import as_csv
-from tipl_ray.ppo.algorithms import NOTHING
+from tipl_ray.ppo.algorithms import Extension
 from tipl_ray.ppo.engines import ENGINES, choose_engine
+from tipl_ray.predict.gram import Question
+from tipl_ray.predict.saved import ABOUT_PREDICTOR_FILE as PREDICTOR_FILE
 from tipl_ray.predict.saved import load_predictor, predictor_digest
 from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder
 
-UNIT_FILE, UNIT_RECORD = "unit.json", "unit.sha256"
 Cell = tuple[str, int, Contender]
 """Task, environment steps and contender: what one row of the table stands for."""
-SLICE_SECONDS = 5.0
-"""Seconds of work between two looks at whether a unit has run."""
-
-
-class AccelerationError(UserError):
-    """A unit has nothing to compare: says why, and the way out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +58,7 @@ class Plan:
     experiment: Experiment
     source: Experiment
     predictors: dict[str, Fitted]
-    """By name."""
+    """By their contenders' names."""
     engine: str
 
     @property
@@ -95,13 +69,22 @@ class Plan:
         answers = {name: one.digest for name, one in self.predictors.items()}
         return digest(one.accelerate, run, one.ppo, one.evaluate.confidence, answers)
 
+    @property
+    def searched_on(self) -> tuple[str, ...]:
+        """Tasks on which one setting is chosen for all; none where each has its own."""
+        return tuple(_task(self.experiment, name)[0] for name in self.experiment.accelerate.search_tasks)
+
     def of(self, unit: Unit) -> Experiment:
         """The experiment that a unit runs."""
-        return unit.experiment(self.experiment, self.jumps(unit))
+        return unit.experiment(self.experiment, self.source, self.extension(unit))
 
-    def jumps(self, unit: Unit) -> Jumps | None:
-        """The jumps of a unit; None where its contender has none."""
-        return unit.jumps(self.source, self.predictors)
+    def extension(self, unit: Unit) -> Extension:
+        """What a unit adds to PPO's iterations."""
+        return unit.extension(self.experiment, self.source, self.predictors)
+
+    def load(self, unit: Unit) -> Finished:
+        """A unit that has run. Raises AccelerationError where no episode of a trial ended."""
+        return load_unit(unit, self.of(unit), contenders.epochs_of(unit.contender, self.experiment))
 
 
 def run_acceleration(experiment: Experiment) -> None:
@@ -111,8 +94,11 @@ def run_acceleration(experiment: Experiment) -> None:
     """
     with exit_status():
         check_job(experiment)
-        named = [Contender.parse(name) for name in experiment.accelerate.contenders]
+        named = experiment.accelerate.running
         source = source_experiment(experiment)
+        for contender in named:
+            if contender.jump:
+                contenders.jump_settings(contender, experiment, source)
         tracker = open_tracker(experiment)
         with connected_to_ray():
             engine = choose_engine(experiment.collect.engine, experiment.ppo)
@@ -141,41 +127,46 @@ def source_experiment(experiment: Experiment) -> Experiment:
 
 
 def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[Contender]) -> dict[str, Fitted]:
-    """Every predictor that a contender needs, by name, fitted now where it was not before.
+    """Every contender's predictor, by the contender's name, fitted now where it was not before.
 
     Rules, which learn nothing, need no trials. Raises StoreError where others need the source's trials or its trained
     model, and these are missing.
     """
-    wanted: dict[str, int] = {}
-    for one in named:
-        if one.predictor:
-            # The furthest that any contender jumps with it: nearer steps are answered too.
-            wanted[one.predictor] = max(one.jump_settings(source).horizon, wanted.get(one.predictor, 0))
-    learned = {one.predictor: one.name for one in named if one.learned}
-    data = _source_digest(source, next(iter(learned.values()))) if learned else None
     folders: dict[str, str] = {}
-    for horizon in sorted(set(wanted.values())):
-        names = [name for name, own in wanted.items() if own == horizon and name != TIPL]
-        fitted, question = [name for name in names if name in learned], jump_question(source, horizon)
-        rules = join(experiment.storage_path, "predictors", digest(question))
-        folders |= {name: join(rules, name) for name in names}
-        if fitted:
-            fits = join(
-                experiment.storage_path, "predictors", digest(data, source.split, source.model.context, horizon)
-            )
-            folders |= {name: join(fits, name) for name in fitted}
-        missing = [name for name in names if not file_exists(folders[name], "predictor.json")]
-        contenders.save_rules(question, [name for name in missing if name not in learned], rules)
-        if missing := [name for name in missing if name in learned]:
-            say(f"accelerate: fitting {', '.join(missing)} on the trials of {source.name}")
-            _result(ray.remote(contenders.fit_and_save).remote(source, horizon, missing, fits))
-    if TIPL in wanted:
-        folders[TIPL] = model_folder(source, str(data))
-        if not file_exists(folders[TIPL], "model.json"):
-            raise StoreError(
-                f"{folders[TIPL]}: no trained model of {source.name} is there; run jobs/train.py --preset causal with "
-                "that experiment first"
-            )
+    jumping = [one for one in named if one.jump]
+    learning = [one for one in jumping if contenders.is_learned(one)]
+    data = _source_digest(source, learning[0].name) if learning else None
+    for one in jumping:
+        if one not in learning:
+            question = contenders.jump_question(one, experiment, source)
+            folders[one.name] = join(experiment.storage_path, "predictors", digest(question), predictor_of(one))
+            if not file_exists(folders[one.name], PREDICTOR_FILE):
+                contenders.save_rule(question, predictor_of(one), folders[one.name])
+    missing: dict[str, tuple[Question, list[str]]] = {}
+    for one in learning:
+        if predictor_of(one) == TIPL:
+            folders[one.name] = model_folder(source, str(data))
+            if not file_exists(folders[one.name], "model.json"):
+                raise StoreError(
+                    f"{folders[one.name]}: no trained model of {source.name} is there; run jobs/train.py --preset "
+                    "causal with that experiment first"
+                )
+            continue
+        # The furthest that any contender jumps with it: nearer steps are answered too.
+        asked = [
+            contenders.jump_question(other, experiment, source)
+            for other in learning
+            if predictor_of(other) == predictor_of(one)
+        ]
+        question = max(asked, key=lambda question: question.future)
+        made_of = digest(data, source.split, source.model.context, question.future)
+        fits = join(experiment.storage_path, "predictors", made_of)
+        folders[one.name] = join(fits, predictor_of(one))
+        if not file_exists(folders[one.name], PREDICTOR_FILE):
+            missing.setdefault(fits, (question, []))[1].append(predictor_of(one))
+    for fits, (question, names) in missing.items():
+        say(f"accelerate: fitting {', '.join(dict.fromkeys(names))} on the trials of {source.name}")
+        _result(ray.remote(contenders.fit_and_save).remote(source, question, list(dict.fromkeys(names)), fits))
     return {
         name: Fitted(predictor=load_predictor(folder), digest=predictor_digest(folder))
         for name, folder in folders.items()
@@ -208,120 +199,43 @@ def _result(reference: ray.ObjectRef) -> Any:
         ) from error
 
 
-def has_run(folder: str) -> bool:
-    """Whether a unit's learning curves are there, as they were written; damaged ones are made again."""
-    if not file_exists(folder, UNIT_FILE):
-        return False
-    try:
-        json.loads(_read_unit(folder))
-    except (StoreError, ValueError):
-        say(f"accelerate: {join(folder, UNIT_FILE)} is damaged, and the unit is run again")
-        return False
-    return True
-
-
-def _read_unit(folder: str) -> bytes:
-    return read_published(folder, UNIT_FILE, UNIT_RECORD, "delete it, and the same command runs the unit again")
-
-
-def run_unit(experiment: Experiment, engine: str, jumps: Jumps | None = None) -> None:
-    """Run every trial of a unit, from its last commits, and write its learning curves; nothing if they are there."""
-    folder = experiment.storage_path
-    if has_run(folder):
-        return
-    # Of this thread alone: a Ray worker has others, which wait for messages.
-    extension = jumps or NOTHING
-    collector, begin = GroupCollector(experiment, engine, extension=extension), time.thread_time()
-    progress = before = collector.start(experiment.collect.seeds)
-    while not progress.finished:
-        progress = collector.advance(SLICE_SECONDS)
-    # What was run before a kill took its time elsewhere: the share run here stands for all of it.
-    share_here = (progress.env_steps - before.env_steps) / progress.total_env_steps
-    seconds = (time.thread_time() - begin) / share_here if share_here else None
-    store, iterations = TrajectoryStore(folder), experiment.num_iterations
-    diverged = store.divergences(experiment.collect.seeds)
-    first = slice(
-        1, None, extension.snapshots_per_iteration(experiment)
-    )  # an iteration's episodes stand at its first snapshot
-    returns = []
-    for seed in experiment.collect.seeds:
-        whole = diverged[seed].iteration if seed in diverged else iterations
-        known_I = store.trajectory(seed, columns=["episodic_return"]).episodic_returns_T[first][:whole]
-        returns.append([None if np.isnan(value) else float(value) for value in known_I])
-    table: dict[str, Any] = {
-        "returns": returns,
-        "diverged": sorted(diverged),
-        "env_steps": (experiment.ppo.num_steps * np.arange(1, iterations + 1)).tolist(),
-        "cpu_seconds": seconds,
-        "jump_counts": _jump_counts(collector),
-        "experiment": unit_table(experiment, jumps),
-    }
-    publish(folder, {UNIT_FILE: json.dumps(table).encode()}, UNIT_RECORD)
-
-
-def _jump_counts(collector: GroupCollector) -> list[int]:
-    """Jumps taken, dropped by the gate, and refused, over the trials that have not diverged; empty without jumps."""
-    hooks = collector.hooks
-    return hooks.counts_K3.sum(axis=0).tolist() if isinstance(hooks, GroupJumps) else []
-
-
-def load_unit(plan: Plan, unit: Unit) -> Finished:
-    """A unit that has run. Raises AccelerationError where no episode of a trial ended."""
-    experiment = plan.of(unit)
-    table = json.loads(_read_unit(experiment.storage_path))
-    env_steps_I, diverged = np.array(table["env_steps"]), table.get("diverged", [])
-    returns_SI = np.full((len(table["returns"]), len(env_steps_I)), np.nan)
-    for seed, returns_I, known in zip(experiment.collect.seeds, returns_SI, table["returns"], strict=True):
-        curve_1I = np.array([known], dtype=np.float64)
-        if not np.isnan(curve_1I).all():
-            returns_I[: len(known)] = filled(curve_1I)[0]
-        elif seed not in diverged:
-            raise AccelerationError(
-                f"{unit.task}, contender {unit.contender.name!r}: no episode of trial {seed} ended within "
-                f"{env_steps_I[-1]:,} env steps, so there is no return to compare; give the task more steps, as in "
-                f"{unit.task}@{10 * env_steps_I[-1]}"
-            )
-    per_iteration = experiment.ppo.num_epochs * experiment.ppo.num_minibatches
-    return Finished(
-        unit=unit,
-        returns_SI=returns_SI,
-        env_steps_I=env_steps_I,
-        gradient_steps_I=per_iteration * np.arange(1, len(env_steps_I) + 1),
-        cpu_seconds=float("nan") if table["cpu_seconds"] is None else table["cpu_seconds"],
-        jump_counts=table["jump_counts"],
-        num_diverged=len(diverged),
-    )
-
-
 def _run_units(
     plan: Plan, named: Sequence[Contender], tracker: Tracker, parent: Run
 ) -> tuple[list[Finished], list[Finished]]:
-    """Every contender on the reported seeds at its best learning rate, and all that the search for it ran.
+    """Every contender on the reported seeds with its best setting, and all that the search for it ran.
 
     Task by task, in the contenders' order.
     """
     settings = plan.experiment.accelerate
-    cells = [(*_task(plan.experiment, name), contender) for name in settings.tasks for contender in named]
-    searches = {cell: [_unit(cell, rate, search=True) for rate in settings.learning_rates] for cell in cells}
+    tasks = [_task(plan.experiment, name) for name in settings.tasks]
+    cells = [(*task, contender) for task in tasks for contender in named]
+    # One search for all tasks of a contender, or one for each.
+    searches = {cell: _search(plan.experiment, cell) for cell in cells}
     finals: dict[Cell, Unit] = {}
-    waiting = [unit for units in searches.values() for unit in units]
-    total = len(waiting) + len(cells)
+    every = list(dict.fromkeys(unit for contender in named for task in tasks for unit in searches[*task, contender]))
+    waiting, total = list(every), len(every) + len(cells)
     running: dict[ray.ObjectRef, Unit] = {}
     ran: set[Unit] = set()
     limit = plan.experiment.where.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
+    def decide() -> None:
+        """What is reported of every cell whose search has run."""
+        for cell, units in searches.items():
+            if cell not in finals and ran.issuperset(units):
+                values = settings.values_of(cell[2])
+                value = best_value([plan.load(one) for one in units]) if units else values[0]
+                finals[cell] = _unit(cell, value, search=False)
+                waiting.insert(0, finals[cell])
+
     def settle(unit: Unit) -> None:
         """Log a unit that has run; the last one of a search decides what is reported."""
         ran.add(unit)
-        _log_unit(plan, load_unit(plan, unit), tracker, parent)
-        cell = (unit.task, unit.env_steps, unit.contender)
-        if unit.search and ran.issuperset(searches[cell]):
-            rate = contenders.best_learning_rate([load_unit(plan, one) for one in searches[cell]])
-            finals[cell] = _unit(cell, rate, search=False)
-            waiting.insert(0, finals[cell])
+        _log_unit(plan, plan.load(unit), tracker, parent)
+        decide()
 
     needs = seat_resources(plan.experiment, plan.engine)
     send: Any = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=3)(run_unit)
+    decide()
     with ProgressView() as view:
         while waiting or running:
             while waiting and len(running) < limit:
@@ -329,20 +243,32 @@ def _run_units(
                 if has_run(plan.of(unit).storage_path):
                     settle(unit)
                 else:
-                    running[send.remote(plan.of(unit), plan.engine, plan.jumps(unit))] = unit
+                    running[send.remote(plan.of(unit), plan.engine, plan.extension(unit))] = unit
             ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
             for reference in ready:
                 _result(reference)
                 settle(running.pop(reference))
-            now = ", ".join(f"{unit.contender.name} at {unit.learning_rate:g}" for unit in running.values())
+            now = ", ".join(f"{unit.contender.name} at {unit.value:g}" for unit in running.values())
             view.show([], f"accelerate: {len(ran)} of {total} units done; running {now or 'none'}")
-    finished = [load_unit(plan, finals[cell]) for cell in cells]
-    return finished, [load_unit(plan, unit) for cell in cells for unit in searches[cell]]
+    return [plan.load(finals[cell]) for cell in cells], [plan.load(unit) for unit in every]
 
 
-def _unit(cell: Cell, learning_rate: float, *, search: bool) -> Unit:
+def _search(experiment: Experiment, cell: Cell) -> list[Unit]:
+    """What chooses a cell's setting: every value on every task of its search; nothing where there is but one value."""
+    settings, (name, env_steps, contender) = experiment.accelerate, cell
+    values = settings.values_of(contender)
+    if len(values) == 1:
+        return []
+    tasks = [_task(experiment, one) for one in settings.search_tasks]
+    if contender.per_task or not tasks:
+        # As many steps as the other tasks are searched with, so that cells are shared.
+        tasks = [next((task for task in tasks if task[0] == name), (name, tasks[0][1] if tasks else env_steps))]
+    return [_unit((*task, contender), value, search=True) for task in tasks for value in values]
+
+
+def _unit(cell: Cell, value: float, *, search: bool) -> Unit:
     task, env_steps, contender = cell
-    return Unit(task=task, env_steps=env_steps, contender=contender, learning_rate=learning_rate, search=search)
+    return Unit(task=task, env_steps=env_steps, contender=contender, value=value, search=search)
 
 
 def _task(experiment: Experiment, name: str) -> tuple[str, int]:
@@ -354,10 +280,10 @@ def _task(experiment: Experiment, name: str) -> tuple[str, int]:
 def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
     """A child run per unit, and its snapshots' end."""
     experiment, unit = plan.of(one.unit), one.unit
-    name = f"{unit.task} {unit.contender.name} {unit.learning_rate:g}{' search' if unit.search else ''}"
+    name = f"{unit.task} {unit.contender.name} {unit.value:g}{' search' if unit.search else ''}"
     tags = {"task": unit.task, "contender": unit.contender.name, "search": str(unit.search)}
     with tracker.run(name, f"unit-{last_name(experiment.storage_path)}", parent=parent, tags=tags) as run:
-        run.log_parameters(unit_table(experiment, plan.jumps(unit)))
+        run.log_parameters(unit_table(experiment, plan.extension(unit)))
         run.log_metrics({"cpu_seconds": one.cpu_seconds, "diverged": one.num_diverged})
         (whole,) = comparable([one])
         if np.isfinite(whole.returns_SI).all():
@@ -381,16 +307,17 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
     resampling = Resampling(
         confidence=experiment.evaluate.confidence, bootstrap=experiment.accelerate.bootstrap, seed=0
     )
-    rows = contenders.score(finished, plan.source.collect.task, resampling)
-    rates = contenders.search_rows(searched)
-    together = contenders.over_tasks(finished, resampling)
+    rows = scores.score(finished, plan.source.collect.task, resampling, plan.searched_on)
+    chosen = {(one.task, one.contender.name, one.value) for one in _chosen(plan, finished)}
+    rates = scores.search_rows(searched, chosen)
+    together = scores.over_tasks(finished, resampling, plan.searched_on)
     tables = {"table": rows, "search": rates, "tasks": together, "curves": _curve_rows(finished)}
     for name, table in tables.items():
         write_file(folder, f"{name}.csv", as_csv(table))
-    lines = contenders.sentences(rows, resampling.confidence)
-    lines += contenders.sentences_over_tasks(together, len({(row["task"], row["env_steps"]) for row in rows}))
+    lines = scores.sentences(rows, resampling.confidence)
+    lines += scores.sentences_over_tasks(together, len({(row["task"], row["env_steps"]) for row in rows}))
     shown = []
-    for name, (heading, sentence, figure) in _draw(finished, rows, rates, resampling).items():
+    for name, (heading, sentence, figure) in _draw(finished, rows, rates, together, resampling).items():
         picture = png(figure)
         run.log_figure(picture, name)
         write_file(join(folder, "figures"), f"{name}.png", picture)
@@ -401,16 +328,22 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
         facts=_facts(plan, rows),
         sentences=lines,
         pictures=shown,
-        rows=contenders.table(rows),
+        rows=scores.table(rows),
         confidence=f"{resampling.confidence:.0%}",
         files={name: join(folder, f"{name}.csv") for name in tables},
     ).encode()
     run.log_file(page, "report.html")
     write_file(folder, "report.html", page)
-    say_rows(contenders.table(rows))
+    say_rows(scores.table(rows))
     for line in lines:
         say(line)
     say(f"accelerate: table, curves and report in {folder}")
+
+
+def _chosen(plan: Plan, finished: Sequence[Finished]) -> list[Unit]:
+    """The units of the search whose setting is reported."""
+    cells = [(one.unit, (one.unit.task, one.unit.env_steps, one.unit.contender)) for one in finished]
+    return [unit for one, cell in cells for unit in _search(plan.experiment, cell) if unit.value == one.value]
 
 
 def _facts(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
@@ -424,7 +357,11 @@ def _facts(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _draw(
-    finished: Sequence[Finished], rows: Sequence[Row], rates: Sequence[Row], resampling: Resampling
+    finished: Sequence[Finished],
+    rows: Sequence[Row],
+    rates: Sequence[Row],
+    together: Sequence[Row],
+    resampling: Resampling,
 ) -> dict[str, tuple[str, str, Figure]]:
     """Heading, sentence and figure of every picture, by its file's name."""
     drawn = {
@@ -432,6 +369,11 @@ def _draw(
             "Areas under the curve",
             "Filled where the interval of the difference does not include 0.",
             figures.areas(rows),
+        ),
+        "acceleration_shares": (
+            "Areas against gradient steps, over tasks",
+            "Filled where the interval of the share does not include 1.",
+            figures.shares(together),
         ),
         "acceleration_learning_rates": (
             "Areas by learning rate, in the search",
@@ -441,7 +383,7 @@ def _draw(
     }
     for task, env_steps in dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished):
         own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
-        curves = {one.unit.contender.name: (one.env_steps_I, one.returns_SI) for one in own}
+        curves = {one.unit.contender.name: (one.env_steps_I, one.gradient_steps_I, one.returns_SI) for one in own}
         title = f"{task}, {len(own[0].returns_SI)} trials"
         drawn[f"acceleration_{task.removesuffix('-v4')}_{env_steps}"] = (
             title,

@@ -9,31 +9,74 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from tipl_ray.drawing import INK, SOFT, as_shipped, dress, explain, is_first_in_line, legend_below, new_figure, wrapped
 from tipl_ray.evaluate.figures import COLOURS, colour_of
 from tipl_ray.evaluate.metrics import MIN_TRIALS, Resampling, Row, interquartile_mean, numbers
 
+MOST_CURVES = 9
+"""Contenders whose learning curves one picture holds."""
+
 
 @as_shipped()
-def contenders(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, resampling: Resampling) -> Figure:
-    """Learning curves of contenders, (env_steps_I, returns_SI) each: interquartile mean over trials, with its band.
+def contenders(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], title: str, resampling: Resampling
+) -> Figure:
+    """Learning curves of contenders, (env_steps_I, gradient_steps_I, returns_SI) each, over environment steps and over
+    gradient steps: interquartile mean over trials, with its band.
 
-    The first contender, which the others are held against, is black; where a name ends in a predictor's, its colour.
+    The first contender, which the others are held against, is black; where a name ends in a predictor's, its colour. Of
+    many the first and those with the largest areas are drawn.
     """
-    figure, (axes,) = new_figure(1, width=9.5, height=4.8)
+    figure, panels = new_figure(2, width=11.5, height=4.8, share=True)
+    best = sorted(list(curves)[1:], key=lambda name: -float(curves[name][2].mean()))[: MOST_CURVES - 1]
     entries = []
-    for index, (name, (steps_I, returns_SI)) in enumerate(curves.items()):
-        colour, jumps = _contender_colour(name, index == 0), name.partition("+")[2]
-        if len(returns_SI) >= MIN_TRIALS:
-            axes.fill_between(steps_I, *resampling.band(returns_SI), color=colour, alpha=0.12, linewidth=0)
-        axes.plot(steps_I, interquartile_mean(returns_SI.T), color=colour, linewidth=1.9)
-        label = f"{name.partition('+')[0]} epochs" + (f", jumps by {jumps}" if jumps else "")
-        entries.append(Line2D([], [], color=colour, linewidth=2.2, label=label))
-    dress(axes, f"PPO with and without jumps: {title}", "environment steps", "episodic return, interquartile mean")
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    legend_below(figure, entries)
+    for index, (name, (env_steps_I, gradient_steps_I, returns_SI)) in enumerate(curves.items()):
+        if index and name not in best:
+            continue
+        colour = _contender_colour(name, index == 0)
+        for axes, steps_I in zip(panels, (env_steps_I, gradient_steps_I), strict=True):
+            if len(returns_SI) >= MIN_TRIALS:
+                axes.fill_between(steps_I, *resampling.band(returns_SI), color=colour, alpha=0.12, linewidth=0)
+            axes.plot(steps_I, interquartile_mean(returns_SI.T), color=colour, linewidth=1.9)
+        entries.append(Line2D([], [], color=colour, linewidth=2.2, label=_said(name)))
+    for axes, across in zip(panels, ("environment steps", "gradient steps"), strict=True):
+        up = "episodic return, interquartile mean" if is_first_in_line(axes) else ""
+        dress(axes, title if up else "The same, by what the updates cost", across, up)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    left_out = len(curves) - len(entries)
+    legend_below(figure, entries, [f"and {left_out} with smaller areas, not drawn"] if left_out else [])
+    return figure
+
+
+@as_shipped()
+def shares(rows: Sequence[Row]) -> Figure:
+    """Area under the curve as a share of the first contender's, over tasks at once, against the share of its gradient
+    steps; a panel per scope. Rows are `scores.over_tasks`'."""
+    scopes = list(dict.fromkeys(row["scope"] for row in rows))
+    figure, panels = new_figure(len(scopes), width=6.2 * max(1, len(scopes)), height=5.4, share=True)
+    for axes, scope in zip(panels, scopes, strict=False):
+        first, *others = [row for row in rows if row["scope"] == scope]
+        for row in others:
+            colour, across = _contender_colour(row["contender"], first=False), row["share_of_gradient_steps"]
+            apart = row["share_low"] > 1 or row["share_high"] < 1
+            axes.plot([across] * 2, [row["share_low"], row["share_high"]], color=colour, linewidth=1.2, alpha=0.6)
+            axes.plot(across, row["share"], "o", ms=6, mfc=colour if apart else "white", mec=colour, mew=1.5)
+            place, offset = (across, row["share"]), (6, 0)
+            axes.annotate(row["contender"], place, offset, textcoords="offset points", fontsize=8.5, va="center")
+        axes.plot(1, 1, "s", ms=8, color=INK)
+        axes.axhline(1, color=INK, linewidth=1.0, zorder=1)
+        axes.set_xscale("log")
+        ticks = [0.1, 0.2, 0.4, 1, 2]
+        axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlim(0.08, 3.2)
+        across, up = f"gradient steps, as a share of those of {_said(first['contender'])}", "area, as a share"
+        dress(axes, f"{scope} ({first['tasks']})", across, up if is_first_in_line(axes) else "")
+    if not scopes:
+        explain(panels[0], "No task has an area of which others could be shares")
     return figure
 
 
@@ -41,7 +84,7 @@ def contenders(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, 
 def areas(rows: Sequence[Row]) -> Figure:
     """Area under the curve, less the first contender's and as a share of it, with its interval; a panel per task.
 
-    Rows are `contenders.score`'s. Filled is what the interval tells apart from the first contender.
+    Rows are `scores.score`'s. Filled is what the interval tells apart from the first contender.
     """
     tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
     names = list(dict.fromkeys(row["contender"] for row in rows))
@@ -63,7 +106,7 @@ def areas(rows: Sequence[Row]) -> Figure:
             axes.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
             axes.plot(middle, place, "o", ms=7, mfc=face, mec=colour, mew=1.8)
         axes.axvline(0, color=INK, linewidth=1.4, zorder=1)
-        dress(axes, f"{task}\n{env_steps:,} steps", f"AUC relative to {first['contender']} epochs [%]", "")
+        dress(axes, f"{task}\n{env_steps:,} steps", f"area less that of {_said(first['contender'])} [%]", "")
         axes.set_yticks(range(1, len(names)), [wrapped(figure, name, 2.2, 10.5) for name in names[1:]])
         axes.set_ylim(max(len(names), 2) - 0.4, 0.4)
     if len(names) < 2:
@@ -75,8 +118,9 @@ def areas(rows: Sequence[Row]) -> Figure:
 def learning_rates(rows: Sequence[Row]) -> Figure:
     """Mean area under the curve over the trials of a search, by learning rate; a panel per task, the chosen filled.
 
-    Rows are `contenders.search_rows`'.
+    Rows are `scores.search_rows`'; contenders of which something else was searched are left out.
     """
+    rows = [row for row in rows if row["searched"] == "learning_rate"]
     tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
     figure, panels = new_figure(len(tasks), width=2.2 + 3.1 * min(3, len(tasks)), height=4.2, across=3)
     entries: dict[str, Line2D] = {}
@@ -85,12 +129,12 @@ def learning_rates(rows: Sequence[Row]) -> Figure:
         for index, name in enumerate(dict.fromkeys(row["contender"] for row in own)):
             line = [row for row in own if row["contender"] == name]
             colour = _contender_colour(name, index == 0)
-            axes.plot(numbers(line, "learning_rate"), numbers(line, "auc"), color=colour, lw=1.5, marker="o", ms=3)
+            axes.plot(numbers(line, "value"), numbers(line, "auc"), color=colour, lw=1.5, marker="o", ms=3)
             for best in (row for row in line if row["chosen"]):
-                axes.plot(best["learning_rate"], best["auc"], "o", ms=8, color=colour)
+                axes.plot(best["value"], best["auc"], "o", ms=8, color=colour)
             entries.setdefault(name, Line2D([], [], color=colour, linewidth=2.2, label=name))
         axes.set_xscale("log")
-        rates = sorted({row["learning_rate"] for row in own})
+        rates = sorted({row["value"] for row in own})
         axes.set_xticks(rates, [f"{1e4 * rate:.4g}" for rate in rates])
         axes.minorticks_off()
         up = f"area under the curve, mean of {own[0]['seeds']} trials" if is_first_in_line(axes) else ""
@@ -101,7 +145,17 @@ def learning_rates(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def _said(name: str) -> str:
+    """A contender's name as a legend says it."""
+    epochs, _, jumps = name.partition("+")
+    if not epochs.isdecimal():
+        return name
+    return f"{epochs} epochs" + (f", jumps by {jumps}" if jumps else "")
+
+
 def _contender_colour(name: str, first: bool) -> str:
-    """The first contender is black, others without jumps grey; with jumps they have their predictor's colour."""
+    """The first contender is black, other numbers of epochs grey; jumps have their predictor's colour."""
     jumps = name.partition("+")[2]
-    return INK if first else colour_of(jumps) if jumps else COLOURS["copy-last"]
+    if first or name.isdecimal():
+        return INK if first else COLOURS["copy-last"]
+    return colour_of(jumps or name)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl_ray.accelerate.jumps import Forecaster, History, JumpSettings, check_schedule, propose
-from tipl_ray.digest import as_table
+from tipl_ray.digest import identity
 from tipl_ray.ppo.algorithms import Extension, Hooks, State
 from tipl_ray.ppo.trials import TrialGroup
 from tipl_ray.predict.predictor import Combination
@@ -46,7 +46,7 @@ class Jumps(Extension):
     @property
     def header(self) -> Mapping[str, Any]:
         """The settings and what the predictor answers, wherever it is kept."""
-        return {"jump": as_table(self.settings) | {"predictor": self.digest}}
+        return {"jump": identity(self.settings) | {"predictor": self.digest}}
 
     def hooks(self, group: TrialGroup) -> Hooks:
         """Jumps of a group. Raises ValueError where the predictor does not fit the snapshots of its iterations."""
@@ -91,13 +91,20 @@ class GroupJumps(Hooks):
             worse_K = group.surrogates(there_KN) < group.surrogates(group.parameters_KN)
             self._drop(worse_K)
             moves_KHM[worse_K] = 0.0
-        for step in range(horizon):
+        for step in range(horizon - 1):
             group.parameters_KN[:, moved] += moves_KHM[:, step]
             yield
+        group.parameters_KN[:, moved] += moves_KHM[:, -1]
         self.carry_on(moves_KHM, group.parameters_KN)
         if self.settings.moments == "reset":
             for array in (group.first_moments_KN, group.second_moments_KN, group.adam_steps_K):
                 array[moves_KHM.any(axis=(1, 2))] = 0
+        if self.settings.corrective_epochs:
+            group.run_epochs(learning_rates_K, self.settings.corrective_epochs)
+            for histories, parameters_N in zip(self._histories, group.parameters_KN, strict=True):
+                for part, history in zip(self._parts, histories, strict=True):
+                    history.amend(parameters_N[part])
+        yield
 
     def propose(self, progress_K: NDArray[np.float64], learning_rates_K: NDArray[np.float64]) -> NDArray[np.float32]:
         """The moves (K, H, M) that stand for the epochs not run; 0 and a warning where a forecast is refused.

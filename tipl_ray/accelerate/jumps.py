@@ -42,12 +42,17 @@ class JumpSettings:
     """Adam's moments and step count after a jump."""
     gate: bool = False
     """Keep a jump only if the surrogate objective on the stored rollout does not fall."""
+    corrective_epochs: int = dataclasses.field(default=0, metadata={"later": True})
+    """Update epochs that are run after a trial's jump, by Adam as it was; the iteration's last snapshot is then where
+    they lead."""
     limit: float = 3.0
     """Refuse a jump that goes further per snapshot than this many times the context's longest displacement."""
 
     def __post_init__(self) -> None:
         if self.horizon < 1:
             raise ValueError(f"horizon={self.horizon} is below 1: a jump stands for one snapshot at least")
+        if self.corrective_epochs < 0:
+            raise ValueError(f"corrective_epochs={self.corrective_epochs} is below 0")
         for field in ("damping", "limit"):
             # What float32 holds; NaN is refused too.
             if not 1e-37 < (value := getattr(self, field)) < 1e37:
@@ -111,6 +116,13 @@ class History:
         self.displacements_KP[places_H] = moves_HP
         self.last_P[:] = weights_P
         self.oldest = (self.oldest + len(places_H)) % len(self.displacements_KP)
+
+    def amend(self, weights_P: NDArray[np.floating]) -> None:
+        """Let the last displacement end at other weights than it did."""
+        self._multiply_fresh()
+        self.displacements_KP[self._order()[-1]] += weights_P - self.last_P
+        self.last_P[:] = weights_P
+        self.fresh = 1
 
     def of_others(self, weights_P: NDArray[np.floating], kept: Iterable[tuple[slice, slice]]) -> "History":
         """The history of other weights: those of the slices kept, (here, there), go on; the rest has not moved yet."""
@@ -333,6 +345,7 @@ def _check_module_settings(settings: JumpSettings) -> None:
     for field, done, otherwise in (
         ("networks", "policy", "make a ModuleJumps for each module that is to jump"),
         ("moments", "kept", "reset your optimizer's state where jump() returns True"),
+        ("corrective_epochs", 0, "run them after jump(), and then record()"),
         ("gate", False, "compare your objective before and after jump(), and restore the weights where it fell"),
     ):
         if (value := getattr(settings, field)) != done:

@@ -1,13 +1,13 @@
 """A group of PPO trials in lock step: a generator of snapshots, with a state to save and restore per trial.
 
-K trials, S steps of a rollout, A action values, E update epochs between two snapshots, P policy weights, N parameters.
+K trials, S steps of a rollout, A action values, E update epochs, P policy weights, N parameters.
 The algorithm is CleanRL's `ppo_continuous_action.py`. A trial draws everything random from its own generators, and no
 arithmetic crosses from one trial to another, so that its snapshots do not depend on the group that it runs in. Where
 snapshots and states are kept is the caller's affair.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -62,6 +62,9 @@ class TrialGroup:
         self.parameters_KN = np.stack([self.shape.initial_parameters(one, *fresh) for one in self.generators])
         self.first_moments_KN, self.second_moments_KN = np.zeros((2, count, size), dtype=np.float32)
         self.adam_steps_K, self.iterations_K = np.zeros((2, count), dtype=np.int64)
+        self.gradient_steps_K = np.zeros(count, dtype=np.int64)
+        """Gradient steps that were run in this process, those of all replicas together."""
+        self._replicas: list[list[np.ndarray]] = []
         self.adapted_rates_K = np.full(count, self.ppo.learning_rate)
         """Learning rates as they are adapted, where they are."""
         self.diverged: dict[int, tuple[int, str]] = {}
@@ -107,39 +110,59 @@ class TrialGroup:
         learning_rates_K = self._first_rates_K.copy()
         self.iterations_K += 1
         self.going_on_K[:] = 1
+        self._replicas = []
         for index in range(1, self.snapshots_run + 1):
-            self.update(learning_rates_K)
+            self.run_epochs(learning_rates_K, self.collect.epochs_per_snapshot)
             yield from self._finite_snapshots(index, returns if index == 1 else [None] * len(self))
             self.hooks.record(self)
+        self._replicas = []
         for index, _ in enumerate(self.hooks.move(self, learning_rates_K), self.snapshots_run + 1):
             yield from self._finite_snapshots(index, [None] * len(self))
 
-    def update(self, learning_rates_K: np.ndarray) -> None:
-        """Move `parameters_KN` in place, by the update epochs on `rollouts` that lead to the next snapshot.
+    def run_epochs(self, learning_rates_K: np.ndarray, epochs: int) -> None:
+        """`update`, with its gradient steps counted."""
+        before_K = self.adam_steps_K.copy()
+        self.update(learning_rates_K, epochs)
+        self.gradient_steps_K += self.ppo.replicas * (self.adam_steps_K - before_K)
+
+    def update(self, learning_rates_K: np.ndarray, epochs: int) -> None:
+        """Move `parameters_KN` in place, by so many update epochs on `rollouts`.
 
         To be overridden: advantages are in the rollouts, what is random comes from each trial's own of `generators`.
         """
-        permutations_KES = self._permutations()
-        at_once = 1 if self.ppo.recompute_advantages else permutations_KES.shape[1]
-        for first in range(0, permutations_KES.shape[1], at_once):
+        trained = [self.parameters_KN, self.first_moments_KN, self.second_moments_KN, self.adam_steps_K]
+        if self.ppo.replicas == 1:
+            self._optimise(trained, learning_rates_K, epochs)
+        else:
+            # They go their own ways until the iteration ends; where a snapshot is taken, their mean is.
+            self._replicas = self._replicas or [[one.copy() for one in trained] for _ in range(self.ppo.replicas)]
+            for replica in self._replicas:
+                self._optimise(replica, learning_rates_K, epochs)
+            for one, *copies in zip(trained, *self._replicas, strict=True):
+                one[:] = np.mean(copies, axis=0, dtype=np.float64)
+        if self.ppo.desired_kl:
+            self.adapted_rates_K[:] = learning_rates_K
+
+    def _optimise(self, trained: Sequence[np.ndarray], learning_rates_K: np.ndarray, epochs: int) -> None:
+        """Update epochs of parameters, Adam's moments and its step counts, in place."""
+        parameters_KN, first_moments_KN, second_moments_KN, adam_steps_K = trained
+        permutations_KES = self._permutations(epochs)
+        at_once = 1 if self.ppo.recompute_advantages else epochs
+        for first in range(0, epochs, at_once):
             if self.ppo.recompute_advantages:
                 # Of the policy that collected the log-probabilities stay.
                 scratch = np.empty_like(self.rollouts.log_probabilities_KS)
-                self.learner.advantages(
-                    self.parameters_KN, dataclasses.replace(self.rollouts, log_probabilities_KS=scratch)
-                )
+                self.learner.advantages(parameters_KN, dataclasses.replace(self.rollouts, log_probabilities_KS=scratch))
             self.learner.update(
-                self.parameters_KN,
-                self.first_moments_KN,
-                self.second_moments_KN,
-                self.adam_steps_K,
+                parameters_KN,
+                first_moments_KN,
+                second_moments_KN,
+                adam_steps_K,
                 learning_rates_K,
                 self.going_on_K,
                 self.rollouts,
                 np.ascontiguousarray(permutations_KES[:, first : first + at_once]),
             )
-        if self.ppo.desired_kl:
-            self.adapted_rates_K[:] = learning_rates_K
 
     def _finite_snapshots(self, index: int, returns: list[float | None]) -> Iterator[Snapshot]:
         """A snapshot of every trial that has not diverged by now."""
@@ -217,9 +240,9 @@ class TrialGroup:
     def _noise(self, generator: np.random.Generator) -> np.ndarray:
         return generator.standard_normal((self.ppo.num_steps, self.shape.action_size), dtype=np.float32)
 
-    def _permutations(self) -> np.ndarray:
+    def _permutations(self, epochs: int) -> np.ndarray:
         """(K, E, S) int32, each trial's from its own generator."""
-        steps, epochs = self.ppo.num_steps, self.collect.epochs_per_snapshot
+        steps = self.ppo.num_steps
         permutations = [[generator.permutation(steps) for _ in range(epochs)] for generator in self.generators]
         return np.array(permutations, dtype=np.int32)
 
@@ -272,6 +295,7 @@ class TrialGroup:
         self.generators = [self.generators[k] for k in kept]
         for name, array in self._per_trial().items():
             setattr(self, name, array[kept])
+        self.gradient_steps_K = self.gradient_steps_K[kept]
         self.hooks.keep(kept)
         self._allocate()
 

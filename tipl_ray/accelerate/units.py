@@ -1,0 +1,184 @@
+"""A unit of an acceleration: one stack of trials, run from its last commits, and the learning curves that it leaves.
+
+    <folder>/unit.json       learning curves, gradient steps and CPU time; beside it the unit's trials while it runs
+
+Shapes: K trials of a group, S trials of a unit, I PPO iterations.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tipl_ray.accelerate.contenders import Unit, unit_table
+from tipl_ray.accelerate.group_jumps import GroupJumps
+from tipl_ray.accelerate.scores import Finished, filled
+from tipl_ray.collect.group import GroupCollector
+from tipl_ray.config import Experiment
+from tipl_ray.data.storage import StoreError, file_exists, join, publish, read_published
+from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.errors import UserError
+from tipl_ray.ppo.algorithms import NOTHING, Extension, Hooks, State
+from tipl_ray.ppo.trials import TrialGroup
+from tipl_ray.terminal import say
+
+UNIT_FILE, UNIT_RECORD = "unit.json", "unit.sha256"
+SLICE_SECONDS = 5.0
+"""Seconds of work between two looks at whether a unit has run."""
+
+
+class AccelerationError(UserError):
+    """A unit has nothing to compare: says why, and the way out."""
+
+
+class Counted(Extension):
+    """An extension whose trials' gradient steps are counted, iteration by iteration; it changes nothing."""
+
+    def __init__(self, inner: Extension):
+        self.inner = inner
+
+    @property
+    def num_snapshots(self) -> int:
+        """The inner extension's."""
+        return self.inner.num_snapshots
+
+    @property
+    def header(self) -> Mapping[str, Any]:
+        """The inner extension's: counting is no part of the data."""
+        return self.inner.header
+
+    def hooks(self, group: TrialGroup) -> Hooks:
+        """The inner extension's, counted."""
+        return CountedHooks(group, self.inner.hooks(group))
+
+
+class CountedHooks(Hooks):
+    """The hooks of K stacked trials, and how many gradient steps these had made at the end of each iteration."""
+
+    def __init__(self, group: TrialGroup, inner: Hooks):
+        self.inner, self._group = inner, group
+        self.gradient_steps_KI = np.zeros((len(group), group.num_iterations), dtype=np.int64)
+
+    def record(self, group: TrialGroup) -> None:
+        """The inner hooks'."""
+        self.inner.record(group)
+
+    def move(self, group: TrialGroup, learning_rates_K: np.ndarray) -> Iterator[None]:
+        """The inner hooks', then count."""
+        yield from self.inner.move(group, learning_rates_K)
+        for k, iterations in enumerate(group.iterations_K):
+            self.gradient_steps_KI[k, iterations - 1] = group.gradient_steps_K[k]
+
+    def keep(self, kept: np.ndarray) -> None:
+        """Go on with the kept trials alone, in their order."""
+        self.inner.keep(kept)
+        self.gradient_steps_KI = self.gradient_steps_KI[kept]
+
+    def state(self, k: int) -> State:
+        """The inner hooks', with the counts."""
+        return {**self.inner.state(k), "unit.gradient_steps": self.gradient_steps_KI[k].copy()}
+
+    def set_state(self, k: int, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a state, and count on from there."""
+        self.inner.set_state(k, state)
+        self.gradient_steps_KI[k] = state["unit.gradient_steps"]
+        self._group.gradient_steps_K[k] = self.gradient_steps_KI[k].max(initial=0)
+
+
+def has_run(folder: str) -> bool:
+    """Whether a unit's learning curves are there, as they were written; damaged ones are made again."""
+    if not file_exists(folder, UNIT_FILE):
+        return False
+    try:
+        json.loads(_read_unit(folder))
+    except (StoreError, ValueError):
+        say(f"accelerate: {join(folder, UNIT_FILE)} is damaged, and the unit is run again")
+        return False
+    return True
+
+
+def _read_unit(folder: str) -> bytes:
+    return read_published(folder, UNIT_FILE, UNIT_RECORD, "delete it, and the same command runs the unit again")
+
+
+def run_unit(experiment: Experiment, engine: str, extension: Extension = NOTHING) -> None:
+    """Run every trial of a unit, from its last commits, and write its learning curves; nothing if they are there."""
+    folder = experiment.storage_path
+    if has_run(folder):
+        return
+    # Of this thread alone: a Ray worker has others, which wait for messages.
+    counted = Counted(extension)
+    collector, begin = GroupCollector(experiment, engine, extension=counted), time.thread_time()
+    progress = before = collector.start(experiment.collect.seeds)
+    while not progress.finished:
+        progress = collector.advance(SLICE_SECONDS)
+    # What was run before a kill took its time elsewhere: the share run here stands for all of it.
+    share_here = (progress.env_steps - before.env_steps) / progress.total_env_steps
+    seconds = (time.thread_time() - begin) / share_here if share_here else None
+    store, iterations = TrajectoryStore(folder), experiment.num_iterations
+    diverged = store.divergences(experiment.collect.seeds)
+    first = slice(
+        1, None, extension.snapshots_per_iteration(experiment)
+    )  # an iteration's episodes stand at its first snapshot
+    returns = []
+    for seed in experiment.collect.seeds:
+        whole = diverged[seed].iteration if seed in diverged else iterations
+        known_I = store.trajectory(seed, columns=["episodic_return"]).episodic_returns_T[first][:whole]
+        returns.append([None if np.isnan(value) else float(value) for value in known_I])
+    table: dict[str, Any] = {
+        "returns": returns,
+        "diverged": sorted(diverged),
+        "env_steps": (experiment.ppo.num_steps * np.arange(1, iterations + 1)).tolist(),
+        "cpu_seconds": seconds,
+        **_counts(collector),
+        "experiment": unit_table(experiment, extension),
+    }
+    publish(folder, {UNIT_FILE: json.dumps(table).encode()}, UNIT_RECORD)
+
+
+def _counts(collector: GroupCollector) -> dict[str, Any]:
+    """Jumps taken, dropped by the gate, and refused, and gradient steps up to the end of each iteration (trial,
+    iteration), over the trials that have not diverged; empty without jumps and without such a trial."""
+    hooks = collector.hooks
+    if not isinstance(hooks, CountedHooks):
+        return {"jump_counts": [], "gradient_steps": []}
+    jumps = hooks.inner
+    return {
+        "jump_counts": jumps.counts_K3.sum(axis=0).tolist() if isinstance(jumps, GroupJumps) else [],
+        "gradient_steps": hooks.gradient_steps_KI.tolist(),
+    }
+
+
+def load_unit(unit: Unit, experiment: Experiment, epochs: int) -> Finished:
+    """A unit that has run, with the experiment that it ran.
+
+    Raises AccelerationError where no episode of a trial ended.
+    """
+    table = json.loads(_read_unit(experiment.storage_path))
+    env_steps_I, diverged = np.array(table["env_steps"]), table.get("diverged", [])
+    returns_SI = np.full((len(table["returns"]), len(env_steps_I)), np.nan)
+    for seed, returns_I, known in zip(experiment.collect.seeds, returns_SI, table["returns"], strict=True):
+        curve_1I = np.array([known], dtype=np.float64)
+        if not np.isnan(curve_1I).all():
+            returns_I[: len(known)] = filled(curve_1I)[0]
+        elif seed not in diverged:
+            raise AccelerationError(
+                f"{unit.task}, contender {unit.contender.name!r}: no episode of trial {seed} ended within "
+                f"{env_steps_I[-1]:,} env steps, so there is no return to compare; give the task more steps, as in "
+                f"{unit.task}@{10 * env_steps_I[-1]}"
+            )
+    # Earlier versions did not count: then every trial ran all of its steps.
+    planned_I = epochs * experiment.ppo.num_minibatches * experiment.ppo.replicas * np.arange(1, len(env_steps_I) + 1)
+    counted_KI = np.array(table.get("gradient_steps") or [planned_I])
+    return Finished(
+        unit=unit,
+        returns_SI=returns_SI,
+        env_steps_I=env_steps_I,
+        gradient_steps_I=counted_KI.mean(axis=0).round().astype(np.int64),
+        epochs=epochs,
+        cpu_seconds=float("nan") if table["cpu_seconds"] is None else table["cpu_seconds"],
+        jump_counts=table["jump_counts"],
+        num_diverged=len(diverged),
+    )
