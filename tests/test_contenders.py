@@ -89,7 +89,7 @@ def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -
         ({"jump": Jump(predictor="rigde")}, r"did you mean ridge\?"),
         ({"jump": Jump(predictor="dmd"), "outer": OuterStep()}, "a jump and an outer step are both given"),
         ({"ppo": {"learning_rate": 1e-3}}, r"ppo.learning_rate=0.001 is what is searched"),
-        ({"ppo": {"num_epoch": 3}}, r"ppo.num_epoch=3: unknown key; did you mean num_epochs"),
+        ({"ppo": {"num_epoch": 3}}, r"ppo.num_epoch=3: unknown key; did you mean ppo.num_epochs"),
         ({"ppo": {"num_epochs": 0}}, r"ppo.num_epochs=0 is below 1"),
         ({"ppo": {"num_epochs": 2.5}}, r"ppo.num_epochs=2.5"),
         ({"ppo": {"replicas": 2, "target_kl": 0.1}}, "ppo.replicas=2 are averaged"),

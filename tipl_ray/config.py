@@ -493,7 +493,7 @@ class Accelerate:
             contender.check()
             if len(contender.values) not in (0, len(self.learning_rates)):
                 raise ValueError(
-                    f"accelerate.contenders: {contender.name!r} is chosen from {len(contender.values)} values, and "
+                    f"accelerate.contenders: {contender.name!r}: it is chosen from {len(contender.values)} values, and "
                     f"others from {len(self.learning_rates)}: all have the same budget"
                 )
         if list(self.learning_rates) != sorted(set(self.learning_rates)):
