@@ -353,6 +353,11 @@ class Jump:
     """Keep a jump only if the surrogate objective on the stored rollout does not fall."""
     corrective_epochs: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Update epochs of ppo.num_epochs that are run after the jump, and not before it."""
+    kl_limit: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Shorten a jump that would lead to a larger approximate KL divergence from the policy that collected; 0 does not.
+    """
+    numbers: tuple[float, ...] = ()
+    """Of the predictor `return-rule`: what its jumps count, as accelerate/return_rule.py says."""
 
 
 @pydantic.with_config(STRICT)
@@ -401,6 +406,8 @@ class Contender:
                 raise ValueError(f"values={list(self.values)} do not rise")
             if self.searched != "learning_rate" and not self.values:
                 raise ValueError(f"ppo.{self.searched} is searched, and values are not given")
+            if self.jump and len(self.jump.numbers) not in (0, 7 if self.jump.predictor == "return-rule" else 0):
+                raise ValueError(f"jump.numbers={list(self.jump.numbers)} are not the 7 of a return-rule")
             if self.jump and self.jump.predictor not in (known := (*PREDICTORS.names(), "tipl")):
                 raise no_such("jump.predictor", self.jump.predictor, known)
         except ValueError as error:

@@ -139,9 +139,11 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
     for one in jumping:
         if one not in learning:
             question = contenders.jump_question(one, experiment, source)
-            folders[one.name] = join(experiment.storage_path, "predictors", digest(question), predictor_of(one))
+            assert one.jump, "it jumps"
+            rule = digest(question, list(one.jump.numbers)) if one.jump.numbers else digest(question)
+            folders[one.name] = join(experiment.storage_path, "predictors", rule, predictor_of(one))
             if not file_exists(folders[one.name], PREDICTOR_FILE):
-                contenders.save_rule(question, predictor_of(one), folders[one.name])
+                contenders.save_rule(question, one.jump, folders[one.name])
     missing: dict[str, tuple[Question, list[str]]] = {}
     for one in learning:
         if predictor_of(one) == TIPL:
