@@ -82,9 +82,7 @@ class GroupJumps(Hooks):
     def move(self, group: TrialGroup, learning_rates_K: np.ndarray) -> Iterator[None]:
         """Go to where the epochs not run would have led, one snapshot after the other."""
         horizon, moved = self.settings.horizon, slice(self._num_moved)
-        # The snapshots so far, the predicted ones still to come: the trial's clock as the predictor's data has it.
-        done_K = group.iterations_K - horizon / group.snapshots_per_iteration
-        moves_KHM = self.propose(done_K / group.num_iterations, learning_rates_K / group.ppo.learning_rate)
+        moves_KHM = self.propose(self.progress(group), learning_rates_K / group.ppo.learning_rate)
         if self.settings.gate:
             there_KN = group.parameters_KN.copy()
             there_KN[:, moved] += moves_KHM.sum(axis=1)
@@ -107,6 +105,12 @@ class GroupJumps(Hooks):
                 for part, history in zip(self._parts, histories, strict=True):
                     history.amend(parameters_N[part])
         yield
+
+    def progress(self, group: TrialGroup) -> NDArray[np.float64]:
+        """Shares (K,) of the trials that have passed before the jump: their clock as the predictor's data has it."""
+        # The snapshots so far; the predicted ones are still to come.
+        done_K = group.iterations_K - self.settings.horizon / group.snapshots_per_iteration
+        return np.asarray(done_K / group.num_iterations, dtype=np.float64)
 
     def propose(self, progress_K: NDArray[np.float64], learning_rates_K: NDArray[np.float64]) -> NDArray[np.float32]:
         """The moves (K, H, M) that stand for the epochs not run; 0 and a warning where a forecast is refused.
