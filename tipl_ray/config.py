@@ -60,9 +60,17 @@ JOBS: dict[str, tuple[str, ...]] = {
         *("accelerate", "-accelerate.contenders", "evaluate.confidence", "where.physics_threads"),
         *("where.predictors_from", "where.predictors_storage", "where.units_at_once", "where.keep_weights"),
     ),
+    "find_rule": (
+        *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
+        *("-collect.num_trials", "-collect.first_seed", "-ppo.learning_rate", "improve", "-improve.regimes"),
+        *("-improve.stages", "-improve.pairs", "-improve.spread", "-improve.iterations", "where.physics_threads"),
+        "where.units_at_once",
+    ),
     "fork": (
         *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
-        *("-ppo.learning_rate", "improve", "-improve.regimes", "where.physics_threads", "where.units_at_once"),
+        *("-ppo.learning_rate", "improve", "-improve.regimes", "-improve.generations", "-improve.population"),
+        *("-improve.searches", "-improve.search_first_seed", "-improve.search_trials"),
+        *("where.physics_threads", "where.units_at_once"),
     ),
 }
 """What each job reads of an experiment: sections and fields, and with a dash what of them it does not."""
@@ -565,6 +573,16 @@ class Improve:
     """Standard deviations of the changes: of what the first and the last displacement and the past moves count."""
     iterations: Annotated[int, Field(ge=1, le=100_000)] = 10
     """PPO iterations that a branch is followed for."""
+    generations: Annotated[int, Field(ge=1, le=100_000)] = 15
+    """Generations of a search for a rule by CMA-ES."""
+    population: Annotated[int, Field(ge=4, le=1_000)] = 8
+    """Rules of a generation."""
+    searches: Annotated[int, Field(ge=1, le=1_000)] = 5
+    """Searches, each on seeds of its own: what one finds may be luck."""
+    search_first_seed: Natural = 30_001
+    """Seed of the first trial of the searches; the rules of a generation share theirs, and no two generations do."""
+    search_trials: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Trials of each rule on each task, in a regime that is drawn for each generation and task."""
 
     def check(self) -> None:
         for field in ("tasks", "regimes"):
