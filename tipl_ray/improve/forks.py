@@ -31,7 +31,8 @@ SCHEMA = pa.schema(
     [
         *(pa.field(name, pa.string(), nullable=False) for name in ("task", "regime")),
         pa.field("value", pa.float64(), nullable=False),
-        *(pa.field(name, pa.int32(), nullable=False) for name in ("seed", "iteration", "branch", "epochs")),
+        *(pa.field(name, pa.int32(), nullable=False) for name in ("seed", "iteration", "branch")),
+        *(pa.field(name, pa.int32(), nullable=False) for name in ("epochs", "recorded", "per_iteration")),
         *(pa.field(name, pa.float64(), nullable=False) for name in ("first", "last", "past", "decay")),
         *(pa.field(name, pa.float64(), nullable=False) for name in ("progress", "learning_rate", "log_std")),
         *(pa.field(name, pa.float64(), nullable=False) for name in ("divergence", "surrogate")),
@@ -40,7 +41,8 @@ SCHEMA = pa.schema(
         pa.field("returns", pa.list_(pa.float64()), nullable=False),
     ]
 )
-"""One row a branch. What first and last displacement and past moves count is that of its first jump; progress, learning
+"""One row a branch. Epochs are those before a jump, `recorded` the displacements that they make, `per_iteration` those
+with the jump's. What first and last displacement and past moves count is that of its first jump; progress, learning
 rate (a share of the first), the mean of log-std, the Gram matrix of the context (row by row), the approximate KL
 divergence from the policy that collected and the surrogate objective are as they were just before it. Returns are those
 of the episodes that ended in each iteration, NaN where none did."""
@@ -225,6 +227,7 @@ def _run_branches(
         {
             **{"task": cell.task, "regime": cell.regime.name, "value": cell.value},
             **{"seed": seed, "iteration": iteration, "branch": branch, "epochs": experiment.ppo.num_epochs},
+            **{"recorded": group.snapshots_run, "per_iteration": group.snapshots_per_iteration},
             **hooks.known[label],
             "returns": followed[label].tolist(),
         }
