@@ -93,7 +93,7 @@ def test_neither_the_scale_of_weights_nor_their_number_is_seen() -> None:
 def test_the_top_of_the_parabola_is_the_best_of_all_changes_within_the_limit() -> None:
     torch.manual_seed(1)
     model, what = GainTransformer(SIZE).eval(), seen(40)
-    torch.nn.init.normal_(model.slope.weight, std=0.02)
+    torch.nn.init.normal_(model.slope.weight, std=0.012)
     with torch.inference_mode():
         best_BC = model.best_change(what)
         inside = best_BC.abs().amax(dim=1) < 0.999 * FURTHEST
