@@ -121,7 +121,7 @@ class Recorder:
                 self._begin(self._store.header(others[:1]).columns)
             self._refuse_other_frozen()
         except Exception:
-            self._release()
+            self.abandon()
             raise
         self.num_committed = self._writer.next_snapshot if self._writer else 0
         """Snapshots of the trial that are committed."""
@@ -178,19 +178,20 @@ class Recorder:
         """Commit what is left and let the trial go; nothing can be recorded after it."""
         if self._open is not None:
             self.commit()
-            self._release()
+            self.abandon()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *others: Any) -> None:
-        """After an exception as after a kill: the run that goes on records again what is not committed."""
+        """Close, or after an exception abandon, so that a run that goes on leaves the bytes of an undisturbed one."""
         if exception is None:
             self.close()
         else:
-            self._release()
+            self.abandon()
 
-    def _release(self) -> None:
+    def abandon(self) -> None:
+        """Let the trial go as a kill would: what is not committed is lost, and recorded again by a run that goes on."""
         if self._open is not None:
             self._open.close()
         self._open = None
