@@ -8,7 +8,6 @@ STORAGE is the folder or URI that the experiment was collected into. Each comman
 """
 
 import contextlib
-import json
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -22,10 +21,9 @@ import safetensors.numpy
 import tyro
 
 from tipl_ray.data.commits import TrialProgress
-from tipl_ray.data.snapshots import COLUMNS, Header
+from tipl_ray.data.snapshots import COLUMNS, Header, as_json
 from tipl_ray.data.storage import TEMPORARY, Storage, StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
 from tipl_ray.terminal import say, say_rows
 
@@ -54,12 +52,15 @@ def describe(storage: Root) -> int:
         "trials": f"{len(progress)}, {num_complete} of them complete"
         + (f", {len(diverged)} diverged: {', '.join(diverged)}" if diverged else ""),
         "snapshots": f"{snapshots:,}, {_number(expected)} in a complete trial",
+        "columns": ", ".join(header.columns),
         "on disk": f"{_size(num_bytes)}, {num_bytes / raw:.3f} of the {_size(raw)} that the weights are raw",
         "digest": "? (see the errors)" if refusals else store.digest(seeds),
         "verified and sealed": "no longer (see the errors)" if refusals else "yes" if store.seal() else "no",
     }
-    if returns := [value for one in progress for value in _last_return(store, one)]:
-        lines["last returns"] = f"mean {np.mean(returns):,.1f}, from {min(returns):,.1f} to {max(returns):,.1f}"
+    for column, name, digits in (("episodic_return", "last returns", ",.1f"), ("loss", "last losses", ".4g")):
+        if values := [value for one in progress for value in _last(store, one, column, header)]:
+            mean, least, most = (f"{value:{digits}}" for value in (np.mean(values), min(values), max(values)))
+            lines[name] = f"mean {mean}, from {least} to {most}"
     say_rows([{"data set": name, storage: value} for name, value in lines.items()])
     return _tell(refusals)
 
@@ -121,17 +122,18 @@ def export(
     if not output.parent.is_dir():
         raise ValueError(f"output={output}: there is no folder {output.parent}; make it first, or choose another")
     store = TrajectoryStore(storage)
-    header = json.dumps(as_table(store.header([seed])), sort_keys=True)
-    names = tuple(dict.fromkeys(("snapshot", *(columns or COLUMNS))))
+    header = store.header([seed])
+    names = tuple(dict.fromkeys(("snapshot", *(columns or header.columns))))
+    described = as_json(header).decode()
     trajectory = store.trajectory(seed, names, start, stop)
     arrays = {name: getattr(trajectory, COLUMNS[name]) for name in names}
     partial = output.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         if output.suffix == ".npz":
             with partial.open("xb") as file:
-                np.savez(file, allow_pickle=False, header=np.array(header), **arrays)
+                np.savez(file, allow_pickle=False, header=np.array(described), **arrays)
         else:
-            safetensors.numpy.save_file(arrays, partial, metadata={"header": header, "seed": str(seed)})
+            safetensors.numpy.save_file(arrays, partial, metadata={"header": described, "seed": str(seed)})
         partial.rename(output)
     except (OSError, safetensors.SafetensorError) as error:
         raise StoreError(
@@ -216,11 +218,13 @@ def _expected_snapshots(header: Header) -> int | None:
         return None
 
 
-def _last_return(store: TrajectoryStore, progress: TrialProgress) -> list[float]:
-    """The last return among a trial's last 50 snapshots, if there is any."""
+def _last(store: TrajectoryStore, progress: TrialProgress, column: str, header: Header) -> list[float]:
+    """The last value of a column among a trial's last 50 snapshots, if there is any."""
+    if column not in header.columns:
+        return []
     start = max(0, progress.num_snapshots - 50)
-    returns_T = store.trajectory(progress.seed, ["episodic_return"], start).episodic_returns_T
-    return [float(value) for value in returns_T[np.isfinite(returns_T)][-1:]]
+    values_T = getattr(store.trajectory(progress.seed, [column], start), COLUMNS[column])
+    return [float(value) for value in values_T[np.isfinite(values_T)][-1:]]
 
 
 def _tell(refusals: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """What the data set promises: committed rows come back bit for bit, and nothing else is ever seen."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pq
 import pytest
 
-from tipl_ray.data.snapshots import COLUMNS, ROW_GROUP_BYTES, Header, Snapshot, as_json
+from tipl_ray.data.snapshots import COLUMNS, PPO_COLUMNS, ROW_GROUP_BYTES, Header, Snapshot, as_json, part_schema
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.data.trial_files import TrialFiles
@@ -100,11 +101,34 @@ def rewrite_record(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_the_header_and_the_records_of_our_own_trials_are_the_bytes_that_they_always_were(tmp_path: Path) -> None:
+    record = collect(tmp_path).trial(3).run()[-1]
+    assert HEADER.config_hash == "00274d0add2441a7"
+    assert b"columns" not in as_json(HEADER)
+    assert hashlib.sha256(as_json(HEADER)).hexdigest()[:16] == "3181b29bc191e2a4"
+    fixed = dataclasses.replace(record, part_sha256="0" * 64, part=f"part-00000004-{'0' * 16}.parquet", part_bytes=1)
+    assert b"columns" not in as_json(fixed)
+    schema = part_schema(HEADER, O)
+    assert schema.names == ["seed", *PPO_COLUMNS]
+    assert [name for name in schema.names if schema.field(name).nullable] == ["episodic_return"]
+
+
+def test_columns_that_make_no_sense_together_are_no_header() -> None:
+    for columns, words in (
+        (("snapshot", "weights", "step"), r"columns=\['snapshot', 'weights', 'step'\] are not of snapshot, step, iter"),
+        (("weights",), r"are not of snapshot"),
+        (("snapshot", "weights", "observation_mean"), r"have some of observation_mean, observation_variance, observ"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(HEADER, columns=columns)
+
+
 def test_committed_snapshots_come_back_bit_for_bit(tmp_path: Path) -> None:
     store = collect(tmp_path)
     read = store.trajectory(3)
     expected = [make_snapshot(index) for index in range(8)]
-    for column, field in COLUMNS.items():
+    for column in PPO_COLUMNS:
+        field = COLUMNS[column]
         values = [getattr(snapshot, column) for snapshot in expected]
         array = np.array([np.nan if value is None else value for value in values])
         assert getattr(read, field).dtype == np.float32 if column == "weights" else True

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pydantic
 from numpy.typing import NDArray
 
-from tipl_ray.digest import as_table, digest, flat
+from tipl_ray.digest import as_table, digest, flat, identity
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"tipl_ray"
@@ -31,7 +31,43 @@ _MOST_DIFFERENCES = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Snapshot:
+class PartialSnapshot:
+    """Flat weights at some point of any training, with what is known beside them; None is not known, or not yet.
+
+    Which columns a trial has, its header says: there the first snapshot and all others are given a value, but for those
+    in NULLABLE, which may be None at times.
+    """
+
+    seed: int
+    """Number of the trial."""
+    snapshot: int
+    """Index within the trial."""
+    weights: NDArray[np.float32]
+    """(P,) in the order of the header's layout."""
+    step: int | None = None
+    """Steps done so far, as the training counts them."""
+    iteration: int | None = None
+    """Iterations begun, where the training has any."""
+    epoch: int | None = None
+    """Epochs done, of that iteration where there is one."""
+    env_step: int | None = None
+    """Environment steps taken so far."""
+    learning_rate: float | None = None
+    """The optimiser's learning rate."""
+    episodic_return: float | None = None
+    """Mean return of the latest episodes, as the training defines it."""
+    loss: float | None = None
+    """Loss, as the training defines it."""
+    observation_mean: NDArray[np.float64] | None = None
+    """(O,)"""
+    observation_variance: NDArray[np.float64] | None = None
+    """(O,)"""
+    observation_count: float | None = None
+    """Observations behind the mean and the variance."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Snapshot(PartialSnapshot):
     """Snapshot: the policy's flat weights after some update epochs, with the observation statistics of that moment."""
 
     seed: int
@@ -60,20 +96,60 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Trajectory:
-    """Trajectory: snapshots of one trial in order; a column that was not asked for has length 0."""
+    """Trajectory: snapshots of one trial in order; a column that was not asked for, or is not there, has length 0."""
 
     seed: int
     snapshots_T: NDArray[np.int32]
+    steps_T: NDArray[np.int64]
     iterations_T: NDArray[np.int32]
     epochs_T: NDArray[np.int32]
     env_steps_T: NDArray[np.int64]
     learning_rates_T: NDArray[np.float64]
     episodic_returns_T: NDArray[np.float64]
     """NaN where no episode ended since the last snapshot."""
+    losses_T: NDArray[np.float64]
+    """NaN where none was given."""
     weights_TP: NDArray[np.float32]
     observation_means_TO: NDArray[np.float64]
     observation_variances_TO: NDArray[np.float64]
     observation_counts_T: NDArray[np.float64]
+
+
+_SCALARS = {
+    "seed": pa.int64(),
+    "snapshot": pa.int32(),
+    "step": pa.int64(),
+    "iteration": pa.int32(),
+    "epoch": pa.int32(),
+    "env_step": pa.int64(),
+    "learning_rate": pa.float64(),
+    "episodic_return": pa.float64(),
+    "loss": pa.float64(),
+    "observation_count": pa.float64(),
+}
+COLUMNS = {
+    "snapshot": "snapshots_T",
+    "step": "steps_T",
+    "iteration": "iterations_T",
+    "epoch": "epochs_T",
+    "env_step": "env_steps_T",
+    "learning_rate": "learning_rates_T",
+    "episodic_return": "episodic_returns_T",
+    "loss": "losses_T",
+    "weights": "weights_TP",
+    "observation_mean": "observation_means_TO",
+    "observation_variance": "observation_variances_TO",
+    "observation_count": "observation_counts_T",
+}
+"""Parquet column, in the order of a part -> field of a Trajectory."""
+NULLABLE = ("episodic_return", "loss")
+"""Columns that may be null in some snapshots."""
+STATISTICS = ("observation_mean", "observation_variance", "observation_count")
+"""Columns of the observation statistics: all of them, or none."""
+ALWAYS = ("snapshot", "weights")
+"""Columns of every trial, beside its seed."""
+PPO_COLUMNS = tuple(name for name in COLUMNS if name not in ("step", "loss"))
+"""Columns of the trials that are collected here."""
 
 
 @pydantic.with_config(extra="forbid")
@@ -91,6 +167,8 @@ class Header:
     """What the trial's bits depend on: policy shape, PPO configuration, engine; plain JSON types."""
     versions: dict[str, str]
     """Versions of mujoco, gymnasium, torch and numpy."""
+    columns: tuple[str, ...] = dataclasses.field(default=PPO_COLUMNS, metadata={"later": True})
+    """What its snapshots have, in the order of COLUMNS: what was not known of a training is no column of its trials."""
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
@@ -102,6 +180,10 @@ class Header:
             end += math.prod(shape)
         if not 0 < end < 2**31:
             raise ValueError(f"layout: {end} weights are not between 1 and 2**31 - 1")
+        if self.columns != tuple(name for name in COLUMNS if name in (*self.columns, *ALWAYS)):
+            raise ValueError(f"columns={list(self.columns)} are not of {', '.join(COLUMNS)}, in that order")
+        if set(STATISTICS) & {*self.columns} not in (set(), {*STATISTICS}):
+            raise ValueError(f"columns={list(self.columns)} have some of {', '.join(STATISTICS)}, and not all three")
 
     @property
     def num_weights(self) -> int:
@@ -113,32 +195,8 @@ class Header:
     def config_hash(self) -> str:
         """Digest of what the trial's bits depend on; the versions of torch and numpy are recorded, not compared."""
         simulators = {name: self.versions.get(name) for name in ("mujoco", "gymnasium")}
-        return digest(self.task, self.layout, self.config, simulators)
-
-
-_SCALARS = {
-    "seed": pa.int64(),
-    "snapshot": pa.int32(),
-    "iteration": pa.int32(),
-    "epoch": pa.int32(),
-    "env_step": pa.int64(),
-    "learning_rate": pa.float64(),
-    "episodic_return": pa.float64(),
-    "observation_count": pa.float64(),
-}
-COLUMNS = {
-    "snapshot": "snapshots_T",
-    "iteration": "iterations_T",
-    "epoch": "epochs_T",
-    "env_step": "env_steps_T",
-    "learning_rate": "learning_rates_T",
-    "episodic_return": "episodic_returns_T",
-    "weights": "weights_TP",
-    "observation_mean": "observation_means_TO",
-    "observation_variance": "observation_variances_TO",
-    "observation_count": "observation_counts_T",
-}
-"""Parquet column -> field of a Trajectory."""
+        columns = [] if self.columns == PPO_COLUMNS else [self.columns]
+        return digest(self.task, self.layout, self.config, simulators, *columns)
 
 
 def differences(header: Header, other: Header) -> str:
@@ -164,8 +222,9 @@ def _short(value: object) -> str:
 
 
 def as_json(record: Any) -> bytes:
-    """A header or a record as it is written: the same bytes for the same values."""
-    return json.dumps(as_table(record), sort_keys=True).encode()
+    """A header or a record as it is written: the same bytes for the same values, and as before there was a field that
+    has its default."""
+    return json.dumps(identity(record), sort_keys=True).encode()
 
 
 def part_schema(header: Header, num_observations: int) -> pa.Schema:
@@ -175,18 +234,24 @@ def part_schema(header: Header, num_observations: int) -> pa.Schema:
     def vector(name: str, scalar: pa.DataType, size: int) -> pa.Field:
         return pa.field(name, pa.list_(pa.field("element", scalar, nullable=False), size), nullable=False)
 
-    scalars = [pa.field(name, scalar, nullable=name == "episodic_return") for name, scalar in _SCALARS.items()]
-    vectors = [
-        vector("weights", pa.float32(), header.num_weights),
-        vector("observation_mean", pa.float64(), num_observations),
-        vector("observation_variance", pa.float64(), num_observations),
+    sizes = {"weights": header.num_weights, **dict.fromkeys(STATISTICS[:2], num_observations)}
+    fields = [
+        vector(name, pa.float32() if name == "weights" else pa.float64(), sizes[name])
+        if name in sizes
+        else pa.field(name, _SCALARS[name], nullable=name in NULLABLE)
+        for name in ("seed", *header.columns)
     ]
-    return pa.schema([*scalars[:-1], *vectors, scalars[-1]], metadata={METADATA_KEY: as_json(header)})
+    return pa.schema(fields, metadata={METADATA_KEY: as_json(header)})
 
 
-def encode_part(header: Header, snapshots: Sequence[Snapshot]) -> memoryview:
+def observation_size(snapshot: PartialSnapshot) -> int:
+    """Observation entries O; 0 where the observation statistics are not known."""
+    return 0 if snapshot.observation_mean is None else snapshot.observation_mean.size
+
+
+def encode_part(header: Header, snapshots: Sequence[PartialSnapshot]) -> memoryview:
     """The Parquet file of these snapshots: the same bytes for the same snapshots and header."""
-    schema = part_schema(header, snapshots[0].observation_mean.size)
+    schema = part_schema(header, observation_size(snapshots[0]))
     columns = []
     for field in schema:
         values = [getattr(snapshot, field.name) for snapshot in snapshots]
@@ -204,7 +269,7 @@ def encode_part(header: Header, snapshots: Sequence[Snapshot]) -> memoryview:
         compression_level=1,
         use_dictionary=False,
         column_encoding={"weights.list.element": "BYTE_STREAM_SPLIT"},
-        write_statistics=list(_SCALARS),
+        write_statistics=[name for name in schema.names if name in _SCALARS],
         write_page_checksum=True,
     )
     return memoryview(sink.getvalue())
@@ -215,6 +280,13 @@ def empty_array(column: pa.DataType, num_rows: int) -> np.ndarray:
     if pa.types.is_fixed_size_list(column):
         return np.empty((num_rows, column.list_size), column.value_type.to_pandas_dtype())
     return np.empty(num_rows, column.to_pandas_dtype())
+
+
+def empty_column(name: str) -> np.ndarray:
+    """What a trajectory has in place of a column that is not there: (0,) or (0, 0)."""
+    if name in _SCALARS:
+        return np.empty(0, _SCALARS[name].to_pandas_dtype())
+    return np.empty((0, 0), np.float32 if name == "weights" else np.float64)
 
 
 def to_numpy(column: pa.ChunkedArray) -> np.ndarray:

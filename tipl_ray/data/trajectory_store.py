@@ -47,7 +47,16 @@ from tipl_ray.data.commits import (
     runs_digest,
     trial_digest,
 )
-from tipl_ray.data.snapshots import COLUMNS, Header, Trajectory, differences, empty_array, part_schema, to_numpy
+from tipl_ray.data.snapshots import (
+    COLUMNS,
+    Header,
+    Trajectory,
+    differences,
+    empty_array,
+    empty_column,
+    part_schema,
+    to_numpy,
+)
 from tipl_ray.data.storage import TEMPORARY, Storage, StoreError
 from tipl_ray.data.trial_files import Entries, TrialFiles
 from tipl_ray.digest import as_table
@@ -151,7 +160,7 @@ class TrajectoryStore:
     def trajectory(
         self, seed: int, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
     ) -> Trajectory:
-        """Snapshots [start, stop) of a trial, all columns or the named ones (`snapshot` always).
+        """Snapshots [start, stop) of a trial, all columns that it has or the named ones (`snapshot` always).
 
         Reads the row groups that hold the range and no others, one at a time, comparing each page's checksum; only
         `verify` finds all damage. Raises ValueError for a column or a range that the trial does not have, StoreError
@@ -162,20 +171,27 @@ class TrajectoryStore:
         stop = num_snapshots if stop is None else stop
         if not 0 <= start <= stop <= num_snapshots:
             raise ValueError(f"start={start}, stop={stop} is no range of the {num_snapshots} snapshots of trial {seed}")
-        names = tuple(COLUMNS) if columns is None else tuple(dict.fromkeys(("snapshot", *columns)))
+        known = run[0].header.columns
+        names = known if columns is None else tuple(dict.fromkeys(("snapshot", *columns)))
         if unknown := [name for name in names if name not in COLUMNS]:
-            nearest = difflib.get_close_matches(unknown[0], COLUMNS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"columns={unknown}: perhaps {nearest!r}? There are {', '.join(COLUMNS)}")
+            nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"columns={unknown}: perhaps {nearest!r}? There are {', '.join(known)}")
+        if absent := [name for name in names if name not in known]:
+            raise ValueError(
+                f"{self.files.show(trial.folder(TRAJECTORIES))}: trial {seed} was recorded without "
+                f"{' and '.join(absent)}, so what needs that cannot be had of it; it has {', '.join(known)}"
+            )
         needed = [record for record in run if record.first_snapshot < stop and start <= record.last_snapshot]
         # Footers first: a record's word alone is no reason to ask for memory.
         footers = list(self.files.each(trial.footer, needed))
         schema = part_schema(run[0].header, run[0].num_observations)
-        arrays = {name: empty_array(schema.field(name).type, stop - start if name in names else 0) for name in COLUMNS}
+        arrays = {name: empty_array(schema.field(name).type, stop - start if name in names else 0) for name in known}
         for record, footer in zip(needed, footers, strict=True):
             for first, rows in trial.row_groups(record, footer, names, start, stop):
                 for name in names:
                     arrays[name][first - start : first - start + len(rows)] = to_numpy(rows.column(name))
-        return Trajectory(seed=seed, **{field: arrays[name] for name, field in COLUMNS.items()})
+        absent_column = {field: empty_column(name) for name, field in COLUMNS.items() if name not in known}
+        return Trajectory(seed=seed, **absent_column, **{COLUMNS[name]: array for name, array in arrays.items()})
 
     def weights(self, seed: int) -> "StoredWeights":
         """The weights of a trial, read when they are asked for, and no more of them than asked.

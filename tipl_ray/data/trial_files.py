@@ -32,7 +32,7 @@ from tipl_ray.data.commits import (
     complaints,
     run_progress,
 )
-from tipl_ray.data.snapshots import COLUMNS, Header, differences, part_schema, to_numpy
+from tipl_ray.data.snapshots import Header, differences, part_schema, to_numpy
 from tipl_ray.data.storage import Storage, StoreError
 
 Entries = dict[str, int | None]
@@ -173,7 +173,9 @@ class TrialFiles:
         if hashlib.sha256(self.read(path)).hexdigest() != record.part_sha256:
             raise self.damaged(path, f"is altered: its SHA-256 is not the one in commit {record.commit}")
         footer = self.footer(record)
-        for first, rows in self.row_groups(record, footer, ("seed", *COLUMNS), record.first_snapshot, 2**31):
+        for first, rows in self.row_groups(
+            record, footer, ("seed", *record.header.columns), record.first_snapshot, 2**31
+        ):
             if not np.array_equal(to_numpy(rows.column("snapshot")), np.arange(first, first + len(rows))):
                 raise self.damaged(path, f"its snapshots do not count up from {first}")
             if not (to_numpy(rows.column("seed")) == self.seed).all():

@@ -5,6 +5,7 @@ Above the trajectory store, which knows nothing of writers.
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,15 @@ from tipl_ray.data.commits import (
     part_name,
     state_name,
 )
-from tipl_ray.data.snapshots import Header, Snapshot, as_json, encode_part
+from tipl_ray.data.snapshots import (
+    NULLABLE,
+    STATISTICS,
+    Header,
+    PartialSnapshot,
+    as_json,
+    encode_part,
+    observation_size,
+)
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 
@@ -41,7 +50,7 @@ class TrialWriter:
         self._trial.refuse_stray_records(run)
         self._last = run[-1] if run else None
         self._state = self._trial.state(run[-1]) if run else None
-        self._buffer: list[Snapshot] = []
+        self._buffer: list[PartialSnapshot] = []
         self.divergence = self._trial.divergence(run)
         """Why nothing more is to be appended, if the trial has diverged."""
         if self.divergence is None and self._state and DIVERGED in self._state:
@@ -58,25 +67,23 @@ class TrialWriter:
         """Index that the next appended snapshot must have."""
         return (self._last.last_snapshot + 1 if self._last else 0) + len(self._buffer)
 
-    def append(self, snapshot: Snapshot) -> None:
+    def append(self, snapshot: PartialSnapshot) -> None:
         """Buffer a copy of the next snapshot. Raises StoreError naming seed, snapshot and field that do not fit."""
         for field, expected in (("seed", self._seed), ("snapshot", self.next_snapshot)):
             if getattr(snapshot, field) != expected:
                 raise self._misfit(snapshot, field, f"{getattr(snapshot, field)} is not {expected}")
-        for field, limit in (("iteration", 2**31), ("epoch", 2**31), ("env_step", 2**63)):
-            if not 0 <= getattr(snapshot, field) < limit:
-                raise self._misfit(snapshot, field, f"{getattr(snapshot, field)} is not between 0 and {limit - 1}")
-        for field in ("learning_rate", "observation_count", "episodic_return"):
-            value = getattr(snapshot, field)
-            if not np.isfinite(0.0 if value is None and field == "episodic_return" else value):
+        self._check_columns(snapshot)
+        for field, limit in (("step", 2**63), ("iteration", 2**31), ("epoch", 2**31), ("env_step", 2**63)):
+            if (number := getattr(snapshot, field)) is not None and not 0 <= number < limit:
+                raise self._misfit(snapshot, field, f"{number} is not between 0 and {limit - 1}")
+        for field in ("learning_rate", "observation_count", "episodic_return", "loss"):
+            if (value := getattr(snapshot, field)) is not None and not np.isfinite(value):
                 raise self._misfit(snapshot, field, f"{value} is not finite")
-        size = self._num_observations or snapshot.observation_mean.size
-        copy = dataclasses.replace(
-            snapshot,
-            weights=self._checked_copy(snapshot, "weights", self._header.num_weights, np.float32),
-            observation_mean=self._checked_copy(snapshot, "observation_mean", size, np.float64),
-            observation_variance=self._checked_copy(snapshot, "observation_variance", size, np.float64),
-        )
+        size = self._num_observations or observation_size(snapshot)
+        vectors = [field for field in STATISTICS[:2] if field in self._header.columns]
+        statistics: dict[str, Any] = {field: self._checked_copy(snapshot, field, size, np.float64) for field in vectors}
+        weights = self._checked_copy(snapshot, "weights", self._header.num_weights, np.float32)
+        copy = dataclasses.replace(snapshot, weights=weights, **statistics)
         self._buffer.append(copy)
 
     def commit(self, state: dict[str, np.ndarray]) -> CommitRecord:
@@ -164,7 +171,7 @@ class TrialWriter:
             rows=len(self._buffer),
             first_snapshot=first,
             last_snapshot=last,
-            num_observations=self._buffer[0].observation_mean.size,
+            num_observations=observation_size(self._buffer[0]),
             config_hash=self._header.config_hash,
             header=self._header,
         )
@@ -172,10 +179,22 @@ class TrialWriter:
     @property
     def _num_observations(self) -> int | None:
         if self._buffer:
-            return self._buffer[0].observation_mean.size
+            return observation_size(self._buffer[0])
         return self._last.num_observations if self._last else None
 
-    def _checked_copy(self, snapshot: Snapshot, field: str, size: int, dtype: type[np.floating]) -> np.ndarray:
+    def _check_columns(self, snapshot: PartialSnapshot) -> None:
+        """Raise StoreError unless the snapshot has what the trial's columns are, and nothing else."""
+        for field in dataclasses.fields(snapshot):
+            value, is_column = getattr(snapshot, field.name), field.name in ("seed", *self._header.columns)
+            if value is None and is_column and field.name not in NULLABLE:
+                raise self._misfit(
+                    snapshot, field.name, "None, and the trial has that column: give it with each snapshot"
+                )
+            if value is not None and not is_column:
+                complaint = f"{value}, and the trial has no such column; what its first snapshot has, all have"
+                raise self._misfit(snapshot, field.name, complaint)
+
+    def _checked_copy(self, snapshot: PartialSnapshot, field: str, size: int, dtype: type[np.floating]) -> np.ndarray:
         array = getattr(snapshot, field)
         if array.dtype != dtype or array.shape != (size,):
             raise self._misfit(snapshot, field, f"{array.dtype}{list(array.shape)} is not {np.dtype(dtype)}[{size}]")
@@ -184,7 +203,7 @@ class TrialWriter:
             raise self._misfit(snapshot, field, f"{array[position]} at position {position} is not finite")
         return array.copy()
 
-    def _misfit(self, snapshot: Snapshot, field: str, complaint: str) -> StoreError:
+    def _misfit(self, snapshot: PartialSnapshot, field: str, complaint: str) -> StoreError:
         return StoreError(
             f"trial {self._seed}, snapshot {snapshot.snapshot}: {field}={complaint}; what was committed before stays"
         )

@@ -6,23 +6,29 @@ import io
 import numpy as np
 from numpy.typing import NDArray
 
+from tipl_ray.data.snapshots import Header
 from tipl_ray.data.storage import StoreError, file_exists, join, publish, read_published
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.predict.gram import GramBand, Question, banded_products
+from tipl_ray.predict.gram import GramBand, Question, banded_products, rate_shares
 
 
 def load_band(storage: str, seed: int, question: Question) -> GramBand:
     """The Gram band of a trial, wide enough for the question's windows.
 
-    Computed once per data set and width: the products are kept in <storage>/grams, and made anew where what is there is
-    not what was kept. Raises StoreError where the data set is damaged.
+    Learning rates that the trial does not know are taken for constant. Computed once per data set and width: the
+    products are kept in <storage>/grams, and made anew where what is there is not what was kept. Raises StoreError
+    where the data set is damaged.
     """
     store = TrajectoryStore(storage)
+    header = store.header([seed])
     folder, name = join(storage, "grams"), f"{store.digest([seed])}-{question.width}"
-    rates_T = store.trajectory(seed, columns=("learning_rate",)).learning_rates_T
-    products_SW = _kept_products(folder, name, (len(rates_T) - 1, question.width))
+    weights_TP = store.weights(seed)
+    rates_T = None
+    if "learning_rate" in header.columns:
+        rates_T = store.trajectory(seed, columns=("learning_rate",)).learning_rates_T
+    products_SW = _kept_products(folder, name, (weights_TP.shape[0] - 1, question.width))
     if products_SW is None:
-        products_SW = banded_products(store.weights(seed), question.width)
+        products_SW = banded_products(weights_TP, question.width)
         content = io.BytesIO()
         np.save(content, products_SW, allow_pickle=False)
         # Where it cannot be kept, as in a storage that can only be read, it is made again the next time.
@@ -30,9 +36,21 @@ def load_band(storage: str, seed: int, question: Question) -> GramBand:
             publish(folder, {f"{name}.npy": content.getvalue()}, f"{name}.sha256")
     return GramBand(
         products_SW=products_SW,
-        learning_rates_T=rates_T / rates_T[0],
+        learning_rates_T=rate_shares(rates_T, weights_TP.shape[0]),
         snapshots_per_iteration=question.snapshots_per_iteration,
     )
+
+
+def snapshots_per_iteration(header: Header) -> int:
+    """Snapshots per iteration of a data set's trials, those that jumps predicted included; 1 where there are no phases.
+
+    Raises KeyError naming what the header does not say.
+    """
+    made = header.config
+    if "snapshots_per_iteration" in made:
+        return made["snapshots_per_iteration"]
+    run = made["ppo"]["num_epochs"] // made["epochs_per_snapshot"]
+    return run + (made["jump"]["horizon"] if "jump" in made else 0)
 
 
 def _kept_products(folder: str, name: str, shape: tuple[int, int]) -> NDArray[np.float64] | None:

@@ -116,12 +116,19 @@ def make_band(
     weights_TP: Rows, width: int, *, snapshots_per_iteration: int = 1, learning_rates_T: Array | None = None
 ) -> GramBand:
     """The band of a trajectory, asked for in parts; float64 throughout. Raises ValueError if a weight is not finite."""
-    rates_T = np.ones(weights_TP.shape[0]) if learning_rates_T is None else np.asarray(learning_rates_T, np.float64)
     return GramBand(
         products_SW=banded_products(weights_TP, width),
-        learning_rates_T=rates_T / rates_T[0],
+        learning_rates_T=rate_shares(learning_rates_T, weights_TP.shape[0]),
         snapshots_per_iteration=snapshots_per_iteration,
     )
+
+
+def rate_shares(learning_rates_T: Array | None, num_snapshots: int) -> NDArray[np.float64]:
+    """Learning rates as shares of the first that is not 0, for some rise from there; all 1 where they are not known."""
+    if learning_rates_T is None:
+        return np.ones(num_snapshots)
+    rates_T = np.asarray(learning_rates_T, np.float64)
+    return rates_T / (rates_T[0] or next((rate for rate in rates_T if rate), 1.0))
 
 
 def banded_products(weights_TP: Rows, width: int) -> NDArray[np.float64]:

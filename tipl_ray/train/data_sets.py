@@ -14,6 +14,7 @@ from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest, flat, identity
 from tipl_ray.experiments import from_table
 from tipl_ray.places import absolute_storage
+from tipl_ray.predict.bands import snapshots_per_iteration
 from tipl_ray.predict.representation import representation_of
 from tipl_ray.registry import REPRESENTATIONS
 
@@ -88,15 +89,13 @@ def data_sets(experiment: config.Experiment) -> tuple[DataSet, ...]:
 
 def _snapshots_per_iteration(storage: str, header: Header) -> int:
     """Snapshots per PPO iteration of a data set, those that jumps predicted included."""
-    made = header.config
     try:
-        run = made["ppo"]["num_epochs"] // made["epochs_per_snapshot"]
+        return snapshots_per_iteration(header)
     except KeyError as error:
         raise StoreError(
             f"{storage}: train.data names it, and its trials do not record {error.args[0]}, without which their "
             "snapshots have no phase; take a data set of jobs/collect.py"
         ) from error
-    return run + (made["jump"]["horizon"] if "jump" in made else 0)
 
 
 def training_digest(experiment: config.Experiment) -> str:
