@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import safetensors
 import torch
 from torch import Tensor
@@ -62,12 +63,12 @@ class StoredTensor:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Values [start:stop], flat and of their own type. Raises CheckpointError where the file cannot give them."""
-        content = bytearray((stop - start) * self.dtype.itemsize)
-        with _readable(self.path), self.path.open("rb") as file:
-            file.seek(self.offset + start * self.dtype.itemsize)
-            if file.readinto(content) != len(content):
-                raise CheckpointError(f"{self.path}: ends before its last tensor does; copy or save it again")
-        return torch.frombuffer(content, dtype=self.dtype)
+        first, count = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
+        with _readable(self.path):
+            content = np.fromfile(self.path, np.uint8, count, offset=first)
+        if len(content) != count:
+            raise CheckpointError(f"{self.path}: ends before its last tensor does; copy or save it again")
+        return torch.from_numpy(content).view(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

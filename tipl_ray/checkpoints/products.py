@@ -19,8 +19,9 @@ from torch import Tensor
 from tipl_ray.checkpoints.files import CheckpointError, StoredTensor
 from tipl_ray.checkpoints.series import Series
 
-SLICE_BYTES = 64 * 2**20
-"""Most that is held in float32 of all checkpoints at a time; what is computed of it takes about as much again."""
+SLICE_BYTES = 16 * 2**20
+"""Most that is held in float32 of all checkpoints at a time; what is computed of it takes about as much again. Larger
+ones are slower: the memory of each is new to the process, where that of smaller ones is used again."""
 COLUMNS_AT_ONCE = 4096
 """Values whose products are summed in float32; such sums are added up in float64."""
 GROUPS_BYTES = 64 * 2**20

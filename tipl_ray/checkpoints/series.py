@@ -102,7 +102,9 @@ def find_series(folder: Path, selection: Selection) -> Series:
         raise CheckpointError(f"{folder}: is no folder; give one that holds checkpoints")
     found, ignored = _checkpoints(folder, selection)
     if not found:
-        raise CheckpointError(f"{folder}: holds no checkpoints, which end in {', '.join(SUFFIXES)} or are folders")
+        raise CheckpointError(
+            f"{folder}: holds no checkpoints: files that end in {', '.join(SUFFIXES)}, or folders with one"
+        )
     steps, unmatched = number_names(list(found), selection.steps, folder)
     if len(steps) < 2:
         matching = f" that {selection.steps!r} matches" if unmatched else ""
@@ -159,7 +161,7 @@ def _numbers_that_differ(names: list[str], folder: Path) -> dict[str, int]:
     columns = list(zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True))
     differing = [column for column in columns if len(set(column)) > 1]
     if not differing:
-        return dict(zip(names, range(len(names)), strict=True))
+        return dict.fromkeys(names, columns[0][0] if columns else 0)
     orders = {tuple(sorted(range(len(names)), key=column.__getitem__)) for column in differing}
     if len(orders) > 1:
         raise CheckpointError(
