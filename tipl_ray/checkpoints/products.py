@@ -1,15 +1,19 @@
 """Inner products of a series' displacements, a slice of the parameters at a time across all checkpoints.
 
-Never more than a few slices are in memory, whatever the number of parameters: the next one is read while the products
-of the last are computed. Knows tensors in files; knows nothing of what the products are for.
+Never more than a few slices are in memory, whatever the number of parameters: each of a few threads reads one and
+computes its products. These are added up in the slices' order, so that they do not depend on the number of threads.
+Knows tensors in files; knows nothing of what the products are for.
 
 Shapes: T checkpoints, S = T - 1 displacements, p values of a slice, G groups of tensors.
 """
 
 import dataclasses
+import itertools
+import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,12 +22,15 @@ from torch import Tensor
 
 from tipl_ray.checkpoints.files import CheckpointError, StoredTensor
 from tipl_ray.checkpoints.series import Series
+from tipl_ray.predict.blocks import one_thread
 
 SLICE_BYTES = 16 * 2**20
 """Most that is held in float32 of all checkpoints at a time; what is computed of it takes about as much again. Larger
 ones are slower: the memory of each is new to the process, where that of smaller ones is used again."""
 COLUMNS_AT_ONCE = 4096
 """Values whose products are summed in float32; such sums are added up in float64."""
+MOST_THREADS = 8
+"""Threads that read and compute at the same time, where there are as many cores."""
 GROUPS_BYTES = 64 * 2**20
 """Most that the products by group may take; where they would take more there is none but the whole."""
 
@@ -82,15 +89,12 @@ def multiply(series: Series, report: Callable[[Progress], None] = lambda progres
     gram_SS = np.zeros((size, size))
     slices = list(_slices(series))
     bytes_read = 0
-    for done, (part, values) in enumerate(_read_ahead(series, slices), 1):
-        products_SS = _products(values)
-        if products_SS is None:
-            raise _not_finite(series, part, values)
+    for done, (part, products_SS, num_bytes) in enumerate(_in_parallel(series, slices), 1):
         gram_SS += products_SS
         if groups:
             grams[group_of(part.name)] += products_SS
             weights[group_of(part.name)] += part.stop - part.start
-        bytes_read += sum(value.nbytes for value in values)
+        bytes_read += num_bytes
         report(Progress(done, len(slices), bytes_read, series.num_bytes))
     return Products(
         gram_SS=gram_SS,
@@ -107,19 +111,27 @@ def _slices(series: Series) -> Iterator[_Slice]:
             yield _Slice(name, start, min(start + longest, stored[0].num_values))
 
 
-def _read_ahead(series: Series, slices: Sequence[_Slice]) -> Iterator[tuple[_Slice, list[Tensor]]]:
-    """Each slice's values in all checkpoints; the next one's are being read meanwhile."""
+def _in_parallel(series: Series, slices: Sequence[_Slice]) -> Iterator[tuple[_Slice, NDArray[np.float64], int]]:
+    """Each slice with its products (S, S) and the bytes that were read for it, in order."""
 
-    def read(part: _Slice) -> list[Tensor]:
-        return [stored.read(part.start, part.stop) for stored in series.tensors[part.name]]
+    def reduce(part: _Slice) -> tuple[_Slice, NDArray[np.float64], int]:
+        values = [stored.read(part.start, part.stop) for stored in series.tensors[part.name]]
+        products_SS = _products(values)
+        if products_SS is None:
+            raise _not_finite(series, part, values)
+        return part, products_SS, sum(value.nbytes for value in values)
 
-    with ThreadPoolExecutor(1) as reader:
-        ahead: Future[list[Tensor]] = reader.submit(read, slices[0])
-        for part, following in zip(slices, [*slices[1:], None], strict=True):
-            values = ahead.result()
-            if following is not None:
-                ahead = reader.submit(read, following)
-            yield part, values
+    num_threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    waiting = iter(slices)
+    # torch's own threads wait for each other by spinning, on a busy machine for twenty times as long as the work takes.
+    with one_thread(), ThreadPoolExecutor(num_threads) as pool:
+        under_way = deque(pool.submit(reduce, part) for part in itertools.islice(waiting, num_threads + 1))
+        try:
+            while under_way:
+                yield under_way.popleft().result()
+                under_way.extend(pool.submit(reduce, part) for part in itertools.islice(waiting, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _products(values: Sequence[Tensor]) -> NDArray[np.float64] | None:
