@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,16 @@ def reshape(path: Path) -> None:
     safetensors.torch.save_file(state, path)
 
 
+def repack(path: Path) -> None:
+    """What zip and unzip make of a file of torch.save: its tensors are elsewhere."""
+    torch.save({"w": torch.ones(3), "v": torch.ones(5)}, path)
+    with zipfile.ZipFile(path) as archive:
+        content = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+
+
 def rename(path: Path) -> None:
     state = safetensors.torch.load_file(path)
     state["other"] = state.pop("model.layers.1.norm.weight")
@@ -231,6 +242,7 @@ def test_tensors_that_do_not_fit_can_be_left_out(tmp_path: Path) -> None:
             lambda path: torch.save({"w": torch.zeros(2)}, path, _use_new_zipfile_serialization=False),
             "is cut short, or in a format from before",
         ),
+        ("x.pt", repack, "was packed by another program; load it and save it again with torch.save"),
         ("x.pt", lambda path: torch.save({"w": torch.zeros(3, 4).T}, path), "w is a view that is not in one piece"),
         ("x-00001-of-00002.safetensors", lambda path: path.write_bytes(b""), "is one checkpoint in shards"),
         ("x.txt", lambda path: path.write_bytes(b""), "holds no checkpoints: files that end in .safetensors, .pt"),

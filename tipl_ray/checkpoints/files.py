@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,7 +64,7 @@ class StoredTensor:
     def read(self, start: int, stop: int) -> Tensor:
         """Values [start:stop], flat and of their own type. Raises CheckpointError where the file cannot give them."""
         first, count = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
-        with _readable(self.path):
+        with readable(self.path):
             content = np.fromfile(self.path, np.uint8, count, offset=first)
         if len(content) != count:
             raise CheckpointError(f"{self.path}: ends before its last tensor does; copy or save it again")
@@ -85,7 +85,7 @@ class Contents:
 def read_contents(path: Path) -> Contents:
     """What is in a checkpoint: a .safetensors file, the index of several, a file of `torch.save`, or a zip of
     stable-baselines3. Raises CheckpointError for what is none of them, or damaged."""
-    with _readable(path):
+    with readable(path):
         if path.name.endswith(".index.json"):
             return _join([read_contents(part) for part in _parts(path)], path)
         if path.suffix == ".safetensors":
@@ -144,16 +144,16 @@ def _torch(path: Path) -> Contents:
             f"{path}: is cut short, or in a format from before PyTorch 1.6; load and save it again with torch.save"
         )
     inner = 0
-    file: IO[bytes] = path.open("rb")
-    with file, zipfile.ZipFile(file) as archive:
+    file: IO[bytes]
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         if POLICY_IN_ZIP in archive.namelist():
-            entry, inner = archive.getinfo(POLICY_IN_ZIP), _place_in_zip(file, archive.getinfo(POLICY_IN_ZIP))
+            entry = archive.getinfo(POLICY_IN_ZIP)
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(f"{path}: {POLICY_IN_ZIP} in it is compressed; save the model again")
-            state = _load(path, io.BytesIO(archive.read(entry)))
-        else:
-            file.seek(0)
-            state = _load(path, file)
+            inner, file = _place_in_zip(file, entry), io.BytesIO(archive.read(entry))
+        places = _places_in_zip(file)
+        file.seek(0)
+        state = _load(path, file)
     tensors, left_out, seen = {}, {}, set()
     for name, tensor in _flat(state):
         if tensor.dtype not in FLOATS:
@@ -161,13 +161,19 @@ def _torch(path: Path) -> Contents:
         elif NOT_WEIGHTS.search(name.partition("/")[0]) and "/" in name:
             left_out[name] = "part of the training's state"
         else:
-            stored = _stored(path, name, tensor, inner)
+            stored = _stored(path, name, tensor, inner, places)
             if stored in seen:
                 left_out[name] = "tied to another"
             else:
                 tensors[name.replace("/", ".")] = stored
             seen.add(stored)
     return Contents(tensors=tensors, left_out=left_out, files=(path,))
+
+
+def _places_in_zip(file: IO[bytes]) -> set[int]:
+    """Where the entries of a zip begin that are not compressed."""
+    with zipfile.ZipFile(file) as archive:
+        return {_place_in_zip(file, entry) for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED}
 
 
 def _place_in_zip(file: IO[bytes], entry: zipfile.ZipInfo) -> int:
@@ -204,17 +210,21 @@ def _flat(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _flat(value, f"{prefix}/{index}" if prefix else str(index))
 
 
-def _stored(path: Path, name: str, tensor: Tensor, inner: int) -> StoredTensor:
+def _stored(path: Path, name: str, tensor: Tensor, inner: int, places: Container[int]) -> StoredTensor:
     begin = tensor.untyped_storage()._checkpoint_offset
-    if begin is None or not tensor.is_contiguous():
+    if begin is None or begin not in places:  # torch reckons where torch.save would have put it
+        raise CheckpointError(f"{path}: was packed by another program; load it and save it again with torch.save")
+    if not tensor.is_contiguous():
         raise CheckpointError(f"{path}: {name} is a view that is not in one piece; save it as tensor.contiguous()")
     offset = inner + begin + int(tensor.storage_offset()) * tensor.dtype.itemsize
     return StoredTensor(path, offset, tensor.dtype, tuple(tensor.shape))
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Raises CheckpointError where a file or folder cannot be read."""
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (OSError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read: {reason}; give access, or copy or save it again") from error

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tipl_ray.checkpoints.files import CheckpointError, Contents, StoredTensor, read_contents
+from tipl_ray.checkpoints.files import CheckpointError, Contents, StoredTensor, read_contents, readable
 from tipl_ray.digest import digest
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".zip")
@@ -100,6 +100,11 @@ def find_series(folder: Path, selection: Selection) -> Series:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no folder; give one that holds checkpoints")
+    with readable(folder):
+        return _read_series(folder, selection)
+
+
+def _read_series(folder: Path, selection: Selection) -> Series:
     found, ignored = _checkpoints(folder, selection)
     if not found:
         raise CheckpointError(
