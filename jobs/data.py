@@ -3,6 +3,8 @@
     python jobs/data.py describe storage/demo
     python jobs/data.py verify s3://bucket/experiment
     python jobs/data.py export storage/demo 7 trial-7.safetensors --columns weights episodic_return --stop 100
+    python jobs/data.py import runs/model --storage storage/model
+    python jobs/data.py ask storage/model
 
 STORAGE is the folder or URI that the experiment was collected into. Each command explains itself with --help.
 """
@@ -22,10 +24,10 @@ import tyro
 
 from tipl_ray.data.commits import TrialProgress
 from tipl_ray.data.snapshots import COLUMNS, Header, as_json
-from tipl_ray.data.storage import TEMPORARY, Storage, StoreError
+from tipl_ray.data.storage import TEMPORARY, Storage, StoreError, join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.errors import UserError
-from tipl_ray.terminal import say, say_rows
+from tipl_ray.terminal import say, say_rows, size_text
 
 Root = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
 Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="seeds of the trials to take; none takes all")]
@@ -53,7 +55,7 @@ def describe(storage: Root) -> int:
         + (f", {len(diverged)} diverged: {', '.join(diverged)}" if diverged else ""),
         "snapshots": f"{snapshots:,}, {_number(expected)} in a complete trial",
         "columns": ", ".join(header.columns),
-        "on disk": f"{_size(num_bytes)}, {num_bytes / raw:.3f} of the {_size(raw)} that the weights are raw",
+        "on disk": f"{size_text(num_bytes)}, {num_bytes / raw:.3f} of the {size_text(raw)} that the weights are raw",
         "digest": "? (see the errors)" if refusals else store.digest(seeds),
         "verified and sealed": "no longer (see the errors)" if refusals else "yes" if store.seal() else "no",
     }
@@ -77,7 +79,7 @@ def list_trials(storage: Root) -> int:
             "snapshots": f"{one.num_snapshots:,}",
             "of": _number(expected),
             "commits": f"{one.num_commits:,}",
-            "on disk": _size(one.num_bytes),
+            "on disk": size_text(one.num_bytes),
             "complete": f"diverged after iteration {one.divergence.iteration}"
             if one.divergence
             else "yes"
@@ -101,7 +103,7 @@ def verify(storage: Root, seeds: Seeds = ()) -> int:
     if not seeds and not refusals:
         store.verify_folder()
     snapshots, num_bytes = sum(one.num_snapshots for one in progress), sum(one.num_bytes for one in progress)
-    say(f"{len(progress)} trials are sound: {snapshots:,} snapshots, {_size(num_bytes)}")
+    say(f"{len(progress)} trials are sound: {snapshots:,} snapshots, {size_text(num_bytes)}")
     return _tell(refusals)
 
 
@@ -178,6 +180,78 @@ def sweep(
     return _tell(refusals)
 
 
+@app.command(name="import")
+def import_checkpoints(
+    folders: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="FOLDER [FOLDER ...]", help="folders of checkpoints, one training run each"),
+    ],
+    storage: Annotated[str, tyro.conf.arg(help="folder or URI that the inner products are kept in")],
+    steps: Annotated[
+        str | None,
+        tyro.conf.arg(help="regular expression with one group, the checkpoint's number, such as 'step_(\\d+)'"),
+    ] = None,
+    file: Annotated[str | None, tyro.conf.arg(help="the weights' file, where each checkpoint is a folder")] = None,
+    include: Annotated[tuple[str, ...], tyro.conf.arg(help="regular expressions of the tensors to take alone")] = (),
+    exclude: Annotated[tuple[str, ...], tyro.conf.arg(help="regular expressions of tensors to leave out")] = (),
+) -> int:
+    """Reduce checkpoints of any training run to the inner products of its displacements, for `ask`.
+
+    Reads safetensors, state dicts of torch.save and zips of stable-baselines3, as files or one folder each. The weights
+    themselves are not copied.
+    """
+    from tipl_ray.checkpoints.records import import_series
+    from tipl_ray.checkpoints.series import Selection
+
+    if not folders:
+        raise ValueError("no folder is given; give those that hold checkpoints, one training run each")
+    selection, refusals = Selection(steps=steps, file=file, include=include, exclude=exclude), []
+    for folder in folders:
+        try:
+            series, was_there = import_series(folder, storage, selection)
+        except UserError as error:
+            refusals.append(str(error))
+            continue
+        say(
+            f"{series.name}: {len(series.steps)} checkpoints, {series.steps[0]:,} to {series.steps[-1]:,}, of "
+            f"{series.num_weights:,} weights in {series.num_tensors:,} tensors, {size_text(series.num_bytes)}: "
+            f"{'imported before' if was_there else 'imported'} as {series.digest}"
+        )
+        for why, names in series.left_out.items():
+            say(f"  left out {why}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}")
+    return _tell(refusals)
+
+
+@app.command
+def ask(
+    storage: Root,
+    series: Annotated[tuple[str, ...], tyro.conf.arg(help="names or digests of imported series; none takes all")] = (),
+    steps: Annotated[tuple[int, ...], tyro.conf.arg(help="checkpoints ahead")] = (1, 2, 5, 10),
+    context: Annotated[
+        int | None, tyro.conf.arg(help="displacements that a forecast knows; by default a quarter of them, 2 to 20")
+    ] = None,
+    per_iteration: Annotated[
+        int, tyro.conf.arg(help="checkpoints per iteration of an algorithm that reuses its data, as PPO does")
+    ] = 1,
+    predictor: Annotated[
+        str | None, tyro.conf.arg(help="folder of a trained model or saved predictor, asked without further training")
+    ] = None,
+) -> int:
+    """How predictable imported series are: sentences, and a report with tables and pictures."""
+    from tipl_ray.checkpoints.asking import REPORT_FILE, answer
+    from tipl_ray.checkpoints.predictability import Asking
+    from tipl_ray.checkpoints.report import answers, skill_table
+
+    asking = Asking(context=context, steps=steps, per_iteration=per_iteration)
+    folder, findings = answer(storage, series, asking, predictor)
+    for one in answers(findings):
+        say(f"{one.question} {one.verdict.capitalize()}. {one.text}")
+    say_rows(skill_table(findings), title="Skill against copying the last checkpoint")
+    say(f"{join(folder, REPORT_FILE)}")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; what a user can mend is told in one line."""
     try:
@@ -236,14 +310,6 @@ def _tell(refusals: Sequence[str]) -> int:
 
 def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} GB"
 
 
 if __name__ == "__main__":

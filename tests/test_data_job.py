@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from runs import model_states, write_torch
 from test_damage import files_up_to
 from test_trajectory_store import HEADER, collect, files, lose_trial, sealed, truncate
 
@@ -99,6 +100,34 @@ def one_line(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
     (line,) = err.splitlines()
     assert line.startswith("error: ")
     return line
+
+
+def test_checkpoints_are_imported_once_and_asked_and_each_folder_that_cannot_be_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("first", "second"):
+        write_torch(tmp_path / name, model_states(12, seed=len(name)))
+    (tmp_path / "empty").mkdir()
+    storage = str(tmp_path / "storage")
+    folders = [str(tmp_path / name) for name in ("first", "empty", "second")]
+    for outcome in ("imported", "imported before"):
+        assert main(["import", *folders, "--storage", storage, "--exclude", "norm"]) == 1
+        out, err = capfd.readouterr()
+        assert out.count("12 checkpoints, 0 to 110, of 2,928 weights in 4 tensors, 141 KB: " + outcome + " as ") == 2
+        assert (
+            err == f"error: {tmp_path / 'empty'}: holds no checkpoints: files that end in .safetensors, .pt, .pth, "
+            ".bin, .ckpt, .zip, or folders with one\n"
+        )
+        assert "left out by --include and --exclude: model.model.layers.0.norm.weight, " in out
+        assert "left out part of the training's state: optimizer_state_dict/state/0/exp_avg, " in out
+    assert main(["ask", storage, "--steps", "1", "3"]) == 0
+    out, _ = capfd.readouterr()
+    assert out.startswith("Can the next checkpoint be forecast? ")
+    assert (line := out.splitlines()[-1]).endswith("report.html")
+    assert "python jobs/data.py ask" in Path(line).read_text()
+    assert "no series is called third" in one_line(capfd, "ask", storage, "--series", "third")
+    assert "is no regular expression" in one_line(capfd, "import", folders[0], "--storage", storage, "--include", "(")
+    assert "steps=(3, 1) are not rising" in one_line(capfd, "ask", storage, "--steps", 3, 1)
 
 
 def test_what_export_cannot_do_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

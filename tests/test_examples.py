@@ -14,6 +14,7 @@ from tipl_ray import config
 from tipl_ray.window.transformer import WindowTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
+ALONE = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_the_readmes_command_trains_a_plain_ppo_with_jumps(demo: Path) -> None:
         f"{shorter} --iterations 3 --steps 256",
         shell=True,
         cwd=demo,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=ALONE,
         capture_output=True,
         text=True,
         timeout=300,
@@ -70,3 +71,14 @@ def test_the_readmes_command_trains_a_plain_ppo_with_jumps(demo: Path) -> None:
     assert first.endswith(" s left")
     assert last.startswith("768 env steps: mean return")
     assert last.endswith(", 3 jumps taken, 0 refused, 0 s left")
+
+
+def test_checkpoints_of_a_small_gpt_are_imported_and_asked(tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "checkpoints_of_a_gpt.py")
+    command = [sys.executable, script, "--folder", str(tmp_path / "new"), "--steps", "70", "--every", "10"]
+    ran = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "\nCan the next checkpoint be forecast? Linear extrapolation forecasts the next checkpoint " in ran.stdout
+    report = Path(ran.stdout.splitlines()[-1])
+    assert report.is_relative_to(tmp_path / "new" / "storage" / "predictability")
+    assert "How predictable is gpt?" in report.read_text()

@@ -67,6 +67,19 @@ def duration(seconds: float) -> str:
     return f"{int(seconds)} s"
 
 
+def size_text(num_bytes: float) -> str:
+    """Bytes as a person says them.
+
+    >>> size_text(512), size_text(53.2e9)
+    ('512 B', '53.2 GB')
+    """
+    for unit in ("B", "KB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} GB"
+
+
 def plain(text: str) -> str:
     r"""A text whose control and direction marks are written out: none of it moves a cursor or turns a line around.
 

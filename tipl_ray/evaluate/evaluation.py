@@ -8,7 +8,6 @@ policies of a few windows. Together they are the result table, one row per (tria
 T snapshots, B windows, H forward steps, P policy weights, E episodes, N policies.
 """
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import ray
-import torch
 
 from tipl_ray.config import Experiment
 from tipl_ray.data.snapshots import Trajectory
@@ -32,6 +30,7 @@ from tipl_ray.ppo.engines import choose_engine, make_learner
 from tipl_ray.ppo.returns import policy_returns
 from tipl_ray.ppo.trials import network_shape
 from tipl_ray.predict.bands import load_band
+from tipl_ray.predict.blocks import one_thread
 from tipl_ray.predict.gram import Question, squared_errors
 from tipl_ray.predict.models import load_about
 from tipl_ray.predict.predictor import Predictor, Trial, Trials, Weights
@@ -100,17 +99,6 @@ def make_predictors(experiment: Experiment, model_folders: Sequence[str]) -> lis
         if names.count(name) > 1:
             raise ValueError(f"evaluate.predictors: two predictors are called {name!r}; give yours another name")
     return [*own, *outside, *others, *tipls, upper_bound]
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread, as an actor or task has one CPU; afterwards on as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @one_thread()

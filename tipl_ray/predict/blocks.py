@@ -3,6 +3,9 @@
 Shapes: B windows, K tokens of context, E embedding, A attention heads.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,6 +14,17 @@ from tipl_ray import config
 
 DTYPE = torch.float32
 """Of every model's weights, whatever the default is where it is made or loaded."""
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, as an actor or task has one CPU; afterwards on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Block(nn.Module):

@@ -1,0 +1,74 @@
+"""Pictures of series of checkpoints: how predictable they are, and the shape of their paths."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+from tipl_ray.checkpoints.predictability import BOUND, SECOND_HALF, Findings, energies, shared_windows
+from tipl_ray.checkpoints.records import ImportedSeries
+from tipl_ray.drawing import SOFT, as_shipped, dress, explain, labelled, legend_below, new_figure
+from tipl_ray.evaluate.figures import COLOURS, NAMES
+
+LOWEST = -1.0
+"""Skill below which no predictor is followed."""
+SERIES_COLOURS = list(COLOURS.values())
+
+
+@as_shipped()
+def skill(findings: Findings) -> Figure:
+    """Skill against checkpoints ahead, of all predictors on the same windows."""
+    figure, (axes,) = new_figure(1, width=8.5, height=4.4)
+    windows, below = shared_windows(findings), []
+    for name in dict.fromkeys(row["predictor"] for row in findings.means):
+        if name == "copy-last":
+            continue
+        rows = [row for row in findings.means if (row["predictor"], row["windows"]) == (name, windows)]
+        own = [row for row in rows if row["skill"] is not None]
+        step_H, skill_H = ([row[key] for row in own] for key in ("step", "skill"))
+        colour, dashes, label = COLOURS.get(name, SOFT), "--" if name == BOUND else "-", NAMES.get(name, name)
+        axes.plot(step_H, skill_H, dashes, marker="o", color=colour, linewidth=1.8, markersize=4.5, label=label)
+        if any(row["skill_low"] is not None for row in own):
+            band_2H = np.array([[row["skill_low"], row["skill_high"]] for row in own], dtype=np.float64).T
+            axes.fill_between(step_H, *band_2H, color=colour, alpha=0.15, linewidth=0)
+        if skill_H and min(skill_H) < LOWEST:
+            below.append(f"{label} falls to {min(skill_H):,.1f}")
+    axes.axhline(0, color=COLOURS["copy-last"], linewidth=2, zorder=1, label=NAMES["copy-last"])
+    axes.set_ylim(max(LOWEST, min(axes.get_ylim()[0], -0.05)), 1.03)
+    where = f", {windows} of the series" if windows == SECOND_HALF else ""
+    dress(axes, f"Skill against copying the last checkpoint{where}", "checkpoints ahead h", "skill")
+    axes.xaxis.set_major_locator(FixedLocator(sorted({row["step"] for row in findings.means})))
+    axes.xaxis.set_minor_locator(NullLocator())
+    legend_below(figure, labelled(axes), ["; ".join(below)] if below else [])
+    return figure
+
+
+@as_shipped()
+def path(series: Sequence[ImportedSeries]) -> Figure:
+    """Energy of the path by SVD rank, and the cosines between the first series' displacements."""
+    figure, (energy, cosines) = new_figure(2, width=11, height=4.6, width_ratios=(1.2, 1))
+    longest = 1
+    for index, one in enumerate(series[: len(SERIES_COLOURS)]):
+        kept_R = energies(one.products.gram_SS)[:20]
+        longest = max(longest, len(kept_R))
+        colour = SERIES_COLOURS[index]
+        energy.plot(np.arange(1, len(kept_R) + 1), kept_R, marker="o", markersize=4, color=colour, label=one.name)
+    walk_R = energies(np.eye(max(one.num_displacements for one in series)))[:longest]
+    energy.plot(np.arange(1, len(walk_R) + 1), walk_R, "--", color=SOFT, label="a random walk of as many steps")
+    energy.set_ylim(top=1.01)
+    energy.xaxis.set_major_locator(MaxNLocator(integer=True))
+    dress(energy, "Energy of the path by SVD rank", "rank", "share of the squared distances")
+    gram_SS = series[0].products.gram_SS
+    lengths_S = np.sqrt(np.diag(gram_SS))
+    moved_S = lengths_S > 0
+    if moved_S.any():
+        cosines_SS = gram_SS[np.ix_(moved_S, moved_S)] / np.outer(lengths_S[moved_S], lengths_S[moved_S])
+        image = cosines.imshow(cosines_SS, vmin=-1, vmax=1, cmap="RdBu_r")
+        figure.colorbar(image, ax=cosines, shrink=0.8)
+    else:
+        explain(cosines, "Nothing moved")
+    dress(cosines, f"Cosines between displacements: {series[0].name}", "displacement", "displacement")
+    cosines.grid(visible=False)
+    legend_below(figure, labelled(energy))
+    return figure

@@ -1,0 +1,135 @@
+"""What a storage keeps of a series of checkpoints: the inner products of its displacements, never its weights.
+
+    <storage>/series/<digest>/    series.json, products.safetensors, series.sha256
+
+The folder counts once series.json is there; a killed import leaves none, and begins again. Shapes: see `products`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from tipl_ray.checkpoints.products import Products, Progress, multiply
+from tipl_ray.checkpoints.series import Selection, Series, find_series
+from tipl_ray.data.locks import only_one
+from tipl_ray.data.storage import Storage, StoreError, file_exists, join, publish, read_published
+from tipl_ray.terminal import ProgressView, size_text
+
+SERIES = "series"
+ABOUT_FILE, PRODUCTS_FILE, RECORD = "series.json", "products.safetensors", "series.sha256"
+WAY_OUT = "delete its folder and import the checkpoints again"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImportedSeries:
+    """A series as a storage keeps it."""
+
+    name: str
+    """Of the folder that it was read from."""
+    folder: str
+    digest: str
+    """See `series.find_series`."""
+    checkpoints: tuple[str, ...]
+    """Names of the T checkpoints."""
+    steps: tuple[int, ...]
+    """Their numbers."""
+    num_weights: int
+    num_tensors: int
+    num_bytes: int
+    """What was read of the files [bytes]."""
+    types: dict[str, int]
+    """Tensors of the first checkpoint by their type."""
+    left_out: dict[str, list[str]]
+    """Why -> names of entries and tensors."""
+    products: Products
+
+    @property
+    def num_displacements(self) -> int:
+        """S."""
+        return len(self.steps) - 1
+
+
+def import_series(folder: Path, storage: str, selection: Selection) -> tuple[ImportedSeries, bool]:
+    """Reduce a folder's checkpoints into a storage, and say whether that was already done.
+
+    Raises CheckpointError as `find_series` and `multiply` do, before anything is written; StoreError where the storage
+    cannot be written, or another process imports the same series.
+    """
+    series = find_series(folder, selection)
+    place = join(storage, SERIES, series.digest)
+    if file_exists(place, ABOUT_FILE):
+        return load_series(storage, series.digest), True
+    with only_one(storage, f"series-{series.digest}", f"importing {folder.name}"):
+        with ProgressView() as view:
+
+            def report(progress: Progress) -> None:
+                view.show([], _told(folder.name, progress))
+
+            products = multiply(series, report)
+        imported = _imported(series, products)
+        publish(place, _files(imported), RECORD)
+    return imported, False
+
+
+def load_series(storage: str, digest: str) -> ImportedSeries:
+    """A series of a storage. Raises StoreError where it is missing or damaged."""
+    place = join(storage, SERIES, digest)
+    try:
+        about = json.loads(read_published(place, ABOUT_FILE, RECORD, WAY_OUT))
+        arrays = safetensors.numpy.load(read_published(place, PRODUCTS_FILE, RECORD, WAY_OUT))
+        products = Products(
+            gram_SS=arrays["gram"],
+            groups=tuple(about.pop("groups")),
+            weights_G=np.array(about.pop("weights_by_group"), dtype=np.int64),
+            grams_GSS=arrays["groups"],
+        )
+        about |= {name: tuple(about[name]) for name in ("checkpoints", "steps")}
+        return ImportedSeries(**about, products=products)
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise StoreError(f"{Storage(place).show(ABOUT_FILE)}: is not understood: {error}; {WAY_OUT}") from error
+
+
+def all_series(storage: str) -> list[ImportedSeries]:
+    """Every series of a storage, by name and then number of checkpoints. Raises StoreError for a damaged one."""
+    names = [name for name in Storage(storage).folders(SERIES) if file_exists(join(storage, SERIES, name), ABOUT_FILE)]
+    found = [load_series(storage, name) for name in names]
+    return sorted(found, key=lambda one: (one.name, len(one.steps), one.digest))
+
+
+def _imported(series: Series, products: Products) -> ImportedSeries:
+    types = [str(stored[0].dtype).removeprefix("torch.") for stored in series.tensors.values()]
+    return ImportedSeries(
+        name=series.folder.resolve().name,
+        folder=str(series.folder.resolve()),
+        digest=series.digest,
+        checkpoints=series.names,
+        steps=series.steps,
+        num_weights=series.num_weights,
+        num_tensors=len(series.tensors),
+        num_bytes=series.num_bytes,
+        types={name: types.count(name) for name in sorted(set(types))},
+        left_out={why: list(names) for why, names in series.left_out.items()},
+        products=products,
+    )
+
+
+def _files(imported: ImportedSeries) -> dict[str, bytes]:
+    products = imported.products
+    about: dict[str, Any] = {
+        field.name: getattr(imported, field.name) for field in dataclasses.fields(imported) if field.name != "products"
+    }
+    about |= {"groups": products.groups, "weights_by_group": products.weights_G.tolist()}
+    arrays: dict[str, NDArray] = {"gram": products.gram_SS, "groups": products.grams_GSS}
+    return {PRODUCTS_FILE: safetensors.numpy.save(arrays), ABOUT_FILE: json.dumps(about, indent=1).encode()}
+
+
+def _told(name: str, progress: Progress) -> str:
+    return (
+        f"{name}: slice {progress.slices:,} of {progress.all_slices:,}, {size_text(progress.bytes_read)} of "
+        f"{size_text(progress.all_bytes)} read"
+    )

@@ -1,0 +1,406 @@
+"""Findings about series of checkpoints -> plain sentences, tables and one page.
+
+What is negative is said as plainly as what is positive. Knows nothing of how the figures were made.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tipl_ray import pages
+from tipl_ray.checkpoints.predictability import ALL, BOUND, SECOND_HALF, Asking, Findings, Row, shared_windows
+from tipl_ray.checkpoints.records import ImportedSeries
+from tipl_ray.evaluate.metrics import MIN_TRIALS
+from tipl_ray.evaluate.report import CLEAR, Answer, Verdict
+from tipl_ray.terminal import size_text
+
+COPY = "copying the last one"
+WORDS = {
+    "linear": "linear extrapolation",
+    "damped": "damped linear extrapolation",
+    "window-linear": "a line fitted to the context",
+    "rank-1": "rank-1 extrapolation as in RELEX",
+    "rank-1-from-last": "rank-1 extrapolation from the last checkpoint",
+    "dmd": "dynamic mode decomposition",
+    "context-ridge": "a ridge regression on the context",
+    "tipl": "TIPL, which has never seen such a run,",
+}
+"""Predictors as a sentence names them."""
+STRAIGHT = 0.9
+"""Net displacement as a share of the path's length from which on a path is called straight."""
+HELD = 0.9
+"""Share of the next displacement's square in the span of the context's from which on the context is said to hold it."""
+LINE = 0.95
+"""Energy of a rank-1 SVD from which on a path is called a line."""
+CAPTIONS = {
+    "skill": (
+        "Skill per number of checkpoints ahead",
+        "Skill is the share of copy-last's squared error that a predictor removes: 1 is perfect, 0 is no better than "
+        "copying the last checkpoint, below 0 is worse. The upper bound knows the future: no combination of the "
+        "context's displacements can be better.",
+    ),
+    "path": (
+        "The path",
+        "Left: how much of the squared distance from the first checkpoint an SVD of each rank keeps, compared with a "
+        "random walk of as many steps, which is far from predictable and still looks nearly one-dimensional. Right: "
+        "cosines between the displacements from one checkpoint to the next.",
+    ),
+}
+
+
+def page(
+    series: Sequence[ImportedSeries], findings: Findings, asking: Asking, pictures: Mapping[str, bytes], command: str
+) -> str:
+    """The report as one HTML page that needs nothing beside it; `pictures` maps names of CAPTIONS to PNGs."""
+    names = list(dict.fromkeys(one.name for one in series))
+    title = f"How predictable is {names[0]}?" if len(series) == 1 else f"How predictable are {len(series)} runs?"
+    return pages.page(
+        "predictability.html",
+        title=title,
+        facts=_facts(series, findings),
+        answers=answers(findings),
+        notes=notes(series, findings, asking),
+        pictures=[(*CAPTIONS[name], pages.embedded(png)) for name, png in pictures.items()],
+        skills=skill_table(findings),
+        spectra=[_rounded(row, without=("digest",)) for row in findings.spectra],
+        groups=[_rounded(row, without=("digest",)) for row in findings.groups],
+        series=[(one.name, f"{one.folder}, digest {one.digest}") for one in series],
+        command=command,
+    )
+
+
+def answers(findings: Findings) -> list[Answer]:
+    """What the findings say, the most asked first."""
+    found = [next_checkpoint(findings), further_ahead(findings), at_best(findings)]
+    if any(row["predictor"] == "tipl" for row in findings.means):
+        found.append(zero_shot(findings))
+    found += [straight(findings), one_dimensional(findings)]
+    if len({row["group"] for row in findings.groups}) > 1:
+        found.append(layers(findings))
+    return found
+
+
+def next_checkpoint(findings: Findings) -> Answer:
+    """Whether anything forecasts the nearest checkpoint asked better than a copy, linear extrapolation first."""
+    step = min(row["step"] for row in findings.means)
+    own = _at(findings, step)
+    best = max(own, key=lambda row: row["skill"], default=None)
+    if best is None:
+        return Answer(
+            question=_question(step), verdict="unknown", text="Nothing moved, so there is nothing to forecast."
+        )
+    linear = next(row for row in own if row["predictor"] == "linear")
+    sentences = [_sentence(linear)]
+    if best["skill"] > linear["skill"] and best["predictor"] != "linear":
+        sentences.append(
+            f"Of the {len(own)} predictors asked, the best on these windows is this: {_sentence(best, small=True)}"
+        )
+    elif best["predictor"] == "linear":
+        sentences.append(f"None of the other {len(own) - 1} predictors asked does better.")
+    sentences.append(f"Better and worse are meant in squared error over all weights, {_windows(linear)}.")
+    return _answer(_question(step), _verdict(best), sentences, best)
+
+
+def further_ahead(findings: Findings) -> Answer:
+    """The same for the other steps."""
+    steps = sorted({row["step"] for row in findings.means})[1:]
+    sentences, verdicts = [], []
+    for step in steps:
+        own = _at(findings, step)
+        if not own:
+            continue
+        best = max(own, key=lambda row: row["skill"])
+        linear = next(row for row in own if row["predictor"] == "linear")
+        words = [_sentence(linear).rstrip(".")]
+        if best["predictor"] != "linear":
+            words.append(f"the best there, {_words(best).rstrip(',')}, is {_amount(best['skill'], against='')}")
+        sentences.append("; ".join(words) + ".")
+        verdicts.append(_verdict(best))
+    question = "Do forecasts further ahead hold up?"
+    if not verdicts:
+        return Answer(question=question, verdict="unknown", text="The series is too short to judge them.")
+    verdict: Verdict = verdicts[0] if len(set(verdicts)) == 1 else "partly"
+    return Answer(question=question, verdict=verdict, text=" ".join(sentences))
+
+
+def at_best(findings: Findings) -> Answer:
+    """What no combination of the context's displacements can do better than."""
+    rows = [
+        row
+        for step in sorted({row["step"] for row in findings.means})
+        for row in findings.means
+        if (row["predictor"], row["step"], row["windows"]) == (BOUND, step, shared_windows(findings))
+        and row["skill"] is not None
+    ]
+    question = "Do the recent displacements hold what comes next?"
+    if not rows:
+        return Answer(question=question, verdict="unknown", text="Nothing moved, so there is nothing to reach.")
+    ends = [rows[0], rows[-1]] if len(rows) > 1 else rows
+    parts = [f"{row['skill']:.0%} {_ahead(row['step'])}" for row in ends]
+    text = (
+        f"Whatever the coefficients, a combination of the last {findings.context} displacements removes at most "
+        f"{' and '.join(parts)} of the squared error of {COPY}; the rest of the movement is in directions that these "
+        "displacements do not have."
+    )
+    held = rows[0]["skill"]
+    verdict: Verdict = "yes" if held >= HELD else "partly" if held >= CLEAR else "no"
+    return Answer(question=question, verdict=verdict, text=text)
+
+
+def zero_shot(findings: Findings) -> Answer:
+    """TIPL against the best of the others on the same windows."""
+    own = [row for row in findings.means if row["predictor"] == "tipl" and row["windows"] == ALL]
+    sentences, sides = [], []
+    for row in own:
+        rivals = [
+            other
+            for other in findings.means
+            if (other["step"], other["windows"]) == (row["step"], ALL)
+            and other["predictor"] not in ("tipl", BOUND)
+            and other["skill"] is not None
+        ]
+        if row["skill"] is None or not rivals:
+            continue
+        best = max(rivals, key=lambda other: other["skill"])
+        theirs = f"the best of the others, {_words(best)}, is {_amount(best['skill'], against='')}"
+        sentences.append(f"{_sentence(row).rstrip('.')}; {theirs}.")
+        sides.append(row["skill"] > best["skill"])
+    verdict: Verdict = "unknown" if not sides else "yes" if all(sides) else "partly" if any(sides) else "no"
+    question = "Does the trained Transformer do better without having seen such a run?"
+    return Answer(question=question, verdict=verdict, text=" ".join(sentences) or "No step was asked of it.")
+
+
+def straight(findings: Findings) -> Answer:
+    """Net displacement over path length, against a random walk's."""
+    rows = [row for row in findings.paths if row["straightness"] is not None]
+    question = "Is the path straight?"
+    if not rows:
+        return Answer(question=question, verdict="unknown", text="Nothing moved.")
+    sentences = []
+    for row in rows:
+        cosine = (
+            ""
+            if row["mean_cosine"] is None
+            else f"; successive displacements have a mean cosine of {row['mean_cosine']:.2f}"
+        )
+        sentences.append(
+            f"{_of(findings, row)}The last checkpoint is {row['straightness']:.0%} as far from the first as the path "
+            f"is long, where a random walk of as many steps would be {row['straightness_random_walk']:.0%}{cosine}."
+        )
+    return Answer(
+        question=question,
+        verdict=_all([_shape(row["straightness"], STRAIGHT, row["straightness_random_walk"]) for row in rows]),
+        text=" ".join(sentences),
+    )
+
+
+def one_dimensional(findings: Findings) -> Answer:
+    """Energy of a rank-1 SVD of the path, against a random walk's."""
+    question = "Is the path of rank 1?"
+    rows = [row for row in findings.spectra if row["rank"] == 1 and row["path"] == row["path"]]
+    if not rows:
+        return Answer(question=question, verdict="unknown", text="Nothing moved.")
+    ranks = {row["digest"]: row["rank_99"] for row in findings.paths}
+    sentences = [
+        f"{_of(findings, row)}One direction holds {row['path']:.0%} of the squared distances from the first "
+        f"checkpoint, where a random walk of as many steps has {row['random_walk']:.0%} in one; 99% take "
+        f"{ranks[row['digest']]} direction{'s' * (ranks[row['digest']] != 1)}."
+        for row in rows
+    ]
+    return Answer(
+        question=question,
+        verdict=_all([_shape(row["path"], LINE, row["random_walk"]) for row in rows]),
+        text=" ".join(sentences),
+    )
+
+
+def layers(findings: Findings) -> Answer:
+    """Which layers linear extrapolation forecasts best and worst, of those that move."""
+    rows = [row for row in findings.groups if row["skill_linear"] is not None]
+    ordered = sorted(rows, key=lambda row: row["skill_linear"], reverse=True)
+    most = max(rows, key=lambda row: row["share_of_movement"])
+    better = sum(row["skill_linear"] > 0 for row in rows)
+    text = (
+        f"Linear extrapolation is better than {COPY} in {better} of {len(rows)} layers that move: best in "
+        f"{_layer(findings, ordered[0])} ({_amount(ordered[0]['skill_linear'], against='')}), worst in "
+        f"{_layer(findings, ordered[-1])} ({_amount(ordered[-1]['skill_linear'], against='')}). Most of the movement, "
+        f"{most['share_of_movement']:.0%}, is in {_layer(findings, most)}."
+    )
+    verdict: Verdict = "yes" if better == len(rows) else "partly" if better else "no"
+    return Answer(question="Is every layer predictable?", verdict=verdict, text=text)
+
+
+def notes(series: Sequence[ImportedSeries], findings: Findings, asking: Asking) -> list[str]:
+    """What a reader must know to believe the figures."""
+    fitted = {row["fitted_on"] for row in findings.means}
+    said = [f"A forecast knows the last {findings.context} displacements, and nothing that comes after its start."]
+    if "first half" in fitted:
+        said.append(
+            "There is one series: damped, dmd and context-ridge choose their one setting on its first half, and all "
+            "predictors are compared with them on the windows that start in its second."
+        )
+    if "other series" in fitted:
+        said.append("damped, dmd and context-ridge choose their one setting on the series of the other folders.")
+    asked = {row["step"] for row in findings.means}
+    fitted_at = {row["step"] for row in findings.means if row["fitted_on"] == "first half"}
+    if fitted_at and (late := sorted(asked - fitted_at)):
+        said.append(
+            f"At h = {', '.join(map(str, late))} the first half is too short to choose a setting by, so these "
+            "three are not asked."
+        )
+    longest = max(row["step"] for row in findings.means)
+    if missing := [step for step in asking.steps if step > longest]:
+        said.append(f"No series is long enough for h = {', '.join(map(str, missing))}.")
+    said += [
+        f"{row['series']}: its checkpoints are not evenly spaced; forecasts count checkpoints, not training steps."
+        for row in findings.paths
+        if not row["even_steps"]
+    ]
+    for one in series:
+        said += [
+            f"{one.name}: left out {why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}."
+            for why, names in one.left_out.items()
+        ]
+        if len(one.products.groups) > (moving := sum(row["digest"] == one.digest for row in findings.groups)):
+            said.append(
+                f"{one.name}: {len(one.products.groups) - moving} of {len(one.products.groups)} layers never moved."
+            )
+    if len(series) < MIN_TRIALS:
+        said.append(
+            f"There are no intervals: they take {MIN_TRIALS} series. These figures are of this run, not of its kind."
+        )
+    return said
+
+
+def skill_table(findings: Findings) -> list[dict[str, str]]:
+    """Cells of the skill table, by predictor and set of windows; intervals in brackets."""
+    steps = sorted({row["step"] for row in findings.means})
+    lines = dict.fromkeys((row["predictor"], row["windows"], row["fitted_on"]) for row in findings.means)
+    cells = {(row["predictor"], row["windows"], row["step"]): row for row in findings.means}
+    order = sorted(lines, key=lambda line: (line[1] != ALL, list(lines).index(line)))
+    return [
+        {
+            "predictor": f"{predictor} (upper bound)" if predictor == BOUND else predictor,
+            "windows": windows,
+            "fitted on": fitted_on,
+            **{f"h = {step}": _cell(cells.get((predictor, windows, step))) for step in steps},
+        }
+        for predictor, windows, fitted_on in order
+    ]
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or row["skill"] is None:
+        return "-"
+    # Adding 0.0 keeps a rounded -0.00 from being read as worse than copying.
+    low, high = row["skill_low"], row["skill_high"]
+    skill = f"{round(row['skill'], 3) + 0.0:.3f}"
+    return skill if low is None else f"{skill} [{low:.3f}, {high:.3f}]"
+
+
+def _at(findings: Findings, step: int) -> list[Row]:
+    """Every predictor at a step, on the windows that all of them share."""
+    windows = shared_windows(findings)
+    return [
+        row
+        for row in findings.means
+        if (row["step"], row["windows"]) == (step, windows)
+        and row["predictor"] not in ("copy-last", BOUND)
+        and row["skill"] is not None
+    ]
+
+
+def _question(step: int) -> str:
+    return "Can the next checkpoint be forecast?" if step == 1 else f"Can a checkpoint {step} ahead be forecast?"
+
+
+def _sentence(row: Row, *, small: bool = False) -> str:
+    words = _words(row)
+    what = "the next checkpoint" if row["step"] == 1 else f"{row['step']} checkpoints ahead"
+    start = words if small else words[0].upper() + words[1:]
+    return f"{start} forecasts {what} {_amount(row['skill'])}."
+
+
+def _words(row: Row) -> str:
+    return WORDS.get(str(row["predictor"]), str(row["predictor"]))
+
+
+def _amount(skill: float, against: str = f" than {COPY}") -> str:
+    """How much better or worse than copying."""
+    if abs(skill) < 0.0005:
+        return f"no better{against}"
+    if skill <= -1.0:
+        return f"{1 - skill:,.1f} times as badly{against.replace('than', 'as')}"
+    share = f"{abs(skill):.0%}" if abs(skill) >= 0.0995 else f"{abs(skill):.1%}"
+    return f"{share} {'better' if skill > 0 else 'worse'}{against}"
+
+
+def _ahead(step: int) -> str:
+    return "one checkpoint ahead" if step == 1 else f"{step} ahead"
+
+
+def _windows(row: Row) -> str:
+    where = "in the second half of the series" if row["windows"] == SECOND_HALF else "of every window"
+    return f"over {row['num_windows']} start{'s' * (row['num_windows'] != 1)} {where}"
+
+
+def _verdict(row: Row) -> Verdict:
+    """By the interval where there is one, else by the size."""
+    if row["skill_low"] is not None:
+        return "yes" if row["skill_low"] > 0 else "no" if row["skill_high"] < 0 else "partly"
+    return "yes" if row["skill"] >= CLEAR else "partly" if row["skill"] >= 0.0005 else "no"
+
+
+def _answer(question: str, verdict: Verdict, sentences: Sequence[str], row: Row) -> Answer:
+    if row["num_series"] > 1:
+        sentences = [*sentences, f"These are means over {row['num_series']} series."]
+    return Answer(question=question, verdict=verdict, text=" ".join(sentences))
+
+
+def _shape(value: float, enough: float, random_walk: float) -> Verdict:
+    return "yes" if value >= enough and value > random_walk else "partly" if value > 1.1 * random_walk else "no"
+
+
+def _all(verdicts: Sequence[Verdict]) -> Verdict:
+    return verdicts[0] if len(set(verdicts)) == 1 else "partly"
+
+
+def _of(findings: Findings, row: Row) -> str:
+    return f"{row['series']}: " if len(findings.paths) > 1 else ""
+
+
+def _layer(findings: Findings, row: Row) -> str:
+    return f"{row['group']} of {row['series']}" if len(findings.paths) > 1 else str(row["group"])
+
+
+def _facts(series: Sequence[ImportedSeries], findings: Findings) -> dict[str, str]:
+    return {
+        "series": str(len(series)),
+        "checkpoints": _range([len(one.steps) for one in series]),
+        "weights": _range([one.num_weights for one in series]),
+        "steps": f"{min(one.steps[0] for one in series):,} to {max(one.steps[-1] for one in series):,}",
+        "context": f"{findings.context} displacements",
+        "read": size_text(sum(one.num_bytes for one in series)),
+    }
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{min(values):,}" if len(set(values)) == 1 else f"{min(values):,} to {max(values):,}"
+
+
+def _rounded(row: Row, without: Sequence[str]) -> dict[str, str]:
+    def text(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    return {name.replace("_", " "): text(value) for name, value in row.items() if name not in without}
+
+
+def as_tables(findings: Findings) -> dict[str, bytes]:
+    """The findings' tables as CSV."""
+    return {
+        f"{field.name}.csv": pages.as_csv(rows)
+        for field in dataclasses.fields(findings)
+        if isinstance(rows := getattr(findings, field.name), list)
+    }
