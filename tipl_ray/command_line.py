@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -107,6 +107,19 @@ def parse_trained(description: str, arguments: list[str] | None = None, *, jobs:
     line = _read(description, arguments, jobs, "demo")
     trained = line.memory.trained_for if line.memory and not line.preset else ()
     return [line.experiment(preset) for preset in trained or [line.preset]]
+
+
+def options(jobs: Sequence[str]) -> Any:
+    """What may be said on these jobs' command lines, with the demo's values: a dataclass as tyro takes one.
+
+    For the completion of a shell, which offers the known experiments by name.
+    """
+    shown = _shown(load_experiment("demo"), fields_read(jobs))
+    names = Literal[tuple(named_experiments())]  # type: ignore[valid-type]
+    kind = dataclasses.make_dataclass(
+        "Options", [("experiment", names)], bases=(type(shown),), frozen=True, kw_only=True
+    )
+    return kind(experiment="demo", **{field.name: getattr(shown, field.name) for field in dataclasses.fields(shown)})
 
 
 def _read(description: str, arguments: list[str] | None, jobs: Sequence[str], experiment: str) -> CommandLine:
