@@ -220,7 +220,7 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
         module, _, name = task.rpartition(":")
         if not module and name not in gymnasium.registry:
             known = sorted(spec.id for spec in gymnasium.registry.values() if "mujoco" in str(spec.entry_point))
-            near = nearest(name, known) or f"; MuJoCo's are {', '.join(known)}"
+            near = nearest(name, sorted(gymnasium.registry)) or f"; MuJoCo's are {', '.join(known)}"
             raise ValueError(f"{field}={name!r} is no task of gymnasium{near}")
     if "train" in jobs or "evaluate" in jobs:
         for storage in experiment.train.data:

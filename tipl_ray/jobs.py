@@ -67,7 +67,7 @@ def check_job(experiment: Experiment) -> None:
 
     Raises UserError for a storage that cannot be written, StoreError for one that nothing answers to.
     """
-    find_task(experiment.collect.task)
+    find_task(experiment.collect.task, experiment.collect.task_options)
     ALGORITHMS.check("collect.algorithm", experiment.collect.algorithm)
     check_places(experiment.storage_path)
     Storage(experiment.storage_path)
