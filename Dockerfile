@@ -17,11 +17,11 @@ WORKDIR /home/tipl/tipl_ray
 
 # Into the system's Python, whose commands every shell finds: `ray up` and KubeRay start login shells, which reset PATH.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt pyproject.toml setup.py README.md LICENSE ./
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep '^torch==' constraints.txt)"
 COPY tipl_ray tipl_ray
-RUN pip install --no-cache-dir -c constraints.txt ".[cluster]"
 COPY jobs jobs
+RUN pip install --no-cache-dir -c constraints.txt ".[cluster]"
 COPY cluster cluster
 
 USER 1000

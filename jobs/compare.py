@@ -17,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from tipl_ray.places import CHECKOUT, absolute_storage
+from tipl_ray.places import absolute_storage, default_storage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """What to compare, and where to put it."""
 
-    storage: str = str(CHECKOUT / "storage" / "demo")
+    storage: str = default_storage("demo")
     """Folder that an experiment was run in; its sqlite file is read where no server is given."""
     uri: str | None = None
     """MLflow tracking URI; none takes $MLFLOW_TRACKING_URI, else the storage's sqlite file."""

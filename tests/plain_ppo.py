@@ -15,10 +15,14 @@ NUM_STEPS, NUM_MINIBATCHES, NUM_EPOCHS = 2048, 32, 10
 GAMMA, GAE_LAMBDA, CLIP, LEARNING_RATE = 0.99, 0.95, 0.2, 3e-4
 
 
-def make_environment(task: str) -> gymnasium.Env:
+def make_environment(task: str, in_float64: bool = False) -> gymnasium.Env:
     environment: gymnasium.Env = gymnasium.make(task)
     environment = gymnasium.wrappers.RecordEpisodeStatistics(environment)
-    environment = gymnasium.wrappers.ClipAction(environment)
+    if isinstance(environment.action_space, gymnasium.spaces.Box):
+        environment = gymnasium.wrappers.ClipAction(environment)
+    if in_float64:
+        space = gymnasium.spaces.Box(-np.inf, np.inf, environment.observation_space.shape, np.float64)
+        environment = gymnasium.wrappers.TransformObservation(environment, np.float64, space)
     environment = gymnasium.wrappers.NormalizeObservation(environment)
     environment = gymnasium.wrappers.TransformObservation(environment, lambda o: np.clip(o, -10, 10), None)
     environment = gymnasium.wrappers.NormalizeReward(environment, gamma=GAMMA)

@@ -1,19 +1,40 @@
 """Wrappers against gymnasium's own, step for step and bit for bit."""
 
 import shutil
+from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 from plain_ppo import make_environment
 
-from tipl_ray.ppo.environments import CompiledEnvironments, Environments, generator_state, restored_generator
+from tipl_ray.ppo.environments import CompiledEnvironments, Environments
+from tipl_ray.ppo.generators import generator_state, restored_generator
 from tipl_ray.ppo.simulations import BatchSimulations
 from tipl_ray.ppo.tasks import TASKS
 
-SOME_TASKS = [*sorted(TASKS.own), "Humanoid-v4", "Reacher-v4"]
+SINGLE = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1"]
+"""Tasks whose observations are float32, in which gymnasium would keep their statistics too."""
+SOME_TASKS = [*sorted(TASKS.own), "Humanoid-v4", "Reacher-v4", *SINGLE]
 KINDS = [Environments] + ([CompiledEnvironments] if shutil.which("g++") else [])
 
 NUM_STEPS = 1000
+
+
+def make_original(task: str) -> gymnasium.Env:
+    """Gymnasium's wrappers, with statistics in float64."""
+    return make_environment(task, in_float64=task in SINGLE)
+
+
+def some_actions(random: np.random.Generator, environments: Environments, *counts: int) -> np.ndarray:
+    size = environments.simulations.action_size
+    if environments.simulations.discrete:
+        return np.eye(size, dtype=np.float32)[random.integers(0, size, counts)]
+    return random.normal(0, 1, (*counts, size)).astype(np.float32)
+
+
+def as_gymnasiums(environments: Environments, action_A: np.ndarray) -> Any:
+    return int(action_A.argmax()) if environments.simulations.discrete else action_A
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -21,16 +42,16 @@ NUM_STEPS = 1000
 def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str, kind: type[Environments]) -> None:
     seeds = [11, 12]
     environments = kind(task, seeds, gamma=0.99)
-    originals = [make_environment(task) for _ in seeds]
+    originals = [make_original(task) for _ in seeds]
     for k, seed in enumerate(seeds):
         np.testing.assert_array_equal(environments.observations_KO[k], originals[k].reset(seed=seed)[0])
     random = np.random.default_rng(1)
     returns: list[tuple[int, float]] = []
     for _ in range(NUM_STEPS + 50):
-        actions = random.normal(0, 1, (len(seeds), environments.simulations.action_size)).astype(np.float32)
+        actions = some_actions(random, environments, len(seeds))
         environments.step(actions)
         for k, original in enumerate(originals):
-            observation, reward, terminated, truncated, info = original.step(actions[k])
+            observation, reward, terminated, truncated, info = original.step(as_gymnasiums(environments, actions[k]))
             assert environments.ends_K[k] == (terminated or truncated)
             assert environments.rewards_K[k] == np.float32(reward)
             if terminated or truncated:
@@ -53,7 +74,7 @@ def test_wrappers_equal_gymnasiums_with_a_reset_within_the_step(task: str, kind:
 def test_environments_go_on_from_a_saved_state_bit_for_bit(task: str, kind: type[Environments]) -> None:
     random = np.random.default_rng(2)
     environments = kind(task, [1, 2, 3], gamma=0.99)
-    actions = random.normal(0, 1, (400, 3, environments.simulations.action_size)).astype(np.float32)
+    actions = some_actions(random, environments, 400, 3)
     for step in range(200):
         environments.step(actions[step])
     resumed = kind(task, [7, 8], gamma=0.99)

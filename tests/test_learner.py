@@ -1,6 +1,7 @@
 """The learners against autograd, against each other, and against themselves under other compilers' choices."""
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from tipl_ray.config import Ppo
+from tipl_ray.config import Collect, Experiment, Ppo
 from tipl_ray.ppo.compiled_learner import CompiledLearner
 from tipl_ray.ppo.engines import choose_engine, make_learner
+from tipl_ray.ppo.generators import action_noise
 from tipl_ray.ppo.learner import Learner, Rollouts
-from tipl_ray.ppo.networks import NetworkShape
+from tipl_ray.ppo.networks import NetworkShape, unflatten
 from tipl_ray.ppo.torch_learner import TorchLearner
+from tipl_ray.ppo.trials import TrialGroup
 
 PENDULUM = NetworkShape(observation_size=4, action_size=1, policy_hidden=(8, 8), critic_hidden=(64, 64))
 ODD = NetworkShape(observation_size=5, action_size=3, policy_hidden=(40, 16), critic_hidden=(24, 72))
 CHEETAH = NetworkShape(observation_size=17, action_size=6, policy_hidden=(256, 256), critic_hidden=(64, 64))
+POLE = NetworkShape(observation_size=4, action_size=3, policy_hidden=(40, 16), critic_hidden=(24, 72), discrete=True)
 STEPS = 256
 PPO = Ppo(num_steps=STEPS, num_minibatches=4, entropy_coefficient=0.01)
 
@@ -39,6 +43,8 @@ def some_rollouts(shape: NetworkShape, trials: int = 2) -> Rollouts:
     rollouts = Rollouts.empty(trials, STEPS, shape)
     for array in (rollouts.observations_KSO, rollouts.actions_KSA, rollouts.rewards_KS):
         array[:] = random.standard_normal(array.shape)
+    if shape.discrete:
+        rollouts.actions_KSA[:] = np.eye(shape.action_size)[rollouts.actions_KSA.argmax(axis=2)]
     rollouts.ends_KS[:] = random.random(rollouts.ends_KS.shape) < 0.05
     return rollouts
 
@@ -70,7 +76,7 @@ def autograd_gradient(
 
 
 @needs_compiler
-@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH])
+@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH, POLE])
 def test_closed_form_gradients_equal_autograd_in_float64(shape: NetworkShape) -> None:
     parameters, rollouts = prepared(shape)
     learner = CompiledLearner(shape, PPO, precision=np.float64)
@@ -96,7 +102,7 @@ def test_gradients_under_every_option_equal_autograd_in_float64(options: dict[st
 
 
 @needs_compiler
-@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH])
+@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH, POLE])
 def test_float32_gradients_are_as_near_to_float64_as_float32_allows(shape: NetworkShape) -> None:
     parameters, rollouts = prepared(shape)
     indices = np.random.default_rng(7).permutation(STEPS)[: PPO.minibatch_size]
@@ -121,7 +127,7 @@ def outcome(learner: Learner, shape: NetworkShape) -> list[np.ndarray]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH])
+@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH, POLE])
 def test_compiled_and_torch_learners_agree(shape: NetworkShape) -> None:
     results = (outcome(learner, shape) for learner in (CompiledLearner(shape, PPO), TorchLearner(shape, PPO)))
     for compiled, eager in zip(*results, strict=True):
@@ -137,8 +143,84 @@ def test_compiled_and_torch_learners_agree_under_every_option(options: dict[str,
         np.testing.assert_allclose(compiled, eager, rtol=2e-4, atol=2e-5)
 
 
-def learners(ppo: Ppo) -> list[Learner]:
-    return [TorchLearner(ODD, ppo), *([CompiledLearner(ODD, ppo)] if shutil.which("g++") else [])]
+def test_a_discrete_action_is_the_likeliest_or_by_gumbels_noise_one_of_the_softmaxs() -> None:
+    parameters, count = some_parameters(POLE, 1), 20_000
+    for learner in learners(PPO, POLE):
+        observations = np.repeat(np.array([[1.0, -2.0, 0.5, 3.0]], dtype=np.float32), count, axis=0)
+        owners, actions = np.zeros(count, dtype=np.int32), np.zeros((count, 3), dtype=np.float32)
+        logits = TorchLearner(POLE, PPO)._mean(torch.from_numpy(parameters), torch.from_numpy(observations[None, :1]))
+        learner.actor(parameters, owners, observations, None, actions)()
+        np.testing.assert_array_equal(actions, np.eye(3)[[int(logits.argmax())] * count])
+        noise = action_noise(np.random.default_rng(0), actions.shape, discrete=True)
+        learner.actor(parameters, owners, observations, noise, actions)()
+        assert (actions.sum(axis=1) == 1).all()
+        np.testing.assert_allclose(actions.mean(axis=0), logits.softmax(2).flatten(), atol=0.015)
+
+
+def plain_loss(shape: NetworkShape, parameters: torch.Tensor, rollouts: Rollouts, indices: np.ndarray) -> torch.Tensor:
+    """CleanRL's loss of a categorical policy, with torch's own modules and distribution."""
+    layers = iter(
+        torch.split(parameters, [array.size for array in unflatten(parameters.detach().numpy(), shape.layout).values()])
+    )
+
+    def network(widths: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
+        for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+            weight, bias = next(layers).reshape(inputs, outputs), next(layers)
+            x = torch.nn.functional.linear(x, weight.T, bias)
+            x = x if number == len(widths) - 2 else torch.tanh(x)
+        return x
+
+    names = ("observations", "actions", "log_probabilities", "values", "advantages", "returns")
+    batch = {
+        name: torch.from_numpy(array[0, indices].astype(np.float64))
+        for name, array in zip(names, rollouts.samples, strict=True)
+    }
+    policy = torch.distributions.Categorical(
+        logits=network((shape.observation_size, *shape.policy_hidden, shape.action_size), batch["observations"])
+    )
+    values = network((shape.observation_size, *shape.critic_hidden, 1), batch["observations"])[:, 0]
+    ratio = (policy.log_prob(batch["actions"].argmax(1)) - batch["log_probabilities"]).exp()
+    advantages = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
+    surrogate = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
+    clipped = batch["values"] + (values - batch["values"]).clamp(-0.2, 0.2)
+    value_loss = 0.5 * torch.max((values - batch["returns"]) ** 2, (clipped - batch["returns"]) ** 2).mean()
+    return surrogate - PPO.entropy_coefficient * policy.entropy().mean() + PPO.value_coefficient * value_loss
+
+
+def hold_to_plain_torch(shape: NetworkShape, parameters: np.ndarray, rollouts: Rollouts) -> None:
+    """Loss and gradient of the first trial on one minibatch, by every learner."""
+    indices = np.random.default_rng(0).permutation(STEPS)[: PPO.minibatch_size]
+    whole = torch.from_numpy(parameters[0].astype(np.float64)).requires_grad_()
+    loss = plain_loss(shape, whole, rollouts, indices)
+    (expected,) = torch.autograd.grad(loss, whole)
+    assert expected.abs().max() > 1e-3
+    minibatch = [torch.from_numpy(array[0, indices].astype(np.float64))[None] for array in rollouts.samples]
+    np.testing.assert_allclose(TorchLearner(shape, PPO).losses(whole[None], *minibatch).item(), loss.item(), rtol=1e-9)
+    found = autograd_gradient(shape, parameters, rollouts, 0, indices)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-13)
+    if shutil.which("g++"):
+        compiled = CompiledLearner(shape, PPO, precision=np.float64)
+        found = compiled.gradient(parameters[0].astype(np.float64), rollouts, 0, indices)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-13)
+
+
+def test_the_loss_and_gradient_of_discrete_actions_are_plain_torchs() -> None:
+    hold_to_plain_torch(POLE, *prepared(POLE))
+
+
+@pytest.mark.parametrize("task", ["CartPole-v1", "Acrobot-v1"])
+def test_the_first_updates_loss_and_gradient_on_a_task_are_plain_torchs(task: str) -> None:
+    experiment = Experiment(name="choices", ppo=PPO, collect=Collect(task=task, total_env_steps=STEPS, num_trials=2))
+    group = TrialGroup(experiment, choose_engine("auto", PPO), [1, 2])
+    group._collect_rollouts()
+    group.learner.advantages(group.parameters_KN, group.rollouts)
+    assert set(group.rollouts.actions_KSA.sum(axis=2).flatten()) == {1.0}
+    assert len(np.unique(group.rollouts.actions_KSA.argmax(axis=2))) == group.shape.action_size
+    hold_to_plain_torch(group.shape, group.parameters_KN, group.rollouts)
+
+
+def learners(ppo: Ppo, shape: NetworkShape = ODD) -> list[Learner]:
+    return [TorchLearner(shape, ppo), *([CompiledLearner(shape, ppo)] if shutil.which("g++") else [])]
 
 
 def updated(learner: Learner, epochs: int, rates: np.ndarray, going_on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

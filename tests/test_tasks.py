@@ -5,16 +5,19 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import CartPoleEnv, PendulumEnv
 from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
 from tipl_ray.collect.collection import collect
 from tipl_ray.collect.group import GroupCollector
-from tipl_ray.config import Experiment, Where
+from tipl_ray.config import Collect, Experiment, Where
 from tipl_ray.data.trajectory_store import TrajectoryStore
+from tipl_ray.digest import digest, identity
 from tipl_ray.experiments import load_experiment
 from tipl_ray.places import CHECKOUT
 from tipl_ray.ppo.gymnasium_tasks import GymnasiumSimulations
@@ -23,8 +26,8 @@ from tipl_ray.ppo.simulations import Simulations
 from tipl_ray.ppo.tasks import TASKS, find_task
 
 NUM_STEPS = 1000
-SLOW = ["Humanoid-v4", "Pusher-v5", "Reacher-v4"]
-"""Through gymnasium: each takes something else of what MuJoCo derived before the step."""
+SLOW = ["Humanoid-v4", "Pusher-v5", "Reacher-v4", "CartPole-v1", "Acrobot-v1", "Pendulum-v1"]
+"""Through gymnasium: each of MuJoCo's takes something else of what was derived before the step."""
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -34,6 +37,10 @@ def generator(seed: int) -> np.random.Generator:
 def random_actions(simulations: Simulations, num_steps: int, count: int) -> np.ndarray:
     low, high = simulations.action_low, simulations.action_high
     return generator(0).uniform(low, high, (num_steps, count, len(low))).astype(np.float32)
+
+
+def as_gymnasiums(simulations: Simulations, action_A: np.ndarray) -> Any:
+    return int(action_A.argmax()) if simulations.discrete else action_A
 
 
 @pytest.mark.parametrize("task", [*sorted(TASKS.own), *SLOW])
@@ -48,7 +55,7 @@ def test_simulations_equal_gymnasium_bit_for_bit_resets_included(task: str) -> N
     for actions in random_actions(simulations, NUM_STEPS, len(seeds)):
         simulations.step(actions)
         for k, original in enumerate(originals):
-            observation, reward, terminated, truncated, _ = original.step(actions[k])
+            observation, reward, terminated, truncated, _ = original.step(as_gymnasiums(simulations, actions[k]))
             np.testing.assert_array_equal(simulations.observations_KO[k], observation)
             assert simulations.rewards_K[k] == reward
             assert simulations.terminated_K[k] == terminated
@@ -62,10 +69,14 @@ def test_simulations_equal_gymnasium_bit_for_bit_resets_included(task: str) -> N
 def test_limits_and_bounds_are_gymnasiums(task: str) -> None:
     simulations, original = find_task(task)(1), gymnasium.make(task)
     assert simulations.max_episode_steps == gymnasium.spec(task).max_episode_steps
+    assert simulations.fast == (task in TASKS.own)
+    assert simulations.discrete == isinstance(original.action_space, gymnasium.spaces.Discrete)
+    if isinstance(original.action_space, gymnasium.spaces.Discrete):
+        assert simulations.action_size == original.action_space.n
+        return
     assert isinstance(original.action_space, gymnasium.spaces.Box)
     np.testing.assert_array_equal(simulations.action_low, original.action_space.low)
     np.testing.assert_array_equal(simulations.action_high, original.action_space.high)
-    assert simulations.fast == (task in TASKS.own)
 
 
 @pytest.mark.parametrize("task", [*sorted(TASKS.own), *SLOW])
@@ -138,6 +149,44 @@ class TiringReacher(ReacherEnv):
         return observation, reward - self.num_steps, *rest
 
 
+class ChoosingPendulum(PendulumEnv):
+    """A pendulum with two choices of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = gymnasium.spaces.MultiDiscrete([2, 2])
+
+
+class ForgetfulPole(CartPoleEnv):
+    """A pole in a wind of which the episode knows nothing."""
+
+    def step(self, action: Any) -> tuple:
+        observation, *rest = super().step(action)
+        return observation + np.float32(np.random.default_rng().normal()), *rest
+
+
+class WindyPole(CartPoleEnv):
+    """A pole that chooses otherwise now and then, and whose observation has two axes."""
+
+    def __init__(self, gusts: float = 0.0) -> None:
+        super().__init__()
+        self.gusts = gusts
+        box = self.observation_space
+        assert isinstance(box, gymnasium.spaces.Box)
+        self.observation_space = gymnasium.spaces.Box(box.low.reshape(2, 2), box.high.reshape(2, 2))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        observation, info = super().reset(seed=seed, options=options)
+        return observation.reshape(2, 2), info
+
+    def step(self, action: Any) -> tuple:
+        turned = self.np_random.uniform() < self.gusts
+        observation, *rest = super().step(1 - action if turned else action)
+        return observation.reshape(2, 2), *rest
+
+
+for kind in (ChoosingPendulum, ForgetfulPole, WindyPole):
+    gymnasium.register(f"{kind.__name__}-v0", f"{kind.__module__}:{kind.__name__}", max_episode_steps=30)
 gymnasium.register("UnboundedReacher-v0", UnboundedReacher, max_episode_steps=50)
 gymnasium.register("TiringReacher-v0", TiringReacher, max_episode_steps=50)
 gymnasium.register("EndlessReacher-v0", ReacherEnv)
@@ -147,9 +196,9 @@ gymnasium.register("OwnReacher-v0", ReacherEnv, max_episode_steps=50)
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
-        ("CartPole-v1", "its action space is Discrete(2)"),
         ("FrozenLake-v1", "its observation space is Discrete(16)"),
-        ("Pendulum-v1", "MuJoCo does not run it"),
+        ("ChoosingPendulum-v0", "its action space is MultiDiscrete([2 2])"),
+        ("ForgetfulPole-v0", "depends on more than its generator at the beginning and its actions"),
         ("Hopper-v3", "moved to the gymnasium-robotics project"),
         ("Nonsense-v0", "Environment `Nonsense` doesn't exist"),
         ("Humanoid", "it names no version; the newest is Humanoid-v5"),
@@ -171,11 +220,53 @@ def test_a_registered_task_of_ones_own_runs_through_gymnasium() -> None:
     assert find_task("OwnReacher-v0") is kind
 
 
-def smoke(task: str, storage: Path, **changes: int) -> Experiment:
+def smoke(task: str, storage: Path, **changes: Any) -> Experiment:
     """Two trials of eight iterations."""
     experiment = load_experiment(CHECKOUT / "jobs" / "experiments" / "smoke.toml")
-    settings = dataclasses.replace(experiment.collect, task=task, num_trials=2, engine="torch", **changes)  # type: ignore[arg-type]
+    settings = dataclasses.replace(experiment.collect, task=task, num_trials=2, engine="torch", **changes)
     return dataclasses.replace(experiment, where=Where(storage=str(storage)), collect=settings)
+
+
+def test_a_task_of_gymnasiums_with_options_goes_on_from_its_commits(tmp_path: Path) -> None:
+    stores = []
+    for name, gusts, iterations in (("whole", 0.2, 0), ("dropped", 0.2, 4), ("other", 0.3, 0)):
+        experiment = smoke("test_tasks:WindyPole-v0", tmp_path / name, task_options={"gusts": gusts})
+        early = GroupCollector(experiment, "torch", [1, 2])
+        for _ in range(iterations):
+            early._run_iteration()
+        assert GroupCollector(experiment, "torch", [1, 2]).advance(seconds=600).finished
+        stores.append(TrajectoryStore(experiment.storage_path))
+    whole, dropped, other = stores
+    assert whole.header().config["task_options"] == {"gusts": 0.2}
+    assert [name for name, _, _ in whole.header().layout][-1] == "actor.2.bias"
+    assert whole.digest() == dropped.digest() != other.digest()
+
+
+def test_options_are_part_of_a_data_set_where_there_are_any() -> None:
+    plain, windy = Collect(task="CartPole-v1"), Collect(task="CartPole-v1", task_options={"sutton_barto_reward": True})
+    assert "task_options" not in identity(plain)
+    assert digest(plain) != digest(windy)
+    assert find_task("CartPole-v1", windy.task_options) is not find_task("CartPole-v1")
+
+
+def test_options_of_a_fast_task_are_gymnasiums() -> None:
+    options: dict[str, Any] = {"reset_noise_scale": 0.0}
+    simulations, original = find_task("HalfCheetah-v4", options)(1), gymnasium.make("HalfCheetah-v4", **options)
+    assert not simulations.fast
+    np.testing.assert_array_equal(simulations.reset(0, generator(1)), original.reset(seed=1)[0])
+    np.testing.assert_array_equal(simulations.observations_KO[0, :8], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("CartPole-v1", "with collect.task_options={'gravity': 3.7} is not one of .*unexpected keyword .*'gravity'"),
+        ("test_tasks:ForgetfulPendulum", "no environment of gymnasium that takes them"),
+    ],
+)
+def test_options_that_a_task_does_not_take_are_refused(task: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        find_task(task, {"gravity": 3.7})
 
 
 def test_a_class_from_outside_is_collected_and_goes_on_from_its_commits(
@@ -209,12 +300,19 @@ def test_an_installed_package_gives_its_task_a_name(tmp_path: Path, monkeypatch:
         find_task("Carts-v1")
 
 
-@pytest.mark.parametrize("task", ["examples.recipes.task:CentredPendulum", "tests.test_tasks:OwnReacher-v0"])
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("examples.recipes.task:CentredPendulum", {}),
+        ("tests.test_tasks:OwnReacher-v0", {}),
+        ("tests.test_tasks:WindyPole-v0", {"gusts": 0.1}),
+    ],
+)
 def test_tasks_from_outside_are_collected_on_rays_actors(
-    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, options: dict[str, float]
 ) -> None:
     monkeypatch.chdir(CHECKOUT)
-    store = collect(smoke(task, tmp_path, total_env_steps=512))
+    store = collect(smoke(task, tmp_path, total_env_steps=512, task_options=options))
     assert store.header().task == task
     assert store.seeds() == (1, 2)
 

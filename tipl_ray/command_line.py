@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -109,6 +109,19 @@ def parse_trained(description: str, arguments: list[str] | None = None, *, jobs:
     return [line.experiment(preset) for preset in trained or [line.preset]]
 
 
+def options(jobs: Sequence[str]) -> Any:
+    """What may be said on these jobs' command lines, with the demo's values: a dataclass as tyro takes one.
+
+    For the completion of a shell, which offers the known experiments by name.
+    """
+    shown = _shown(load_experiment("demo"), fields_read(jobs))
+    names = Literal[tuple(named_experiments())]  # type: ignore[valid-type]
+    kind = dataclasses.make_dataclass(
+        "Options", [("experiment", names)], bases=(type(shown),), frozen=True, kw_only=True
+    )
+    return kind(experiment="demo", **{field.name: getattr(shown, field.name) for field in dataclasses.fields(shown)})
+
+
 def _read(description: str, arguments: list[str] | None, jobs: Sequence[str], experiment: str) -> CommandLine:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     forget_empty_variables()
@@ -207,7 +220,7 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
         module, _, name = task.rpartition(":")
         if not module and name not in gymnasium.registry:
             known = sorted(spec.id for spec in gymnasium.registry.values() if "mujoco" in str(spec.entry_point))
-            near = nearest(name, known) or f"; MuJoCo's are {', '.join(known)}"
+            near = nearest(name, sorted(gymnasium.registry)) or f"; MuJoCo's are {', '.join(known)}"
             raise ValueError(f"{field}={name!r} is no task of gymnasium{near}")
     if "train" in jobs or "evaluate" in jobs:
         for storage in experiment.train.data:

@@ -168,7 +168,12 @@ class Collect:
     """The PPO trials whose policy weights become the data set."""
 
     task: str = "InvertedPendulum-v4"
-    """Gymnasium id of the task."""
+    """Gymnasium id of the task, or module:ID where a module registers it; or a class of one's own as module:Name."""
+    task_options: dict[str, bool | int | float | str] = dataclasses.field(
+        default_factory=dict, hash=False, metadata=LATER
+    )
+    """Keyword arguments of gymnasium's environment; where there are any it runs in gymnasium's own class. In the
+    experiment's file alone."""
     num_trials: Annotated[int, Field(ge=1, le=100_000)] = 50
     """Number of trials; their seeds count up from first_seed."""
     first_seed: Natural = 1

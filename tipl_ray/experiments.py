@@ -8,7 +8,7 @@ from typing import Any
 
 from tipl_ray.config import MOVED, Experiment, validated
 from tipl_ray.errors import nearest, no_such
-from tipl_ray.places import CHECKOUT
+from tipl_ray.places import JOBS_FOLDER
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
@@ -32,8 +32,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def named_experiments() -> dict[str, Path]:
-    """The experiments that are found by their names: those beside the running job, then the checkout's."""
-    folders = (CHECKOUT / "jobs" / "experiments", Path(sys.argv[0]).absolute().parent / "experiments")
+    """The experiments that are found by their names: those beside the running job, then this package's.
+
+    Beside `tipl` are those in the folder `experiments` of the working directory.
+    """
+    folders = (JOBS_FOLDER / "experiments", Path(sys.argv[0]).absolute().parent / "experiments")
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
 
 

@@ -22,7 +22,7 @@ import ray.exceptions
 from tipl_ray.config import Experiment
 from tipl_ray.data.storage import Storage, local_folder
 from tipl_ray.errors import UserError
-from tipl_ray.places import CHECKOUT, check_places, forget_empty_variables
+from tipl_ray.places import CHECKOUT, check_places, forget_empty_variables, in_checkout
 from tipl_ray.ppo.algorithms import ALGORITHMS
 from tipl_ray.ppo.tasks import find_task
 from tipl_ray.terminal import is_terminal
@@ -70,7 +70,7 @@ def check_job(experiment: Experiment) -> None:
 
     Raises UserError for a storage that cannot be written, StoreError for one that nothing answers to.
     """
-    find_task(experiment.collect.task)
+    find_task(experiment.collect.task, experiment.collect.task_options)
     ALGORITHMS.check("collect.algorithm", experiment.collect.algorithm)
     check_places(experiment.storage_path)
     Storage(experiment.storage_path)
@@ -193,7 +193,8 @@ def _start(address: str) -> None:
     # A local cluster is this process' own. A token, which Ray would write into the home, belongs to real ones.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # What an experiment names as `module:Name` may lie where the job was started.
-    paths = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH"), str(Path.cwd())]))
+    checkout = str(CHECKOUT) if in_checkout() else None  # what is installed, workers find by themselves
+    paths = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH"), str(Path.cwd())]))
     # What matters of the workers' output comes as exceptions; the rest is Ray Train missing the dashboard.
     # By default Ray would join whatever cluster last ran on this machine, or wait for one that died.
     ray.init(

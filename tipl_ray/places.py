@@ -38,6 +38,10 @@ def in_checkout() -> bool:
     return (CHECKOUT / "pyproject.toml").is_file() and (CHECKOUT / "jobs").is_dir()
 
 
+JOBS_FOLDER = (CHECKOUT if in_checkout() else Path(__file__).resolve().parent / "shipped") / "jobs"
+"""Folder of the jobs, with the experiments that are known by name: the checkout's, or the one that a wheel brings."""
+
+
 def default_storage(name: str) -> str:
     """Where an experiment is kept that names no storage: below the checkout, else below the working directory."""
     return str((CHECKOUT if in_checkout() else Path.cwd()) / "storage" / name)

@@ -154,7 +154,7 @@ def run_collect(context: Context) -> None:
     )
     if engine == "torch" and settings.engine == "auto":
         say(f"collect: {why_not_compiled(experiment.ppo)}: networks run in torch, several times slower")
-    if not find_task(settings.task).fast:
+    if not find_task(settings.task, settings.task_options).fast:
         say(f"collect: {settings.task} runs through gymnasium, one environment after the other, several times slower")
     found = settings.num_trials - len(pending_seeds(experiment, store))
     done = found == settings.num_trials and store.finished()

@@ -26,7 +26,7 @@ from tipl_ray.terminal import log_event
 
 RECORDED = (
     *("policy_hidden", "critic_hidden", "epochs_per_snapshot", "iterations_per_commit", "total_env_steps"),
-    "algorithm",
+    *("algorithm", "task_options"),
 )
 """Fields of `collect` that a trial's bits depend on, beside the task and the seed."""
 

@@ -227,6 +227,7 @@ class _Runner:
             self._trajectory.observation_variances_TO[statistics_N],
             [int(seed) for seed in seeds],
             sampled_actions=evaluate.sampled_actions,
+            task_options=self._experiment.collect.task_options,
         )
         return returns_NE.mean(axis=1)
 

@@ -182,6 +182,7 @@ def _library(shape: NetworkShape, ppo: Ppo, precision: type, march: str) -> ctyp
         "RELU": int(ppo.activation == "relu"),
         "CLIP_VALUES": int(ppo.clip_values),
         "DPO": int(ppo.drift == "dpo"),
+        "DISCRETE": int(shape.discrete),
     }
     options = [f"-D{name}={value}" for name, value in macros.items()]
     return ctypes.CDLL(str(shared_library("learner.cpp", *options, march=march)))

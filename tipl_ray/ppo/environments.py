@@ -6,10 +6,13 @@ bit what gymnasium's wrappers do: in numpy, or the same arithmetic compiled. Kno
 """
 
 import ctypes
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from tipl_ray.ppo.compiler import shared_library
+from tipl_ray.ppo.generators import generator_state, restored_generator
 from tipl_ray.ppo.tasks import find_task
 
 EPSILON = 1e-8
@@ -51,10 +54,17 @@ class RunningStatistics:
 class Environments:
     """K environments of one task under CleanRL's wrappers, stepped together; each has its own random stream."""
 
-    def __init__(self, task: str, seeds: list[int] | tuple[int, ...], gamma: float, physics_threads: int = 1):
+    def __init__(
+        self,
+        task: str,
+        seeds: list[int] | tuple[int, ...],
+        gamma: float,
+        physics_threads: int = 1,
+        options: Mapping[str, Any] | None = None,
+    ):
         count = len(seeds)
         self.task, self.gamma = task, gamma
-        self.simulations = find_task(task)(count, physics_threads)
+        self.simulations = find_task(task, options)(count, physics_threads)
         self.generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))) for seed in seeds]
         self._allocate()
         for k in range(count):
@@ -152,6 +162,7 @@ class Environments:
             array[k] = state[name]
         self.simulations.state_KS = arrays["environment.physics"]
         self.generators[k] = restored_generator(state["environment.generator"])
+        self.simulations.draw_from(k, self.generators[k])
 
     def keep(self, kept: np.ndarray) -> None:
         """Go on with the kept environments alone, in their order."""
@@ -214,25 +225,3 @@ class CompiledEnvironments(Environments):
 
     def _normalise_observations(self) -> None:
         self._library.normalise_observations(self._wrappers)
-
-
-def generator_state(generator: np.random.Generator) -> np.ndarray:
-    """A PCG64 generator's whole state as (6,) uint64."""
-    state = generator.bit_generator.state
-    word = 2**64
-    inner, increment = state["state"]["state"], state["state"]["inc"]
-    words = [inner // word, inner % word, increment // word, increment % word, state["has_uint32"], state["uinteger"]]
-    return np.array(words, dtype=np.uint64)
-
-
-def restored_generator(words: np.ndarray) -> np.random.Generator:
-    """The generator whose state `generator_state` wrote down."""
-    high, low, increment_high, increment_low, has_uint32, uinteger = (int(item) for item in words)
-    bits = np.random.PCG64()
-    bits.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": high * 2**64 + low, "inc": increment_high * 2**64 + increment_low},
-        "has_uint32": has_uint32,
-        "uinteger": uinteger,
-    }
-    return np.random.Generator(bits)

@@ -1,50 +1,76 @@
-"""Any other MuJoCo task of gymnasium, in gymnasium's own class: one environment per simulation, several times slower.
+"""Any other task of gymnasium, in gymnasium's own class: one environment per simulation, several times slower.
+
+What an environment's next step depends on is MuJoCo's data where MuJoCo runs it. Of another it is how it came to be:
+the generator at the beginning of its episode and every action since, which are taken again.
 
 K simulations, O observation values, A action values, S values of a simulation's state.
 """
 
+import math
 import warnings
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import gymnasium
 import mujoco
 import mujoco.batch
 import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.spaces import Box, Discrete
 
+from tipl_ray.ppo.generators import WORDS, generator_state, restored_generator
 from tipl_ray.ppo.simulations import Simulations, can_be_resumed
 
 
 class GymnasiumSimulations(Simulations):
-    """Simulations that gymnasium's own class steps, one environment each, for the MuJoCo tasks that are not fast."""
+    """Simulations that gymnasium's own class steps, one environment each."""
 
     fast = False
     task: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]]
+    action_space: ClassVar[Box | Discrete]
 
     def __init__(self, count: int, num_threads: int = 1):
         super().__init__(count, num_threads)
-        self._environments = [_make(self.task) for _ in range(count)]
+        self._environments = [_make(self.task, self.options) for _ in range(count)]
 
     def step(self, actions_KA: np.ndarray) -> None:
         """Advance every simulation by one step; the three arrays then hold what came of it."""
-        for k, environment in enumerate(self._environments):
-            observation_O, reward, terminated, truncated, _ = environment.step(actions_KA[k].copy())
-            self.observations_KO[k], self.rewards_K[k] = observation_O, reward
-            self.terminated_K[k] = terminated or truncated
+        for k in range(len(self._environments)):
+            self._step(k, actions_KA[k])
+
+    def _step(self, k: int, action_A: np.ndarray) -> None:
+        space = self.action_space
+        action: Any = (
+            int(space.start + action_A.argmax())
+            if isinstance(space, Discrete)
+            else action_A.astype(space.dtype).reshape(space.shape)
+        )
+        observation, reward, terminated, truncated, _ = self._environments[k].step(action)
+        self.observations_KO[k], self.rewards_K[k] = np.ravel(observation), reward
+        self.terminated_K[k] = terminated or truncated
 
     def reset(self, k: int, generator: np.random.Generator) -> np.ndarray:
         """Begin a new episode in simulation k, which draws from the generator; its observation (O,)."""
-        self._environments[k].unwrapped.np_random = generator
-        self.observations_KO[k], _ = self._environments[k].reset()
+        self.draw_from(k, generator)
+        self.observations_KO[k] = np.ravel(self._environments[k].reset()[0])
         return self.observations_KO[k]
 
-    def keep(self, kept: np.ndarray) -> "GymnasiumSimulations":
+    def draw_from(self, k: int, generator: np.random.Generator) -> None:
+        """Go on in the middle of simulation k's episode with another generator."""
+        self._environments[k].unwrapped.np_random = generator
+
+    def keep(self, kept: np.ndarray) -> Self:
         """A new set of simulations that goes on with the kept environments themselves, in their order."""
         fewer = type(self)(0)
         fewer._environments = [self._environments[k] for k in kept]
         fewer.observations_KO = self.observations_KO[kept]
         fewer.rewards_K, fewer.terminated_K = self.rewards_K[kept], self.terminated_K[kept]
         return fewer
+
+
+class MujocoSimulations(GymnasiumSimulations):
+    """MuJoCo's tasks that are not fast."""
 
     @property
     def state_KS(self) -> np.ndarray:
@@ -60,12 +86,59 @@ class GymnasiumSimulations(Simulations):
             _write_data(_mujoco(environment), state_S)
 
 
+class ReplayedSimulations(GymnasiumSimulations):
+    """Tasks of which nothing is known but how their episodes went."""
+
+    def __init__(self, count: int, num_threads: int = 1):
+        super().__init__(count, num_threads)
+        self._beginnings_KW = np.zeros((count, WORDS), dtype=np.uint64)
+        """The generators before the episodes' resets."""
+        self._steps_K = np.zeros(count, dtype=np.uint32)
+        self._actions_KTA = np.zeros((count, self.max_episode_steps, self.action_size), dtype=np.float32)
+
+    def step(self, actions_KA: np.ndarray) -> None:
+        """Advance every simulation by one step; the three arrays then hold what came of it."""
+        super().step(actions_KA)
+        self._actions_KTA[np.arange(len(actions_KA)), self._steps_K] = actions_KA
+        self._steps_K += 1
+
+    def reset(self, k: int, generator: np.random.Generator) -> np.ndarray:
+        """Begin a new episode in simulation k, which draws from the generator; its observation (O,)."""
+        self._beginnings_KW[k], self._steps_K[k], self._actions_KTA[k] = generator_state(generator), 0, 0.0
+        return super().reset(k, generator)
+
+    def keep(self, kept: np.ndarray) -> Self:
+        """A new set of simulations that goes on with the kept environments themselves, in their order."""
+        fewer = super().keep(kept)
+        fewer._beginnings_KW, fewer._steps_K = self._beginnings_KW[kept], self._steps_K[kept]
+        fewer._actions_KTA = self._actions_KTA[kept]
+        return fewer
+
+    @property
+    def state_KS(self) -> np.ndarray:
+        """The generator's words, the steps of the episode and its actions, as uint32: a copy."""
+        actions_KTA = self._actions_KTA.reshape(len(self._steps_K), -1)
+        return np.hstack([self._beginnings_KW.view(np.uint32), self._steps_K[:, None], actions_KTA.view(np.uint32)])
+
+    @state_KS.setter
+    def state_KS(self, state_KS: np.ndarray) -> None:
+        before_KS = self.state_KS
+        for k in map(int, np.flatnonzero((state_KS != before_KS).any(axis=1))):
+            state_S = np.ascontiguousarray(state_KS[k], dtype=np.uint32)
+            words_S, steps, actions_S = state_S[: 2 * WORDS], int(state_S[2 * WORDS]), state_S[2 * WORDS + 1 :]
+            self.reset(k, restored_generator(words_S.view(np.uint64)))
+            self._actions_KTA[k] = actions_S.view(np.float32).reshape(self._actions_KTA[k].shape)
+            self._steps_K[k] = steps
+            for action_A in self._actions_KTA[k, :steps]:
+                self._step(k, action_A)
+
+
 INTEGRATION = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
-def _make(task: str) -> gymnasium.Env:
+def _make(task: str, options: Mapping[str, Any]) -> gymnasium.Env:
     with warnings.catch_warnings(action="ignore"):  # of newer versions, and of what gymnasium's files deprecate
-        return gymnasium.make(task, max_episode_steps=-1, disable_env_checker=True)
+        return gymnasium.make(task, max_episode_steps=-1, disable_env_checker=True, **options)
 
 
 def _mujoco(environment: gymnasium.Env) -> MujocoEnv:
@@ -92,34 +165,40 @@ def _write_data(environment: MujocoEnv, state_S: np.ndarray) -> None:
         position += field.size
 
 
-def through_gymnasium(task: str) -> type[GymnasiumSimulations]:
+def through_gymnasium(task: str, options: Mapping[str, Any]) -> type[GymnasiumSimulations]:
     """A task that runs through gymnasium. Raises ValueError with the reason why it cannot."""
-    environment = _make(task)
+    environment = _make(task, options)
     spec, observations, actions = environment.spec, environment.observation_space, environment.action_space
     assert spec is not None
-    for name, space in (("observation", observations), ("action", actions)):
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-            raise ValueError(f"its {name} space is {space}")
-    assert isinstance(observations, gymnasium.spaces.Box)
-    assert isinstance(actions, gymnasium.spaces.Box)
-    if not actions.is_bounded():
+    if not isinstance(observations, Box):
+        raise ValueError(f"its observation space is {observations}")
+    if not isinstance(actions, Box | Discrete):
+        raise ValueError(f"its action space is {actions}")
+    if isinstance(actions, Box) and not actions.is_bounded():
         raise ValueError(f"its action space {actions} has no bounds")
-    if not isinstance(environment.unwrapped, MujocoEnv):
-        raise ValueError("MuJoCo does not run it, so that its state could not be saved nor a trial be resumed")
     if spec.id != task.rpartition(":")[2]:
         raise ValueError(f"it names no version; the newest is {spec.id}")
     max_episode_steps = gymnasium.spec(spec.id).max_episode_steps
     if max_episode_steps is None:
         raise ValueError("its episodes have no limit of steps")
+    if isinstance(actions, Box):
+        low, high = np.ravel(actions.low), np.ravel(actions.high)
+    else:
+        low, high = np.zeros(actions.n, dtype=np.float32), np.ones(actions.n, dtype=np.float32)
     attributes = {
         "task": task,
-        "observation_size": observations.shape[0],
+        "options": options,
+        "observation_size": math.prod(observations.shape),
         "max_episode_steps": max_episode_steps,
-        "action_size": actions.shape[0],
-        "action_low": actions.low,
-        "action_high": actions.high,
+        "discrete": isinstance(actions, Discrete),
+        "action_space": actions,
+        "action_size": low.size,
+        "action_low": low,
+        "action_high": high,
     }
-    found: type[GymnasiumSimulations] = type(task, (GymnasiumSimulations,), attributes)
+    kind = MujocoSimulations if isinstance(environment.unwrapped, MujocoEnv) else ReplayedSimulations
+    found: type[GymnasiumSimulations] = type(task, (kind,), attributes)
     if not can_be_resumed(found):
-        raise ValueError("its next step depends on more than MuJoCo's data, so that a trial could not be resumed")
+        known = "MuJoCo's data" if kind is MujocoSimulations else "its generator at the beginning and its actions"
+        raise ValueError(f"its next step depends on more than {known}, so that a trial could not be resumed")
     return found

@@ -2,7 +2,8 @@
 //
 // Compiled by compiled_learner.py for the shapes of one experiment: OBSERVATION, ACTION, POLICY_1, POLICY_2, CRITIC_1,
 // CRITIC_2 (widths), BATCH (samples per minibatch, a multiple of 16) and REAL (float; double in tests) are macros, and so
-// are RELU (else tanh), CLIP_VALUES and DPO (else PPO's clipping), each 0 or 1.
+// are RELU (else tanh), CLIP_VALUES, DPO (else PPO's clipping) and DISCRETE, each 0 or 1. With DISCRETE the actor's outputs
+// are logits of ACTION choices, an action is 1 in its choice and 0 elsewhere, and there is no log_std.
 //
 // Activations are feature-major: a layer's output is (features, BATCH), with the samples of the minibatch along the
 // vector lanes. Weights are (inputs, outputs). Every sum runs in an order that the source fixes, lane by lane of 16,
@@ -284,7 +285,7 @@ struct Network {
 
 using Actor = Network<POLICY_1, POLICY_2, A>;
 using Critic = Network<CRITIC_1, CRITIC_2, 1>;
-constexpr int LOG_STD = Actor::SIZE, CRITIC = LOG_STD + A, SIZE = CRITIC + Critic::SIZE;
+constexpr int LOG_STD = Actor::SIZE, CRITIC = LOG_STD + (DISCRETE ? 0 : A), SIZE = CRITIC + Critic::SIZE;
 
 struct Workspace {
   Vector x[O * NV], actions[A * NV];
@@ -308,9 +309,26 @@ INLINE Vector gather_scalar(const float *values, const int32_t *indices) {
   return out;
 }
 
-// log N(action; mean, exp(log_std)) of each sample.
+// log softmax of the logits of one vector of samples.
+INLINE void log_softmax(const Vector *logits, int v, Vector *out) {
+  Vector most = logits[v], total = {};
+  for (int a = 1; a < A; ++a) most = logits[a * NV + v] > most ? logits[a * NV + v] : most;
+  for (int a = 0; a < A; ++a) total += vector_exp(logits[a * NV + v] - most);
+  for (int lane = 0; lane < LANES; ++lane) total[lane] = REAL(std::log(double(total[lane])));
+  for (int a = 0; a < A; ++a) out[a] = logits[a * NV + v] - most - total;
+}
+
+// log N(action; mean, exp(log_std)) of each sample, or log softmax(mean) of its choice.
 INLINE void log_probabilities(const REAL *log_std, const Vector *mean, const Vector *actions, Vector *out) {
   UNROLL for (int v = 0; v < NV; ++v) out[v] = Vector{};
+  if constexpr (DISCRETE) {
+    for (int v = 0; v < NV; ++v) {
+      Vector log_p[A];
+      log_softmax(mean, v, log_p);
+      for (int a = 0; a < A; ++a) out[v] += actions[a * NV + v] * log_p[a];
+    }
+    return;
+  }
   for (int a = 0; a < A; ++a) {
     const REAL half_precision = REAL(0.5) * scalar_exp(REAL(-2) * log_std[a]);
     const REAL constant = log_std[a] + REAL(0.91893853320467274178);  // log sqrt(2 pi)
@@ -349,6 +367,7 @@ int64_t num_parameters() { return SIZE; }
 int64_t num_policy_weights() { return CRITIC; }
 
 // Actions of `rows` samples: mean + exp(log_std) noise, row j by the policy of parameters[owners[j]]; no noise: the mean.
+// Of discrete ones the largest logit + noise, which of Gumbel's noise is a sample of their softmax.
 void act(int64_t rows, const REAL *parameters, int64_t stride, const int32_t *owners, const float *observations,
          const float *noise, float *actions) {
   for (int64_t j = 0; j < rows; ++j) {
@@ -356,8 +375,17 @@ void act(int64_t rows, const REAL *parameters, int64_t stride, const int32_t *ow
     alignas(64) REAL x[O], mean[padded(A)];
     for (int f = 0; f < O; ++f) x[f] = observations[j * O + f];
     Actor::single(weights, x, mean);
-    for (int a = 0; a < A; ++a)
-      actions[j * A + a] = noise ? mean[a] + scalar_exp(weights[LOG_STD + a]) * noise[j * A + a] : mean[a];
+    if constexpr (DISCRETE) {
+      int best = 0;
+      for (int a = 0; a < A; ++a) {
+        if (noise) mean[a] += noise[j * A + a];
+        if (mean[a] > mean[best]) best = a;
+      }
+      for (int a = 0; a < A; ++a) actions[j * A + a] = a == best;
+    } else {
+      for (int a = 0; a < A; ++a)
+        actions[j * A + a] = noise ? mean[a] + scalar_exp(weights[LOG_STD + a]) * noise[j * A + a] : mean[a];
+    }
   }
 }
 
@@ -451,7 +479,19 @@ void gradient(int64_t k, int64_t steps, const REAL *weights, Rollouts rollouts, 
   }
   if (divergence) *divergence = lane_sum(divergences) / B;
   Vector d_mean[A * NV];
-  for (int a = 0; a < A; ++a) {
+  if constexpr (DISCRETE) {
+    for (int v = 0; v < NV; ++v) {
+      Vector log_p[A], negative_entropy = {};
+      log_softmax(work.actor.output, v, log_p);
+      for (int a = 0; a < A; ++a) negative_entropy += vector_exp(log_p[a]) * log_p[a];
+      for (int a = 0; a < A; ++a) {
+        const Vector p = vector_exp(log_p[a]);
+        d_mean[a * NV + v] = d_log_probability[v] * (work.actions[a * NV + v] - p) +
+                             p * (log_p[a] - negative_entropy) * (hyper.entropy_coefficient / B);
+      }
+    }
+  }
+  for (int a = 0; a < (DISCRETE ? 0 : A); ++a) {
     const REAL precision = scalar_exp(REAL(-2) * weights[LOG_STD + a]);
     Vector d_log_std = {};
     UNROLL for (int v = 0; v < NV; ++v) {

@@ -57,7 +57,7 @@ class Learner(Protocol):
         actions_BA: np.ndarray,
     ) -> Callable[[], None]:
         """A call that writes mean + std * noise (no noise: the mean) of row b's observation under policy owners_B[b],
-        or without owners policy b.
+        or without owners policy b. A discrete action is 1 where logit + noise is largest, and 0 elsewhere.
 
         It takes the parameters as they are now, and reads and writes the other arrays each time. Rows of parameters may
         end after the policy's P weights.

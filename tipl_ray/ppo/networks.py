@@ -1,7 +1,8 @@
-"""The Gaussian policy and the critic as flat vectors: layout, orthogonal initialisation, named weights.
+"""The policy and the critic as flat vectors: layout, orthogonal initialisation, named weights.
 
-P policy weights: the actor's mean network, then log-std. N parameters: the policy's P, then the critic's. A trial's
-parameters are one float32 vector, so that a snapshot is its first P values and stacked trials are an (K, N) array.
+P policy weights: the actor's mean network, then log-std; of discrete actions, the network of the logits alone. N
+parameters: the policy's P, then the critic's. A trial's parameters are one float32 vector, so that a snapshot is its
+first P values and stacked trials are an (K, N) array.
 Weights are stored (inputs, outputs), the transpose of `torch.nn.Linear.weight`.
 """
 
@@ -24,13 +25,16 @@ class NetworkShape:
     action_size: int
     policy_hidden: tuple[int, int]
     critic_hidden: tuple[int, int]
+    discrete: bool = False
+    """Whether the actor's outputs are logits of action_size choices, and not means."""
 
     @cached_property
     def layout(self) -> Layout:
         """Layout of all N parameters: actor, log-std, critic."""
         arrays: list[tuple[str, tuple[int, ...]]] = []
         arrays += _layers("actor", (self.observation_size, *self.policy_hidden, self.action_size))
-        arrays.append(("log_std", (self.action_size,)))
+        if not self.discrete:
+            arrays.append(("log_std", (self.action_size,)))
         arrays += _layers("critic", (self.observation_size, *self.critic_hidden, 1))
         offset, layout = 0, []
         for name, shape in arrays:
@@ -63,7 +67,8 @@ class NetworkShape:
         """
         parameters = np.zeros(self.num_parameters, dtype=np.float32)
         named = unflatten(parameters, self.layout)
-        named["log_std"][:] = log_std
+        if not self.discrete:
+            named["log_std"][:] = log_std
         heads = {"actor.2.weight": 0.01, "critic.2.weight": 1.0}
         for name, weight in named.items():
             if not name.endswith("weight"):

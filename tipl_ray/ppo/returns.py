@@ -6,10 +6,13 @@ leaves the stack. What a policy returns does not depend on what runs beside it.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from tipl_ray.ppo.environments import CLIP, EPSILON
+from tipl_ray.ppo.generators import action_noise
 from tipl_ray.ppo.learner import Learner
 from tipl_ray.ppo.simulations import Simulations
 from tipl_ray.ppo.tasks import find_task
@@ -27,14 +30,15 @@ def policy_returns(
     episode_seeds: list[int],
     *,
     sampled_actions: bool = False,
+    task_options: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
-    """Undiscounted returns (N, E) float64 of each policy on each episode: mean action, or sampled."""
+    """Undiscounted returns (N, E) float64 of each policy on each episode: mean or likeliest action, or sampled."""
     weights_NP = np.ascontiguousarray(weights_NP, dtype=np.float32)
     scales_NO = np.sqrt(observation_variances_NO + EPSILON)
     returns_NE = np.zeros((len(weights_NP), len(episode_seeds)))
     queue = [(policy, episode) for policy in range(len(weights_NP)) for episode in range(len(episode_seeds))]
     queue.reverse()
-    simulations = find_task(task)(min(SIMULATIONS, len(queue)))
+    simulations = find_task(task, task_options)(min(SIMULATIONS, len(queue)))
     stack = _Stack.of(simulations)
 
     def begin(b: int) -> None:
@@ -53,7 +57,7 @@ def policy_returns(
         while not ended_B.any():  # the same simulations until one leaves the stack
             stack.observe(simulations)
             if sampled_actions:
-                stack.draw_noise()
+                stack.draw_noise(simulations.discrete)
             act()
             simulations.step(np.clip(stack.actions_BA, simulations.action_low, simulations.action_high))
             stack.returns_B += simulations.rewards_K
@@ -119,7 +123,7 @@ class _Stack:
         np.maximum(self.observations_BO, -CLIP, out=self.observations_BO)
         np.minimum(self.observations_BO, CLIP, out=self.observations_BO)
 
-    def draw_noise(self) -> None:
+    def draw_noise(self, discrete: bool) -> None:
         """Noise of the next actions, each row's from its own generator."""
         for noise_A, generator in zip(self.noise_BA, self.generators_B, strict=True):
-            generator.standard_normal(out=noise_A, dtype=np.float32)
+            noise_A[:] = action_noise(generator, noise_A.shape, discrete)

@@ -23,6 +23,8 @@ class Simulations(abc.ABC):
 
     fast: ClassVar[bool]
     """Whether they are stepped together; otherwise one by one, through gymnasium."""
+    discrete: ClassVar[bool] = False
+    """Whether an action is one of A choices, which its largest value says, and not A numbers."""
     observation_size: ClassVar[int]
     max_episode_steps: ClassVar[int]
     action_size: int
@@ -42,6 +44,10 @@ class Simulations(abc.ABC):
     @abc.abstractmethod
     def reset(self, k: int, generator: np.random.Generator) -> np.ndarray:
         """Begin a new episode in simulation k, drawing in gymnasium's order; its observation (O,)."""
+
+    def draw_from(self, k: int, generator: np.random.Generator) -> None:
+        """Go on in the middle of simulation k's episode with another generator; of no account where steps draw none."""
+        return
 
     @abc.abstractmethod
     def keep(self, kept: np.ndarray) -> "Simulations":
@@ -191,7 +197,7 @@ class BatchSimulations(Simulations):
 def can_be_resumed(kind: type[Simulations]) -> bool:
     """Whether a simulation goes on from the state of another as that one does: found by trying."""
     simulations, generator = kind(2), np.random.default_rng(0)
-    shape = (8, 1, simulations.action_size)
+    shape = (min(8, kind.max_episode_steps), 1, simulations.action_size)
     actions = generator.uniform(simulations.action_low, simulations.action_high, shape).astype(np.float32)
     for k in range(2):
         simulations.reset(k, np.random.default_rng(k))

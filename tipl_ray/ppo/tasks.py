@@ -1,6 +1,9 @@
 """The tasks by name: those that MuJoCo steps together, those from outside this package, and gymnasium's."""
 
 import functools
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import gymnasium
 
@@ -31,22 +34,33 @@ TASKS = Registry(
 """The fast tasks: each a class of `Simulations`."""
 
 
-@functools.cache
-def find_task(task: str) -> type[Simulations]:
+def find_task(task: str, options: Mapping[str, Any] | None = None) -> type[Simulations]:
     """The simulations of a task: one of `TASKS`, a class `module:Name`, or gymnasium's, `module:Name-v0` too.
 
-    Raises ValueError naming the task and what there is.
+    With options, which are keyword arguments of gymnasium's environment, it is gymnasium's own in any case. Raises
+    ValueError naming the task and what there is.
     """
+    return _found(task, json.dumps(dict(options or {}), sort_keys=True))
+
+
+@functools.cache
+def _found(task: str, written_options: str) -> type[Simulations]:
+    options = json.loads(written_options)
     # An id of gymnasium's ends in its version, which no name of a class can.
-    if task in TASKS.names() or (":" in task and task.rpartition(":")[2].isidentifier()):
+    outside = ":" in task and task.rpartition(":")[2].isidentifier()
+    if outside or (task in TASKS.names() and not (options and task in TASKS.own)):
+        if options:
+            raise ValueError(f"collect.task_options={options}: {task!r} is no environment of gymnasium that takes them")
         return _checked(task, TASKS.load(task))
     try:
         look_here()
-        return through_gymnasium(task)
+        return through_gymnasium(task, options)
     except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
+        given = f" with collect.task_options={options}" if options else ""
         raise ValueError(
-            f"collect.task={task!r} is not one of {', '.join(sorted(TASKS.names()))}, nor module:Name, nor "
-            f"another MuJoCo task of gymnasium with Box spaces, which would run too, but slower: {error}"
+            f"collect.task={task!r}{given} is not one of {', '.join(sorted(TASKS.names()))}, nor module:Name, nor "
+            "another task of gymnasium with a Box observation and a Box or Discrete action space, which would run too, "
+            f"but slower: {error}"
         ) from error
 
 

@@ -65,7 +65,11 @@ class TorchLearner:
         with torch.no_grad():
             rows = parameters if owners is None else parameters[owners]
             mean = _stacked(self._mean, rows, observations.unsqueeze(1)).squeeze(1)
-            actions.copy_(mean if noise is None else mean + self._named(rows)["log_std"].exp() * noise)
+            if self.shape.discrete:
+                scores = mean if noise is None else mean + noise
+                actions.zero_().scatter_(1, scores.argmax(1, keepdim=True), 1.0)
+            else:
+                actions.copy_(mean if noise is None else mean + self._named(rows)["log_std"].exp() * noise)
 
     def advantages(self, parameters_KN: np.ndarray, rollouts: Rollouts) -> None:
         """See Learner."""
@@ -116,8 +120,15 @@ class TorchLearner:
             clipped = values + (predicted - values).clamp(-clip, clip)
             squares = torch.maximum(squares, (clipped - returns) ** 2)
         value_loss = 0.5 * squares.mean(1)
-        entropy = self._named(parameters)["log_std"].sum(1)  # up to a constant, which has no gradient
+        entropy = self._entropies(parameters, observations)
         return policy_loss + self.ppo.value_coefficient * value_loss - self.ppo.entropy_coefficient * entropy
+
+    def _entropies(self, parameters: torch.Tensor, observations: torch.Tensor) -> torch.Tensor:
+        """Of each policy (K,), the mean over observations; of normal actions up to a constant without gradient."""
+        if not self.shape.discrete:
+            return self._named(parameters)["log_std"].sum(1)
+        logits = self._mean(parameters, observations).log_softmax(2)
+        return -(logits.exp() * logits).sum(2).mean(1)
 
     def update(
         self,
@@ -246,6 +257,8 @@ class TorchLearner:
     def _log_probabilities(
         self, parameters: torch.Tensor, observations: torch.Tensor, actions: torch.Tensor
     ) -> torch.Tensor:
+        if self.shape.discrete:
+            return (actions * self._mean(parameters, observations).log_softmax(2)).sum(2)
         log_std = self._named(parameters)["log_std"].unsqueeze(1)
         errors = (actions - self._mean(parameters, observations)) / log_std.exp()
         return (-0.5 * errors**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(2)

@@ -15,7 +15,8 @@ from tipl_ray.config import Collect, Experiment, Ppo
 from tipl_ray.data.snapshots import Snapshot
 from tipl_ray.ppo.algorithms import NOTHING, Extension, State
 from tipl_ray.ppo.engines import make_learner
-from tipl_ray.ppo.environments import CompiledEnvironments, Environments, generator_state, restored_generator
+from tipl_ray.ppo.environments import CompiledEnvironments, Environments
+from tipl_ray.ppo.generators import action_noise, generator_state, restored_generator
 from tipl_ray.ppo.learner import Rollouts
 from tipl_ray.ppo.networks import NetworkShape
 from tipl_ray.ppo.tasks import find_task
@@ -23,12 +24,13 @@ from tipl_ray.ppo.tasks import find_task
 
 def network_shape(collect: Collect) -> NetworkShape:
     """The widths of a task's actor and critic. Raises ValueError for an unknown task."""
-    simulations = find_task(collect.task)(1)
+    simulations = find_task(collect.task, collect.task_options)(1)
     return NetworkShape(
         observation_size=simulations.observation_size,
         action_size=simulations.action_size,
         policy_hidden=collect.policy_hidden,
         critic_hidden=collect.critic_hidden,
+        discrete=simulations.discrete,
     )
 
 
@@ -56,7 +58,8 @@ class TrialGroup:
         self.learner = make_learner(engine, self.shape, self.ppo)
         count, size = len(seeds), self.shape.num_parameters
         wrapped = CompiledEnvironments if engine == "compiled" else Environments
-        self.environments = wrapped(self.collect.task, self.seeds, self.ppo.gamma, experiment.where.physics_threads)
+        task, threads = self.collect.task, experiment.where.physics_threads
+        self.environments = wrapped(task, self.seeds, self.ppo.gamma, threads, self.collect.task_options)
         self.generators = [np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 1]))) for seed in seeds]
         fresh = (self.ppo.initialisation, self.ppo.initial_log_std)
         self.parameters_KN = np.stack([self.shape.initial_parameters(one, *fresh) for one in self.generators])
@@ -249,7 +252,7 @@ class TrialGroup:
             self.rollouts.rewards_KS[k, step] += np.float32(self.ppo.gamma) * alone.values_KS[0, 0]
 
     def _noise(self, generator: np.random.Generator) -> np.ndarray:
-        return generator.standard_normal((self.ppo.num_steps, self.shape.action_size), dtype=np.float32)
+        return action_noise(generator, (self.ppo.num_steps, self.shape.action_size), self.shape.discrete)
 
     def _permutations(self, epochs: int) -> np.ndarray:
         """(K, E, S) int32, each trial's from its own generator."""
