@@ -27,7 +27,7 @@ zero-shot: $(STAMP)
 	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/zero_shot.toml
 
 test: $(STAMP)
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	.venv/bin/python -m pytest -q -m slow

@@ -27,7 +27,8 @@ from tipl_ray.ppo.engines import choose_engine
 def nodes() -> Iterator[Cluster]:
     """A head that runs no work, and three nodes of one CPU each: not the shared cluster, for nodes of it are killed."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 0, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(3):
         cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     ray.init(cluster.address, log_to_driver=False)

@@ -375,9 +375,9 @@ def test_a_collection_whose_trials_all_diverge_ends_in_one_line_each_time(cluste
 
 
 def test_ten_thousand_groups_are_driven_over_real_calls(cluster: None) -> None:
-    crew, seconds_per_message, seconds_per_look = measure_driver(10_000, slices=2)
-    # One that the actor is there, one that it has started, two of progress, of which the last told of a commit.
-    assert (crew.messages, crew.commits) == (10_000 * 4, 10_000)
+    crew, seconds_per_message, seconds_per_look = measure_driver(10_000, slices=1)
+    # One that the actor is there, one that it has started, one of progress, which told of a commit.
+    assert (crew.messages, crew.commits) == (10_000 * 3, 10_000)
     assert seconds_per_message < 1 / MESSAGES_PER_SECOND
     assert seconds_per_look < LOOK_SECONDS
 

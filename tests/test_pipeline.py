@@ -28,8 +28,12 @@ def command(job: str, storage: Path | str, *overrides: str) -> list[str]:
     return [sys.executable, str(CHECKOUT / "jobs" / f"{job}.py"), *SMOKE, "--storage", str(storage), *overrides]
 
 
-def run(job: str, storage: Path | str, *overrides: str) -> str:
-    result = subprocess.run(command(job, storage, *overrides), capture_output=True, text=True, timeout=400)
+def run(job: str, storage: Path | str, *overrides: str, head: str | None = None) -> str:
+    """A job's output; on a cluster of its own, which takes seconds to start, unless one is given."""
+    environment = {**os.environ, "RAY_ADDRESS": head} if head else None
+    result = subprocess.run(
+        command(job, storage, *overrides), capture_output=True, text=True, timeout=400, env=environment
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -117,13 +121,11 @@ def test_a_terminated_job_says_how_to_go_on_and_leaves_no_run_behind_that_seems_
     assert {run.info.status for run in runs} == {"KILLED"}
 
 
-def test_a_killed_collection_goes_on_to_the_same_data_whatever_the_number_of_actors(
-    finished: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_a_killed_collection_goes_on_to_the_same_data_whatever_the_number_of_actors(head: str, tmp_path: Path) -> None:
     """The driver is killed with SIGKILL once commits are there; one actor then finishes what two began."""
     long = ["--collect.total-env-steps", "40960"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    expected = re.findall(r"data set ([0-9a-f]{16})", run("collect", undisturbed, *long))
+    expected = re.findall(r"data set ([0-9a-f]{16})", run("collect", undisturbed, *long, head=head))
     held = tmp_path / "held"
     held.mkdir()
     script = (
@@ -143,13 +145,13 @@ def test_a_killed_collection_goes_on_to_the_same_data_whatever_the_number_of_act
     assert job.wait() == -signal.SIGKILL
     assert list(killed.glob("commits/trial=*/commit-2.json"))
     assert not (killed / "commits" / "_SUCCESS").exists()
-    said = run("collect", killed, *long, "--trials-per-actor", "4")
+    said = run("collect", killed, *long, "--trials-per-actor", "4", head=head)
     assert re.findall(r"data set ([0-9a-f]{16})", said) == expected
     assert json.loads((killed / "commits" / "_SUCCESS").read_text())
 
 
 def test_a_pipeline_killed_while_training_goes_on_to_the_same_model_and_results(
-    finished: tuple[Path, str], tmp_path: Path
+    finished: tuple[Path, str], head: str, tmp_path: Path
 ) -> None:
     undisturbed, killed = finished[0], tmp_path / "killed"
     job = subprocess.Popen(command("pipeline", killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -159,7 +161,7 @@ def test_a_pipeline_killed_while_training_goes_on_to_the_same_model_and_results(
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
     assert not list(killed.glob("models/*/model.json"))
-    run("pipeline", killed)
+    run("pipeline", killed, head=head)
     for pattern in ("models/*/model.safetensors", "evaluations/*/summary.csv"):
         (expected,), (found,) = undisturbed.glob(pattern), killed.glob(pattern)
         assert found.read_bytes() == expected.read_bytes(), pattern

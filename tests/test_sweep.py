@@ -96,10 +96,12 @@ def surroundings() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(head: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     storage = tmp_path_factory.mktemp("sweep")
     collect(storage)
-    sweep.run_sweep(experiment(storage))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", head)
+        sweep.run_sweep(experiment(storage))
     return storage
 
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,11 +100,25 @@ def check_collect(context: Context) -> bool:
 
     experiment = context.experiment
     store = TrajectoryStore(experiment.storage_path)
-    store.check_header(trial_header(experiment, choose_engine(experiment.collect.engine, experiment.ppo)))
-    if not pending_seeds(experiment, store) and store.finished():
+    engine = choose_engine(experiment.collect.engine, experiment.ppo)
+    store.check_header(trial_header(experiment, engine))
+    pending = pending_seeds(experiment, store)
+    if not pending and store.finished():
         return True
     context.claim("collect", "collecting trials")
+    if pending and engine == "compiled":
+        threading.Thread(target=_compile_learner, args=(experiment,)).start()
     return False
+
+
+def _compile_learner(experiment: Experiment) -> None:
+    """Compile what actors on this machine would wait for, while MLflow and Ray are started."""
+    from tipl_ray.ppo.compiled_learner import CompiledLearner
+    from tipl_ray.ppo.compiler import CompilerError
+    from tipl_ray.ppo.trials import network_shape
+
+    with contextlib.suppress(CompilerError, OSError):  # who cannot do without raises them
+        CompiledLearner(network_shape(experiment.collect), experiment.ppo)
 
 
 def check_train(context: Context) -> bool:
@@ -368,7 +383,7 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
         first = next((name for name in names if not STAGES[name].check(context)), None)
         tracker = context.tracker  # one that cannot be used is refused before hours of work
         if first == "collect" and "train" in names:
-            from tipl_ray.train.ray_train import require_workers
+            from tipl_ray.train.workers import require_workers
 
             context.connect()
             require_workers(experiment)  # now, and not when all is collected

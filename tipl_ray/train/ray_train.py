@@ -27,7 +27,6 @@ from tipl_ray.errors import UserError
 from tipl_ray.experiments import from_table
 from tipl_ray.predict.models import files_beside, is_complete, load_about, load_model, read_model_file
 from tipl_ray.predict.representation import TrainingData, representation_of
-from tipl_ray.resources import require_resources
 from tipl_ray.train.data_sets import data_sets, model_folder, run_digest
 from tipl_ray.train.reading import POLL_SECONDS, load_trials
 from tipl_ray.train.training import (
@@ -40,6 +39,7 @@ from tipl_ray.train.training import (
     TrainingError,
     progress_line,
 )
+from tipl_ray.train.workers import cpus_of_each, require_workers
 
 RECORD_FILE = "checkpoint_manager_snapshot.json"
 """Where Ray Train records which checkpoints there are."""
@@ -191,14 +191,6 @@ def worker_training(experiment: config.Experiment, data: TrainingData) -> Traini
     )
 
 
-def require_workers(experiment: config.Experiment) -> None:
-    """Refuse workers that the cluster can never have. Raises ValueError."""
-    settings = experiment.where
-    counted = f"num_workers={settings.num_workers}"
-    needs = {"CPU": (1.0, counted), "GPU": (float(settings.use_gpu), "use_gpu=True")}
-    require_resources(needs, "worker", settings.num_workers, counted)
-
-
 def _run(
     experiment: config.Experiment,
     name: str,
@@ -252,7 +244,7 @@ def _fit(settings: dict[str, Any], experiment: config.Experiment, name: str) -> 
     use_gpu = experiment.where.use_gpu
     # A small model gains little by a second thread, and loses all where that has to wait for its CPU.
     one_thread = use_gpu or representation_of(experiment.basis).one_thread
-    num_threads = 1 if one_thread else _cpus_per_worker(experiment.where.num_workers)
+    num_threads = 1 if one_thread else cpus_of_each(experiment.where.num_workers)
     settings = {**settings, "num_threads": num_threads}
     return make_trainer(train_loop, settings, experiment, name, num_threads, float(use_gpu)).fit().checkpoint
 
@@ -289,10 +281,3 @@ def make_trainer(
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-
-
-def _cpus_per_worker(num_workers: int) -> int:
-    """Most CPUs that each worker can have on the cluster as it is; 1 where it still has to grow."""
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    fitting = [cpus for cpus in range(1, max(nodes) + 1) if sum(node // cpus for node in nodes) >= num_workers]
-    return max(fitting, default=1)
