@@ -209,7 +209,7 @@ def test_replicas_are_averaged_once_an_iteration_and_each_shuffles_on_its_own(en
     ends, seen = [], []
     for replica in range(2):
         alone, own = TrialGroup(SMALL, engine, [1, 2]), iter(drawn[replica::2])
-        alone._permutations = lambda epochs, own=own: next(own)  # type: ignore[method-assign]
+        alone._permutations = lambda epochs, own=own: next(own)  # type: ignore[method-assign, misc]
         seen.append([one.weights for one in alone.run_iteration() if one.seed == 1])
         ends.append([alone.parameters_KN, alone.first_moments_KN, alone.second_moments_KN])
     assert not np.array_equal(ends[0][0], ends[1][0])
