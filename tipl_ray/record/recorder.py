@@ -281,7 +281,8 @@ class Recorder:
             elif value is None:
                 values[name] = None
             else:
-                values[name] = int(value) if name in ("iteration", "epoch", "env_step") else float(value)  # type: ignore[arg-type,call-overload]
+                number: Any = value.item() if isinstance(value, torch.Tensor) else value
+                values[name] = int(number) if name in ("iteration", "epoch", "env_step") else float(number)
         given = [name for name in STATISTICS if name in values]
         if given and len(given) < len(STATISTICS):
             raise ValueError(f"{' and '.join(given)} are given without the rest of {', '.join(STATISTICS)}")
