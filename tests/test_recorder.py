@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from publications import before_publications
+from test_collection import smoke
 from torch import nn
 
 from tipl_ray import Recorder, load_module
@@ -21,6 +22,7 @@ from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.predict.bands import load_band, snapshots_per_iteration
 from tipl_ray.predict.gram import Question, rate_shares
+from tipl_ray.stages import data_digest, learning_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -424,6 +426,18 @@ def test_the_rest_of_the_package_reads_recorded_trials(tmp_path: Path, capsys: p
     assert {*np.load(tmp_path / "one.npz")} == {"header", "snapshot", "step", "loss", "weights"}
     assert data(["export", str(tmp_path), "1", str(tmp_path / "x.npz"), "--columns", "env_step"]) == 1
     assert "trial 1 was recorded without env_step, so what needs that cannot be had of it" in capsys.readouterr().err
+
+
+def test_what_needs_trials_of_our_own_ppo_says_so(tmp_path: Path) -> None:
+    record_run(tmp_path)
+    with pytest.raises(
+        StoreError, match=r"its trials were not collected here but recorded \(task='toy'\), and this job"
+    ):
+        data_digest(smoke(tmp_path))
+    TrajectoryStore(str(tmp_path)).finish([1], 11)
+    assert TrajectoryStore(str(tmp_path)).finished()
+    with pytest.raises(ValueError, match=r"trial 1 was recorded without env_step and episodic_return, so what needs"):
+        learning_curves(smoke(tmp_path, num_trials=3, first_seed=1))
 
 
 def test_learning_rates_that_rise_from_nothing_are_shares_of_the_first_that_is_something() -> None:
