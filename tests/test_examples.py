@@ -1,4 +1,4 @@
-"""The README's words about one's own training loop, carried out as they stand."""
+"""What the README and docs/recording.md say about one's own training loop, carried out as it stands."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tipl_ray import config
+from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.window.transformer import WindowTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,3 +83,19 @@ def test_checkpoints_of_a_small_gpt_are_imported_and_asked(tmp_path: Path) -> No
     report = Path(ran.stdout.splitlines()[-1])
     assert report.is_relative_to(tmp_path / "new" / "storage" / "predictability")
     assert "How predictable is gpt?" in report.read_text()
+
+
+def test_the_page_on_recording_is_carried_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recording.md").read_text(), flags=re.S):
+        exec(code, names)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said[:5]] == ["linear", "damped", "rank-1-from-last", "dmd", "ridge"]
+    assert said[5].startswith("150 0.")
+    assert Path("sine.safetensors").exists()
+    assert TrajectoryStore("storage/sine").verify(3).num_snapshots == 61
+    assert TrajectoryStore("storage/pendulum").verify(1).num_snapshots == 21

@@ -1,5 +1,7 @@
 """What a recorder promises: anyone's module in the data set bit for bit, and the same bytes after any kill."""
 
+import itertools
+import multiprocessing
 import os
 import runpy
 import signal
@@ -11,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from publications import before_publications
+from test_collection import smoke
 from torch import nn
 
-from tipl_ray import Recorder
+from tipl_ray import Recorder, load_module
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.predict.bands import load_band, snapshots_per_iteration
 from tipl_ray.predict.gram import Question, rate_shares
+from tipl_ray.stages import data_digest, learning_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,33 +107,34 @@ def test_a_run_given_again_from_its_beginning_after_a_kill_leaves_the_same_bytes
     assert digests[0] == digests[1]
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import publications, test_recorder
-calls = iter(range(1, 10**6))
-def reach(call, path):
-    if next(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-publications.before_publications({storage!r}, reach)
-test_recorder.record_run({storage!r})
-"""
+def record_and_die(storage: str, call: int) -> None:
+    """Record a run, killed before its n-th call that publishes or deletes a file."""
+    calls = itertools.count(1)
+
+    def reach(*_: str) -> None:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before_publications(storage, reach)
+    record_run(storage)
 
 
 @pytest.mark.slow
 def test_killed_before_any_call_that_publishes_a_recording_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     record_run(tmp_path / "undisturbed")
     expected = TrajectoryStore(str(tmp_path / "undisturbed")).digest()
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["test_recorder"])
     for call in range(1, 100):
-        storage = tmp_path / str(call)
-        code = KILLED.format(tests=str(Path(__file__).parent), storage=str(storage), call=call)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        ended = subprocess.run([sys.executable, "-c", code], env=environment, check=False, timeout=120)
-        if ended.returncode == 0:
+        storage = str(tmp_path / str(call))
+        process = server.Process(target=record_and_die, args=(storage, call))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
             break
-        assert ended.returncode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL
         record_run(storage)
-        assert TrajectoryStore(str(storage)).digest() == expected
+        assert TrajectoryStore(storage).digest() == expected
     assert call > 20
 
 
@@ -213,6 +219,16 @@ def test_narrower_types_are_held_exactly_and_float64_is_rounded(tmp_path: Path, 
     held = torch.from_numpy(store.trajectory(1).weights_TP[0][:15]).reshape(3, 5)
     assert (held.to(dtype) == net.weight).all() == (dtype != torch.float64)
     assert (held == net.weight.float()).all()
+
+
+def test_eight_bits_are_held_exactly_too(tmp_path: Path) -> None:
+    narrow = torch.tensor([0.5, -1.75, 0.0625]).to(torch.float8_e4m3fn)
+    with open_recorder(nn.ParameterDict({"w": nn.Parameter(narrow)}), tmp_path) as recorder:
+        recorder.record(0)
+    assert TrajectoryStore(str(tmp_path)).trajectory(1).weights_TP.tolist() == [[0.5, -1.75, 0.0625]]
+    other = nn.ParameterDict({"w": nn.Parameter(torch.zeros(3).to(torch.float8_e4m3fn))})
+    load_module(other, str(tmp_path), trial=1)
+    assert other["w"].float().tolist() == [0.5, -1.75, 0.0625]
 
 
 def test_a_complex_parameter_is_its_real_and_its_imaginary_part(tmp_path: Path) -> None:
@@ -410,6 +426,18 @@ def test_the_rest_of_the_package_reads_recorded_trials(tmp_path: Path, capsys: p
     assert {*np.load(tmp_path / "one.npz")} == {"header", "snapshot", "step", "loss", "weights"}
     assert data(["export", str(tmp_path), "1", str(tmp_path / "x.npz"), "--columns", "env_step"]) == 1
     assert "trial 1 was recorded without env_step, so what needs that cannot be had of it" in capsys.readouterr().err
+
+
+def test_what_needs_trials_of_our_own_ppo_says_so(tmp_path: Path) -> None:
+    record_run(tmp_path)
+    with pytest.raises(
+        StoreError, match=r"its trials were not collected here but recorded \(task='toy'\), and this job"
+    ):
+        data_digest(smoke(tmp_path))
+    TrajectoryStore(str(tmp_path)).finish([1], 11)
+    assert TrajectoryStore(str(tmp_path)).finished()
+    with pytest.raises(ValueError, match=r"trial 1 was recorded without env_step and episodic_return, so what needs"):
+        learning_curves(smoke(tmp_path, num_trials=3, first_seed=1))
 
 
 def test_learning_rates_that_rise_from_nothing_are_shares_of_the_first_that_is_something() -> None:

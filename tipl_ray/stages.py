@@ -22,7 +22,7 @@ import numpy as np
 from tipl_ray.collect.placement import GroupProgress
 from tipl_ray.config import Experiment, Ppo
 from tipl_ray.data.locks import only_one
-from tipl_ray.data.snapshots import Header
+from tipl_ray.data.snapshots import PPO_COLUMNS, Header
 from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat, identity
@@ -433,6 +433,12 @@ def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[
 def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
     """Raises StoreError where the trials were collected with other settings than the experiment's, and says which."""
     made = {"algorithm": "ppo", **header.config}
+    if header.columns != PPO_COLUMNS:
+        raise StoreError(
+            f"{experiment.storage_path}: its trials were not collected here but recorded (task={header.task!r}), and "
+            "this job needs those of jobs/collect.py. docs/recording.md shows how to ask how predictable they are; or "
+            "give another --storage"
+        )
     if "policy_hidden" not in made:
         return  # not from jobs/collect.py: nothing is recorded that could differ
     here = as_table(experiment)

@@ -93,14 +93,13 @@ class Recorder:
         tensors = Tensors.of(module, self._leave_out, frozen)
         self._names, self._versions = tuple(tensors.recorded), tensors.versions()
         self._state = tensors.state
+        told = {"types": tensors.types, "leave_out": list(leave_out), "settings": _as_json(config or {})}
         self._begun = Header(
             task=task,
             layout=tensors.layout,
             config={
                 "snapshots_per_iteration": snapshots_per_iteration,
-                **({"types": types} if (types := tensors.types) else {}),
-                **({"leave_out": list(self._leave_out)} if leave_out else {}),
-                **({"settings": _as_json(config)} if config else {}),
+                **{name: value for name, value in told.items() if value},
             },
             versions={name: version(name) for name in ("torch", "numpy")},
             columns=("snapshot", "step", "weights"),
@@ -115,14 +114,7 @@ class Recorder:
         self._writer: TrialWriter | None = None
         self._next, self._step = 0, 0
         self._known: Trajectory | None = None
-        try:
-            if others := self._store.committed():
-                # What the trials there have, this one has.
-                self._begin(self._store.header(others[:1]).columns)
-            self._refuse_other_frozen()
-        except Exception:
-            self.abandon()
-            raise
+        self._find_what_is_there()
         self.num_committed = self._writer.next_snapshot if self._writer else 0
         """Snapshots of the trial that are committed."""
 
@@ -281,11 +273,22 @@ class Recorder:
             elif value is None:
                 values[name] = None
             else:
-                values[name] = int(value) if name in ("iteration", "epoch", "env_step") else float(value)  # type: ignore[arg-type,call-overload]
+                number: Any = value.item() if isinstance(value, torch.Tensor) else value
+                values[name] = int(number) if name in ("iteration", "epoch", "env_step") else float(number)
         given = [name for name in STATISTICS if name in values]
         if given and len(given) < len(STATISTICS):
             raise ValueError(f"{' and '.join(given)} are given without the rest of {', '.join(STATISTICS)}")
         return values
+
+    def _find_what_is_there(self) -> None:
+        """Begin the trial where the storage's trials say what its columns are. Raises StoreError for what differs."""
+        try:
+            if others := self._store.committed():
+                self._begin(self._store.header(others[:1]).columns)
+            self._refuse_other_frozen()
+        except Exception:
+            self.abandon()
+            raise
 
     def _refuse_other_frozen(self) -> None:
         """Raise StoreError where what is not recorded is not what it was when the trial was begun."""
