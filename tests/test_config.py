@@ -312,7 +312,11 @@ def test_what_is_said_and_changes_nothing_is_told(
             "accelerate",
             "--accelerate.contenders: it is set in the experiment's file",
         ),
-        (["--collect.engine", "torch"], "train", "--collect.engine: train does not read it; collect and accelerate do"),
+        (
+            ["--collect.engine", "torch"],
+            "train",
+            "--collect.engine: train does not read it; collect, accelerate, find_rule and fork do",
+        ),
         (["--train.num-workers", "2"], "train", "--train.num-workers: it is --num-workers now"),
         (["--train.no-use-gpu"], "train", "--train.no-use-gpu: it is --use-gpu now"),
         (["--train.sed", "2"], "train", "--train.sed: no job has it; did you mean --train.seed?"),
@@ -335,7 +339,7 @@ def test_every_section_is_read_by_some_job() -> None:
     assert read | {"name"} == {field.name for field in dataclasses.fields(Experiment)}
     fields = {name for name, _ in flat(as_table(Experiment(name="any")))}
     # Contenders have sections of their own, which no option could say.
-    assert set(fields_read(JOBS)) | {"accelerate.contenders"} == fields
+    assert set(fields_read(JOBS)) | {"accelerate.contenders", "improve.regimes"} == fields
 
 
 @pytest.mark.parametrize("name", ["demo", "run-1", "run_1.2", "lr=0.1", "Größe", "実験-3", "हिन्दी", "_mine", "a+b@c,d"])

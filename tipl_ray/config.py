@@ -60,6 +60,18 @@ JOBS: dict[str, tuple[str, ...]] = {
         *("accelerate", "-accelerate.contenders", "evaluate.confidence", "where.physics_threads"),
         *("where.predictors_from", "where.predictors_storage", "where.units_at_once", "where.keep_weights"),
     ),
+    "find_rule": (
+        *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
+        *("-collect.num_trials", "-collect.first_seed", "-ppo.learning_rate", "improve", "-improve.regimes"),
+        *("-improve.stages", "-improve.pairs", "-improve.spread", "-improve.iterations", "where.physics_threads"),
+        "where.units_at_once",
+    ),
+    "fork": (
+        *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
+        *("-ppo.learning_rate", "improve", "-improve.regimes", "-improve.generations", "-improve.population"),
+        *("-improve.searches", "-improve.search_first_seed", "-improve.search_trials"),
+        *("where.physics_threads", "where.units_at_once"),
+    ),
 }
 """What each job reads of an experiment: sections and fields, and with a dash what of them it does not."""
 
@@ -353,6 +365,11 @@ class Jump:
     """Keep a jump only if the surrogate objective on the stored rollout does not fall."""
     corrective_epochs: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Update epochs of ppo.num_epochs that are run after the jump, and not before it."""
+    kl_limit: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Shorten a jump that would lead to a larger approximate KL divergence from the policy that collected; 0 does not.
+    """
+    numbers: tuple[float, ...] = ()
+    """Of the predictor `return-rule`: what its jumps count, as accelerate/return_rule.py says."""
 
 
 @pydantic.with_config(STRICT)
@@ -401,6 +418,8 @@ class Contender:
                 raise ValueError(f"values={list(self.values)} do not rise")
             if self.searched != "learning_rate" and not self.values:
                 raise ValueError(f"ppo.{self.searched} is searched, and values are not given")
+            if self.jump and len(self.jump.numbers) not in (0, 7 if self.jump.predictor == "return-rule" else 0):
+                raise ValueError(f"jump.numbers={list(self.jump.numbers)} are not the 7 of a return-rule")
             if self.jump and self.jump.predictor not in (known := (*PREDICTORS.names(), "tipl")):
                 raise no_such("jump.predictor", self.jump.predictor, known)
         except ValueError as error:
@@ -510,6 +529,75 @@ class Accelerate:
         return contender.values or self.learning_rates
 
 
+_SMALL_ZOO = {
+    **{"num_steps": 512, "num_minibatches": 8, "gamma": 0.98, "gae_lambda": 0.92, "clip_coefficient": 0.1},
+    **{"clip_values": False, "initial_log_std": -2.0, "bootstrap_truncated": True},
+}
+"""PPO near what rl-baselines3-zoo tunes for HalfCheetah, on small networks."""
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Improve:
+    """Jumps that are tuned for the returns that follow: the forks of trials that say what does, and a rule's search."""
+
+    tasks: tuple[str, ...] = ("HalfCheetah-v4", "Hopper-v4", "InvertedDoublePendulum-v4", "Swimmer-v4")
+    """Gymnasium ids of the tasks that it may see; none of them is reported."""
+    regimes: Annotated[tuple[Contender, ...], tyro.conf.Suppress] = (
+        Contender(
+            name="defaults, 4 epochs",
+            ppo={"num_epochs": 4},
+            jump=Jump(predictor="return-rule", horizon=1, numbers=(1, 1, 0, 0, 0.25, 0.25, 0.5)),
+            values=(4e-4, 1e-3),
+        ),
+        Contender(
+            name="defaults, 2 epochs",
+            ppo={"num_epochs": 2},
+            jump=Jump(predictor="return-rule", horizon=1, numbers=(1, 1, 0, 0, 0.25, 0.25, 0.5)),
+            values=(4e-4, 1e-3),
+        ),
+        Contender(
+            name="near the zoo's, 10 epochs",
+            ppo={**_SMALL_ZOO, "num_epochs": 10},
+            jump=Jump(predictor="return-rule", horizon=1, numbers=(0.5, 0, 0, 0, 0.25, 0, 0.5)),
+            values=(1e-4, 3e-4),
+        ),
+    )
+    """A section [[improve.regimes]] of the experiment's file for each: hyperparameters, with the jumps around which
+    forks are made, and where the search begins. Each of its values is a regime of its own."""
+    stages: Annotated[int, Field(ge=1, le=10_000)] = 6
+    """Iterations of each trial, evenly spread, at which it is forked."""
+    pairs: Annotated[int, Field(ge=1, le=10_000)] = 4
+    """Pairs of branches at each, with opposite changes of the jump, beside the one that changes nothing."""
+    spread: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.25)
+    """Standard deviations of the changes: of what the first and the last displacement and the past moves count."""
+    iterations: Annotated[int, Field(ge=1, le=100_000)] = 10
+    """PPO iterations that a branch is followed for."""
+    generations: Annotated[int, Field(ge=1, le=100_000)] = 15
+    """Generations of a search for a rule by CMA-ES."""
+    population: Annotated[int, Field(ge=4, le=1_000)] = 8
+    """Rules of a generation."""
+    searches: Annotated[int, Field(ge=1, le=1_000)] = 5
+    """Searches, each on seeds of its own: what one finds may be luck."""
+    search_first_seed: Natural = 30_001
+    """Seed of the first trial of the searches; the rules of a generation share theirs, and no two generations do."""
+    search_trials: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Trials of each rule on each task, in a regime that is drawn for each generation and task."""
+
+    def check(self) -> None:
+        for field in ("tasks", "regimes"):
+            if not getattr(self, field):
+                raise ValueError(f"improve.{field} is empty")
+        _check_once("improve", "tasks", self.tasks)
+        _check_once("improve", "regimes", [regime.name for regime in self.regimes])
+        for regime in self.regimes:
+            regime.check()
+            if not (regime.jump and regime.jump.predictor == "return-rule" and regime.jump.numbers):
+                raise ValueError(f"improve.regimes: {regime.name!r} has no jump by the numbers of a return-rule")
+            if not regime.values:
+                raise ValueError(f"improve.regimes: {regime.name!r} has no values of {regime.searched}")
+
+
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tracking:
@@ -613,6 +701,7 @@ class Experiment:
     train: Train = dataclasses.field(default_factory=Train)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     accelerate: Accelerate = dataclasses.field(default_factory=Accelerate)
+    improve: Improve = dataclasses.field(default_factory=Improve)
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
 
     @property
@@ -683,6 +772,9 @@ class Experiment:
                 raise no_such("sweep.metric", self.sweep.metric, metrics)
         if "accelerate" in wanted:
             self._check_acceleration()
+        # Of its own accord: an experiment of few steps has nothing to fork.
+        if "fork" in jobs:
+            self._check_forks()
         return self
 
     def check_fields(self) -> Self:
@@ -778,6 +870,18 @@ class Experiment:
                     f"accelerate.contenders: {contender.name!r}: jump.corrective_epochs leaves none of ppo.num_epochs "
                     "to run before the jump"
                 )
+
+    def _check_forks(self) -> None:
+        for regime in self.improve.regimes:
+            for value in regime.values:
+                ppo = regime.ppo_at(self.ppo, value)
+                iterations = self.collect.total_env_steps // ppo.num_steps
+                if iterations <= self.improve.stages:
+                    raise ValueError(
+                        f"improve.stages={self.improve.stages} leaves no iteration between the forks of a trial of "
+                        f"{iterations}, as collect.total_env_steps={self.collect.total_env_steps} gives "
+                        f"improve.regimes {regime.name!r}"
+                    )
 
 
 MOVED = (

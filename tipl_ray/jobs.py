@@ -10,9 +10,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -26,6 +27,8 @@ from tipl_ray.ppo.algorithms import ALGORITHMS
 from tipl_ray.ppo.tasks import find_task
 from tipl_ray.terminal import is_terminal
 from tipl_ray.tracking import Tracker
+
+Item = TypeVar("Item")
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray gives to the entry point of a submitted job alone."""
@@ -229,3 +232,39 @@ def _interruptible(number: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, before)
+
+
+def side_by_side(
+    send: Callable[[Item], ray.ObjectRef | None], waiting: list[Item], limit: int, show: Callable[[list[Item]], None]
+) -> Iterator[Item]:
+    """Send items to Ray, so many at once, and yield each when its task has ended; one that needs none at once.
+
+    The list may grow meanwhile. Every second or so `show` is told what is running. Raises what a task raised.
+    """
+    running: dict[ray.ObjectRef, Item] = {}
+    while waiting or running:
+        while waiting and len(running) < limit:
+            item = waiting.pop(0)
+            reference = send(item)
+            if reference is None:
+                yield item
+            else:
+                running[reference] = item
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
+        for reference in ready:
+            result_of(reference)
+            yield running.pop(reference)
+        show(list(running.values()))
+
+
+def result_of(reference: ray.ObjectRef) -> Any:
+    """What a task returned. Raises what it raised, UserError where its process was killed again and again."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.WorkerCrashedError as error:
+        raise UserError(
+            "a task's process was killed four times, as happens where memory runs out; give units_at_once a "
+            "lower value, and the same command goes on from the last commits"
+        ) from error

@@ -103,6 +103,7 @@ PREDICTORS = Registry(
         "dmd": "tipl_ray.predict.baselines:DynamicModes",
         "mean-trajectory": "tipl_ray.predict.baselines:MeanTrajectory",
         "first-again": "tipl_ray.predict.baselines:FirstAgain",
+        "return-rule": "tipl_ray.accelerate.return_rule:ReturnRule",
     },
 )
 """What TIPL is held against, in the order of the result table: a `predict.predictor.Predictor` each."""

@@ -36,7 +36,7 @@ from tipl_ray.digest import as_table, digest
 from tipl_ray.drawing import png
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.experiments import load_experiment
-from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
+from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker, result_of, side_by_side
 from tipl_ray.pages import as_csv
 from tipl_ray.ppo.algorithms import Extension
 from tipl_ray.ppo.engines import ENGINES, choose_engine
@@ -139,9 +139,11 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
     for one in jumping:
         if one not in learning:
             question = contenders.jump_question(one, experiment, source)
-            folders[one.name] = join(experiment.storage_path, "predictors", digest(question), predictor_of(one))
+            assert one.jump, "it jumps"
+            rule = digest(question, list(one.jump.numbers)) if one.jump.numbers else digest(question)
+            folders[one.name] = join(experiment.storage_path, "predictors", rule, predictor_of(one))
             if not file_exists(folders[one.name], PREDICTOR_FILE):
-                contenders.save_rule(question, predictor_of(one), folders[one.name])
+                contenders.save_rule(question, one.jump, folders[one.name])
     missing: dict[str, tuple[Question, list[str]]] = {}
     for one in learning:
         if predictor_of(one) == TIPL:
@@ -166,7 +168,7 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
             missing.setdefault(fits, (question, []))[1].append(predictor_of(one))
     for fits, (question, names) in missing.items():
         say(f"accelerate: fitting {', '.join(dict.fromkeys(names))} on the trials of {source.name}")
-        _result(ray.remote(contenders.fit_and_save).remote(source, question, list(dict.fromkeys(names)), fits))
+        result_of(ray.remote(contenders.fit_and_save).remote(source, question, list(dict.fromkeys(names)), fits))
     return {
         name: Fitted(predictor=load_predictor(folder), digest=predictor_digest(folder))
         for name, folder in folders.items()
@@ -186,19 +188,6 @@ def _source_digest(source: Experiment, contender: str) -> str:
     return store.digest(source.collect.seeds)
 
 
-def _result(reference: ray.ObjectRef) -> Any:
-    """What a task returned. Raises what it raised, AccelerationError where its process was killed again and again."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.WorkerCrashedError as error:
-        raise AccelerationError(
-            "a unit's process was killed four times, as happens where memory runs out; give units_at_once a "
-            "lower value, and the same command goes on from the last commits"
-        ) from error
-
-
 def _run_units(
     plan: Plan, named: Sequence[Contender], tracker: Tracker, parent: Run
 ) -> tuple[list[Finished], list[Finished]]:
@@ -214,7 +203,6 @@ def _run_units(
     finals: dict[Cell, Unit] = {}
     every = list(dict.fromkeys(unit for contender in named for task in tasks for unit in searches[*task, contender]))
     waiting, total = list(every), len(every) + len(cells)
-    running: dict[ray.ObjectRef, Unit] = {}
     ran: set[Unit] = set()
     limit = plan.experiment.where.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
@@ -234,22 +222,21 @@ def _run_units(
         decide()
 
     needs = seat_resources(plan.experiment, plan.engine)
-    send: Any = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=3)(run_unit)
+    task: Any = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=3)(run_unit)
+
+    def send(unit: Unit) -> ray.ObjectRef | None:
+        made = plan.of(unit)
+        return None if has_run(made.storage_path) else task.remote(made, plan.engine, plan.extension(unit))
+
     decide()
     with ProgressView() as view:
-        while waiting or running:
-            while waiting and len(running) < limit:
-                unit = waiting.pop(0)
-                if has_run(plan.of(unit).storage_path):
-                    settle(unit)
-                else:
-                    running[send.remote(plan.of(unit), plan.engine, plan.extension(unit))] = unit
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0) if running else ([], [])
-            for reference in ready:
-                _result(reference)
-                settle(running.pop(reference))
-            now = ", ".join(f"{unit.contender.name} at {unit.value:g}" for unit in running.values())
+
+        def show(running: list[Unit]) -> None:
+            now = ", ".join(f"{unit.contender.name} at {unit.value:g}" for unit in running)
             view.show([], f"accelerate: {len(ran)} of {total} units done; running {now or 'none'}")
+
+        for unit in side_by_side(send, waiting, limit, show):
+            settle(unit)
     return [plan.load(finals[cell]) for cell in cells], [plan.load(unit) for unit in every]
 
 

@@ -8,10 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.jumps import JumpSettings
 from tipl_ray.accelerate.outer_steps import OuterSteps
-from tipl_ray.config import Collect, Contender, Experiment
+from tipl_ray.config import Collect, Contender, Experiment, Jump
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest, identity
@@ -105,6 +107,7 @@ def jump_settings(contender: Contender, experiment: Experiment, source: Experime
         moments=jump.moments,
         gate=jump.gate,
         corrective_epochs=jump.corrective_epochs,
+        kl_limit=jump.kl_limit,
     )
 
 
@@ -138,9 +141,12 @@ def unit_table(experiment: Experiment, extension: Extension) -> dict[str, dict[s
     return {**ran, **still, **extension.header}
 
 
-def save_rule(question: Question, name: str, folder: str) -> None:
+def save_rule(question: Question, jump: Jump, folder: str) -> None:
     """Write a predictor that learns nothing, for `saved.load_predictor`."""
-    save_predictor(PREDICTORS.load(name)(question), folder, {})
+    predictor = PREDICTORS.load(jump.predictor)(question)
+    if jump.numbers:
+        predictor.fitted = {"numbers": np.array(jump.numbers)}
+    save_predictor(predictor, folder, {})
 
 
 def fit_and_save(source: Experiment, question: Question, names: Sequence[str], folder: str) -> None:

@@ -82,15 +82,15 @@ class GroupJumps(Hooks):
     def move(self, group: TrialGroup, learning_rates_K: np.ndarray) -> Iterator[None]:
         """Go to where the epochs not run would have led, one snapshot after the other."""
         horizon, moved = self.settings.horizon, slice(self._num_moved)
-        # The snapshots so far, the predicted ones still to come: the trial's clock as the predictor's data has it.
-        done_K = group.iterations_K - horizon / group.snapshots_per_iteration
-        moves_KHM = self.propose(done_K / group.num_iterations, learning_rates_K / group.ppo.learning_rate)
+        moves_KHM = self.propose(self.progress(group), learning_rates_K / group.ppo.learning_rate)
         if self.settings.gate:
             there_KN = group.parameters_KN.copy()
             there_KN[:, moved] += moves_KHM.sum(axis=1)
             worse_K = group.surrogates(there_KN) < group.surrogates(group.parameters_KN)
             self._drop(worse_K)
             moves_KHM[worse_K] = 0.0
+        if self.settings.kl_limit:
+            self._shorten(group, moves_KHM)
         for step in range(horizon - 1):
             group.parameters_KN[:, moved] += moves_KHM[:, step]
             yield
@@ -106,6 +106,12 @@ class GroupJumps(Hooks):
                     history.amend(parameters_N[part])
         yield
 
+    def progress(self, group: TrialGroup) -> NDArray[np.float64]:
+        """Shares (K,) of the trials that have passed before the jump: their clock as the predictor's data has it."""
+        # The snapshots so far; the predicted ones are still to come.
+        done_K = group.iterations_K - self.settings.horizon / group.snapshots_per_iteration
+        return np.asarray(done_K / group.num_iterations, dtype=np.float64)
+
     def propose(self, progress_K: NDArray[np.float64], learning_rates_K: NDArray[np.float64]) -> NDArray[np.float32]:
         """The moves (K, H, M) that stand for the epochs not run; 0 and a warning where a forecast is refused.
 
@@ -116,7 +122,7 @@ class GroupJumps(Hooks):
         for k, histories in enumerate(self._histories):
             answers = [
                 propose(
-                    self.forecaster,
+                    self.forecaster_of(k),
                     history,
                     self.settings,
                     phase=self.phase,
@@ -136,11 +142,29 @@ class GroupJumps(Hooks):
                     moves_KHM[k, :, part] = history.moves(found_HC)
         return moves_KHM
 
+    def forecaster_of(self, k: int) -> Forecaster:
+        """What trial k jumps by; to be overridden where trials of a group differ in it."""
+        return self.forecaster
+
     def _drop(self, dropped_K: NDArray[np.bool_]) -> None:
         """Let some trials' proposals go: the gate refused them. Their moves are the caller's to forget."""
         for k in map(int, np.flatnonzero(dropped_K)):
             self.counts_K3[k] += np.array([-1, 1, 0])
             self._coefficients[k] = [np.zeros_like(found_HC) for found_HC in self._coefficients[k]]
+
+    def _shorten(self, group: TrialGroup, moves_KHM: NDArray[np.float32]) -> None:
+        """Scale moves, in place, so that no policy gets further from the one that collected than the limit allows.
+
+        The divergence grows ever faster along a jump, so that a straight line between its ends lies above it.
+        """
+        there_KN, limit = group.parameters_KN.copy(), self.settings.kl_limit
+        there_KN[:, : self._num_moved] += moves_KHM.sum(axis=1)
+        here_K, there_K = group.divergences(group.parameters_KN), group.divergences(there_KN)
+        for k in map(int, np.flatnonzero(~(there_K <= limit))):
+            share = np.clip((limit - here_K[k]) / (there_K[k] - here_K[k]), 0.0, 1.0) if there_K[k] < np.inf else 0.0
+            share = float(np.nan_to_num(share))
+            moves_KHM[k] *= np.float32(share)
+            self._coefficients[k] = [share * found_HC for found_HC in self._coefficients[k]]
 
     def carry_on(self, moves_KHM: NDArray[np.float32], parameters_KN: NDArray[np.float32]) -> None:
         """Record the moves as made; the parameters are those after them."""

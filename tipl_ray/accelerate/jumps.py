@@ -45,6 +45,9 @@ class JumpSettings:
     corrective_epochs: int = dataclasses.field(default=0, metadata={"later": True})
     """Update epochs that are run after a trial's jump, by Adam as it was; the iteration's last snapshot is then where
     they lead."""
+    kl_limit: float = dataclasses.field(default=0.0, metadata={"later": True})
+    """Shorten a jump of a trial that would lead to a larger approximate KL divergence from the policy that collected
+    its rollout; 0 does not."""
     limit: float = 3.0
     """Refuse a jump that goes further per snapshot than this many times the context's longest displacement."""
 
@@ -53,6 +56,8 @@ class JumpSettings:
             raise ValueError(f"horizon={self.horizon} is below 1: a jump stands for one snapshot at least")
         if self.corrective_epochs < 0:
             raise ValueError(f"corrective_epochs={self.corrective_epochs} is below 0")
+        if not 0 <= self.kl_limit < 1e37:
+            raise ValueError(f"kl_limit={self.kl_limit} is not a number of 0 or more")
         for field in ("damping", "limit"):
             # What float32 holds; NaN is refused too.
             if not 1e-37 < (value := getattr(self, field)) < 1e37:
@@ -346,6 +351,7 @@ def _check_module_settings(settings: JumpSettings) -> None:
         ("networks", "policy", "make a ModuleJumps for each module that is to jump"),
         ("moments", "kept", "reset your optimizer's state where jump() returns True"),
         ("corrective_epochs", 0, "run them after jump(), and then record()"),
+        ("kl_limit", 0.0, "compare your policies before and after jump()"),
         ("gate", False, "compare your objective before and after jump(), and restore the weights where it fell"),
     ):
         if (value := getattr(settings, field)) != done:

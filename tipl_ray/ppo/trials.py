@@ -194,16 +194,27 @@ class TrialGroup:
 
     def surrogates(self, parameters_KN: np.ndarray) -> np.ndarray:
         """PPO's clipped surrogate objective (K,) of some parameters on the stored rollouts, advantages centred."""
+        ratio_KS, clip = np.exp(self._log_ratios(parameters_KN)), self.ppo.clip_coefficient
+        stored_KS = self.rollouts.advantages_KS
+        advantages_KS = stored_KS - stored_KS.mean(axis=1, keepdims=True, dtype=np.float64)
+        clipped_KS = np.clip(ratio_KS, 1 - clip, 1 + clip)
+        return np.minimum(ratio_KS * advantages_KS, clipped_KS * advantages_KS).mean(axis=1)
+
+    def divergences(self, parameters_KN: np.ndarray) -> np.ndarray:
+        """Approximate KL divergence (K,) of the policies of some parameters from those that collected the stored
+        rollouts: CleanRL's, (ratio - 1) - log ratio, mean over steps."""
+        log_ratio_KS = self._log_ratios(parameters_KN)
+        return (np.expm1(log_ratio_KS) - log_ratio_KS).mean(axis=1)
+
+    def _log_ratios(self, parameters_KN: np.ndarray) -> np.ndarray:
+        """Logarithms of the ratios of the stored actions' probabilities (K, S), under some parameters and as
+        collected."""
         stored = self.rollouts
         scratch = [np.empty_like(stored.rewards_KS) for _ in range(4)]
         names = ("log_probabilities_KS", "values_KS", "advantages_KS", "returns_KS")
         again = dataclasses.replace(stored, **dict(zip(names, scratch, strict=True)))
         self.learner.advantages(parameters_KN, again)
-        ratio_KS = np.exp(again.log_probabilities_KS - stored.log_probabilities_KS, dtype=np.float64)
-        advantages_KS = stored.advantages_KS - stored.advantages_KS.mean(axis=1, keepdims=True, dtype=np.float64)
-        clip = self.ppo.clip_coefficient
-        clipped_KS = np.clip(ratio_KS, 1 - clip, 1 + clip)
-        return np.minimum(ratio_KS * advantages_KS, clipped_KS * advantages_KS).mean(axis=1)
+        return np.subtract(again.log_probabilities_KS, stored.log_probabilities_KS, dtype=np.float64)
 
     def _collect_rollouts(self) -> list[float | None]:
         """Fill the rollouts; the mean return of each trial's episodes that ended meanwhile."""

@@ -78,5 +78,5 @@ def initialise(module: nn.Module) -> None:
     """GPT-2's: normal weights of deviation 0.02, no bias."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

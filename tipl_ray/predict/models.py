@@ -64,6 +64,7 @@ ARCHITECTURES = Registry(
     {
         "CausalTransformer": "tipl_ray.paper.transformer:CausalTransformer",
         "WindowTransformer": "tipl_ray.window.transformer:WindowTransformer",
+        "GainTransformer": "tipl_ray.improve.gain_model:GainTransformer",
     },
 )
 """Models by what model.json calls them."""

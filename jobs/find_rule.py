@@ -1,0 +1,29 @@
+"""Find a rule: the few numbers of a rule for jumps, searched for the returns that follow, by CMA-ES on Ray Tune.
+
+    python jobs/find_rule.py
+    python jobs/find_rule.py --improve.generations 3 --improve.searches 1 \\
+        --collect.total-env-steps 50_000
+    ray job submit --working-dir . -- python jobs/find_rule.py \\
+        --storage s3://bucket/improve --tracking.uri http://mlflow:5000
+
+Each search prints what it found as a formula. The same command again goes on where it stopped, or says what was found.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tipl_ray.command_line import parse_arguments
+
+
+def main() -> None:
+    """Read the experiment, then load what runs it: --help is instant."""
+    experiment = parse_arguments(__doc__, jobs=["find_rule"], experiment="improve")
+    from tipl_ray.improve.rule_job import run_rule_searches
+
+    run_rule_searches(experiment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Fork: states of ordinary trials, each continued under many different jumps with the same random numbers.
+
+    python jobs/fork.py
+    python jobs/fork.py --improve.tasks Hopper-v4 --improve.stages 3
+    ray job submit --working-dir . -- python jobs/fork.py \\
+        --storage s3://bucket/improve --tracking.uri http://mlflow:5000
+
+What comes of it says which jumps are followed by higher returns: the data that jumps are tuned on. The same command
+again goes on where it stopped, or says that all is done.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tipl_ray.command_line import parse_arguments
+
+
+def main() -> None:
+    """Read the experiment, then load what runs it: --help is instant."""
+    experiment = parse_arguments(__doc__, jobs=["fork"], experiment="improve")
+    from tipl_ray.improve.fork_data import run_forks
+
+    run_forks(experiment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""TIPL for return: nothing at the start, a gain that it can see is found, one that it cannot see is not."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from tipl_ray import config
+from tipl_ray.evaluate.metrics import Resampling
+from tipl_ray.improve.forks import SCHEMA
+from tipl_ray.improve.gain_model import FURTHEST, GainTransformer, Seen, Sight
+from tipl_ray.improve.gain_training import (
+    Forks,
+    constant_gains,
+    correlation,
+    make_forks,
+    predicted_gains,
+    spearman,
+    train_gain_model,
+)
+
+CONTEXT = 6
+SIZE = config.Model(context=CONTEXT, embedding=16, layers=1, heads=2, dropout=0.0)
+RESAMPLING = Resampling(confidence=0.95, bootstrap=50, seed=0)
+
+
+def seen(count: int, seed: int = 0) -> Seen:
+    """Contexts of random displacements, in iterations of two and a jump."""
+    random = np.random.default_rng(seed)
+    moved_BKP = random.standard_normal((count, CONTEXT, 30))
+    return Seen(
+        grams_BKK=torch.from_numpy(moved_BKP @ moved_BKP.transpose(0, 2, 1)),
+        recorded_B=torch.full((count,), 2),
+        per_iteration_B=torch.full((count,), 3),
+        epochs_B=torch.full((count,), 4),
+        progress_B=torch.from_numpy(random.random(count)),
+        learning_rates_B=torch.from_numpy(random.random(count)),
+        extras_BX=torch.zeros(count, 4),
+    )
+
+
+def synthetic(num_forks: int, gain: str, seed: int = 0) -> Forks:
+    """Forks whose gain hangs on the cosine of the last two displacements, or on the progress, or on neither."""
+    random, what = np.random.default_rng(seed), seen(num_forks, seed)
+    grams = what.grams_BKK.numpy()
+    cosines_F = grams[:, -1, -2] / np.sqrt(grams[:, -1, -1] * grams[:, -2, -2])
+    wanted_F = {"trajectory": 4 * cosines_F, "progress": 2 * what.progress_B.numpy() - 1, "chance": 0 * cosines_F}[gain]
+    forks = np.repeat(np.arange(num_forks), 8)
+    changes_N3 = random.standard_normal((len(forks), 3))
+    gains_N = (
+        wanted_F[forks] * changes_N3[:, 0] - 0.3 * changes_N3[:, 0] ** 2 + 0.3 * random.standard_normal(len(forks))
+    )
+    return Forks(
+        seen=what,
+        fork_N=torch.from_numpy(forks),
+        changes_NC=torch.from_numpy(changes_N3.astype(np.float32)),
+        gains_N=torch.from_numpy((gains_N - gains_N.mean()).astype(np.float32)),
+        seeds_F=np.arange(num_forks) % 10,
+        stages_F=what.progress_B.numpy(),
+    )
+
+
+def trained(forks: Forks, sight: Sight) -> tuple[GainTransformer, np.ndarray]:
+    training, validation, held_out = (forks.branches_of(seeds) for seeds in (range(7), (7,), (8, 9)))
+    size = dataclasses.replace(SIZE, embedding=32)
+    model = train_gain_model(
+        forks, training, validation, size=size, sight=sight, num_steps=400, batch_size=128, learning_rate=3e-3
+    )
+    return model, held_out
+
+
+def test_before_it_is_trained_it_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model, what = GainTransformer(SIZE).eval(), seen(5)
+    with torch.inference_mode():
+        assert (model.best_change(what) == 0).all()
+        assert (model.change_for(what, torch.ones(5)) == 0).all()
+        assert (model(what, torch.zeros(5, 3)) == 0).all()
+
+
+def test_neither_the_scale_of_weights_nor_their_number_is_seen() -> None:
+    torch.manual_seed(0)
+    model, what = GainTransformer(SIZE).eval(), seen(5)
+    torch.nn.init.normal_(model.slope.weight)
+    with torch.inference_mode():
+        one, larger = (model.best_change(what._replace(grams_BKK=by * what.grams_BKK)) for by in (1.0, 1e6))
+    torch.testing.assert_close(one, larger, rtol=1e-4, atol=1e-5)
+
+
+def test_the_top_of_the_parabola_is_the_best_of_all_changes_within_the_limit() -> None:
+    torch.manual_seed(1)
+    model, what = GainTransformer(SIZE).eval(), seen(40)
+    torch.nn.init.normal_(model.slope.weight, std=0.012)
+    with torch.inference_mode():
+        best_BC = model.best_change(what)
+        inside = best_BC.abs().amax(dim=1) < 0.999 * FURTHEST
+        assert 0 < inside.sum() < 40
+        assert best_BC.abs().max() <= FURTHEST + 1e-6
+        for direction in torch.eye(3):
+            for step in (-0.1, 0.1):
+                others = model(what, best_BC + step * direction)
+                assert (others[inside] < model(what, best_BC)[inside]).all()
+
+
+@pytest.mark.parametrize(
+    ("gain", "sight", "sees"),
+    [
+        ("trajectory", Sight(), True),
+        ("trajectory", Sight(trajectory=False), False),
+        ("progress", Sight(trajectory=False), True),
+        ("chance", Sight(), False),
+    ],
+)
+def test_what_can_be_seen_is_found_and_what_cannot_is_not(gain: str, sight: Sight, sees: bool) -> None:
+    """Against the best parabola that sees nothing, on forks of trials that neither was fitted on."""
+    forks = synthetic(400, gain)
+    model, held_out = trained(forks, sight)
+    told = correlation(predicted_gains(model, forks, held_out), forks, held_out, RESAMPLING)
+    training = forks.branches_of(range(7))
+    nothing = correlation(constant_gains(forks, training, held_out), forks, held_out, RESAMPLING)
+    if sees:
+        assert told["low"] > nothing["high"] + 0.1
+        asked, _, _ = forks.of(np.arange(0, len(forks.fork_N), 8))
+        wanted = forks.seen.progress_B if gain == "progress" else None
+        if wanted is not None:
+            with torch.inference_mode():
+                first_F = model.best_change(asked)[:, 0].numpy()
+                asked_for_F = model.change_for(asked, torch.full((400,), 2.0))[:, 0].numpy()
+            assert spearman(first_F, wanted.numpy()) > 0.8
+            assert spearman(asked_for_F, wanted.numpy()) > 0.5
+    else:
+        assert told["spearman"] < nothing["high"] + 0.1
+
+
+def row(branch: int, returns: list[float], change: float = 0.0, **fields: object) -> dict[str, object]:
+    return {
+        **{"task": "A", "regime": "r", "value": 1e-3, "seed": 1, "iteration": 3, "branch": branch, "epochs": 4},
+        **{"recorded": 2, "per_iteration": 3, "first": 1.0 + change, "last": 0.0, "past": 0.25, "decay": 0.5},
+        **{"progress": 0.3, "learning_rate": 0.7, "log_std": -0.1, "divergence": 0.01, "surrogate": 0.02},
+        **{"gram": np.eye(CONTEXT).ravel().tolist(), "returns_before": [1.0, 2.0], "returns": returns},
+        **fields,
+    }
+
+
+def test_gains_are_what_a_branch_returned_more_than_its_fork_and_tasks_count_alike() -> None:
+    nan = float("nan")
+    rows = [row(0, [nan, 2.0, nan]), row(1, [3.0, 3.0, 3.0], 0.5), row(2, [1.0, 1.0, 1.0], -0.5)]
+    rows += [row(branch, [1000.0 * value], task="B") for branch, value in enumerate((2.0, 3.0, 1.0))]
+    rows += [row(branch, [nan, nan], seed=2) for branch in range(3)]
+    forks = make_forks(pa.Table.from_pylist(rows, schema=SCHEMA), (0.5, 0.5, 0.25), CONTEXT)
+    assert len(forks.seeds_F) == 2
+    expected = np.array([0.0, 1.0, -1.0]) / np.std([0.0, 1.0, -1.0])
+    np.testing.assert_allclose(forks.gains_N.numpy(), [*expected, *expected], rtol=1e-6)
+    np.testing.assert_allclose(forks.changes_NC.numpy()[:3, 0], [0.0, 1.0, -1.0])
+    with pytest.raises(ValueError, match="no fork of which every branch has a return"):
+        make_forks(pa.Table.from_pylist(rows[-3:], schema=SCHEMA), (0.5, 0.5, 0.25), CONTEXT)
+
+
+def test_a_model_is_the_same_in_a_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, what = GainTransformer(SIZE, Sight(extras=True)).eval(), seen(5)
+    torch.nn.init.normal_(model.slope.weight)
+    model.save(str(tmp_path))
+    again = GainTransformer.load(str(tmp_path))
+    assert again.sight == model.sight
+    with torch.inference_mode():
+        assert torch.equal(again.best_change(what), model.best_change(what))

@@ -1,0 +1,1 @@
+"""Jumps tuned for the returns that follow them."""
