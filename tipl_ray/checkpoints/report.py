@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tipl_ray import pages
-from tipl_ray.checkpoints.predictability import ALL, BOUND, SECOND_HALF, Asking, Findings, Row, shared_windows
+from tipl_ray.checkpoints.predictability import ALL, BOUND, FITTED, SECOND_HALF, Asking, Findings, Row, shared_windows
 from tipl_ray.checkpoints.records import ImportedSeries
 from tipl_ray.evaluate.metrics import MIN_TRIALS
 from tipl_ray.evaluate.report import CLEAR, Answer, Verdict
@@ -90,13 +90,11 @@ def next_checkpoint(findings: Findings) -> Answer:
             question=_question(step), verdict="unknown", text="Nothing moved, so there is nothing to forecast."
         )
     linear = next(row for row in own if row["predictor"] == "linear")
-    sentences = [_sentence(linear)]
-    if best["skill"] > linear["skill"] and best["predictor"] != "linear":
-        sentences.append(
-            f"Of the {len(own)} predictors asked, the best on these windows is this: {_sentence(best, small=True)}"
-        )
-    elif best["predictor"] == "linear":
-        sentences.append(f"None of the other {len(own) - 1} predictors asked does better.")
+    if best["predictor"] == "linear":
+        sentences = [_sentence(linear), f"None of the other {len(own) - 1} predictors asked does better."]
+    else:
+        others = f"the best of {len(own)} predictors on the same windows, {_words(best).rstrip(',')}, is"
+        sentences = [f"{_sentence(linear).rstrip('.')}; {others} {_amount(best['skill'], against='')}."]
     sentences.append(f"Better and worse are meant in squared error over all weights, {_windows(linear)}.")
     return _answer(_question(step), _verdict(best), sentences, best)
 
@@ -236,18 +234,18 @@ def notes(series: Sequence[ImportedSeries], findings: Findings, asking: Asking) 
     said = [f"A forecast knows the last {findings.context} displacements, and nothing that comes after its start."]
     if "first half" in fitted:
         said.append(
-            "There is one series: damped, dmd and context-ridge choose their one setting on its first half, and all "
-            "predictors are compared with them on the windows that start in its second."
+            "There is no other run to choose by: damped, dmd and context-ridge choose their one setting on the series' "
+            "first half, and all predictors are compared on the windows that start in its second."
         )
     if "other series" in fitted:
         said.append("damped, dmd and context-ridge choose their one setting on the series of the other folders.")
     asked = {row["step"] for row in findings.means}
-    fitted_at = {row["step"] for row in findings.means if row["fitted_on"] == "first half"}
-    if fitted_at and (late := sorted(asked - fitted_at)):
+    if late := sorted(asked - {row["step"] for row in findings.means if row["predictor"] in FITTED}):
         said.append(
-            f"At h = {', '.join(map(str, late))} the first half is too short to choose a setting by, so these "
-            "three are not asked."
+            f"At h = {', '.join(map(str, late))} damped, dmd and context-ridge are not asked: what they would choose "
+            "their setting by is too short."
         )
+    said.append("The best predictor is named by looking at the windows that it is judged on; so is its lead.")
     longest = max(row["step"] for row in findings.means)
     if missing := [step for step in asking.steps if step > longest]:
         said.append(f"No series is long enough for h = {', '.join(map(str, missing))}.")
@@ -314,11 +312,10 @@ def _question(step: int) -> str:
     return "Can the next checkpoint be forecast?" if step == 1 else f"Can a checkpoint {step} ahead be forecast?"
 
 
-def _sentence(row: Row, *, small: bool = False) -> str:
+def _sentence(row: Row) -> str:
     words = _words(row)
     what = "the next checkpoint" if row["step"] == 1 else f"{row['step']} checkpoints ahead"
-    start = words if small else words[0].upper() + words[1:]
-    return f"{start} forecasts {what} {_amount(row['skill'])}."
+    return f"{words[0].upper()}{words[1:]} forecasts {what} {_amount(row['skill'])}."
 
 
 def _words(row: Row) -> str:
