@@ -1,19 +1,24 @@
-"""How fast one actor's engine is on one core, beside a plain trial and stable-baselines3, and above which floors.
+"""How fast the engine is on each core, beside a plain trial and other libraries, and above which floors.
 
 Every subject runs one PPO iteration per round and the rounds alternate, so that a noisy machine is noisy for all; the
-table shows medians of CPU time, which on a machine of one's own is wall time. Floors: MuJoCo's steps alone, and the
-update's matrix products at the best rate that torch's own product of a minibatch reaches here.
+table shows medians of CPU time, which on a machine of one's own is wall time, and of wall time. On several cores each
+subject runs once on each of them at the same time. Floors: MuJoCo's steps alone, and the update's multiply-adds at the
+rate that the processor reaches where it does nothing else (peak.cpp).
 
-    python benchmarks/engine.py [--rounds 5]
+    python benchmarks/engine.py [--rounds 5] [--cores 2]
 """
 
 import copy
 import json
+import multiprocessing
+import os
+import queue
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import mujoco.batch
@@ -23,7 +28,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from command import make_parser, results_folder, use_one_core  # noqa: E402
+import peers  # noqa: E402
+from command import make_parser, results_folder  # noqa: E402
 from plain_ppo import PlainTrial  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
@@ -35,10 +41,31 @@ from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
 from tipl_ray.terminal import say_rows  # noqa: E402
 
 NUM_STEPS = 2048
-TASKS = (("InvertedPendulum-v4", 8, 25), ("HalfCheetah-v4", 256, 10))
+TASKS = (("InvertedPendulum-v4", 8, 25), ("HalfCheetah-v4", 64, 10), ("HalfCheetah-v4", 256, 10))
 """Task, width of the policy's hidden layers, trials of one actor."""
 PRESETS = (("tuned_half_cheetah", 10),)
 """Experiment of rl-baselines3-zoo's hyperparameters, trials of one actor."""
+DIFFERENCES = {
+    "engine": "",
+    "plain": "CleanRL's ppo_continuous_action.py written down as one plain trial, without its logging",
+    "stable-baselines3": "normalises by VecNormalize; no clipping of the value loss with the zoo's hyperparameters",
+    "stable-baselines3 on EnvPool": f"{peers.ENVPOOL_ENVIRONMENTS} environments at once, a share of the steps in each",
+    "rltools": "normalises observations but not rewards; no clipping of gradients or of the value loss",
+    "floor: physics": "MuJoCo's steps alone",
+    "floor: matrix products": "the update's multiply-adds alone, at the processor's peak",
+}
+"""What each subject computes otherwise than the engine."""
+PEAK_ROUNDS = 2_000_000
+"""Rounds of multiply-adds that the peak is measured by, some tens of milliseconds."""
+THEIR_SETTINGS = (
+    *("n_steps", "batch_size", "n_epochs", "learning_rate", "gamma", "gae_lambda", "clip_range", "clip_range_vf"),
+    *("ent_coef", "vf_coef", "max_grad_norm", "policy_kwargs"),
+)
+PRODUCTS, PHYSICS = "floor: matrix products", "floor: physics"
+
+Seconds = tuple[float, float]
+"""CPU and wall, of one environment step."""
+Run = Callable[[], Seconds]
 
 
 def of_defaults(task: str, width: int) -> Experiment:
@@ -46,50 +73,63 @@ def of_defaults(task: str, width: int) -> Experiment:
     return Experiment(name="bench", collect=Collect(task=task, policy_hidden=(width, width)))
 
 
-def engine(experiment: Experiment, trials: int) -> Callable[[], float]:
-    """Seconds per environment step of one iteration of a group of trials."""
+def clocked(work: Callable[[], Any], steps: int) -> Run:
+    """Seconds per environment step of some work that takes so many."""
+
+    def run() -> Seconds:
+        cpu, wall = time.process_time(), time.perf_counter()
+        work()
+        return (time.process_time() - cpu) / steps, (time.perf_counter() - wall) / steps
+
+    return run
+
+
+def engine(experiment: Experiment, trials: int) -> Run:
+    """One iteration of a group of trials."""
     group = TrialGroup(experiment, choose_engine("auto", experiment.ppo), list(range(1, trials + 1)))
-
-    def run() -> float:
-        begin = time.process_time()
-        for _ in group.run_iteration():
-            pass
-        return (time.process_time() - begin) / (trials * experiment.ppo.num_steps)
-
-    return run
+    return clocked(lambda: list(group.run_iteration()), trials * experiment.ppo.num_steps)
 
 
-def plain(task: str, width: int) -> Callable[[], float]:
-    """Seconds per environment step of one iteration of the plain trial."""
-    trial = PlainTrial(task, (width, width), seed=1, num_iterations=400)
-
-    def run() -> float:
-        begin = time.process_time()
-        trial.run_iteration()
-        return (time.process_time() - begin) / NUM_STEPS
-
-    return run
+def plain(experiment: Experiment) -> Run:
+    """One iteration of the plain trial."""
+    collect = experiment.collect
+    return clocked(PlainTrial(collect.task, collect.policy_hidden, seed=1, num_iterations=400).run_iteration, NUM_STEPS)
 
 
-def stable_baselines(experiment: Experiment) -> Callable[[], float] | None:
-    """Seconds per environment step of one iteration of stable-baselines3's PPO; None where it is not installed."""
+def stable_baselines(experiment: Experiment, pool: bool = False) -> Run | None:
+    """One iteration of stable-baselines3's PPO, on EnvPool's environments or its own; None without what it takes."""
     try:
+        from stable_baselines3.common.vec_env import VecNormalize
         from zoo import their_model
     except ImportError:
         return None
     ppo = experiment.ppo
-    model = their_model(experiment, seed=1, clip_range_vf=ppo.clip_coefficient if ppo.clip_values else None)
+    settings: dict[str, Any] = {"clip_range_vf": ppo.clip_coefficient if ppo.clip_values else None}
+    if pool:
+        settings["n_steps"] = ppo.num_steps // peers.ENVPOOL_ENVIRONMENTS
+    model = their_model(experiment, seed=1, **settings)
+    if pool:
+        environments = peers.envpool(experiment)
+        if environments is None:
+            return None
+        model = type(model)(
+            "MlpPolicy",
+            VecNormalize(environments, gamma=ppo.gamma),
+            **{name: getattr(model, name) for name in THEIR_SETTINGS},
+            seed=1,
+            device="cpu",
+        )
+    return clocked(lambda: model.learn(ppo.num_steps, reset_num_timesteps=False), ppo.num_steps)
 
-    def run() -> float:
-        begin = time.process_time()
-        model.learn(ppo.num_steps, reset_num_timesteps=False)
-        return (time.process_time() - begin) / ppo.num_steps
 
-    return run
+def rltools(experiment: Experiment) -> Run | None:
+    """One iteration of rltools' PPO; None where it is not installed."""
+    step = peers.rltools(experiment)
+    return None if step is None else clocked(step, experiment.ppo.num_steps)
 
 
-def physics(task: str, trials: int) -> Callable[[], float]:
-    """Seconds per environment step of MuJoCo alone, under random actions and with resets outside the clock."""
+def physics(task: str, trials: int) -> Run:
+    """MuJoCo alone, under random actions and with resets outside the clock."""
     simulations = find_task(task)(trials)
     assert isinstance(simulations, BatchSimulations)
     model = copy.copy(simulations.model)
@@ -104,99 +144,138 @@ def physics(task: str, trials: int) -> Callable[[], float]:
     shape = (NUM_STEPS, trials, simulations.action_size)
     actions = generator.normal(0, 0.5, shape).clip(simulations.action_low, simulations.action_high)
 
-    def run() -> float:
-        total = 0.0
+    def run() -> Seconds:
+        cpu = wall = 0.0
         for step in range(NUM_STEPS):
             simulations.ctrl[:] = actions[step]
-            begin = time.process_time()
+            begin, wall_begin = time.process_time(), time.perf_counter()
             simulations.batch.step(nstep=simulations.frame_skip)
-            total += time.process_time() - begin
+            cpu, wall = cpu + time.process_time() - begin, wall + time.perf_counter() - wall_begin
             simulations.observe(simulations.observations_KO)
             simulations.before_physics()
             simulations.judge(actions[step])
             for k in np.flatnonzero(simulations.terminated_K):
                 simulations.reset(int(k), generator)
-        return total / (trials * NUM_STEPS)
+        return cpu / (trials * NUM_STEPS), wall / (trials * NUM_STEPS)
 
     return run
 
 
-def matrix_products(task: str, width: int) -> Callable[[], float]:
-    """Seconds per environment step of the update's multiply-adds at the rate of the best product of a minibatch."""
+def matrix_products(task: str, width: int) -> Run:
+    """The update's multiply-adds at the processor's peak."""
     simulations = find_task(task)(1)
     inputs, outputs = simulations.observation_size, simulations.action_size
     per_sample = inputs * width + width * width + width * outputs + inputs * 64 + 64 * 64 + 64
     # Ten epochs of forward, gradient of weights and gradient of inputs (of all layers but the first).
-    flops = 10 * 2 * (3 * per_sample - inputs * (width + 64))
-    operands = [(torch.randn(64, size), torch.randn(size, size)) for size in (64, 128, 256)]
+    operations = 10 * 2 * (3 * per_sample - inputs * (width + 64))
 
-    def run() -> float:
-        rates = []
-        for left, right in operands:
-            out = torch.empty(64, right.shape[1])
-            begin = time.process_time()
-            for _ in range(300):
-                torch.mm(left, right, out=out)
-            rates.append(300 * 2 * left.numel() * right.shape[1] / (time.process_time() - begin))
-        return flops / max(rates)
+    def run() -> Seconds:
+        begin, wall = time.process_time(), time.perf_counter()
+        done = peers.multiply_adds(PEAK_ROUNDS)
+        share = operations / done
+        return (time.process_time() - begin) * share, (time.perf_counter() - wall) * share
 
     return run
 
 
-def medians_of(subjects: dict[str, Callable[[], float] | None], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of each subject over alternating rounds, and their spread as a share of it."""
-    present = {name: run for name, run in subjects.items() if run is not None}
-    seconds: dict[str, list[float]] = {name: [] for name in present}
-    for number in range(rounds + 1):
-        for name, run in present.items():
-            taken = run()
-            if number:  # the first round warms up
-                seconds[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {name: (median, (max(seconds[name]) - min(seconds[name])) / median) for name, median in medians.items()}
-
-
-def measure(rounds: int) -> list[dict]:
-    """All subjects on all tasks; one row each. Ratios are to the plain trial, where there is one, else to the last."""
-    rows = []
-    tasks: list[tuple[str, int, dict[str, Callable[[], float] | None]]] = []
+def subjects_of() -> dict[str, dict[str, Run | None]]:
+    """Every subject of every task, ready to run in this process."""
+    tasks: dict[str, dict[str, Run | None]] = {}
     for task, width, trials in TASKS:
         experiment = of_defaults(task, width)
-        subjects = {
+        tasks[f"{task} {width}-{width}"] = {
             "engine": engine(experiment, trials),
-            "plain": plain(task, width),
+            "plain": plain(experiment),
             "stable-baselines3": stable_baselines(experiment),
-            "floor: physics": physics(task, trials),
-            "floor: matrix products": matrix_products(task, width),
+            "stable-baselines3 on EnvPool": stable_baselines(experiment, pool=True),
+            "rltools": rltools(experiment),
+            PHYSICS: physics(task, trials),
+            PRODUCTS: matrix_products(task, width),
         }
-        tasks.append((f"{task} {width}-{width}", trials, subjects))
     for name, trials in PRESETS:
         experiment = load_experiment(ROOT / "jobs" / "experiments" / f"{name}.toml")
-        tasks.append(
-            (name, trials, {"engine": engine(experiment, trials), "stable-baselines3": stable_baselines(experiment)})
+        tasks[name] = {"engine": engine(experiment, trials), "stable-baselines3": stable_baselines(experiment)}
+    return tasks
+
+
+Rounds = dict[tuple[str, str], list[Seconds]]
+"""By task and subject: each round's."""
+
+
+def on_core(core: int, rounds: int, together: Any, answers: Any) -> None:
+    """Run all subjects in alternating rounds, each at the same time as on the other cores."""
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    found: Rounds = {}
+    tasks = subjects_of()
+    for task, subjects in tasks.items():
+        for number in range(rounds + 1):
+            for name, run in subjects.items():
+                if run is not None:
+                    together.wait()
+                    seconds = run()
+                    if number:  # the first round warms up
+                        found.setdefault((task, name), []).append(seconds)
+    answers.put(found)
+
+
+def measure(cores: int, rounds: int) -> list[Rounds]:
+    """What each core's process found."""
+    context = multiprocessing.get_context("spawn")
+    together, answers = context.Barrier(cores), context.Queue()
+    chosen = sorted(os.sched_getaffinity(0))[-cores:]
+    processes = [context.Process(target=on_core, args=(core, rounds, together, answers)) for core in chosen]
+    for process in processes:
+        process.start()
+    found: list[Rounds] = []
+    while len(found) < cores:
+        try:
+            found.append(answers.get(timeout=1))
+        except queue.Empty:
+            if any(process.exitcode for process in processes):
+                together.abort()
+                raise SystemExit("a process of the benchmark failed; it has said why") from None
+    for process in processes:
+        process.join()
+    return found
+
+
+def table(found: list[Rounds], rounds: int) -> list[dict[str, Any]]:
+    """One row for each subject of each task; ratios are to the plain trial, where there is one, else to the last."""
+    cores, rows = len(found), []
+    trials = {f"{task} {width}-{width}": number for task, width, number in TASKS} | dict(PRESETS)
+    median = {
+        key: [statistics.fmean(statistics.median(one[kind] for one in each[key]) for each in found) for kind in (0, 1)]
+        for key in found[0]
+    }
+    for task, name in median:
+        subjects = [subject for label, subject in median if label == task]
+        cpu, wall = median[task, name]
+        beside = "plain" if "plain" in subjects else subjects[-1]
+        floors = [median[task, floor][0] for floor in (PHYSICS, PRODUCTS) if floor in subjects]
+        others = [median[task, one][0] for one in subjects if one != "engine" and not one.startswith("floor")]
+        values = [seconds for each in found for seconds, _ in each[task, name]]
+        rows.append(
+            {
+                "task": task,
+                "subject": name,
+                "metric": f"env steps per second, {cores} core{'s' if cores > 1 else ''}",
+                "value": round(cores / cpu, 1),
+                "unit": "1/s",
+                "wall": round(cores / wall, 1),
+                "beside": beside,
+                "ratio": round(median[task, beside][0] / cpu, 2),
+                "ratio_to_fastest_peer": round(min(others) / cpu, 2) if others else None,
+                "ratio_to_floor": round(cpu / sum(floors), 3) if floors else None,
+                "ratio_to_physics": round(cpu / floors[0], 3) if floors else None,
+                "microseconds": round(cpu * 1e6, 2),
+                "spread": round((max(values) - min(values)) / cpu, 3),
+                "trials": trials[task] if name == "engine" else 1,
+                "cores": cores,
+                "rounds": rounds,
+                "differs": DIFFERENCES[name],
+            }
         )
-    for label, trials, subjects in tasks:
-        found = medians_of(subjects, rounds)
-        beside = "plain" if "plain" in found else list(found)[-1]
-        floors = [found[name][0] for name in ("floor: physics", "floor: matrix products") if name in found]
-        for name, (median, spread) in found.items():
-            rows.append(
-                {
-                    "task": label,
-                    "subject": name,
-                    "metric": "env steps per second, one core",
-                    "value": round(1 / median, 1),
-                    "unit": "1/s",
-                    "beside": beside,
-                    "ratio": round(found[beside][0] / median, 2),
-                    "ratio_to_floor": round(median / sum(floors), 3) if floors else None,
-                    "ratio_to_physics": round(median / floors[0], 3) if floors else None,
-                    "microseconds": round(median * 1e6, 2),
-                    "spread": round(spread, 3),
-                    "trials": trials if name == "engine" else 1,
-                    "rounds": rounds,
-                }
-            )
     return rows
 
 
@@ -204,23 +283,17 @@ def main() -> None:
     """Measure, print the table, write benchmarks/results/engine.json."""
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds after the one that warms up")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="how many at the same time")
     arguments = parser.parse_args()
     rounds = 1 if arguments.quick else arguments.rounds
-    use_one_core()
-    rows = measure(rounds)
+    numbers = [min(arguments.cores)] if arguments.quick else arguments.cores
+    rows = [row for cores in numbers for row in table(measure(cores, rounds), rounds)]
     (results_folder(arguments.quick) / "engine.json").write_text(json.dumps(rows, indent=1) + "\n")
     shown = (
-        "task",
-        "subject",
-        "value",
-        "microseconds",
-        "beside",
-        "ratio",
-        "ratio_to_physics",
-        "ratio_to_floor",
-        "spread",
+        *("task", "subject", "cores", "value", "wall", "microseconds", "ratio", "ratio_to_fastest_peer"),
+        *("ratio_to_physics", "ratio_to_floor", "spread"),
     )
-    title = f"One core, medians of {rounds} alternating rounds; value in env steps/s, floor = physics + matrix products"
+    title = f"Medians of {rounds} alternating rounds; value in env steps/s, floor = physics + matrix products"
     say_rows([{key: str(row[key]) for key in shown} for row in rows], title=title)
 
 

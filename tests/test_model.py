@@ -12,7 +12,8 @@ import torch
 from tipl_ray import config
 from tipl_ray.data.storage import StoreError
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
-from tipl_ray.predict.models import is_complete, load_about, load_model
+from tipl_ray.predict.model_files import is_complete
+from tipl_ray.predict.models import load_about, load_model
 from tipl_ray.window.transformer import WindowTransformer
 
 SIZE = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.1)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +162,31 @@ def test_importing_the_stages_loads_nothing_that_takes_seconds():
     code = f"import sys, tipl_ray.stages; print([name for name in {heavy} if name in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT, timeout=100)
     assert said.stdout == "[]\n", said.stderr
+
+
+def test_the_learner_is_compiled_while_a_collection_is_checked_and_no_training_is_checked_by_torch(tmp_path: Path):
+    collected(tmp_path / "data", 3, 4, 5, 6)
+    code = f"""
+import contextlib, dataclasses, sys, threading
+from pathlib import Path
+from tipl_ray import stages
+from tipl_ray.experiments import load_experiment
+smoke = load_experiment(Path("jobs/experiments/smoke.toml"))
+with contextlib.ExitStack() as until_the_end:
+    context = stages.Context(smoke.at({str(tmp_path / "own")!r}), until_the_end)
+    assert not stages.check_collect(context)
+    [thread.join() for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    there = dataclasses.replace(smoke, collect=dataclasses.replace(smoke.collect, first_seed=3))
+    context = stages.Context(there.at({str(tmp_path / "data")!r}), until_the_end)
+    assert not stages.check_train(context)
+print("torch" in sys.modules)
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT, timeout=100, env=environment
+    )
+    assert said.stdout == "False\n", said.stderr
+    assert len(list((tmp_path / "tipl_ray").glob("learner-*.so"))) == (shutil.which("g++") is not None)
 
 
 def curve(*returns: float) -> tuple[int, np.ndarray, np.ndarray]:

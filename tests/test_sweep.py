@@ -26,7 +26,8 @@ from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.experiments import load_experiment
 from tipl_ray.paper.transformer import CausalTransformer
 from tipl_ray.places import CHECKOUT
-from tipl_ray.predict.models import is_complete, load_model
+from tipl_ray.predict.model_files import is_complete
+from tipl_ray.predict.models import load_model
 from tipl_ray.sweep import comparison
 from tipl_ray.sweep import space as search_space
 from tipl_ray.sweep import tune as sweep

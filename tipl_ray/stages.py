@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_n
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat, identity
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
+from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.representation import representation_of
 from tipl_ray.remembered import remember_collection, remember_training
 from tipl_ray.terminal import ProgressView, duration, say, say_rows
@@ -127,8 +129,6 @@ def check_train(context: Context) -> bool:
     if not experiment.train.data:
         data_digest(experiment)
     data, done = training_digest(experiment), True
-    from tipl_ray.predict.models import is_complete
-
     for one in experiment.training_runs:
         if not is_complete(model_folder(one, data)):
             context.claim(f"train-{run_digest(one, data)}", "training this model")
@@ -237,8 +237,6 @@ def run_train(context: Context) -> None:
 
 
 def _train_one(context: Context, experiment: Experiment) -> None:
-    from tipl_ray.predict.models import is_complete
-
     begin = time.monotonic()
     data = training_digest(experiment)
     folder, key = model_folder(experiment, data), f"train-{run_digest(experiment, data)}"
@@ -255,6 +253,8 @@ def _train_one(context: Context, experiment: Experiment) -> None:
 
         if not is_complete(folder):
             show("starting Ray")
+            # Ray's start is a wait for other processes, and torch takes a second or two.
+            threading.Thread(target=importlib.import_module, args=("torch",)).start()
             context.connect()
         with context.run(f"train {experiment.preset}{seed}", key) as run:
             _train_and_log(experiment, run, data, show, until_the_first_line.close)
@@ -293,7 +293,7 @@ def trained_models(experiment: Experiment) -> list[str]:
     data, folders = training_digest(experiment), []
     for one in experiment.training_runs:
         folders.append(model_folder(one, data))
-        if not file_exists(folders[-1], "model.json"):
+        if not is_complete(folders[-1]):
             raise missing_model(one, data)
     return folders
 

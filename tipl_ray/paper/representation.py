@@ -73,7 +73,8 @@ class TokenRepresentation(Representation):
         """See `Representation.load`."""
         from tipl_ray.paper.predictor import Tipl, TrialBasis
         from tipl_ray.paper.transformer import CausalTransformer, Normaliser
-        from tipl_ray.predict.models import ABOUT_FILE, load_about, understood
+        from tipl_ray.predict.model_files import ABOUT_FILE
+        from tipl_ray.predict.models import load_about, understood
 
         about = load_about(folder)
         with understood(folder, ABOUT_FILE):

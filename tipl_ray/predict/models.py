@@ -11,11 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from tipl_ray.data.storage import Storage, StoreError, file_exists, publish, read_published
+from tipl_ray.data.storage import Storage, StoreError, publish, read_published
 from tipl_ray.predict.blocks import DTYPE, Blocks
+from tipl_ray.predict.model_files import ABOUT_FILE, WEIGHTS_FILE
 from tipl_ray.registry import Registry
-
-WEIGHTS_FILE, ABOUT_FILE = "model.safetensors", "model.json"
 
 RECORD_FILE = "model.sha256"
 """Digests of a model's files, as they were published."""
@@ -119,8 +118,3 @@ def load_model(folder: str) -> SavedModel:
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError("some weights are NaN or infinite")
     return model.eval()
-
-
-def is_complete(folder: str) -> bool:
-    """Whether `save` has finished in this folder."""
-    return file_exists(folder, ABOUT_FILE)

@@ -125,7 +125,8 @@ def representation_of(basis: config.Basis) -> Representation:
 
 def representation_in(folder: str) -> Representation:
     """The one of a trained model in a folder. Raises StoreError where there is none, or a damaged one."""
-    from tipl_ray.predict.models import ABOUT_FILE, load_about, understood
+    from tipl_ray.predict.model_files import ABOUT_FILE
+    from tipl_ray.predict.models import load_about, understood
 
     about = load_about(folder)
     with understood(folder, ABOUT_FILE):

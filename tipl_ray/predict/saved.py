@@ -13,7 +13,8 @@ from tipl_ray.data.storage import Storage, file_exists, join, last_name, publish
 from tipl_ray.digest import flat, identity
 from tipl_ray.experiments import from_table
 from tipl_ray.predict.gram import Question
-from tipl_ray.predict.models import ABOUT_FILE, WEIGHTS_FILE, is_complete, load_about, understood
+from tipl_ray.predict.model_files import ABOUT_FILE, WEIGHTS_FILE, is_complete
+from tipl_ray.predict.models import load_about, understood
 from tipl_ray.predict.predictor import Combination, Predictor
 from tipl_ray.predict.representation import load_tipl, representation_in
 from tipl_ray.registry import PREDICTORS

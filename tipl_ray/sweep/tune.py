@@ -37,7 +37,7 @@ from tipl_ray.experiments import from_table
 from tipl_ray.jobs import check_job, connected_to_ray, open_tracker
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import GramBand
-from tipl_ray.predict.models import is_complete
+from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.representation import TrainingData, representation_of
 from tipl_ray.resources import require_resources
 from tipl_ray.stages import data_digest, essence, log_data, run_tags

@@ -15,6 +15,7 @@ from tipl_ray.digest import digest, flat, identity
 from tipl_ray.experiments import from_table
 from tipl_ray.places import absolute_storage
 from tipl_ray.predict.bands import snapshots_per_iteration
+from tipl_ray.predict.model_files import ABOUT_FILE
 from tipl_ray.predict.representation import representation_of
 from tipl_ray.registry import REPRESENTATIONS
 
@@ -151,7 +152,7 @@ def _few(fields: list[str]) -> str:
 def _differences(experiment: config.Experiment, data_digest: str, folder: str) -> list[str]:
     """In which fields the model of a folder differs from the one that is asked for; none where that is not known."""
     try:
-        about = json.loads(read_file(folder, "model.json"))
+        about = json.loads(read_file(folder, ABOUT_FILE))
         made_by = from_table(about["experiment"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []  # a training that has not ended, or a model of another making

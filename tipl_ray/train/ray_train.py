@@ -25,7 +25,8 @@ from tipl_ray.data.storage import Storage, StoreError, join, read_file, read_pub
 from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
 from tipl_ray.experiments import from_table
-from tipl_ray.predict.models import files_beside, is_complete, load_about, load_model, read_model_file
+from tipl_ray.predict.model_files import is_complete
+from tipl_ray.predict.models import files_beside, load_about, load_model, read_model_file
 from tipl_ray.predict.representation import TrainingData, representation_of
 from tipl_ray.train.data_sets import data_sets, model_folder, run_digest
 from tipl_ray.train.reading import POLL_SECONDS, load_trials
