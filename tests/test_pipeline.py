@@ -239,10 +239,10 @@ def test_another_configuration_on_the_same_storage_is_refused_and_changes_nothin
 def test_an_unknown_task_is_refused_before_anything_starts(tmp_path: Path) -> None:
     storage = tmp_path / "none"
     result = subprocess.run(
-        command("collect", storage, "--collect.task", "CartPole-v1"), capture_output=True, text=True, timeout=200
+        command("collect", storage, "--collect.task", "FrozenLake-v1"), capture_output=True, text=True, timeout=200
     )
     assert result.returncode == 1
-    assert "collect.task='CartPole-v1' is not one of" in result.stderr
+    assert "collect.task='FrozenLake-v1' is not one of" in result.stderr
     assert not storage.exists()
 
 

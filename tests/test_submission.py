@@ -131,10 +131,10 @@ def test_a_failing_job_has_its_exit_code_and_the_upload_is_small(client: Client)
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_1(client: Client, tmp_path: Path) -> None:
-    job = client.submit("collect", tmp_path / "none", "--collect.task", "CartPole-v1")
+    job = client.submit("collect", tmp_path / "none", "--collect.task", "FrozenLake-v1")
     logs = client.wait(job, JobStatus.FAILED)
     assert client.jobs.get_job_info(job).driver_exit_code == 1
-    assert "error: collect.task='CartPole-v1' is not one of" in logs
+    assert "error: collect.task='FrozenLake-v1' is not one of" in logs
     assert "Traceback" not in logs
 
 
