@@ -323,6 +323,7 @@ def test_a_collection_loads_no_predictor_and_no_transformer(tmp_path: Path) -> N
     assert "tipl_ray.ppo.trials" in loaded
     # The stages know by data_sets what a model is called, and by the interface what it depends on: neither learns.
     known = {"train", "train.data_sets", "predict", "predict.gram", "predict.representation"}
+    known |= {"predict.bands", "predict.model_files"}
     assert loaded_from_afar(loaded) <= {f"tipl_ray.{module}" for module in known}
 
 

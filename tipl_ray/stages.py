@@ -500,7 +500,7 @@ JUMP_OF_BEFORE = {
 
 def essence(experiment: Experiment) -> dict:
     """What tells one pipeline from another: its name, and of its identity what some stage reads."""
-    elsewhere = ("accelerate", "sweep")
+    elsewhere = ("accelerate", "improve", "sweep")
     table = {section: part for section, part in identity(experiment).items() if section not in elsewhere}
     return {"name": experiment.name, "jump": JUMP_OF_BEFORE, **table}
 
