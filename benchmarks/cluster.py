@@ -121,12 +121,14 @@ def measure_collection(collect_config: Collect, size: int, actors: int, storage:
             # An actor tells of its steps every few seconds: they stand for the moment at which they were told.
             first_seen.setdefault(sum(group.env_steps for group in groups), (cpu, time.monotonic()))
 
+    begin = time.monotonic()
     with mock.patch.multiple(crew, LOOK_SECONDS=SAMPLE_SECONDS, SLICE_SECONDS=SAMPLE_SECONDS):
         collect(experiment, sample)
-    # Without the end, where one actor may be done before the other.
     samples = [(steps, *clocks) for steps, clocks in sorted(first_seen.items())]
-    first, last = samples[0], [one for one in samples if one[0] < 0.95 * samples[-1][0]][-1]
-    steps, cpu, clock = (b - a for a, b in zip(first, last, strict=True))
+    # Without the end, where one actor may be done before the other; a shrunk one may be over before the second look.
+    first, *others = samples if len(samples) > 1 else [(0, 0.0, begin), *samples]
+    last = [one for one in others if one[0] < 0.95 * samples[-1][0]][-1:] or others[-1:]
+    steps, cpu, clock = (b - a for a, b in zip(first, last[0], strict=True))
     return steps / cpu, steps / clock
 
 
