@@ -89,6 +89,18 @@ def test_a_cell_has_every_branch_with_what_was_known_and_what_followed() -> None
     assert np.isfinite(late.returns_before).any()
 
 
+def test_a_cell_is_named_after_its_jumps_and_after_what_their_predictors_see() -> None:
+    jump = Jump(predictor="return-rule", horizon=1, numbers=NUMBERS, corrective_epochs=2)
+    corrected = dataclasses.replace(REGIME, jump=jump)
+    longer = dataclasses.replace(SOURCE, model=dataclasses.replace(SOURCE.model, context=SOURCE.model.context + 1))
+    folders = {
+        cell_folder(CELL, SMALL, SOURCE, "torch"),
+        cell_folder(dataclasses.replace(CELL, regime=corrected), SMALL, SOURCE, "torch"),
+        cell_folder(CELL, SMALL, longer, "torch"),
+    }
+    assert len(folders) == 3
+
+
 def test_what_branches_change_depends_on_nothing_but_their_key() -> None:
     base = RuleNumbers(*NUMBERS)
     assert branch_rules(base, SMALL.improve, 1, 2, 3) == branch_rules(base, SMALL.improve, 1, 2, 3)
@@ -109,17 +121,17 @@ def test_the_job_makes_every_cell_and_what_was_killed_comes_to_the_same_bytes(
     whole, killed = (dataclasses.replace(SMALL, improve=improve).at(str(tmp_path / name)) for name in ("a", "b"))
     run_forks(whole)
     said = capsys.readouterr().out
-    assert f"12 branches, digest {forks_digest(whole, 'torch')}" in said
+    assert f"12 branches, digest {forks_digest(whole, SOURCE, 'torch')}" in said
     # One cell is there, another was killed while it was written, and a third is damaged.
     first, second = cells(improve)
     run_and_publish(first, killed, SOURCE, "torch")
-    broken = Path(cell_folder(second, killed, "torch"))
-    shutil.copytree(cell_folder(second, whole, "torch"), broken)
+    broken = Path(cell_folder(second, killed, SOURCE, "torch"))
+    shutil.copytree(cell_folder(second, whole, SOURCE, "torch"), broken)
     (broken / fork_data.FORKS_FILE).write_bytes(b"half a file")
     run_forks(killed)
     assert "is damaged, and the cell is run again" in capsys.readouterr().out
-    assert forks_digest(killed, "torch") == forks_digest(whole, "torch")
-    table = read_forks(whole, "torch")
+    assert forks_digest(killed, SOURCE, "torch") == forks_digest(whole, SOURCE, "torch")
+    table = read_forks(whole, SOURCE, "torch")
     assert table.schema == forks.SCHEMA
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/forks/*/*")}
     run_forks(killed)

@@ -430,9 +430,9 @@ class Contender:
         except ValueError as error:
             raise ValueError(f"accelerate.contenders: {self.name!r}: {error}") from error
 
-    def ppo_at(self, ppo: Ppo, value: float | None) -> Ppo:
+    def ppo_at(self, ppo: Ppo, value: float) -> Ppo:
         """Its own PPO, made of another, at a value of what is searched. Raises ValueError naming the contender."""
-        table = {**self.ppo, **({} if value is None else {self.searched: value})}
+        table = {**self.ppo, self.searched: value}
         try:
             made: Ppo = validated(Ppo, as_table(ppo) | table, "ppo.")
             made.check()

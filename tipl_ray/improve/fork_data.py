@@ -5,7 +5,6 @@
 A cell that was killed is run again, and comes to the same bytes.
 """
 
-import dataclasses
 import hashlib
 import io
 import time
@@ -17,7 +16,6 @@ import pyarrow.parquet as pq
 import ray
 
 from tipl_ray.accelerate.acceleration import source_experiment
-from tipl_ray.accelerate.contenders import collection_identity
 from tipl_ray.collect.crew import require_seat, seat_resources
 from tipl_ray.config import Experiment
 from tipl_ray.data.locks import only_one
@@ -25,7 +23,7 @@ from tipl_ray.data.storage import StoreError, file_exists, join, publish, read_p
 from tipl_ray.digest import as_table, digest, identity
 from tipl_ray.improve.forks import Cell, cells, run_cell
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker, side_by_side
-from tipl_ray.ppo.engines import ENGINES, choose_engine
+from tipl_ray.ppo.engines import choose_engine
 from tipl_ray.terminal import ProgressView, duration, say
 from tipl_ray.tracking import ui_command
 
@@ -35,24 +33,19 @@ SAME_DRAWS = ("stages", "pairs", "spread", "iterations")
 """Fields of `improve` that a cell's rows depend on, beside its task and regime."""
 
 
-def cell_folder(cell: Cell, experiment: Experiment, engine: str) -> str:
+def cell_folder(cell: Cell, experiment: Experiment, source: Experiment, engine: str) -> str:
     """Where a cell is kept, named after all that its rows depend on."""
-    own, improve = cell.experiment(experiment), identity(experiment.improve)
-    made_of = {
-        "cell": as_table(cell.regime) | {"value": cell.value},
-        "collect": collection_identity(own.collect),
-        "ppo": identity(own.ppo),
-        "draws": {field: improve[field] for field in SAME_DRAWS},
-        "engine": ENGINES[engine],
-    }
-    return join(experiment.storage_path, "forks", digest(made_of))
+    improve = identity(experiment.improve)
+    draws = {field: improve[field] for field in SAME_DRAWS}
+    made_of = cell.made_of(experiment, source, engine)
+    return join(experiment.storage_path, "forks", digest(cell.name, list(cell.base()), made_of, draws))
 
 
 def run_and_publish(cell: Cell, experiment: Experiment, source: Experiment, engine: str) -> None:
     """Run a cell and write it."""
     buffer = io.BytesIO()
     pq.write_table(run_cell(cell, experiment, source, engine), buffer, compression="zstd")
-    publish(cell_folder(cell, experiment, engine), {FORKS_FILE: buffer.getvalue()}, FORKS_RECORD)
+    publish(cell_folder(cell, experiment, source, engine), {FORKS_FILE: buffer.getvalue()}, FORKS_RECORD)
 
 
 def read_cell(folder: str) -> bytes | None:
@@ -66,20 +59,20 @@ def read_cell(folder: str) -> bytes | None:
         return None
 
 
-def read_forks(experiment: Experiment, engine: str) -> pa.Table:
+def read_forks(experiment: Experiment, source: Experiment, engine: str) -> pa.Table:
     """Every row of the data set, cell by cell. Raises StoreError where a cell is missing."""
-    return pa.concat_tables([pq.read_table(io.BytesIO(content)) for content in _contents(experiment, engine)])
+    return pa.concat_tables([pq.read_table(io.BytesIO(content)) for content in _contents(experiment, source, engine)])
 
 
-def forks_digest(experiment: Experiment, engine: str) -> str:
+def forks_digest(experiment: Experiment, source: Experiment, engine: str) -> str:
     """Digest of the data set's bytes. Raises as `read_forks`."""
-    return digest([hashlib.sha256(content).hexdigest() for content in _contents(experiment, engine)])
+    return digest([hashlib.sha256(content).hexdigest() for content in _contents(experiment, source, engine)])
 
 
-def _contents(experiment: Experiment, engine: str) -> Sequence[bytes]:
+def _contents(experiment: Experiment, source: Experiment, engine: str) -> Sequence[bytes]:
     contents = []
     for cell in cells(experiment.improve):
-        if (content := read_cell(folder := cell_folder(cell, experiment, engine))) is None:
+        if (content := read_cell(folder := cell_folder(cell, experiment, source, engine))) is None:
             raise StoreError(f"{folder}: the forks of {cell.name} are not there; run jobs/fork.py with this experiment")
         contents.append(content)
     return contents
@@ -96,13 +89,13 @@ def run_forks(experiment: Experiment) -> None:
         with connected_to_ray():
             engine = choose_engine(experiment.collect.engine, experiment.ppo)
             require_seat(experiment, engine, "cell")
-            key = f"forks-{digest([cell_folder(one, experiment, engine) for one in cells(experiment.improve)])}"
+            key = f"forks-{digest([cell_folder(one, experiment, source, engine) for one in cells(experiment.improve)])}"
             with only_one(experiment.storage_path, key, "making these forks"), tracker.run("forks", key) as run:
                 run.log_parameters({"improve": as_table(experiment.improve), "ppo": as_table(experiment.ppo)})
                 _run_cells(experiment, source, engine)
-                table = read_forks(experiment, engine)
+                table = read_forks(experiment, source, engine)
                 run.log_metrics({"branches": table.num_rows})
-            say(f"fork: {table.num_rows:,} branches, digest {forks_digest(experiment, engine)}")
+            say(f"fork: {table.num_rows:,} branches, digest {forks_digest(experiment, source, engine)}")
         say(f"fork: {duration(time.monotonic() - begin)}")
         say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
@@ -115,8 +108,8 @@ def _run_cells(experiment: Experiment, source: Experiment, engine: str) -> None:
     limit = experiment.where.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def send(cell: Cell) -> ray.ObjectRef | None:
-        is_there = read_cell(cell_folder(cell, experiment, engine)) is not None
-        return None if is_there else task.remote(cell, dataclasses.replace(experiment), source, engine)
+        is_there = read_cell(cell_folder(cell, experiment, source, engine)) is not None
+        return None if is_there else task.remote(cell, experiment, source, engine)
 
     with ProgressView() as view:
 

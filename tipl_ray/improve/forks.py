@@ -21,7 +21,9 @@ from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps
 from tipl_ray.accelerate.jumps import Forecaster, JumpSettings
 from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
 from tipl_ray.config import Contender, Experiment, Improve
+from tipl_ray.digest import identity
 from tipl_ray.ppo.algorithms import Extension, Hooks, State
+from tipl_ray.ppo.engines import ENGINES
 from tipl_ray.ppo.trials import TrialGroup
 from tipl_ray.predict.gram import Question
 
@@ -66,6 +68,17 @@ class Cell:
         ppo = self.regime.ppo_at(experiment.ppo, self.value)
         ppo = dataclasses.replace(ppo, num_epochs=self.regime.epochs_before_jump(experiment.ppo))
         return dataclasses.replace(experiment, collect=dataclasses.replace(experiment.collect, task=self.task), ppo=ppo)
+
+    def made_of(self, experiment: Experiment, source: Experiment, engine: str) -> dict[str, Any]:
+        """All that its trials depend on beside the numbers of their rules: for digests."""
+        own = self.experiment(experiment)
+        return {
+            "jump": identity(jump_settings(self.regime, experiment, source)),
+            "question": dataclasses.asdict(jump_question(self.regime, experiment, source)),
+            "collect": identity(own.collect),
+            "ppo": identity(own.ppo),
+            "engine": ENGINES[engine],
+        }
 
     def base(self) -> RuleNumbers:
         """The rule around which its trials are forked."""
@@ -124,14 +137,13 @@ class BranchJumps(GroupJumps):
             divergences_K = group.divergences(group.parameters_KN)
             surrogates_K = group.surrogates(group.parameters_KN)
             progress_K = self.progress(group)
-            size, actions = group.shape.num_policy_weights, group.shape.action_size
             for k, label in enumerate(group.seeds):
                 first, last, past = self._rules[k].weights(progress_K[k : k + 1])[0].tolist()
                 self.known[label] = {
                     **{"first": first, "last": last, "past": past, "decay": self._rules[k].numbers.decay},
                     "progress": float(progress_K[k]),
                     "learning_rate": float(learning_rates_K[k] / group.ppo.learning_rate),
-                    "log_std": float(_log_std(group, k, size, actions)),
+                    "log_std": _log_std(group, k),
                     "divergence": float(divergences_K[k]),
                     "surrogate": float(surrogates_K[k]),
                     "gram": self._histories[k][0].gram().ravel().tolist(),
@@ -139,9 +151,9 @@ class BranchJumps(GroupJumps):
         yield from super().move(group, learning_rates_K)
 
 
-def _log_std(group: TrialGroup, k: int, size: int, actions: int) -> float:
+def _log_std(group: TrialGroup, k: int) -> float:
     (offset,) = (offset for name, _, offset in group.shape.policy_layout if name == "log_std")
-    return float(group.parameters_KN[k, offset : offset + actions].mean())
+    return float(group.parameters_KN[k, offset : offset + group.shape.action_size].mean())
 
 
 def fork_iterations(num_iterations: int, improve: Improve) -> list[int]:

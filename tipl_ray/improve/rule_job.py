@@ -12,9 +12,10 @@ from tipl_ray.config import Experiment
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import file_exists, join, publish, read_published
 from tipl_ray.digest import as_table, digest, identity
+from tipl_ray.improve.forks import cells
 from tipl_ray.improve.rule_search import RECORD, RULE_FILE, WAY_OUT, search_rule
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
-from tipl_ray.ppo.engines import ENGINES, choose_engine
+from tipl_ray.ppo.engines import choose_engine
 from tipl_ray.terminal import duration, say
 from tipl_ray.tracking import Tracker, ui_command
 
@@ -32,7 +33,7 @@ def run_rule_searches(experiment: Experiment) -> None:
             require_seat(experiment, engine, "candidate")
             at_once = experiment.where.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
             for search in range(experiment.improve.searches):
-                folder = search_folder(search, experiment, engine)
+                folder = search_folder(search, experiment, source, engine)
                 if not file_exists(folder, RULE_FILE):
                     with only_one(experiment.storage_path, f"rule-{search}", "searching this rule"):
                         found = search_rule(search, experiment, source, engine, at_once)
@@ -44,10 +45,10 @@ def run_rule_searches(experiment: Experiment) -> None:
         say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
-def search_folder(search: int, experiment: Experiment, engine: str) -> str:
+def search_folder(search: int, experiment: Experiment, source: Experiment, engine: str) -> str:
     """Where a search's rule is kept, named after all that it depends on."""
-    made_of = [identity(experiment.improve), identity(experiment.ppo), identity(experiment.collect), ENGINES[engine]]
-    return join(experiment.storage_path, "rules", digest(search, made_of))
+    ran = [[cell.name, cell.made_of(experiment, source, engine)] for cell in cells(experiment.improve)]
+    return join(experiment.storage_path, "rules", digest(search, identity(experiment.improve), ran))
 
 
 def _log(tracker: Tracker, found: dict[str, Any], folder: str, experiment: Experiment) -> None:

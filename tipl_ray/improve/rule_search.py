@@ -30,7 +30,7 @@ from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
 from tipl_ray.accelerate.scores import filled
 from tipl_ray.config import Experiment
 from tipl_ray.data.storage import Storage, file_exists, join, publish, read_published
-from tipl_ray.digest import digest, identity
+from tipl_ray.digest import digest
 from tipl_ray.improve.forks import Cell
 from tipl_ray.ppo.algorithms import NOTHING
 from tipl_ray.ppo.trials import TrialGroup
@@ -125,7 +125,8 @@ def run_candidate(
     generation = int(candidate["generation"])
     cells, seeds = generation_cells(experiment, search, generation)
     point = {name: candidate[name] for name in BOUNDS}
-    folder = join(experiment.storage_path, "rules", _candidate_digest(point, cells, seeds, experiment))
+    ran = [cell.made_of(experiment, source, engine) for cell in cells]
+    folder = join(experiment.storage_path, "rules", digest(point, ran, seeds))
     if not file_exists(folder, CANDIDATE_FILE):
         found: Outcome = {
             cell.task: score_curves(run_rule(Rule.of(point), cell, seeds, experiment, source, engine)) for cell in cells
@@ -134,15 +135,6 @@ def run_candidate(
     told = json.loads(read_published(folder, CANDIDATE_FILE, RECORD, WAY_OUT))
     # Ray Tune wants the metric from each; what it is shows when the generation has ended.
     tune.report({"scores": json.dumps(told["scores"]), "fitness": 0.0})
-
-
-def _candidate_digest(
-    point: Mapping[str, float], cells: Sequence[Cell], seeds: Sequence[int], experiment: Experiment
-) -> str:
-    ran = [
-        [cell.task, identity(own.ppo), identity(own.collect)] for cell in cells for own in [cell.experiment(experiment)]
-    ]
-    return digest(dict(point), ran, list(seeds))
 
 
 def fitness(outcomes: Sequence[Outcome | None]) -> list[float]:
