@@ -8,7 +8,6 @@ most there is.
     python benchmarks/cart_pole.py
 """
 
-import csv
 import dataclasses
 import os
 import sys
@@ -21,7 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import make_parser, results_folder  # noqa: E402
+from command import make_parser, results_folder, write_table  # noqa: E402
 
 from tipl_ray.config import Experiment  # noqa: E402
 from tipl_ray.experiments import load_experiment  # noqa: E402
@@ -90,10 +89,7 @@ def main() -> None:
         experiment = dataclasses.replace(experiment, collect=few)
     rows = run(experiment)
     folder = results_folder(True) if arguments.quick else ROOT / "docs" / "results"
-    with (folder / "cart_pole.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(folder / "cart_pole.csv", rows)
     say_rows([{key: str(value) for key, value in row.items()} for row in rows])
 
 

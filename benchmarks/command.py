@@ -2,11 +2,14 @@
 
 import argparse
 import atexit
+import csv
 import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +30,14 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def results_folder(quick: bool) -> Path:
     """Where a benchmark keeps its results; those of a quick run are deleted when it ends."""
     return _scratch() if quick else ROOT / "benchmarks" / "results"
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of equal keys as CSV, headed by the keys."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @functools.cache

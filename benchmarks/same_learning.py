@@ -9,7 +9,6 @@ docs/results/same_learning.csv and docs/pictures/same_learning.png. The others t
     python benchmarks/same_learning.py [--studies InvertedPendulum-v4 HalfCheetah-v4 tuned_half_cheetah]
 """
 
-import csv
 import dataclasses
 import json
 import sys
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from command import make_parser, results_folder  # noqa: E402
+from command import make_parser, results_folder, write_table  # noqa: E402
 from plain_ppo import PlainTrial  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
@@ -222,10 +221,7 @@ def main() -> None:
     torch.set_num_threads(1)
     curves = run_missing(studies, kept / "same_learning.json")
     rows = compare(curves, studies)
-    with (tables / "same_learning.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(tables / "same_learning.csv", rows)
     (pictures / "same_learning.png").write_bytes(png(draw(curves, studies)))
     for row in rows:
         say(", ".join(f"{key} {value}" for key, value in row.items()))

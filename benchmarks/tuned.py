@@ -8,7 +8,6 @@ benchmarks/results/tuned.json; the same command goes on with the others, then wr
     python benchmarks/tuned.py [--tasks half_cheetah hopper walker2d] [--processes 2]
 """
 
-import csv
 import dataclasses
 import json
 import multiprocessing
@@ -23,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import make_parser, results_folder  # noqa: E402
+from command import make_parser, results_folder, write_table  # noqa: E402
 
 from tipl_ray.config import Experiment  # noqa: E402
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean  # noqa: E402
@@ -131,10 +130,7 @@ def main() -> None:
     names, seeds = (arguments.tasks, arguments.seeds) if not arguments.quick else (known[:1], GROUP)
     groups = run_missing(names, seeds, folder / "tuned.json", arguments.processes, arguments.quick)
     rows = table(names, groups)
-    with ((folder if arguments.quick else ROOT / "docs" / "results") / "tuned.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table((folder if arguments.quick else ROOT / "docs" / "results") / "tuned.csv", rows)
     say_rows([{key: str(value) for key, value in row.items()} for row in rows])
 
 

@@ -37,7 +37,7 @@ def run_rule_searches(experiment: Experiment) -> None:
                 if not file_exists(folder, RULE_FILE):
                     with only_one(experiment.storage_path, f"rule-{search}", "searching this rule"):
                         found = search_rule(search, experiment, source, engine, at_once)
-                    publish(folder, {RULE_FILE: json.dumps(found, indent=1).encode()}, RECORD)
+                        publish(folder, {RULE_FILE: json.dumps(found, indent=1).encode()}, RECORD)
                 found = json.loads(read_published(folder, RULE_FILE, RECORD, WAY_OUT))
                 _log(tracker, found, folder, experiment)
                 say(f"search {search}: {found['rule']}")
