@@ -27,7 +27,7 @@ from tipl_ray.data.snapshots import COLUMNS, Header, as_json
 from tipl_ray.data.storage import TEMPORARY, Storage, StoreError, join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.errors import UserError
-from tipl_ray.terminal import say, say_rows, size_text
+from tipl_ray.terminal import say, say_rows, say_sentence, size_text
 
 Root = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
 Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="seeds of the trials to take; none takes all")]
@@ -246,7 +246,7 @@ def ask(
     asking = Asking(context=context, steps=steps, per_iteration=per_iteration)
     folder, findings = answer(storage, series, asking, predictor)
     for one in answers(findings):
-        say(f"{one.question} {one.verdict.capitalize()}. {one.text}")
+        say_sentence(one.line)
     say_rows(skill_table(findings), title="Skill against copying the last checkpoint")
     say(f"{join(folder, REPORT_FILE)}")
     return 0

@@ -24,14 +24,24 @@ from tipl_ray.collect.placement import GroupProgress
 from tipl_ray.config import Experiment, Ppo
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.snapshots import PPO_COLUMNS, Header
-from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
+from tipl_ray.data.storage import (
+    Storage,
+    StoreError,
+    file_exists,
+    join,
+    last_name,
+    link_to,
+    make_latest,
+    read_file,
+    write_file,
+)
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat, identity
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.representation import representation_of
 from tipl_ray.remembered import remember_collection, remember_training
-from tipl_ray.terminal import ProgressView, duration, say, say_rows
+from tipl_ray.terminal import ProgressView, duration, say, say_sentence
 from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
 
@@ -39,7 +49,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tipl_ray.evaluate.evaluation import Evaluation
+    from tipl_ray.evaluate.report import Answer
 
+REPORT_FILE = "report.html"
 ROWS = 20
 """Groups of trials in the table of progress at most."""
 
@@ -328,7 +340,7 @@ def run_evaluate(context: Context) -> None:
         evaluation = evaluate(
             experiment, models, lambda done, total: view.show([], f"evaluate: {done} of {total} tasks done")
         )
-    if not (found and file_exists(evaluation.folder, "report.html") and context.logged(key)):
+    if not (found and file_exists(evaluation.folder, REPORT_FILE) and context.logged(key)):
         context.claim(key, "making this evaluation")
         with context.run(f"evaluate {experiment.preset}", key) as run:
             run.log_parameters({"evaluate": as_table(settings), "model": ", ".join(models)})
@@ -341,16 +353,13 @@ def run_evaluate(context: Context) -> None:
                 run.log_figure(picture, name)
                 write_file(join(evaluation.folder, "figures"), f"{name}.png", picture)
             page = _report(context, evaluation, models, pictures).encode()
-            run.log_file(page, "report.html")
-            write_file(evaluation.folder, "report.html", page)
-    say_rows(report.table(evaluation.summary, report.SHORT_STEPS))
-    answers = report.answers(
+            run.log_file(page, REPORT_FILE)
+            write_file(evaluation.folder, REPORT_FILE, page)
+    say(f"evaluate: results and figures in {evaluation.folder}, {duration(time.monotonic() - begin)}")
+    answers = report.headline(
         evaluation.summary, settings.confidence, comparisons=evaluation.comparisons, groups=evaluation.groups
     )
-    for answer in answers:
-        say(f"{answer.question} {answer.text}")
-    say(f"evaluate: results and figures in {evaluation.folder}, {duration(time.monotonic() - begin)}")
-    say(f"evaluate: report {join(evaluation.folder, 'report.html')}")
+    say_end(experiment.storage_path, evaluation.folder, answers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -390,6 +399,14 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
         for name in names:
             STAGES[name].run(context)
         say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
+
+
+def say_end(storage: str, folder: str, answers: Sequence[Answer]) -> None:
+    """The end of a run: its findings in a few lines, and the link to its report, to which `latest` now leads too."""
+    for answer in answers:
+        say_sentence(answer.line)
+    make_latest(storage, folder)
+    say(f"report: {link_to(folder, REPORT_FILE)}")
 
 
 def data_digest(experiment: Experiment) -> str:

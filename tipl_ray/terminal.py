@@ -7,6 +7,7 @@ FORCE_COLOR; what moves the cursor goes to a terminal alone. Knows nothing of wh
 import datetime
 import json
 import sys
+import textwrap
 import time
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,12 @@ console = Console(highlight=False, soft_wrap=True)
 def say(message: str) -> None:
     """Print a line."""
     console.print(message, markup=False)
+
+
+def say_sentence(message: str) -> None:
+    """Print a line, folded between words on a terminal."""
+    indented: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    say(textwrap.fill(message, console.width, **indented) if is_terminal(sys.stdout) else message)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

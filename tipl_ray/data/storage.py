@@ -29,6 +29,8 @@ from tipl_ray.errors import UserError
 
 TEMPORARY = ".tmp-"
 """How the names begin of files that are not yet published; a killed process leaves them behind."""
+LATEST = "latest"
+"""Name of the link in a storage that leads to the newest report's folder."""
 LEFT_AFTER_SECONDS = 3600.0
 """Age at which a file that is not yet published is taken for left behind: writing one takes far less."""
 REQUESTS_AT_ONCE = 16
@@ -218,6 +220,33 @@ def local_folder(place: str) -> Path | None:
     if place.startswith("file://"):
         return Path(urllib.parse.unquote(urllib.parse.urlsplit(place).path))
     return None if "://" in place else Path(place).absolute()
+
+
+def link_to(folder: str, name: str) -> str:
+    """The address of a file that a browser, or a terminal that follows links, opens.
+
+    >>> link_to("/data/a demo", "report.html"), link_to("s3://bucket/demo", "report.html")
+    ('file:///data/a%20demo/report.html', 's3://bucket/demo/report.html')
+    """
+    local = local_folder(folder)
+    return join(folder, name) if local is None else (local / name).as_uri()
+
+
+def make_latest(storage: str, folder: str) -> bool:
+    """Make `latest`, a link in a storage that is a local folder, lead to a folder in it; whether it does now."""
+    root, target = local_folder(storage), local_folder(folder)
+    if root is None or target is None:
+        return False
+    link, new = root / LATEST, root / f"{TEMPORARY}{uuid.uuid4().hex}"
+    if link.exists() and not link.is_symlink():  # the user's own
+        return False
+    try:
+        new.symlink_to(target.relative_to(root))
+        new.replace(link)
+    except OSError:  # a file system without links
+        new.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def write_file(folder: str, name: str, content: bytes) -> None:

@@ -45,7 +45,17 @@ DIFFERENCE = ("skill_difference", "difference")
 """Column of a comparison, and how those of its interval begin."""
 BASELINE = "the copy-last baseline"
 NO_FORECASTS = "The results hold no forecast of the Transformer to compare."
+NO_RIDGE = "The results hold no ridge regression to compare with."
 NO_POLICIES = "No policies were run, so nothing is known about returns."
+SIDES: dict[Side, str] = {
+    "better": "better",
+    "level": "no significant difference",
+    "unclear": "too close to call",
+    "worse": "worse",
+    "far": "far worse",
+    "unknown": "nothing to compare",
+}
+"""What the five lines say of each side, in their order."""
 
 CAPTIONS = {
     "figure_2": (
@@ -99,12 +109,18 @@ CAPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """A question that the experiment was made for, what its numbers say, and how many trials that rests on."""
+    """A question that the experiment was made for, the answer in its numbers, and how many trials that rests on."""
 
     question: str
-    verdict: Verdict
+    verdict: Verdict | None
+    """None where the question is not one of yes or no."""
     text: str
     trials: int | None = None
+
+    @property
+    def line(self) -> str:
+        """The whole of it in one line."""
+        return " ".join([self.question, *([f"{self.verdict.capitalize()}."] if self.verdict else []), self.text])
 
 
 def page(
@@ -135,6 +151,7 @@ def page(
         "evaluation.html",
         title=title,
         facts=facts,
+        headline=headline(summary, confidence, comparisons, groups),
         answers=answers(summary, confidence, comparisons, groups),
         pictures=[(*CAPTIONS[name], pages.embedded(png)) for name, png in pictures.items()],
         short_table=table(summary, SHORT_STEPS),
@@ -169,6 +186,103 @@ def answers(
     ]
 
 
+def headline(
+    summary: Sequence[Row],
+    confidence: float = 0.95,
+    comparisons: Sequence[Row] = (),
+    groups: Sequence[Row] = (),
+) -> list[Answer]:
+    """The five lines that a run ends with and its report opens with: whether TIPL beats copying the last snapshot,
+    the ridge regression, and copying in returns; where; and how sure that is."""
+    rows = _of(summary, "tipl")
+    ridge, ridge_sides = _beside_rival(summary, "ridge", comparisons)
+    run, return_sides = _beside_copied_returns(summary)
+    copying = _line(
+        "Does TIPL beat copying the last snapshot?",
+        {step: _skill_side(row) for step, row in rows.items()},
+        rows,
+        _at_both_ends(rows, "Skill", lambda row: _with_interval(row, "skill")),
+        NO_FORECASTS,
+    )
+    rival = _of(summary, "ridge")
+    against = _at_both_ends(
+        ridge,
+        "Skill",
+        lambda row: f"{_with_interval(row, 'skill')} against {_with_interval(rival[row['step']], 'skill')}",
+    )
+    copied = _run(_of(summary, "copy-last"))
+    returned = _at_both_ends(
+        run, "REPW", lambda row: f"{_with_interval(row, 'repw')} against {_with_interval(copied[row['step']], 'repw')}"
+    )
+    return [
+        copying,
+        _line("Does it beat the ridge regression?", ridge_sides, ridge, against, NO_RIDGE),
+        _line("Does it beat copying in returns?", return_sides, run, returned, _why_no_returns(summary)),
+        Answer(question="Where?", verdict=None, text=_where(copying.verdict, groups)),
+        Answer(question="How sure is that?", verdict=None, text=_how_sure(rows, confidence)),
+    ]
+
+
+def _line(
+    question: str, sides: Mapping[int, Side], rows: Mapping[int, Row], sizes: Sequence[str], nothing: str
+) -> Answer:
+    """One of the five: at which steps TIPL is on which side, on how many test trials, and the figures at both ends."""
+    found = [
+        f"{words} at {steps_text(steps)}"
+        for side, words in SIDES.items()
+        if (steps := [step for step, of in sides.items() if of == side])
+    ]
+    if not found:
+        return Answer(question=question, verdict="unknown", text=nothing)
+    trials = max((int(row["trials"]) for row in rows.values() if row.get("trials")), default=0)
+    on = f", on {counted(trials, 'test trial')}" if trials else ""
+    text = " ".join([f"{_listed(found)}{on}.", *sizes])
+    verdict = _verdict(list(sides.values()))
+    return Answer(question=question, verdict=verdict, text=text[0].upper() + text[1:], trials=trials or None)
+
+
+def _where(verdict: Verdict | None, groups: Sequence[Row]) -> str:
+    """In which phases and thirds TIPL beats copying one step ahead."""
+    own = [row for row in groups if row["predictor"] == "tipl" and math.isfinite(number(row, "skill"))]
+    first = min((row["step"] for row in own), default=1)
+    parts = []
+    for group in GROUPS:
+        rows = [row for row in own if row["group"] == group and row["step"] == first]
+        better = [int(row["value"]) for row in rows if _skill_side(row) == "better"]
+        if rows:
+            parts.append(_groups_text(group, better, len(rows)))
+    if not parts:
+        return "The results are not split by phase and third of training."
+    return f"At h = {first} it beats copying in {' and in '.join(parts)}."
+
+
+def _groups_text(group: str, values: Sequence[int], count: int) -> str:
+    """Some of so many phases or thirds as words: `phases 1 to 4 of 5`."""
+    kind, of = ("phase", "of a PPO iteration") if group == "phase" else ("third", "of training")
+    if not values or len(values) == count:
+        return f"{'every' if values else 'no'} {kind} {of}"
+    if group == "phase":
+        return f"phase{'s' * (len(values) > 1)} {_ranges(values)} of the {count} {of}"
+    return f"the {_listed([THIRDS[value] for value in values])} third {of}"
+
+
+def _how_sure(rows: Mapping[int, Row], confidence: float) -> str:
+    """What the four lines before it rest on, and what is not in their numbers."""
+    trials = max((int(row["trials"]) for row in rows.values() if row.get("trials")), default=0)
+    if not trials:
+        return NO_FORECASTS
+    windows = max(int(row["windows"]) for row in rows.values())
+    text = f"{counted(trials, 'test trial')} with {windows:,} windows"
+    text += (
+        f"; brackets are {confidence:.0%} intervals over trials."
+        if trials >= MIN_TRIALS
+        else f": too few for an interval, which takes {MIN_TRIALS}, so this is an example and no evidence."
+    )
+    if any(not row["causal"] for row in rows.values()):
+        text += " The basis was fitted on whole trajectories, the future included: not yet a forecast."
+    return text
+
+
 def beats_copying(summary: Sequence[Row], confidence: float = 0.95) -> Answer:
     """Whether TIPL's skill lies above 0 with its whole interval, and at which steps."""
     rows = _of(summary, "tipl")
@@ -194,15 +308,8 @@ def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -
     With `comparisons` the interval of the difference on the same windows decides; without, intervals must lie apart.
     """
     theirs, words = _of(summary, rival), RIVALS[rival]
-    rows = {step: row for step, row in _of(summary, "tipl").items() if step in theirs}
-    paired = {int(row["step"]): row for row in comparisons if row["against"] == rival and row["group"] == "all"}
-    sides: dict[int, Side] = {}
-    for step, row in rows.items():
-        if step in paired:
-            sides[step] = _side(*_interval(paired[step], *DIFFERENCE))
-        else:
-            ours, other = _interval(row, "skill"), _interval(theirs[step], "skill")
-            sides[step] = _side(ours[0] - other[0], ours[1] - other[2], ours[2] - other[1])
+    paired = _paired(rival, comparisons)
+    rows, sides = _beside_rival(summary, rival, comparisons)
     reason = "the interval of the difference includes 0" if paired else "the intervals of their skills overlap"
     verdict, sentences = _judge(
         sides,
@@ -218,6 +325,27 @@ def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -
     on_both = {step: paired[step] for step in rows if step in paired}
     sentences += _at_both_ends(on_both, "On the same windows the difference is", _difference)
     return _answer(f"Does it predict weights better than {words}?", verdict, sentences, rows, NO_FORECASTS)
+
+
+def _paired(rival: str, comparisons: Sequence[Row]) -> dict[int, Row]:
+    """Comparisons with a rival on the same windows, by step."""
+    return {int(row["step"]): row for row in comparisons if row["against"] == rival and row["group"] == "all"}
+
+
+def _beside_rival(
+    summary: Sequence[Row], rival: str, comparisons: Sequence[Row]
+) -> tuple[dict[int, Row], dict[int, Side]]:
+    """TIPL's rows at the steps that a rival has too, and the side of its skill on which TIPL's is."""
+    theirs, paired = _of(summary, rival), _paired(rival, comparisons)
+    rows = {step: row for step, row in _of(summary, "tipl").items() if step in theirs}
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        if step in paired:
+            sides[step] = _side(*_interval(paired[step], *DIFFERENCE))
+        else:
+            ours, other = _interval(row, "skill"), _interval(theirs[step], "skill")
+            sides[step] = _side(ours[0] - other[0], ours[1] - other[2], ours[2] - other[1])
+    return rows, sides
 
 
 def where_it_lies(groups: Sequence[Row]) -> Answer:
@@ -293,15 +421,7 @@ def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
 def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
     """Whether TIPL's REPW lies below copy-last's, their intervals apart, and at which steps."""
     copied = _run(_of(summary, "copy-last"))
-    rows = {step: row for step, row in _run(_of(summary, "tipl")).items() if step in copied}
-    sides: dict[int, Side] = {}
-    for step, row in rows.items():
-        ours, theirs = _interval(row, "repw"), _interval(copied[step], "repw")
-        if math.isfinite(ours[1]) and math.isfinite(theirs[1]):
-            sides[step] = _side(theirs[0] - ours[0], theirs[1] - ours[2], theirs[2] - ours[1], far=-math.inf)
-        else:
-            better, worse = TWICE * ours[0] <= theirs[0], ours[0] >= TWICE * theirs[0]
-            sides[step] = "unclear" if better == worse else "better" if better else "worse"
+    rows, sides = _beside_copied_returns(summary)
     verdict, sentences = _judge(
         sides,
         better="They do at {steps}.",
@@ -320,8 +440,26 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
             f"{number(rows[max(rows)], 'beats_last'):.0%} of windows, ties counted half."
         )
     question = "Do they return closer to the true policy than a copy of the last snapshot does?"
-    nothing = NO_POLICIES if not _run(_of(summary, "tipl")) else "No policies of the copy-last baseline were run."
-    return _answer(question, verdict, sentences, rows, nothing)
+    return _answer(question, verdict, sentences, rows, _why_no_returns(summary))
+
+
+def _beside_copied_returns(summary: Sequence[Row]) -> tuple[dict[int, Row], dict[int, Side]]:
+    """TIPL's rows at the steps whose policies were run, and the side of copying's REPW on which TIPL's is."""
+    copied = _run(_of(summary, "copy-last"))
+    rows = {step: row for step, row in _run(_of(summary, "tipl")).items() if step in copied}
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        ours, theirs = _interval(row, "repw"), _interval(copied[step], "repw")
+        if math.isfinite(ours[1]) and math.isfinite(theirs[1]):
+            sides[step] = _side(theirs[0] - ours[0], theirs[1] - ours[2], theirs[2] - ours[1], far=-math.inf)
+        else:
+            better, worse = TWICE * ours[0] <= theirs[0], ours[0] >= TWICE * theirs[0]
+            sides[step] = "unclear" if better == worse else "better" if better else "worse"
+    return rows, sides
+
+
+def _why_no_returns(summary: Sequence[Row]) -> str:
+    return "No policies of the copy-last baseline were run." if _run(_of(summary, "tipl")) else NO_POLICIES
 
 
 def modes_are_kept(summary: Sequence[Row]) -> Answer:
@@ -404,7 +542,7 @@ def _judge(sides: Mapping[int, Side], **sentences: str) -> tuple[Verdict, list[s
     sentences |= {"unknown": "At {steps} there is nothing to compare: no window moved, or the forecasts diverged."}
     steps = {side: [step for step, of in sides.items() if of == side] for side in get_args(Side) if side in sentences}
     return _verdict(list(sides.values())), [
-        sentences[side].format(steps=_steps_text(some)) for side, some in steps.items() if some
+        sentences[side].format(steps=steps_text(some)) for side, some in steps.items() if some
     ]
 
 
@@ -422,9 +560,14 @@ def _answer(question: str, verdict: Verdict, sentences: Sequence[str], rows: Map
     if not sentences or not known:
         return Answer(question=question, verdict=verdict, text=" ".join(sentences) or nothing)
     trials = max(known)
-    basis = f"This rests on {trials} test trial{'s' * (trials > 1)}"
+    basis = f"This rests on {counted(trials, 'test trial')}"
     few = f", too few for an interval, which takes {MIN_TRIALS}." if trials < MIN_TRIALS else "."
     return Answer(question=question, verdict=verdict, text=" ".join([*sentences, basis + few]), trials=trials)
+
+
+def counted(count: int, thing: str) -> str:
+    """A number of things in words: `1 test trial`, `2 test trials`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def _sizes(rows: Mapping[int, Row]) -> list[str]:
@@ -549,13 +692,19 @@ def _above(row: Row) -> str:
     return f"{_format('repw', abs(difference))} {'above' if difference >= 0 else 'below'}"
 
 
-def _steps_text(steps: Sequence[int]) -> str:
+def steps_text(steps: Sequence[int]) -> str:
     """Steps as words: `h = 1 to 4 and 7`."""
+    return f"h = {_ranges(steps)}"
+
+
+def _ranges(values: Sequence[int]) -> str:
+    """Whole numbers as words: `1 to 4 and 7`."""
     runs: list[list[int]] = []
-    for step in sorted(steps):
-        if runs and step == runs[-1][-1] + 1:
-            runs[-1].append(step)
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
         else:
-            runs.append([step])
-    words = [str(run[0]) if len(run) == 1 else f"{run[0]} {'to' if len(run) > 2 else 'and'} {run[-1]}" for run in runs]
-    return "h = " + (words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
+            runs.append([value])
+    return _listed(
+        [str(run[0]) if len(run) == 1 else f"{run[0]} {'to' if len(run) > 2 else 'and'} {run[-1]}" for run in runs]
+    )

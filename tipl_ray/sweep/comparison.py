@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tipl_ray import pages
 from tipl_ray.digest import redacted
 from tipl_ray.drawing import png
+from tipl_ray.evaluate.report import Answer, Verdict, counted, steps_text
 from tipl_ray.sweep import figures
 from tipl_ray.sweep.space import short_names
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
@@ -183,6 +184,52 @@ def _status(row: Row) -> str:
     return "best" if row.tags.get(BEST_TAG) == "true" else row.status.lower()
 
 
+def findings(rows: Sequence[Row], metric: str, num_trials: int) -> list[Answer]:
+    """The lines that a sweep ends with: its best run, whether that beats copying and the ridge, where, how sure."""
+    first = best([row for row in rows if not diverged(row)], metric)
+    if first is None:
+        return [Answer(question="Which run is best?", verdict=None, text="None: every run diverged or failed.")]
+    on = f"on {counted(num_trials, 'validation trial')}"
+    steps = sorted(int(name.removeprefix("skill_h")) for name in first.metrics if name.startswith("skill_h"))
+    skills = {step: first.metrics[f"skill_h{step}"] for step in steps}
+    ridges = {step: first.metrics.get(f"ridge_skill_h{step}", math.nan) for step in steps}
+    return [
+        Answer(
+            question="Which run is best?",
+            verdict=None,
+            text=f"{first.name}, with {metric} {number(first.metrics[metric])} {on}.",
+        ),
+        _beaten("Does it beat copying the last snapshot?", skills, dict.fromkeys(steps, 0.0), on),
+        _beaten("Does it beat the ridge regression?", skills, ridges, on),
+        Answer(
+            question="And in returns?",
+            verdict=None,
+            text="A sweep runs no policies; jobs/evaluate.py does, for a model that jobs/train.py has trained.",
+        ),
+        Answer(
+            question="How sure is that?",
+            verdict=None,
+            text=f"The best of {counted(len(rows), 'run')} was chosen {on}, so its skill is optimistic; test trials "
+            "are untouched.",
+        ),
+    ]
+
+
+def _beaten(question: str, skills: Mapping[int, float], others: Mapping[int, float], on: str) -> Answer:
+    """At which forward steps the skill is above another's, and both at the first and the last."""
+    known = [step for step in skills if math.isfinite(others[step])]
+    if not known:
+        return Answer(question=question, verdict="unknown", text="The runs have no skill to compare with.")
+    above = [step for step in known if skills[step] > others[step]]
+    verdict: Verdict = "no" if not above else "yes" if above == known else "partly"
+    ends = [
+        f"{number(skills[step])} against {number(others[step])} at h = {step}"
+        for step in dict.fromkeys((known[0], known[-1]))
+    ]
+    where = f"Above it at {steps_text(above)}" if above else "Above it at no forward step"
+    return Answer(question=question, verdict=verdict, text=f"{where}, {on}. Skill {' and '.join(ends)}.")
+
+
 def everything(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """A line for each run, in their order: the fields that differ, and the last value of every metric but `system/`."""
     fields = varied(rows)
@@ -228,8 +275,15 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Fi
     return drawn
 
 
-def page(title: str, rows: Sequence[Row], metric: str, drawn: Mapping[str, Figure], source: str) -> str:
-    """One HTML page that needs nothing beside it; `source` is MLflow's URI, of which no password is shown."""
+def page(
+    title: str,
+    rows: Sequence[Row],
+    metric: str,
+    drawn: Mapping[str, Figure],
+    source: str,
+    answers: Sequence[Answer] = (),
+) -> str:
+    """One self-contained HTML page; `source` is MLflow's URI, of which no password is shown."""
     return pages.page(
         "comparison.html",
         title=title,
@@ -237,6 +291,7 @@ def page(title: str, rows: Sequence[Row], metric: str, drawn: Mapping[str, Figur
         pictures=[(*CAPTIONS[name], pages.embedded(png(figure))) for name, figure in drawn.items()],
         metric=metric,
         source=redacted(source),
+        answers=answers,
     )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from matplotlib.figure import Figure
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
@@ -30,7 +31,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tipl_ray import config
 from tipl_ray.data.locks import only_one
-from tipl_ray.data.storage import Storage, join
+from tipl_ray.data.storage import Storage, file_exists, join, write_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, identity
 from tipl_ray.experiments import from_table
@@ -40,7 +41,7 @@ from tipl_ray.predict.gram import GramBand
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.representation import TrainingData, representation_of
 from tipl_ray.resources import require_resources
-from tipl_ray.stages import data_digest, essence, log_data, run_tags
+from tipl_ray.stages import REPORT_FILE, data_digest, essence, log_data, run_tags, say_end
 from tipl_ray.sweep import comparison
 from tipl_ray.sweep.judge import Judge
 from tipl_ray.sweep.space import Candidate, Range, Space, corners, describe, make_space, short_names, with_fields
@@ -58,6 +59,8 @@ REDUCTION_FACTOR = 3
 CHILD_SECTIONS = ("basis", "split", "model", "train")
 WORSE = {"worse_than_copying": "true"}
 """Tag of a best child, and of its registered model, that is further off than the last snapshot is."""
+ROWS = 10
+"""Runs in the table at the end of a sweep; the report has all."""
 MAX_TAG_LETTERS = 500
 MAX_FAILURES = 3
 """Times that a child whose process or node was lost is started again."""
@@ -118,8 +121,10 @@ def run_sweep(experiment: config.Experiment) -> None:
     key = f"sweep-{plan.digest}"
     found = tracker.find(key)
     if found and found.status == "FINISHED":
-        say(f"sweep: found it finished, {plan.num_children} children")
-        _show(plan, comparison.read_children(tracker.client, found.run_id))
+        say(f"sweep: already finished, {plan.num_children} runs")
+        children = comparison.read_children(tracker.client, found.run_id)
+        _show(plan, children)
+        _say_findings(plan, tracker, children)
     else:
         with only_one(experiment.storage_path, key, "running this sweep"), connected_to_ray():
             _require_children(experiment)
@@ -190,7 +195,8 @@ def _sweep(plan: Plan, tracker: Tracker, parent: Run) -> None:
         raise KeyboardInterrupt  # Tune has caught it, and ended as if all were well
     _forget_others(tracker, parent, {child_key(plan, trial, trials) for trial in trials})
     children = comparison.read_children(tracker.client, parent.run_id)
-    for name, figure in comparison.draw(tracker.client, children, settings.metric).items():
+    drawn = comparison.draw(tracker.client, children, settings.metric)
+    for name, figure in drawn.items():
         parent.log_figure(figure, name)
     _show(plan, children)
     lost = [trial for trial in trials if trial.status == Trial.ERROR]
@@ -203,7 +209,8 @@ def _sweep(plan: Plan, tracker: Tracker, parent: Run) -> None:
     if best is None:
         raise TrainingError(f"all {len(trials)} children diverged: lower train.learning_rate")
     _crown(plan, tracker, parent, best, trials)
-    say(f"sweep: {len(children)} children in {duration(time.monotonic() - begin)}")
+    say(f"sweep: {len(children)} runs in {duration(time.monotonic() - begin)}")
+    _say_findings(plan, tracker, comparison.read_children(tracker.client, parent.run_id), drawn)
 
 
 def _require_children(experiment: config.Experiment) -> None:
@@ -561,7 +568,27 @@ def _crown(plan: Plan, tracker: Tracker, parent: Run, best: comparison.Row, tria
 
 def _show(plan: Plan, children: Sequence[comparison.Row]) -> None:
     metric = plan.experiment.sweep.metric
-    say_rows(comparison.table(comparison.by_metric(children, metric), metric), title=f"{plan.name}, by {metric}")
+    rows = comparison.table(comparison.by_metric(children, metric), metric)
+    shown = f"the best {ROWS} of {len(rows)} runs by" if len(rows) > ROWS else "by"
+    say_rows(rows[:ROWS], title=f"{plan.name}, {shown} {metric}")
+
+
+def _say_findings(
+    plan: Plan,
+    tracker: Tracker,
+    children: Sequence[comparison.Row],
+    drawn: Mapping[str, Figure] | None = None,
+) -> None:
+    """The end of a sweep, and its report; one that is there stays, unless its pictures have just been drawn."""
+    experiment, metric = plan.experiment, plan.experiment.sweep.metric
+    folder = join(experiment.storage_path, "sweeps", plan.digest)
+    rows = comparison.by_metric(children, metric)
+    answers = comparison.findings(rows, metric, len(experiment.validation_seeds))
+    if drawn is not None or not file_exists(folder, REPORT_FILE):
+        drawn = comparison.draw(tracker.client, rows, metric) if drawn is None else drawn
+        page = comparison.page(plan.name, rows, metric, drawn, tracker.uri, answers)
+        write_file(folder, REPORT_FILE, page.encode())
+    say_end(experiment.storage_path, folder, answers)
 
 
 def _seconds(history: Sequence[Mapping[str, float]]) -> Iterator[float]:
