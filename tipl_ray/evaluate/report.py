@@ -73,6 +73,12 @@ CAPTIONS = {
         "TIPL's skill minus the ridge's on the same windows, overall and by phase: above 0 the Transformer has learned "
         "something that a linear regression per phase has not. Bands are confidence intervals of the difference.",
     ),
+    "paths": (
+        "The paths and TIPL's forecasts",
+        "Each test trial's snapshots in the plane of the first two singular directions of its centred trajectory: "
+        "above the whole path with some of TIPL's forecasts, below one of them close up. Where a blue line follows the "
+        "snapshots, TIPL predicts where training goes; a short line is a forecast that hardly moves.",
+    ),
     "skill_by_phase": (
         "Skill within a PPO iteration",
         "At phase 0 an iteration has just ended, and what follows depends on a rollout that has not been collected "
