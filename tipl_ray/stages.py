@@ -289,11 +289,14 @@ def _train_and_log(
         run.log_dataset(f"{one.task} trajectories", one.digest, join(one.storage, "trajectories"), profile={})
 
     def log(metrics: dict[str, float]) -> None:
-        wait(f"train: training from step {int(metrics['step']):,} on")
         told = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
         run.log_metrics({name: metrics[name] for name in told}, step=int(metrics["step"]))
 
-    folder = train(experiment, data, on_metrics=log, on_phase=show, say=lambda line: say(f"train: {line}"))
+    def show_and_log(metrics: dict[str, float]) -> None:
+        wait(f"train: step {int(metrics['step']):,} of {experiment.train.num_steps:,} done")
+        log(metrics)
+
+    folder = train(experiment, data, on_metrics=show_and_log, on_phase=show, say=lambda line: say(f"train: {line}"))
     wait("train: logging the model to MLflow")
     history = load_history(folder)
     for metrics in history:
@@ -571,13 +574,15 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
     running = [group for group in groups if group.env_steps_per_second and not group.finished]
     rate = sum(group.env_steps_per_second for group in running)
     left = _left((total - done) / rate if rate else np.inf if done < total else 0.0)
+    actors = f"{len(running)} actor{'s' * (len(running) != 1)}"
     finished = sum(len(group.seeds) for group in groups if group.finished)
     diverged = sum(len(group.diverged) for group in groups)
     view.show(
         rows,
         f"collect: {finished} of {sum(len(group.seeds) for group in groups)} trials done"
-        f"{f', {diverged} diverged' if diverged else ''}, {done:,} of {total:,} env steps, {rate:,.0f} env steps/s "
-        f"on {len(running)} actors, {duration(seconds)} elapsed, {left} left",
+        f"{f', {diverged} diverged' if diverged else ''}, {done:,} of {total:,} env steps"
+        f"{f', {rate:,.0f} env steps/s on {actors}' if running else ''}, {duration(seconds)} elapsed"
+        f"{f', {left} left' if left != '?' else ''}",
     )
 
 

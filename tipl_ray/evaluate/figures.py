@@ -79,14 +79,17 @@ COLOURS = {
 
 PATH_COLOURS = LinearSegmentedColormap.from_list("returns", ["#f3d28b", "#e08a1e", "#b5260f", "#4a0a2b"])
 """Returns from low to high, in colours that TIPL's stands out from."""
-PHASE_COLOURS = ("#7f3b08", "#2d004b", "#1b7837", "#b2182b", *list(COLOURS.values())[2:])
+PHASE_COLOURS = (
+    *("#7f3b08", "#2d004b", "#35978f", "#b2182b", "#4d4d4d", "#8e0152", "#bf812d", "#01665e", "#9970ab", "#d6604d"),
+)
+"""Of what is no predictor, such as phases: none of the predictors' own."""
 SCATTER_TITLES = {"tipl": "TIPL's policies", "copy-last": "Copies of the last snapshot"}
 GROUP_TITLES = {
     "phase": "Skill by phase: the context's last snapshot within its PPO iteration",
     "third": "Skill by stage of training",
 }
 PANEL_TITLES = {
-    ("phase", 0): "phase 0: end of an iteration",
+    ("phase", 0): "phase 0: iteration end",
     ("third", 0): "first third",
     ("third", 1): "second third",
     ("third", 2): "last third",
@@ -225,7 +228,7 @@ def skill_by_group(groups: Sequence[Row], column: str) -> Figure:
 @as_shipped()
 def paths(table: Table) -> Figure:
     """Trials in the plane of the first two singular directions of their snapshots, with TIPL's forecasts: above the
-    whole path, below a close-up of its middle forecast.
+    whole path, below a close-up of an early forecast.
 
     Rows are `evaluation.path_table`'s. Snapshots are coloured by return, or by progress where there are no returns.
     """
@@ -239,13 +242,15 @@ def paths(table: Table) -> Figure:
     for place, trial in enumerate(trials):
         rows = {name: column[table["trial"] == trial] for name, column in table.items()}
         starts = sorted(set(rows["start"].tolist()) - {-1})
-        middle, horizon = starts[len(starts) // 2], int((rows["snapshot"] - rows["start"])[rows["start"] >= 0].max())
-        close = np.arange(max(0, middle - 2 * horizon), middle + horizon + 1)
+        early, horizon = starts[len(starts) // 4], int((rows["snapshot"] - rows["start"])[rows["start"] >= 0].max())
+        close = np.arange(max(0, early - horizon), early + horizon + 1)
         shown = _draw_path(panels[place], rows, values[table["trial"] == trial], norm, starts)
-        _draw_path(panels[len(trials) + place], rows, values[table["trial"] == trial], norm, [middle], close)
-        shares = [f"{float(rows[name][0]):.0%} of the variance" for name in ("share_x", "share_y")]
+        _draw_path(panels[len(trials) + place], rows, values[table["trial"] == trial], norm, [early], close)
+        shares = [f"{float(rows[name][0]):.0%} of variance" for name in ("share_x", "share_y")]
         dress(panels[place], f"Trial {trial}", f"1st direction ({shares[0]})", f"2nd direction ({shares[1]})")
-        dress(panels[len(trials) + place], f"Close-up at snapshot {middle:,}", "1st direction", "2nd direction")
+        for axes in (panels[place], panels[len(trials) + place]):
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        dress(panels[len(trials) + place], f"Close-up at snapshot {early:,}", "1st direction", "2nd direction")
     bar = figure.colorbar(shown, ax=panels, shrink=0.6)
     bar.set_label("episodic return" if has_returns else "snapshot", fontsize=11, color=INK)
     entries = [
@@ -269,17 +274,19 @@ def _draw_path(
     own = np.flatnonzero(rows["start"] < 0)
     own = own if snapshots is None else own[snapshots]
     x_T, y_T, value_T = rows["x"][own], rows["y"][own], values[rows["start"] < 0]
-    known_T = np.maximum.accumulate(np.where(np.isfinite(value_T), np.arange(len(value_T)), 0))
-    value_T = value_T[known_T] if snapshots is None else value_T[known_T][snapshots]
+    known_T = np.flatnonzero(np.isfinite(value_T))
+    last_T = known_T[np.maximum(np.searchsorted(known_T, np.arange(len(value_T)), side="right") - 1, 0)]
+    value_T = value_T[last_T] if snapshots is None else value_T[last_T][snapshots]
     axes.plot(x_T, y_T, color=SOFT, linewidth=0.8, alpha=0.6, zorder=1)
-    shown = axes.scatter(x_T, y_T, c=value_T, cmap=PATH_COLOURS, norm=norm, s=10 if snapshots is None else 34, zorder=2)
-    shown.cmap.set_bad("#bbbbbb")
+    size = 10 if snapshots is None else 34
+    shown = axes.scatter(x_T, y_T, c=value_T, cmap=PATH_COLOURS, norm=norm, s=size, zorder=2)
     for start in starts:
         at = rows["start"] == start
         begin = np.flatnonzero((rows["start"] < 0) & (rows["snapshot"] == start))
         x, y = (np.concatenate([rows[name][begin], rows[name][at]]) for name in ("x", "y"))
-        axes.plot(x, y, color=COLOURS["tipl"], linewidth=3, solid_capstyle="round", zorder=4)
-        axes.plot(x[0], y[0], "o", mec=INK, mfc="none", ms=7, mew=1.4, zorder=5)
+        dots = "" if snapshots is None else "o"
+        axes.plot(x, y, color=COLOURS["tipl"], linewidth=2.6, marker=dots, ms=4.5, solid_capstyle="round", zorder=4)
+        axes.plot(x[0], y[0], "o", mec=INK, mfc="none", ms=5 if snapshots is None else 9, mew=1.4, zorder=5)
     return shown
 
 
@@ -401,7 +408,7 @@ def _draw_errors(errors: Axes, summary: Sequence[Row]) -> list[str]:
             numbers(rows, key) for key in ("step", "wpe", "repw", "repw_low", "repw_high")
         )
         errors.plot([], [], style, lw=2.5, label=_label(rows, lines), color=look["color"])
-        errors.plot(step_H, _positive(wpe_H), ":", marker="o", mfc="white", **look)
+        errors.plot(step_H, _positive(wpe_H), ":", marker="o", mfc="white", **look | {"lw": 0.7 * look["lw"]})
         band = returns.fill_between(step_H, low_H, high_H, color=look["color"], alpha=0.15, linewidth=0)
         (curve,) = returns.plot(step_H, repw_H, style, marker="s", **look)
         for drawn in (band, curve):
@@ -409,7 +416,8 @@ def _draw_errors(errors: Axes, summary: Sequence[Row]) -> list[str]:
     floor_H = _noise_floor(summary)
     if floor_H:
         errors.plot([], [], "--", color=INK, lw=1.3, label="REPW of true policies (noise floor)")
-    returns.plot(list(floor_H), list(floor_H.values()), "--", color=INK, linewidth=1.3)
+    (floor,) = returns.plot(list(floor_H), list(floor_H.values()), "--", color=INK, linewidth=1.3)
+    floor.set_clip_path(lower_half)
     dress(errors, "Errors of predicted weights and returns", STEP_LABEL, "WPE: error per weight")
     dress(returns, "", "", "REPW: return error")
     returns.grid(visible=False)
@@ -539,7 +547,7 @@ def colour_of(name: str) -> str:
 
 def line_look(name: str) -> dict[str, Any]:
     """A predictor's line: TIPL on top and thickest, the ridge right under it with markers that stick out."""
-    widths = {"tipl": (3.4, 5.0, 4.0), "ridge": (2.4, 8.0, 3.8), "copy-last": (2.0, 5.0, 3.5)}
+    widths = {"tipl": (3.2, 5.0, 4.0), "ridge": (2.4, 7.5, 3.8), "copy-last": (2.0, 5.0, 3.5)}
     width, marker, order = widths.get(name, (1.6, 4.0, 3.0))
     return {"color": colour_of(name), "lw": width, "ms": marker, "zorder": order}
 

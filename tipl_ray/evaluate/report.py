@@ -106,8 +106,8 @@ CAPTIONS = {
     "training_curves": (
         "Training the Transformer",
         "Loss on the training trials and on held-out validation trials; where they diverge, the model overfits. With "
-        "the paper's bases it is the squared error of tokens; with `window`, the share of the copy-last baseline's "
-        "squared error that remains: 1 is copying.",
+        "the paper's bases it is the squared error of tokens; with the window basis, the share of the copy-last "
+        "baseline's squared error that remains: 1 is copying.",
     ),
 }
 
@@ -123,9 +123,14 @@ class Answer:
     trials: int | None = None
 
     @property
+    def said(self) -> str:
+        """The verdict as a reader sees it."""
+        return "Unclear" if self.verdict == "unknown" else (self.verdict or "").capitalize()
+
+    @property
     def line(self) -> str:
         """The whole of it in one line."""
-        return " ".join([self.question, *([f"{self.verdict.capitalize()}."] if self.verdict else []), self.text])
+        return " ".join([self.question, *([f"{self.said}."] if self.verdict else []), self.text])
 
 
 def page(
