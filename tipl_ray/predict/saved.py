@@ -97,11 +97,13 @@ def find_predictor(folder: str) -> str:
     if len(able) == 1:
         return next(iter(able))
     if able:
-        raise ValueError(f"{folder} holds {len(able)} models; name the folder of one: {'; '.join(_differences(able))}")
+        raise ValueError(
+            f"{folder} contains {len(able)} models; use the folder of one: {'; '.join(_differences(able))}"
+        )
     found = (
         f"; of its {len(models)} models none answers with displacements (train with --preset causal)" if models else ""
     )
-    raise ValueError(f"{folder} holds neither a saved predictor nor a trained model that can jump{found}")
+    raise ValueError(f"{folder} contains neither a saved predictor nor a trained model that can jump{found}")
 
 
 def _models_below(folder: str) -> list[str]:
