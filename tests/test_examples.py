@@ -1,4 +1,4 @@
-"""What the README and docs/recording.md say about one's own training loop, carried out as it stands."""
+"""What docs/jumps.md and docs/recording.md say about one's own training loop, carried out as it stands."""
 
 import os
 import re
@@ -16,6 +16,7 @@ from tipl_ray.window.transformer import WindowTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PAGE = (ROOT / "docs" / "jumps.md").read_text()
 
 
 @pytest.fixture
@@ -28,12 +29,8 @@ def demo(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def readme_section() -> str:
-    return (ROOT / "README.md").read_text().split("## In your own training loop", 1)[1].split("\n## ", 1)[0]
-
-
-def test_the_readmes_lines_jump_in_a_loop_of_ones_own(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", readme_section(), flags=re.S)
+def test_the_pages_lines_jump_in_a_loop_of_ones_own(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
     monkeypatch.chdir(demo)
     torch.manual_seed(0)
     policy = nn.Linear(3, 2)
@@ -51,10 +48,8 @@ def test_the_readmes_lines_jump_in_a_loop_of_ones_own(demo: Path, monkeypatch: p
     assert (jumps.taken, jumps.refused) == (3, 0)  # type: ignore[attr-defined]
 
 
-def test_the_readmes_command_trains_a_plain_ppo_with_jumps(demo: Path) -> None:
-    (command,) = (
-        line.strip() for line in readme_section().splitlines() if line.strip().startswith("python") and "--pred" in line
-    )
+def test_the_pages_command_trains_a_plain_ppo_with_jumps(demo: Path) -> None:
+    (command,) = (line.strip() for line in PAGE.splitlines() if line.strip().startswith("python") and "--pred" in line)
     shorter = command.replace("python", sys.executable, 1).replace("examples/", f"{ROOT}/examples/")
     ran = subprocess.run(
         f"{shorter} --iterations 3 --steps 256",
