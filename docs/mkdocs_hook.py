@@ -30,7 +30,8 @@ def on_files(files: Files, config: Any) -> Files:
                 language = {".py": "python", ".yaml": "yaml", ".sh": "sh", ".json": "json"}.get(
                     Path(linked).suffix, "text"
                 )
-                content = f"# {posixpath.basename(linked)}\n\n`{linked}`\n\n````{language}\n{text}````\n"
+                head = "---\nsearch: {exclude: true}\n---\n"
+                content = f"{head}# {posixpath.basename(linked)}\n\n`{linked}`\n\n````{language}\n{text}````\n"
                 files.append(File.generated(config, in_site(linked), content=content))
     return files
 

@@ -34,7 +34,8 @@ def shown(page: str) -> Iterator[str]:
     text = (ROOT / page).read_text()
     for _, language, block in FENCE.findall(text):
         lines = block.replace("\\\n", " ").splitlines() if language == "sh" else []
-        yield from (line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+        for line in lines:
+            yield from (part for part in line.strip().split(" && ") if part and not part.startswith("#"))
     for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text)):
         command = " ".join(span.split())
         if re.match(r"(python|tipl|make|ray job submit) [\w./-]*\w", command) and not re.search(
@@ -99,7 +100,7 @@ def test_a_command_is_as_the_program_that_it_names_reads_it(
         words = words[words.index("--") + 1 :]
     while "=" in words[0]:
         words = words[1:]
-    words = words[: next((place for place, word in enumerate(words) if word in ("&&", ">", "&")), None)]
+    words = words[: next((place for place, word in enumerate(words) if word in (">", "&")), None)]
     program, *arguments = words
     program = program.rpartition("/")[2]
     if program == "make":
