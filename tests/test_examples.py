@@ -1,4 +1,4 @@
-"""What docs/jumps.md and docs/recording.md say about one's own training loop, carried out as it stands."""
+"""The Python code in the documentation's pages, run as written."""
 
 import os
 import re
@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from trajectories import write_trials
 
 from tipl_ray import config
 from tipl_ray.data.trajectory_store import TrajectoryStore
@@ -94,3 +96,15 @@ def test_the_page_on_recording_is_carried_out(
     assert Path("sine.safetensors").exists()
     assert TrajectoryStore("storage/sine").verify(3).num_snapshots == 61
     assert TrajectoryStore("storage/pendulum").verify(1).num_snapshots == 21
+
+
+@pytest.mark.parametrize("page", ["start", "data", "install", "reference"])
+def test_the_pages_python_reads_a_data_set(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_trials("storage/demo", {1: np.ones((251, 122), np.float32)})
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.S):
+        exec(code, names)
+    read = {name: len(value) for name, value in names.items() if name.startswith("by_")}  # type: ignore[arg-type]
+    assert set(read.values()) <= {251}
+    assert len(read) == (4 if page == "data" else 0)
