@@ -1,4 +1,4 @@
-"""Accelerate: PPO with fewer update epochs and a predictor that jumps to where the others would have led.
+"""Accelerate: PPO with fewer update epochs, in place of which a predictor jumps to where they would have led.
 
     python jobs/accelerate.py
     python jobs/accelerate.py --accelerate.tasks HalfCheetah-v4 \\
@@ -7,10 +7,10 @@
         --storage s3://bucket/accelerate --tracking.uri http://mlflow:5000 \\
         --predictors-storage s3://bucket/inverted_pendulum
 
-Predictors are fitted on the trials that jobs/collect.py left in another experiment's storage, and TIPL is the model
-that jobs/train.py --preset causal left there. The same command again goes on where it stopped, or says that all is
-done.
-"""
+Compares variants of PPO by the area under their learning curves. A jump replaces an iteration's last update epochs by
+the weights that a predictor forecasts from the earlier snapshots of the policy's weights. Predictors are fitted on the
+trials in another experiment's storage; TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074) is the model
+that jobs/train.py --preset causal has trained there. Running the same command again continues where it stopped. """
 
 import sys
 from pathlib import Path

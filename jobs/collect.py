@@ -1,4 +1,4 @@
-"""Collect: seeded PPO trials at once on Ray actors, their policy weights streamed to Parquet.
+"""Collect: run seeded PPO trials in parallel on Ray actors and store their policy weights as Parquet.
 
     python jobs/collect.py --experiment jobs/experiments/demo.toml
     python jobs/collect.py --storage storage/hopper \\
@@ -7,7 +7,9 @@
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
-The same command again goes on where it stopped, or says that all is done.
+The output is the data set for TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074): one trajectory of
+snapshots per trial, where a snapshot is the policy's flat weights after every few update epochs, with the observation
+statistics of that moment. Running the same command again continues where it stopped.
 """
 
 import sys

@@ -1,13 +1,13 @@
 """Compare runs in MLflow: a table in the terminal, and table and figures in one HTML file.
 
-    python jobs/compare.py --storage storage/demo                       the newest sweep's children
+    python jobs/compare.py --storage storage/demo                       the runs of the newest sweep
     python jobs/compare.py --storage storage/demo --best 5 --by skill_h10
     python jobs/compare.py --uri http://mlflow:5000 --runs 3f2a... 77b1... --output mine.html
 
-Reads MLflow alone, whatever made the runs: those of --runs, else the children of --parent, else the finished ones that
---query finds and that have the metric, else the children of the newest sweep. More of the metric is better, or, with
---less, less of it.
-"""
+Needs only MLflow, whatever made the runs. Compares those of --runs, else the runs nested under --parent, else the
+finished ones that --query finds and that have the metric, else those of the newest sweep. A higher metric is better,
+or, with --less, a lower one. The metric `skill` is the share of the squared error of copying the last snapshot of the
+weights that a model removes: 1 is perfect, 0 is no better than copying."""
 
 import dataclasses
 import sys
@@ -22,41 +22,41 @@ from tipl_ray.places import absolute_storage, default_storage
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What to compare, and where to put it."""
+    """What to compare, and where to write it."""
 
     storage: str = default_storage("demo")
-    """Folder that an experiment was run in; its sqlite file is read where no server is given."""
+    """Storage of an experiment; its sqlite file is read if no server is given."""
     uri: str | None = None
-    """MLflow tracking URI; none takes $MLFLOW_TRACKING_URI, else the storage's sqlite file."""
+    """MLflow tracking URI; by default $MLFLOW_TRACKING_URI if set, else the storage's sqlite file."""
     runs: tuple[str, ...] = ()
     """Ids of the runs to compare."""
     parent: str | None = None
-    """Id of a run whose children are compared."""
+    """Id of a run, such as a sweep, whose nested runs to compare."""
     query: str | None = None
-    """MLflow's own filter over the runs of all experiments, such as "tags.task = 'InvertedPendulum-v4'"."""
+    """MLflow filter over the runs of all experiments, such as "tags.task = 'InvertedPendulum-v4'"."""
     by: str = "skill"
-    """The metric that the runs are sorted by and drawn with."""
+    """Metric to sort by and to plot."""
     less: bool = False
-    """Less of the metric is better, as with a loss."""
+    """Lower is better, as for a loss."""
     best: int = 0
-    """Keep so many of the best; 0 keeps all."""
+    """Keep only this many of the best runs; 0 keeps all."""
     output: Path = Path("comparison.html")
-    """HTML file with the table and the figures; one that is there is replaced."""
+    """HTML file for the table and the figures; overwritten if it exists."""
     csv: Path | None = None
-    """CSV file with the fields that differ and every metric of the runs, in full."""
+    """CSV file for the fields that differ and every metric of the runs, in full precision."""
 
     def check(self) -> None:
-        """Raises ValueError for what could not be done once all is read."""
+        """Raises ValueError for options that could not be carried out."""
         if self.best < 0:
-            raise ValueError(f"--best {self.best} is below 0; 0 keeps all")
+            raise ValueError(f"--best {self.best} is below 0; use 0 to keep all")
         for option, file in (("--output", self.output), ("--csv", self.csv)):
             if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-                problem = "is a folder" if file.is_dir() else f"cannot be made: {file.parent} is no folder"
-                raise ValueError(f"{option} {file} {problem}; name a file in a folder that is there")
+                problem = "is a folder" if file.is_dir() else f"cannot be created: {file.parent} is not a folder"
+                raise ValueError(f"{option} {file} {problem}; name a file in an existing folder")
 
 
 def main() -> None:
-    """Read, compare, tell."""
+    """Read the runs, compare them, write the page."""
     chosen = tyro.cli(Comparison, description=__doc__)
     try:
         chosen.check()

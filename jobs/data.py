@@ -1,4 +1,4 @@
-"""A data set of policy weight trajectories: what is in it, whether it is sound, and single trials out of it.
+"""Inspect, verify and export a data set of policy weight trajectories, and analyse other people's checkpoints.
 
     python jobs/data.py describe storage/demo
     python jobs/data.py verify s3://bucket/experiment
@@ -6,8 +6,8 @@
     python jobs/data.py import runs/model --storage storage/model
     python jobs/data.py ask storage/model
 
-STORAGE is the folder or URI that the experiment was collected into. Each command explains itself with --help.
-"""
+STORAGE is the folder or URI of the experiment. A trajectory is one training run's snapshots: the flat policy weights
+after every few update epochs. Each command has its own --help."""
 
 import contextlib
 import sys
@@ -27,17 +27,17 @@ from tipl_ray.data.snapshots import COLUMNS, Header, as_json
 from tipl_ray.data.storage import TEMPORARY, Storage, StoreError, join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.errors import UserError
-from tipl_ray.terminal import say, say_rows, size_text
+from tipl_ray.terminal import say, say_rows, say_sentence, size_text
 
 Root = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
-Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="seeds of the trials to take; none takes all")]
+Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="seeds of the trials (default: all)")]
 
 app = tyro.extras.SubcommandApp()
 
 
 @app.command
 def describe(storage: Root) -> int:
-    """Task, policy, versions, sizes on disk against raw, trials, snapshots and returns."""
+    """Show task, policy, versions, trials, snapshots, returns, and size on disk compared with raw weights."""
     store = TrajectoryStore(storage)
     progress, refusals = _survey(store, store.progress)
     header, seeds = store.header([progress[0].seed]), [one.seed for one in progress]
@@ -55,9 +55,9 @@ def describe(storage: Root) -> int:
         + (f", {len(diverged)} diverged: {', '.join(diverged)}" if diverged else ""),
         "snapshots": f"{snapshots:,}, {_number(expected)} in a complete trial",
         "columns": ", ".join(header.columns),
-        "on disk": f"{size_text(num_bytes)}, {num_bytes / raw:.3f} of the {size_text(raw)} that the weights are raw",
+        "on disk": f"{size_text(num_bytes)}, {num_bytes / raw:.3f} of the {size_text(raw)} of the raw weights",
         "digest": "? (see the errors)" if refusals else store.digest(seeds),
-        "verified and sealed": "no longer (see the errors)" if refusals else "yes" if store.seal() else "no",
+        "verified and sealed": "not any more (see the errors)" if refusals else "yes" if store.seal() else "no",
     }
     for column, name, digits in (("episodic_return", "last returns", ",.1f"), ("loss", "last losses", ".4g")):
         if values := [value for one in progress for value in _last(store, one, column, header)]:
@@ -69,7 +69,7 @@ def describe(storage: Root) -> int:
 
 @app.command(name="list")
 def list_trials(storage: Root) -> int:
-    """The trials, what of each is committed and whether that is all of it."""
+    """List the trials, with what is committed of each and whether it is complete."""
     store = TrajectoryStore(storage)
     progress, refusals = _survey(store, store.progress)
     expected = _expected_snapshots(store.header([progress[0].seed]))
@@ -94,16 +94,16 @@ def list_trials(storage: Root) -> int:
 
 @app.command
 def verify(storage: Root, seeds: Seeds = ()) -> int:
-    """Read everything and compare each digest, range, column and number with the commit records.
+    """Read everything and check every digest, range, column and number against the commit records.
 
-    Exit status 1, and each damaged trial's file named with the way out, where anything is wrong.
+    If anything is wrong, exits with status 1 and names each damaged file with what to do about it.
     """
     store = TrajectoryStore(storage)
     progress, refusals = _survey(store, store.verify, seeds)
     if not seeds and not refusals:
         store.verify_folder()
     snapshots, num_bytes = sum(one.num_snapshots for one in progress), sum(one.num_bytes for one in progress)
-    say(f"{len(progress)} trials are sound: {snapshots:,} snapshots, {size_text(num_bytes)}")
+    say(f"{len(progress)} trials verified: {snapshots:,} snapshots, {size_text(num_bytes)}")
     return _tell(refusals)
 
 
@@ -112,17 +112,17 @@ def export(
     storage: Root,
     seed: Annotated[int, tyro.conf.Positional, tyro.conf.arg(help="seed of the trial")],
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="new file, .safetensors or .npz")],
-    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(COLUMNS)}; none takes all")] = (),
+    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(COLUMNS)} (default: all)")] = (),
     start: Annotated[int, tyro.conf.arg(help="first snapshot")] = 0,
-    stop: Annotated[int | None, tyro.conf.arg(help="snapshot before which to end; none takes all")] = None,
+    stop: Annotated[int | None, tyro.conf.arg(help="snapshot before which to stop (default: after the last)")] = None,
 ) -> int:
-    """One trial's snapshots as arrays under the columns' names, with the data set's header as JSON."""
+    """Export one trial's snapshots as arrays named like the columns, with the data set's header as JSON."""
     if output.suffix not in (".safetensors", ".npz"):
-        raise ValueError(f"output={output} ends neither in .safetensors nor in .npz")
+        raise ValueError(f"output={output} must end in .safetensors or .npz")
     if output.exists():
-        raise ValueError(f"output={output} exists; choose another name")
+        raise ValueError(f"output={output} already exists; choose another name")
     if not output.parent.is_dir():
-        raise ValueError(f"output={output}: there is no folder {output.parent}; make it first, or choose another")
+        raise ValueError(f"output={output}: no such folder, {output.parent}; create it first, or choose another")
     store = TrajectoryStore(storage)
     header = store.header([seed])
     names = tuple(dict.fromkeys(("snapshot", *(columns or header.columns))))
@@ -139,8 +139,8 @@ def export(
         partial.rename(output)
     except (OSError, safetensors.SafetensorError) as error:
         raise StoreError(
-            f"output={output}: cannot be written: {error}. Make room or give access, or choose another folder; nothing "
-            "is left of it"
+            f"output={output}: cannot be written: {error}. Free some space or fix permissions, or choose another "
+            "folder; nothing was left behind"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -154,16 +154,16 @@ def export(
 def sweep(
     storage: Root,
     seeds: Seeds = (),
-    delete: Annotated[bool, tyro.conf.arg(help="delete it; otherwise it is only listed")] = False,
-    lost: Annotated[bool, tyro.conf.arg(help="take trials whose commit records are lost for garbage as well")] = False,
+    delete: Annotated[bool, tyro.conf.arg(help="delete the files instead of only listing them")] = False,
+    lost: Annotated[bool, tyro.conf.arg(help="also take trials with lost commit records for garbage")] = False,
 ) -> int:
-    """Garbage that no commit record names, such as a killed run leaves. Only while nothing is being collected.
+    """List or delete files that no commit record names, such as a killed run leaves. Only while nothing is collecting.
 
-    With it go the files that killed stages left half written beside the data set, once they are an hour old.
+    This includes half-written files of killed stages elsewhere in the storage, once they are an hour old.
     """
     store, files, refusals = TrajectoryStore(storage), Storage(storage), []
     if not files.entries():
-        raise StoreError(f"{storage}: nothing is there")
+        raise StoreError(f"{storage}: there is nothing there")
     garbage = {*files.leftovers(), *store.garbage(())}
     if unknown := sorted(set(seeds) - set(store.folders())):
         raise store.absent(unknown[0])
@@ -176,7 +176,7 @@ def sweep(
         if delete:
             files.delete(path)
         say(path)
-    say(f"{len(garbage)} files of garbage{' deleted' if delete else '; --delete deletes them' if garbage else ''}")
+    say(f"{len(garbage)} garbage files{' deleted' if delete else '; pass --delete to delete them' if garbage else ''}")
     return _tell(refusals)
 
 
@@ -185,27 +185,27 @@ def import_checkpoints(
     folders: Annotated[
         tuple[Path, ...],
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="FOLDER [FOLDER ...]", help="folders of checkpoints, one training run each"),
+        tyro.conf.arg(metavar="FOLDER [FOLDER ...]", help="folders of checkpoints, one per training run"),
     ],
-    storage: Annotated[str, tyro.conf.arg(help="folder or URI that the inner products are kept in")],
+    storage: Annotated[str, tyro.conf.arg(help="folder or URI to store the inner products in")],
     steps: Annotated[
         str | None,
         tyro.conf.arg(help="regular expression with one group, the checkpoint's number, such as 'step_(\\d+)'"),
     ] = None,
-    file: Annotated[str | None, tyro.conf.arg(help="the weights' file, where each checkpoint is a folder")] = None,
-    include: Annotated[tuple[str, ...], tyro.conf.arg(help="regular expressions of the tensors to take alone")] = (),
+    file: Annotated[str | None, tyro.conf.arg(help="name of the weights' file, if each checkpoint is a folder")] = None,
+    include: Annotated[tuple[str, ...], tyro.conf.arg(help="regular expressions of the only tensors to read")] = (),
     exclude: Annotated[tuple[str, ...], tyro.conf.arg(help="regular expressions of tensors to leave out")] = (),
 ) -> int:
-    """Reduce checkpoints of any training run to the inner products of its displacements, for `ask`.
+    """Reduce the checkpoints of any training run to inner products of the displacements between them, for `ask`.
 
-    Reads safetensors, state dicts of torch.save and zips of stable-baselines3, as files or one folder each. The weights
-    themselves are not copied.
+    Reads safetensors, state dicts saved by torch.save and stable-baselines3 zips, as files or as one folder each. The
+    weights themselves are not copied.
     """
     from tipl_ray.checkpoints.records import import_series
     from tipl_ray.checkpoints.series import Selection
 
     if not folders:
-        raise ValueError("no folder is given; give those that hold checkpoints, one training run each")
+        raise ValueError("no folder given; give the folders of checkpoints, one per training run")
     selection, refusals = Selection(steps=steps, file=file, include=include, exclude=exclude), []
     for folder in folders:
         try:
@@ -226,19 +226,25 @@ def import_checkpoints(
 @app.command
 def ask(
     storage: Root,
-    series: Annotated[tuple[str, ...], tyro.conf.arg(help="names or digests of imported series; none takes all")] = (),
+    series: Annotated[tuple[str, ...], tyro.conf.arg(help="names or digests of imported series (default: all)")] = (),
     steps: Annotated[tuple[int, ...], tyro.conf.arg(help="checkpoints ahead")] = (1, 2, 5, 10),
     context: Annotated[
-        int | None, tyro.conf.arg(help="displacements that a forecast knows; by default a quarter of them, 2 to 20")
+        int | None, tyro.conf.arg(help="displacements in a forecast's context (default: a quarter of all, 2 to 20)")
     ] = None,
     per_iteration: Annotated[
         int, tyro.conf.arg(help="checkpoints per iteration of an algorithm that reuses its data, as PPO does")
     ] = 1,
     predictor: Annotated[
-        str | None, tyro.conf.arg(help="folder of a trained model or saved predictor, asked without further training")
+        str | None,
+        tyro.conf.arg(
+            help="folder of a trained model or saved predictor to evaluate as well, without further training"
+        ),
     ] = None,
 ) -> int:
-    """How predictable imported series are: sentences, and a report with tables and pictures."""
+    """Report how predictable imported series are, with tables and figures.
+
+    Skill is the share of the squared error of copying the last checkpoint that a forecast removes: 1 is perfect, 0 is
+    no better than copying."""
     from tipl_ray.checkpoints.asking import REPORT_FILE, answer
     from tipl_ray.checkpoints.predictability import Asking
     from tipl_ray.checkpoints.report import answers, skill_table
@@ -246,14 +252,14 @@ def ask(
     asking = Asking(context=context, steps=steps, per_iteration=per_iteration)
     folder, findings = answer(storage, series, asking, predictor)
     for one in answers(findings):
-        say(f"{one.question} {one.verdict.capitalize()}. {one.text}")
+        say_sentence(one.line)
     say_rows(skill_table(findings), title="Skill against copying the last checkpoint")
     say(f"{join(folder, REPORT_FILE)}")
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; what a user can mend is told in one line."""
+    """Run one command; errors that the user can fix are printed in one line."""
     try:
         return app.cli(description=__doc__, args=arguments)
     except (UserError, ValueError) as error:
@@ -277,12 +283,14 @@ def _survey(
             refusals.append(str(error))
     refusals = list(dict.fromkeys(refusals))
     if not progress:
-        raise StoreError("\nerror: ".join(refusals) or f"{store.root}: no trial is committed there; collect first")
+        raise StoreError(
+            "\nerror: ".join(refusals) or f"{store.root}: no trial is committed there; run jobs/collect.py first"
+        )
     return progress, refusals
 
 
 def _expected_snapshots(header: Header) -> int | None:
-    """Snapshots of a complete trial, as the configuration in the header says; None where it does not."""
+    """Snapshots of a complete trial according to the configuration in the header; None if it is not recorded."""
     told = {**header.config, **header.config.get("ppo", {})}
     try:
         iterations = told["total_env_steps"] // told["num_steps"]

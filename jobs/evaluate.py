@@ -1,4 +1,4 @@
-"""Evaluate: WPE, skill and REPW of the predicted weights on held-out trials; table, figures and report.
+"""Evaluate: compare predicted with true policy weights on the test trials; result table, figures and report.
 
     python jobs/evaluate.py --experiment jobs/experiments/demo.toml
     python jobs/evaluate.py --storage storage/hopper
@@ -6,8 +6,15 @@
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
-Without --experiment, the storage says what was collected and trained; without --preset, every preset that was trained
-there is judged. The same command again goes on where it stopped, or says that all is done.
+TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074) predicts the next snapshots of a policy's weights during
+PPO training from the last ones. It is compared with simple baselines by
+  WPE    weight prediction error: the mean squared error per weight
+  skill  the share of the squared error of copying the last snapshot that is removed: 1 is perfect, 0 is copying
+  REPW   return error of the predicted weights: mean absolute difference between the returns of the predicted policy and
+         of the true one
+
+Without --experiment, the storage's own is used; without --preset, every preset that was trained there is evaluated.
+Running the same command again continues where it stopped. <storage>/latest links to the newest report.
 """
 
 import sys

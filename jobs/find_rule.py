@@ -1,4 +1,4 @@
-"""Find a rule: the few numbers of a rule for jumps, searched for the returns that follow, by CMA-ES on Ray Tune.
+"""Find a rule: search for the few parameters of a jump rule that lead to higher returns, by CMA-ES on Ray Tune.
 
     python jobs/find_rule.py
     python jobs/find_rule.py --improve.generations 3 --improve.searches 1 \\
@@ -6,7 +6,8 @@
     ray job submit --working-dir . -- python jobs/find_rule.py \\
         --storage s3://bucket/improve --tracking.uri http://mlflow:5000
 
-Each search prints what it found as a formula. The same command again goes on where it stopped, or says what was found.
+A jump extrapolates the policy's weights within a PPO iteration. Each search prints its rule as a formula. Running the
+same command again continues where it stopped, or prints what was found.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""Fork: states of ordinary trials, each continued under many different jumps with the same random numbers.
+"""Fork: continue states of ordinary PPO trials under many different jumps with the same random numbers.
 
     python jobs/fork.py
     python jobs/fork.py --improve.tasks Hopper-v4 --improve.stages 3
     ray job submit --working-dir . -- python jobs/fork.py \\
         --storage s3://bucket/improve --tracking.uri http://mlflow:5000
 
-What comes of it says which jumps are followed by higher returns: the data that jumps are tuned on. The same command
-again goes on where it stopped, or says that all is done.
+A jump extrapolates the policy's weights within a PPO iteration. The forks show which jumps are followed by higher
+returns, and are the data that jumps are tuned on. Running the same command again continues where it stopped.
 """
 
 import sys

@@ -1,11 +1,18 @@
-"""The whole pipeline: collect, train and evaluate, in order, as one MLflow run with a child per stage.
+"""The whole pipeline: collect, train and evaluate, in order, as one MLflow run with a nested run per stage.
 
     python jobs/pipeline.py --experiment jobs/experiments/demo.toml
     ray job submit --working-dir . -- python jobs/pipeline.py \\
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
-The same command again goes on where it stopped, or says that all is done.
+TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074) treats the weights of a policy during PPO training as a
+trajectory of snapshots and predicts the next snapshots from the last ones. It is compared with simple baselines by
+  WPE    weight prediction error: the mean squared error per weight
+  skill  the share of the squared error of copying the last snapshot that is removed: 1 is perfect, 0 is copying
+  REPW   return error of the predicted weights: mean absolute difference between the returns of the predicted policy and
+         of the true one
+
+Running the same command again continues where it stopped. <storage>/latest links to the newest report.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Sweep: train the experiment many times over values of some fields, with Ray Tune, and compare them in MLflow.
+"""Sweep: train the experiment with many values of some fields, with Ray Tune, and compare the runs in MLflow.
 
     python jobs/sweep.py --experiment jobs/experiments/demo.toml
     python jobs/sweep.py --preset paper --over basis.rank=8,16,32 \\
@@ -9,13 +9,16 @@
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
---over FIELD=VALUES   a field of basis, model or train and its values, or
-                      log(LOW,HIGH) or uniform(LOW,HIGH) with --sweep.search
-                      optuna; once per field; given, it replaces the
-                      experiment's sweep.over
+--over FIELD=VALUES   a field of basis, model or train and its values, or a
+                      range, log(LOW,HIGH) or uniform(LOW,HIGH), with
+                      --sweep.search optuna; repeat it for each field; it
+                      replaces the experiment's sweep.over
 
-The trials are those that jobs/collect.py left in the storage, which without --experiment says what they are. The same
-command again goes on where it stopped, or says that all is done.
+Each run trains TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074), which predicts the next snapshots of a
+policy's weights during PPO training from the last ones. Runs are compared by their skill on the validation trials: the
+share of the squared error of copying the last snapshot that is removed; 1 is perfect, 0 is no better than copying.
+Trains on the trials that jobs/collect.py has put into the storage. Running the same command again continues where it
+stopped.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Train: reduce the collected trials by the Temporal SVD and train the causal Transformer with Ray Train.
+"""Train: turn the collected trials into tokens and train the causal Transformer with Ray Train.
 
     python jobs/train.py --experiment jobs/experiments/demo.toml
     python jobs/train.py --storage storage/hopper
@@ -6,8 +6,10 @@
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
-Without --experiment, what was collected in the storage is what is trained on: task, seeds, policy and split need not be
-said again. The same command again goes on where it stopped, or says that all is done.
+The model is TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074): from the last snapshots of a policy's
+weights during PPO training it predicts the next ones. Its skill is the share of the squared error of copying the last
+snapshot that it removes: 1 is perfect, 0 is no better than copying. Without --experiment it trains on what was
+collected in the storage. Running the same command again continues where it stopped.
 """
 
 import sys

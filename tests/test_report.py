@@ -207,6 +207,35 @@ def test_every_rival_in_the_table_has_its_question():
     assert all(words in questions for words in report.RIVALS.values())
 
 
+def lines_of(*arguments):
+    return [answer.line for answer in report.headline(*arguments)]
+
+
+def test_a_run_ends_in_five_lines_that_name_the_steps_and_the_number_of_test_trials():
+    summary = (
+        rows("tipl", 0.4, 0.3, repw=10.0, causal=True) + rows("ridge", 0.37, 0.4) + rows("copy-last", 0, 0, repw=20.0)
+    )
+    pairs = [compared("ridge", 1, 0.03), compared("ridge", 2, -0.1)]
+    groups = [grouped("phase", phase, 0.4 if phase else -0.3) for phase in range(5)]
+    groups += [grouped("third", third, 0.3) for third in range(3)]
+    assert lines_of(summary, 0.9, pairs, groups) == [
+        "Does TIPL beat copying the last snapshot? Yes. Better at h = 1 and 2, on 5 test trials. Skill 0.40 [0.35, "
+        "0.45] at h = 1 and 0.30 [0.25, 0.35] at h = 2.",
+        "Does it beat the ridge regression? Partly. Better at h = 1 and worse at h = 2, on 5 test trials. Skill 0.40 "
+        "[0.35, 0.45] against 0.37 [0.32, 0.42] at h = 1 and 0.30 [0.25, 0.35] against 0.40 [0.35, 0.45] at h = 2.",
+        "Does it beat copying in returns? Yes. Better at h = 1 and 2, on 5 test trials. REPW 10.0 [8.0, 12.0] against "
+        "20.0 [18.0, 22.0] at h = 1 and 10.0 [8.0, 12.0] against 20.0 [18.0, 22.0] at h = 2.",
+        "Where? At h = 1 it beats copying in phases 1 to 4 of the 5 of a PPO iteration and in every third of training.",
+        "How sure is that? 5 test trials with 1,200 windows; brackets are 90% intervals over trials.",
+    ]
+
+
+def test_a_run_on_few_trials_is_an_example_and_a_basis_that_saw_the_future_no_forecast():
+    *_, sure = lines_of(few("tipl", 0.4, trials=1))
+    assert "1 test trial with 1,200 windows: too few for an interval, which takes 3" in sure
+    assert sure.endswith("the future included: not yet a forecast.")
+
+
 def test_returns_within_the_noise_floor_are_the_same():
     answer = report.returns_like_the_true_policy(rows("tipl", 0.4, repw=6.0))
     assert answer.verdict == "yes"
@@ -363,10 +392,10 @@ def test_a_report_without_policies_run_still_opens_with_an_answer():
     ]
     page = written(summary=summary)
     first = page.index('<li><span class="verdict')
-    assert page.index("It removes 40% of the copy-last baseline") - first < 1000
-    assert page.count(report.NO_POLICIES) == 2
+    assert page.index("Better at h = 1, on 5 test trials. Skill 0.40 [0.35, 0.45] at h = 1.") - first < 1000
+    assert page.count(report.NO_POLICIES) == 3
     assert "nan" not in page
-    assert written(summary=[]).count(report.NO_POLICIES) == 2
+    assert written(summary=[]).count(report.NO_POLICIES) == 3
 
 
 def test_nothing_but_tables_and_commands_is_wider_than_a_telephone():
@@ -384,7 +413,13 @@ def test_steps_other_than_the_usual_ones_are_in_the_short_table_too():
 
 NAME = "<b>&\"' {{ 7 * 7 }}"
 PICTURES = [(NAME, NAME, pages.embedded(PNG))]
-COMPARED = {"title": NAME, "rows": [{NAME: NAME, "status": "best"}], "pictures": PICTURES, "metric": NAME}
+COMPARED = {
+    "title": NAME,
+    "rows": [{NAME: NAME, "status": "best"}],
+    "pictures": PICTURES,
+    "metric": NAME,
+    "answers": [],
+}
 ACCELERATED = {"title": NAME, "facts": {NAME: NAME}, "sentences": [NAME], "pictures": PICTURES, "rows": [{NAME: NAME}]}
 
 

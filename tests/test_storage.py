@@ -17,7 +17,17 @@ import pytest
 from machine import new_root
 
 from tipl_ray.data import storage
-from tipl_ray.data.storage import Storage, StoreError, file_exists, join, publish, read_file, read_published, write_file
+from tipl_ray.data.storage import (
+    Storage,
+    StoreError,
+    file_exists,
+    join,
+    make_latest,
+    publish,
+    read_file,
+    read_published,
+    write_file,
+)
 
 
 @pytest.fixture(params=["folder", "file URI", "bucket"])
@@ -147,6 +157,19 @@ def test_links_out_of_the_storage_are_not_followed(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="leads out of the storage"):
             attempt()
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["secret"]
+
+
+def test_latest_leads_to_the_newest_folder_and_takes_no_place_of_the_users(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        write_file(join(str(tmp_path), name), "report.html", name.encode())
+        assert make_latest(str(tmp_path), join(str(tmp_path), name))
+        assert (tmp_path / "latest" / "report.html").read_text() == name
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "latest"}
+    assert not make_latest("s3://bucket/demo", "s3://bucket/demo/first")
+    mine = tmp_path / "first" / "latest"
+    mine.write_text("mine")
+    assert not make_latest(str(tmp_path / "first"), str(tmp_path / "first"))
+    assert mine.read_text() == "mine"
 
 
 def test_an_endpoint_that_is_not_there_is_one_error_that_names_the_file(

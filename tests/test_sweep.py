@@ -164,7 +164,7 @@ def test_children_are_left_where_jobs_train_and_evaluate_look_for_them(finished:
 def test_a_finished_sweep_is_found_and_nothing_is_done(finished: Path, capsys: pytest.CaptureFixture) -> None:
     before = sweep_of(finished)[1:]
     sweep.run_sweep(experiment(finished, where=Where(max_concurrent_trials=1)))
-    assert "found it finished, 4 children" in capsys.readouterr().out
+    assert "already finished, 4 runs" in capsys.readouterr().out
     assert sweep_of(finished)[1:] == before
 
 
@@ -219,7 +219,7 @@ def test_a_copy_of_a_finished_sweep_is_found_finished_and_shows_its_own_pictures
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     shutil.copytree(finished, tmp_path / "copy")
     sweep.run_sweep(experiment(tmp_path / "copy"))
-    assert "found it finished, 4 children" in capsys.readouterr().out
+    assert "already finished, 4 runs" in capsys.readouterr().out
     _, parent, children = sweep_of(tmp_path / "copy")
     artifacts = client_of(tmp_path / "copy").get_run(parent.run_id).info.artifact_uri
     assert artifacts.startswith((tmp_path / "copy" / "mlflow-artifacts").as_uri())

@@ -1,4 +1,4 @@
-"""The experiment of a command line: read, checked for the jobs at hand, and refused in one line before work starts."""
+"""From a command line to an experiment: read it, check it for these jobs, and refuse it in one line if it is wrong."""
 
 import contextlib
 import dataclasses
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from tipl_ray.remembered import Remembered
 
 OWN_OPTIONS = ("--experiment", "--help", "--tyro-print-completion", "--tyro-write-completion")
-"""Options that are no fields."""
+"""Options that are not fields."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CommandLine:
-    """What was said on a command line, and what it is held against."""
+    """A command line, and the experiment's file and storage that complete it."""
 
     description: str
     jobs: Sequence[str]
-    """Jobs of `JOBS` that are to run; none stands for all."""
+    """Jobs of `JOBS` to run; empty means all."""
     arguments: Sequence[str]
     """Without --experiment and --preset."""
     said: Sequence[str]
@@ -40,12 +40,12 @@ class CommandLine:
     """The experiment's file."""
     preset: str | None
     memory: "Remembered | None"
-    """What the storage remembers, where it is named and no experiment is."""
+    """What the storage remembers, if a storage is given and no experiment."""
 
     def experiment(self, preset: str | None) -> Experiment:
         """The experiment, checked; exits as `parse_arguments` does.
 
-        Options go before what the storage remembers, and that before the experiment's file.
+        Options override what the storage remembers, which overrides the experiment's file.
         """
         with refused():
             # The preset decides what the other fields' defaults are, wherever it stands among them.
@@ -63,18 +63,18 @@ class CommandLine:
             check_places(parsed.storage_path)
         if self.memory:
             taken = ", ".join(self._taken(parsed, {*sections, *(["preset"] if self.memory.preset else [])}))
-            say(f"{_named(self.jobs)}: {taken} from storage {redacted(parsed.storage_path)}")
+            say(f"{_named(self.jobs)}: {taken} read from storage {redacted(parsed.storage_path)}")
         return parsed
 
     def _usage(self) -> str:
-        known = "" if tuple(self.jobs) == ("accelerate",) else "what the storage remembers, then "
+        known = "" if tuple(self.jobs) == ("accelerate",) else "what the storage remembers, else "
         return (
-            f"{self.description}\n\n--experiment FILE   TOML file with the experiment, or its name; it is read first\n"
+            f"{self.description}\n\n--experiment FILE   the experiment's TOML file, or its name; options override it\n"
             f"                    (default: {known}{self.path.name})"
         )
 
     def _taken(self, experiment: Experiment, sections: Collection[str]) -> Iterator[str]:
-        """What the storage has told, of what these jobs read and nobody has said."""
+        """What was taken from the storage: what these jobs read and the command line does not set."""
         collect, split = experiment.collect, experiment.split
         told = {
             "preset": f"preset {experiment.preset}",
@@ -95,9 +95,8 @@ def parse_arguments(
 
     It is checked for these jobs of `JOBS`, or for all; without `--experiment` it is what the storage named by
     `--storage` remembers, over the one of the name given here. Exits with one line on standard error: status 2 where
-    the file or an option is refused, 1 where nothing can be written or read where it says. What was said and changes
-    nothing in these jobs is told in a line, and what the storage knew in another.
-    """
+    the file or an option is refused, 1 where a place cannot be read or written. Prints a line for each option that has
+    no effect in these jobs, and one for what was taken from the storage."""
     line = _read(description, arguments, jobs or tuple(JOBS), experiment)
     return line.experiment(line.preset or (line.memory.preset if line.memory else None))
 
@@ -110,7 +109,7 @@ def parse_trained(description: str, arguments: list[str] | None = None, *, jobs:
 
 
 def options(jobs: Sequence[str]) -> Any:
-    """What may be said on these jobs' command lines, with the demo's values: a dataclass as tyro takes one.
+    """All options of these jobs, with the demo's values: a dataclass for tyro.
 
     For the completion of a shell, which offers the known experiments by name.
     """
@@ -221,7 +220,7 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
         if not module and name not in gymnasium.registry:
             known = sorted(spec.id for spec in gymnasium.registry.values() if "mujoco" in str(spec.entry_point))
             near = nearest(name, sorted(gymnasium.registry)) or f"; MuJoCo's are {', '.join(known)}"
-            raise ValueError(f"{field}={name!r} is no task of gymnasium{near}")
+            raise ValueError(f"{field}={name!r} is not a gymnasium task{near}")
     if "train" in jobs or "evaluate" in jobs:
         for storage in experiment.train.data:
             _check_folder("train.data", storage)
@@ -240,11 +239,11 @@ def _check_folder(field: str, place: str) -> None:
     folder = Path(absolute_storage(place))
     if "://" not in place and not folder.is_dir():
         siblings = [one.name for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
-        raise ValueError(f"{field}={place!r}: there is no folder {folder}{nearest(folder.name, siblings)}")
+        raise ValueError(f"{field}={place!r}: no such folder, {folder}{nearest(folder.name, siblings)}")
 
 
 def _without_effect(experiment: Experiment, said: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Options of a command line that change nothing beside the others, each with the reason."""
+    """Options that have no effect given the others, each with the reason."""
     reasons: dict[str, str] = {}
 
     def none_of(section: str, fields: Sequence[str], why: str) -> None:
@@ -254,11 +253,11 @@ def _without_effect(experiment: Experiment, said: Collection[str]) -> Iterator[t
         reasons.update(REPRESENTATIONS.load(experiment.basis.kind)(experiment.basis).without_effect())
     if not experiment.evaluate.run_policies_of:
         fields = ["windows_per_trial", "episodes", "sampled_actions"]
-        none_of("evaluate", fields, "evaluate.run_policies_of is empty, so that no policy is run")
+        none_of("evaluate", fields, "evaluate.run_policies_of is empty, so no policy is rolled out")
     if experiment.sweep.search == "grid":
-        none_of("sweep", ("num_samples", "seed"), "a grid has every combination once")
+        none_of("sweep", ("num_samples", "seed"), "a grid search runs every combination once")
     if not any(one.jump for one in experiment.accelerate.running):
-        none_of("where", ("predictors_from", "predictors_storage"), "no contender has a predictor")
+        none_of("where", ("predictors_from", "predictors_storage"), "no variant uses a predictor")
     for field in said:
         if field in reasons:
             yield _option(field), reasons[field]
@@ -286,7 +285,11 @@ def _said(arguments: Sequence[str], jobs: Sequence[str]) -> list[str]:
         if option in known:
             _check_read(given, field, jobs)
         elif option not in OWN_OPTIONS:
-            hint = f"it is {moved[option]} now" if option in moved else f"no job has it{nearest(option, list(known))}"
+            hint = (
+                f"it is now called {moved[option]}"
+                if option in moved
+                else f"no such option{nearest(option, list(known))}"
+            )
             raise ValueError(f"{given}: {hint}")
     return said
 
@@ -295,9 +298,9 @@ def _check_read(option: str, field: str, jobs: Sequence[str]) -> None:
     if field not in fields_read(jobs):
         readers = [job for job in JOBS if field in fields_read([job])]
         if not readers:
-            raise ValueError(f"{option}: it is set in the experiment's file alone")
+            raise ValueError(f"{option}: it can be set only in the experiment's file")
         do = f"{', '.join(readers[:-1])} and {readers[-1]} do" if len(readers) > 1 else f"{readers[0]} does"
-        raise ValueError(f"{option}: {_named(jobs)} does not read it; {do}")
+        raise ValueError(f"{option}: {_named(jobs)} does not use it; {do}")
 
 
 def _option(field: str) -> str:

@@ -32,9 +32,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def named_experiments() -> dict[str, Path]:
-    """The experiments that are found by their names: those beside the running job, then this package's.
+    """The experiments that are found by name: those in the running job's folder, then this package's.
 
-    Beside `tipl` are those in the folder `experiments` of the working directory.
+    For `tipl` that folder is `experiments` in the working directory.
     """
     folders = (JOBS_FOLDER / "experiments", Path(sys.argv[0]).absolute().parent / "experiments")
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
@@ -51,9 +51,9 @@ def find_experiment(given: str | Path, option: str = "--experiment") -> Path:
     if path.parent in (Path(), Path("jobs", "experiments")) and path.name.removesuffix(".toml") in known:
         return known[path.name.removesuffix(".toml")]
     if path.is_dir():
-        raise IsADirectoryError(f"{option} {given}: is a folder, not an experiment's file")
+        raise IsADirectoryError(f"{option} {given}: this is a folder, not an experiment's file")
     near = nearest(path.stem, list(known))
-    raise FileNotFoundError(f"{option} {given}: no such file, and no name of {', '.join(known)}{near}")
+    raise FileNotFoundError(f"{option} {given}: no such file, and not one of the experiments {', '.join(known)}{near}")
 
 
 def load_experiment(path: str | Path, preset: str | None = None) -> Experiment:
@@ -103,7 +103,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _section(path: Path, value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: {name}={value!r} is not a section: write [{name}] and its fields below it")
+        raise ValueError(f"{path}: {name}={value!r} must be a section: write [{name}] with its fields below it")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What every job has in common: checks before work, a Ray cluster, MLflow, and a way out in one line.
+"""What every job has in common: checks before work, a Ray cluster, MLflow, and errors in one line.
 
 Knows nothing of what a job does.
 """
@@ -33,15 +33,15 @@ from tipl_ray.tracking import Tracker
 Item = TypeVar("Item")
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Environment variable that Ray gives to the entry point of a submitted job alone."""
+"""Environment variable that Ray sets only for the entry point of a submitted job."""
 ANSWER_SECONDS = 10.0
-"""Time that a cluster has to answer at $RAY_ADDRESS; Ray itself waits for two minutes, and then ends the process."""
+"""How long to wait for a cluster at $RAY_ADDRESS; Ray itself waits two minutes and then ends the process."""
 WAYS_OUT = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there; the same command goes on where it stopped"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "give a place that can be written"),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files, ulimit -n"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "give another place, or move what is in the way"),
-    errno.ENAMETOOLONG: "give a shorter name",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there; the same command continues where it stopped"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "use a place that is writable"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files, ulimit -n"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "use another place, or move what is in the way"),
+    errno.ENAMETOOLONG: "use a shorter name",
 }
 """What a user can do about an OSError."""
 LOST = (
@@ -60,11 +60,11 @@ LOST = (
     ray.exceptions.AuthenticationError,
     ray.exceptions.RpcError,
 )
-"""What Ray says of processes, nodes and room that it has lost."""
+"""Ray's errors for lost processes, nodes and space."""
 
 
 class ClusterError(UserError):
-    """Ray cannot be started here, or nobody answers at $RAY_ADDRESS."""
+    """Ray cannot be started here, or no cluster answers at $RAY_ADDRESS."""
 
 
 def check_job(experiment: Experiment) -> None:
@@ -78,10 +78,10 @@ def check_job(experiment: Experiment) -> None:
     Storage(experiment.storage_path)
     folder = local_folder(experiment.storage_path)
     if SUBMITTED in os.environ and folder and any(folder.is_relative_to(one) for one in _thrown_away()):
-        problem = "is not set" if experiment.where.storage is None else f"lies in it, {experiment.where.storage!r}"
+        problem = "is not set" if experiment.where.storage is None else f"is inside it, {experiment.where.storage!r}"
         raise ValueError(
-            f"the checkout that a submitted job runs in is thrown away with the job, and storage {problem}: give "
-            "--storage, a folder that all nodes see, or a bucket"
+            f"a submitted job's copy of the checkout is deleted when the job ends, and storage {problem}: set "
+            "--storage to a folder that all nodes share, or to a bucket"
         )
 
 
@@ -99,14 +99,14 @@ def open_tracker(experiment: Experiment) -> Tracker:
 
 @contextlib.contextmanager
 def exit_status() -> Iterator[None]:
-    """A job's way out: status 1 and one line on standard error for what the user can mend, 130 when interrupted."""
+    """How a job exits: status 1 and one line on standard error for what the user can fix, 130 if interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8's shows a path all the same
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on from what is committed", file=sys.stderr)
+        print("interrupted: run the same command again to continue from the last commit", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError as error:  # `| head` has seen enough; Python would try to write the rest when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,7 +120,8 @@ def exit_status() -> Iterator[None]:
 
 
 def in_one_line(error: BaseException) -> str | None:
-    """What the user can mend, with the way out; None for a bug of ours, whose traceback is needed."""
+    """An error that the user can fix, in one line with what to do; None for a bug of ours, which needs its
+    traceback."""
     error = _cause(error)
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, UserError | ValueError):
@@ -129,13 +130,13 @@ def in_one_line(error: BaseException) -> str | None:
         place = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else first
         return f"{place}; {WAYS_OUT[error.errno]}" if error.errno in WAYS_OUT else place
     if isinstance(error, LOST) and not getattr(error, "actor_init_failed", False):
-        return f"Ray: {first} The same command goes on from what is committed"
+        return f"Ray: {first} The same command continues from the last commit"
     if isinstance(error, MemoryError) or _is(error, "torch", "OutOfMemoryError"):
-        return f"out of memory: {first}; give less at a time, or a machine with more"
+        return f"out of memory: {first}; run less at a time, or use a machine with more memory"
     if isinstance(error, pa.ArrowException) and not isinstance(error, TypeError | KeyError):
         return first
     if _is(error, "sqlalchemy.exc", "SQLAlchemyError") or _is(error, "mlflow.exceptions", "MlflowException"):
-        return f"MLflow: {first}; the same command goes on once that is mended"
+        return f"MLflow: {first}; once that is fixed, the same command continues"
     return None
 
 
@@ -172,12 +173,12 @@ def connected_to_ray() -> Iterator[None]:
             reason = " ".join(str(error).split()) or type(error).__name__
             if address == "local":
                 raise ClusterError(
-                    f"Ray cannot be started on this machine: {reason}; it wants room and a short name of its folder, "
-                    "RAY_TMPDIR (now /tmp unless TMPDIR is set), room in /dev/shm, and free ports"
+                    f"Ray cannot be started on this machine: {reason}; it needs space in a folder with a short name, "
+                    "RAY_TMPDIR (default: TMPDIR or /tmp), space in /dev/shm, and free ports"
                 ) from error
             raise ClusterError(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}; start it, give another address, or unset "
-                "RAY_ADDRESS for one on this machine"
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}; start it, set another address, or unset "
+                "RAY_ADDRESS to start one on this machine"
             ) from error
         # Only now: Ray has a handler of its own for SIGTERM, which `ray job stop` and batch systems send.
         with _interruptible(signal.SIGTERM):
@@ -266,7 +267,7 @@ def side_by_side(
 ) -> Iterator[Item]:
     """Send items to Ray, so many at once, and yield each when its task has ended; one that needs none at once.
 
-    The list may grow meanwhile. Every second or so `show` is told what is running. Raises what a task raised.
+    The list may grow meanwhile. Every second or so `show` is called with the running items. Raises what a task raised.
     """
     running: dict[ray.ObjectRef, Item] = {}
     while waiting or running:
@@ -285,13 +286,13 @@ def side_by_side(
 
 
 def result_of(reference: ray.ObjectRef) -> Any:
-    """What a task returned. Raises what it raised, UserError where its process was killed again and again."""
+    """The result of a task. Raises what it raised, or UserError if its process was killed again and again."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.WorkerCrashedError as error:
         raise UserError(
-            "a task's process was killed four times, as happens where memory runs out; give units_at_once a "
-            "lower value, and the same command goes on from the last commits"
+            "a task's process was killed four times, which usually means that memory ran out; lower "
+            "units_at_once, and the same command continues from the last commits"
         ) from error

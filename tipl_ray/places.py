@@ -1,4 +1,5 @@
-"""Folders and variables of the machine that a job stands on: where things lie, and whether they can be written."""
+"""Folders and environment variables of the machine that a job runs on: where things are, and whether they are
+writable."""
 
 import os
 import re
@@ -15,10 +16,12 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 def check_text(field: str, text: str) -> None:
     """Raise ValueError for a text that is empty, or holds what is no letter of a name or a path."""
     if not text.strip():
-        raise ValueError(f"{field}={text!r} is empty: give a value, or leave it out")
+        raise ValueError(f"{field}={text!r} is empty; set a value, or leave it out")
     for letter in text:
         if unicodedata.category(letter) in ("Cc", "Cs"):
-            raise ValueError(f"{field}={redacted(text)!r} holds {letter!r}, which is no letter of a name or a path")
+            raise ValueError(
+                f"{field}={redacted(text)!r} contains {letter!r}, which cannot be part of a name or a path"
+            )
 
 
 def absolute_storage(storage: str) -> str:
@@ -41,6 +44,14 @@ def in_checkout() -> bool:
 JOBS_FOLDER = (CHECKOUT if in_checkout() else Path(__file__).resolve().parent / "shipped") / "jobs"
 """Folder of the jobs, with the experiments that are known by name: the checkout's, or the one that a wheel brings."""
 
+PUBLISHED_FOLDER = Path(__file__).resolve().parent / "published"
+"""Folder of the predictors that this package brings along."""
+
+
+def published_predictors() -> tuple[str, ...]:
+    """Names of the predictors that this package brings along."""
+    return tuple(sorted(file.parent.name for file in PUBLISHED_FOLDER.glob("*/predictor.json")))
+
 
 def default_storage(name: str) -> str:
     """Where an experiment is kept that names no storage: below the checkout, else below the working directory."""
@@ -48,14 +59,14 @@ def default_storage(name: str) -> str:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why a folder can be neither written nor made; None where it can."""
+    """Why a folder can be neither written nor created; None if it can."""
     try:
         there = next(place for place in (folder, *folder.parents) if place.exists())
         if not there.is_dir():
             return f"{there} is no folder"
         if os.statvfs(there).f_flag & os.ST_RDONLY:
-            return f"{there} lies on a file system that is read-only"
-        return None if os.access(there, os.W_OK | os.X_OK) else f"no right to write in {there}"
+            return f"{there} is on a read-only file system"
+        return None if os.access(there, os.W_OK | os.X_OK) else f"no permission to write in {there}"
     except OSError as error:
         return error.strerror
 
@@ -70,7 +81,7 @@ def with_variables(field: str, place: str | None) -> str | None:
         name = match[1] or match[2]
         # Set to nothing is not set: the rest would be a place at the root.
         if not os.environ.get(name):
-            raise ValueError(f"{field}={redacted(place)!r}: the environment of the job has no {name}")
+            raise ValueError(f"{field}={redacted(place)!r}: the job's environment has no variable {name}")
         return os.environ[name]
 
     return re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, place)
@@ -102,7 +113,7 @@ def forget_empty_variables() -> None:
 def check_places(storage_path: str) -> None:
     """Raise UserError, before anything is loaded, where a job could write neither its storage nor temporary files."""
     if "://" not in storage_path and (problem := unwritable(Path(storage_path))):
-        raise UserError(f"storage {storage_path} cannot be written: {problem}; give another --storage")
+        raise UserError(f"storage {storage_path} is not writable: {problem}; use another --storage")
     folder = os.environ.get("TMPDIR")
     if folder and (problem := "no such folder" if not Path(folder).is_dir() else unwritable(Path(folder))):
-        raise UserError(f"TMPDIR={folder} cannot be written: {problem}; unset TMPDIR, or set it to another folder")
+        raise UserError(f"TMPDIR={folder} is not writable: {problem}; unset TMPDIR, or set it to another folder")

@@ -52,7 +52,7 @@ class Registry:
         elif name not in self.names():
             known = self.names()
             raise ValueError(
-                f"{field}={name!r} is not one of {', '.join(known)}, nor module:Name of one's own{nearest(name, known)}"
+                f"{field}={name!r} is not one of {', '.join(known)}, nor module:Name of your own{nearest(name, known)}"
             )
 
     def load(self, name: str) -> Any:
@@ -72,7 +72,7 @@ class Registry:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # of something that the module imports
             raise ValueError(
-                f"{field}={place!r}: there is no module {module!r} beside the job, in {here} or installed"
+                f"{field}={place!r}: no module {module!r} in the job's folder, in {here} or installed"
             ) from error
         except AttributeError as error:
             raise ValueError(f"{field}={place!r}: {module} has no {name!r}") from error
@@ -104,9 +104,10 @@ PREDICTORS = Registry(
         "mean-trajectory": "tipl_ray.predict.baselines:MeanTrajectory",
         "first-again": "tipl_ray.predict.baselines:FirstAgain",
         "return-rule": "tipl_ray.accelerate.return_rule:ReturnRule",
+        "return-tipl": "tipl_ray.improve.return_tipl:ReturnTipl",
     },
 )
-"""What TIPL is held against, in the order of the result table: a `predict.predictor.Predictor` each."""
+"""The predictors that TIPL is compared with, in the order of the result table: a `predict.predictor.Predictor` each."""
 
 REPRESENTATIONS = Registry(
     "basis.kind",

@@ -1,4 +1,4 @@
-"""What a storage remembers of the experiment whose work it holds, so that no later job has to be told it again.
+"""What a storage remembers of its experiment, so that later jobs need not be given the same options again.
 
     <storage>/experiment.json             the experiment that trials were last collected for
     <storage>/experiment-<preset>.json    the experiment that a model was last trained for, on this preset
@@ -97,7 +97,7 @@ def _recall(storage: str, name: str) -> Experiment | None:
         return None
     except (ValueError, AttributeError) as error:
         raise StoreError(
-            f"{Storage(storage).show(name)}: is not understood: {error}; restore it from a copy, or delete it and give "
+            f"{Storage(storage).show(name)}: cannot be parsed: {error}; restore it from a copy, or delete it and pass "
             "--experiment"
         ) from error
 

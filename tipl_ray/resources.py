@@ -1,4 +1,4 @@
-"""What work needs of a Ray cluster, held against what there is: refused, or waited for with a word, never in silence.
+"""What work needs of a Ray cluster compared with what there is: refused, or waited for with a message, never silently.
 
 Knows nothing of the work. Ray is initialised by the caller.
 """
@@ -23,7 +23,7 @@ GRACE_SECONDS = 10.0
 WORD_SECONDS = 60.0
 """Between two lines on what is waited for."""
 POLL_SECONDS = 1.0
-WAY_OUT = "ask for less, or run on a cluster that has it"
+WAY_OUT = "ask for less, or run on a larger cluster"
 
 Needs = Mapping[str, tuple[float, str]]
 """Ray's name of a resource -> how much of it, and the field and value that ask for it."""
@@ -77,14 +77,14 @@ def _shortage(needs: Needs, per: str, count: int, counted: str) -> str | None:
         most = max((node.get(name, 0.0) for node in nodes), default=0.0)
         if most < amount:
             has = "one" if amount == 1 and not most else f"as many: {_number(most)} at most"
-            return f"{field} needs {_amount(amount, name)} per {per}, and no node of the cluster has {has}; {WAY_OUT}"
+            return f"{field} needs {_amount(amount, name)} per {per}, but no node of the cluster has {has}; {WAY_OUT}"
     room = sum(min(math.floor(node.get(name, 0.0) / need[0] + 1e-9) for name, need in needs.items()) for node in nodes)
     if room >= count:
         return None
     share = " and ".join(_amount(amount, name) for name, (amount, _) in needs.items())
     total = " and ".join(_amount(sum(node.get(name, 0.0) for node in nodes), name) for name in needs)
     return (
-        f"{counted} needs {share} for each {per} at the same time, and the cluster, with {total} on {len(nodes)} "
+        f"{counted} needs {share} for each {per} at the same time, but the cluster, with {total} on {len(nodes)} "
         f"node{'s' if len(nodes) > 1 else ''}, has room for {room}; {WAY_OUT}"
     )
 

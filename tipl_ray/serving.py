@@ -35,7 +35,7 @@ class Forecaster:
         """
         weights_TP = np.ascontiguousarray(model_input["weights"], np.float32)
         if weights_TP.ndim != 2:
-            raise ValueError(f"weights has shape {weights_TP.shape}, not (snapshots, weights of the policy)")
+            raise ValueError(f"weights has shape {weights_TP.shape}, not (snapshots, policy weights)")
         starts_B = np.atleast_1d(model_input.get("starts", len(weights_TP) - 1)).astype(np.int64)
         check_starts(len(weights_TP), starts_B, self._question.context, 0)
         return self._tipl.forecast(Trial(weights_TP=weights_TP, band=self._band(weights_TP, model_input)), starts_B)
@@ -44,7 +44,7 @@ class Forecaster:
         """As wide and as long as a whole trial's, or the model would take a trial that goes on for one that ends."""
         rates_T = model_input.get("learning_rates")
         if rates_T is None and self.experiment.model.clock == "learning_rate":
-            raise ValueError("learning_rates is missing, and model.clock='learning_rate' tells the model by them")
+            raise ValueError("learning_rates is missing, which a model with model.clock='learning_rate' needs as input")
         band = make_band(
             weights_TP,
             self._question.width,

@@ -1,8 +1,8 @@
-"""The jobs' stages in order: collect, train, evaluate; each found done, gone on with, or run from the start.
+"""The jobs' stages in order: collect, train, evaluate; each is found done, resumed, or run from the start.
 
-Here everything meets: a stage runs on the Ray cluster, tells the terminal how far it is, leaves its work in the storage
-and logs it to MLflow. What is computed, and how, is in the files below; those that take seconds to load are imported
-where they are needed, so that what can be refused is refused at once.
+Here everything meets: a stage runs on the Ray cluster, shows its progress in the terminal, writes its work to the
+storage and logs it to MLflow. What is computed, and how, is in the files below; those that take seconds to load are
+imported where they are needed, so that what can be refused is refused at once.
 """
 
 from __future__ import annotations
@@ -24,14 +24,24 @@ from tipl_ray.collect.placement import GroupProgress
 from tipl_ray.config import Experiment, Ppo
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.snapshots import PPO_COLUMNS, Header
-from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_name, read_file, write_file
+from tipl_ray.data.storage import (
+    Storage,
+    StoreError,
+    file_exists,
+    join,
+    last_name,
+    link_to,
+    make_latest,
+    read_file,
+    write_file,
+)
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat, identity
 from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.representation import representation_of
 from tipl_ray.remembered import remember_collection, remember_training
-from tipl_ray.terminal import ProgressView, duration, say, say_rows
+from tipl_ray.terminal import ProgressView, duration, say, say_sentence
 from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
 
@@ -39,13 +49,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tipl_ray.evaluate.evaluation import Evaluation
+    from tipl_ray.evaluate.report import Answer
 
+REPORT_FILE = "report.html"
 ROWS = 20
-"""Groups of trials in the table of progress at most."""
+"""Maximum number of groups of trials in the progress table."""
 
 
 class Context:
-    """What every stage needs beside its own work, each from when it is first asked for until the job ends."""
+    """What every stage needs besides its own work, each from its first use until the job ends."""
 
     def __init__(self, experiment: Experiment, until_the_end: contextlib.ExitStack) -> None:
         self.experiment = experiment
@@ -74,7 +86,8 @@ class Context:
             self._claimed.add(name)
 
     def connect(self) -> None:
-        """The Ray cluster, for work that is not found done; before the pipeline's run, which a signal then ends too."""
+        """Connect to the Ray cluster, for work that is not found done; before the pipeline's run, so a signal ends
+        both."""
         if not self._connected:
             self._until_the_end.enter_context(connected_to_ray())
             self._connected = True
@@ -165,18 +178,21 @@ def run_collect(context: Context) -> None:
     width = "-".join(map(str, settings.policy_hidden))
     say(
         f"collect: {settings.num_trials} trials of {settings.task}, {experiment.env_steps_per_trial:,} env steps each, "
-        f"policy {width} (P = {header.num_weights:,}), {experiment.num_snapshots:,} snapshots a trial"
+        f"policy {width} ({header.num_weights:,} weights), {experiment.num_snapshots:,} snapshots per trial"
     )
     if engine == "torch" and settings.engine == "auto":
-        say(f"collect: {why_not_compiled(experiment.ppo)}: networks run in torch, several times slower")
+        say(f"collect: {why_not_compiled(experiment.ppo)}: networks run in torch, which is several times slower")
     if not find_task(settings.task, settings.task_options).fast:
-        say(f"collect: {settings.task} runs through gymnasium, one environment after the other, several times slower")
+        say(
+            f"collect: {settings.task} runs in gymnasium's own class, one environment after the other, which is "
+            "several times slower"
+        )
     found = settings.num_trials - len(pending_seeds(experiment, store))
     done = found == settings.num_trials and store.finished()
     if done:
-        say(f"collect: found all {found} trials complete")
+        say(f"collect: all {found} trials are already complete")
     elif 0 < found < settings.num_trials:
-        say(f"collect: found {found} trials complete, going on with the others")
+        say(f"collect: {found} trials are already complete, continuing with the others")
     begin = time.monotonic()
     remember_collection(experiment)
     if not done:
@@ -189,15 +205,16 @@ def run_collect(context: Context) -> None:
     curves = learning_curves(experiment)
     last = [returns_T[-1] for _, _, returns_T in curves if np.isfinite(returns_T[-1])]
     final = float(np.mean(last)) if last else None
-    ended = (
-        "no episode ended" if final is None else f"mean episodic return at the end {final:.1f} over {len(last)} trials"
-    )
+    ended = "no episode ended" if final is None else f"mean final return {final:.1f} over {len(last)} trials"
     say(
         f"collect: data set {store.digest(settings.seeds)} in {join(experiment.storage_path, 'trajectories')}, "
         f"{ended}, {duration(time.monotonic() - begin)}"
     )
     if final is not None and len(last) < len(curves):
-        say(f"collect: in {len(curves) - len(last)} trials no episode ended; they have no return and no learning curve")
+        say(
+            f"collect: no episode ended in {len(curves) - len(last)} trials, so they have no return and no learning "
+            "curve"
+        )
     key = f"collect-{header.config_hash}-{digest(settings.seeds)}"
     if context.logged(key):
         return
@@ -226,8 +243,8 @@ def run_train(context: Context) -> None:
         say_left_out("train", one.storage, one.seeds)
     cut = [one.parts for one in sets]
     say(
-        f"train: {sum(len(seeds) for seeds, _, _ in cut)} trials to train, {sum(len(seeds) for _, seeds, _ in cut)} to "
-        f"choose, of {', '.join(one.task for one in sets)}, preset {experiment.preset}, basis "
+        f"train: {sum(len(seeds) for seeds, _, _ in cut)} training and {sum(len(seeds) for _, seeds, _ in cut)} "
+        f"validation trials of {', '.join(one.task for one in sets)}, preset {experiment.preset}, basis "
         f"{representation_of(experiment.basis)}, context {experiment.model.context}, {experiment.train.num_steps:,} "
         f"steps of {experiment.train.batch_size} windows"
     )
@@ -241,7 +258,7 @@ def _train_one(context: Context, experiment: Experiment) -> None:
     data = training_digest(experiment)
     folder, key = model_folder(experiment, data), f"train-{run_digest(experiment, data)}"
     if is_complete(folder) and context.logged(key):
-        say(f"train: found the trained model {folder}")
+        say(f"train: already trained, model in {folder}")
         return
     context.claim(key, "training this model")
     seed = f" seed {experiment.train.seed}" if len(context.experiment.training_runs) > 1 else ""
@@ -249,7 +266,7 @@ def _train_one(context: Context, experiment: Experiment) -> None:
         view = until_the_first_line.enter_context(ProgressView())
 
         def show(phase: str) -> None:
-            view.show([], f"train: {phase}, {duration(time.monotonic() - begin)} so far")
+            view.show([], f"train: {phase}, {duration(time.monotonic() - begin)} elapsed")
 
         if not is_complete(folder):
             show("starting Ray")
@@ -299,7 +316,7 @@ def trained_models(experiment: Experiment) -> list[str]:
 
 
 def run_evaluate(context: Context) -> None:
-    """Judge the trained models on the test trials: result table, figures, report."""
+    """Evaluate the trained models on the test trials: result table, figures, report."""
     from tipl_ray.evaluate import report
     from tipl_ray.evaluate.evaluation import evaluate, evaluation_folder, is_evaluated
 
@@ -311,15 +328,15 @@ def run_evaluate(context: Context) -> None:
     data = DataSet(storage=experiment.storage_path, seeds=experiment.collect.seeds, split=experiment.split)
     num_test_trials = len(data.parts[2])
     say(
-        f"evaluate: {num_test_trials} test trials, h = 1..{settings.horizon}, policies run at "
-        f"{settings.windows_per_trial} windows a trial on {settings.episodes} episodes each"
+        f"evaluate: {num_test_trials} test trial{'s' * (num_test_trials != 1)}, forward steps h = 1 to "
+        f"{settings.horizon}, {settings.episodes} episodes per policy at {settings.windows_per_trial} windows per trial"
     )
     begin = time.monotonic()
     folder = evaluation_folder(experiment, models)
     key, found = f"evaluate-{last_name(folder)}", is_evaluated(folder)
     with ProgressView() as view:
         if found:
-            say(f"evaluate: found the result table in {folder}")
+            say(f"evaluate: already evaluated, result table in {folder}")
         else:
             context.claim(key, "making this evaluation")
             view.show([], "evaluate: starting Ray")
@@ -328,7 +345,7 @@ def run_evaluate(context: Context) -> None:
         evaluation = evaluate(
             experiment, models, lambda done, total: view.show([], f"evaluate: {done} of {total} tasks done")
         )
-    if not (found and file_exists(evaluation.folder, "report.html") and context.logged(key)):
+    if not (found and file_exists(evaluation.folder, REPORT_FILE) and context.logged(key)):
         context.claim(key, "making this evaluation")
         with context.run(f"evaluate {experiment.preset}", key) as run:
             run.log_parameters({"evaluate": as_table(settings), "model": ", ".join(models)})
@@ -341,16 +358,13 @@ def run_evaluate(context: Context) -> None:
                 run.log_figure(picture, name)
                 write_file(join(evaluation.folder, "figures"), f"{name}.png", picture)
             page = _report(context, evaluation, models, pictures).encode()
-            run.log_file(page, "report.html")
-            write_file(evaluation.folder, "report.html", page)
-    say_rows(report.table(evaluation.summary, report.SHORT_STEPS))
-    answers = report.answers(
+            run.log_file(page, REPORT_FILE)
+            write_file(evaluation.folder, REPORT_FILE, page)
+    say(f"evaluate: results and figures in {evaluation.folder}, {duration(time.monotonic() - begin)}")
+    answers = report.headline(
         evaluation.summary, settings.confidence, comparisons=evaluation.comparisons, groups=evaluation.groups
     )
-    for answer in answers:
-        say(f"{answer.question} {answer.text}")
-    say(f"evaluate: results and figures in {evaluation.folder}, {duration(time.monotonic() - begin)}")
-    say(f"evaluate: report {join(evaluation.folder, 'report.html')}")
+    say_end(experiment.storage_path, evaluation.folder, answers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -392,6 +406,14 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
         say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
+def say_end(storage: str, folder: str, answers: Sequence[Answer]) -> None:
+    """The end of a run: its findings in a few lines, and the link to its report, to which `latest` now leads too."""
+    for answer in answers:
+        say_sentence(answer.line)
+    make_latest(storage, folder)
+    say(f"report: {link_to(folder, REPORT_FILE)}")
+
+
 def data_digest(experiment: Experiment) -> str:
     """Digest of the experiment's complete data set. Raises StoreError where it is not complete, or is another's."""
     store = TrajectoryStore(experiment.storage_path)
@@ -409,12 +431,12 @@ def data_digest(experiment: Experiment) -> str:
 
 
 def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[int]) -> StoreError:
-    """What is said where trials are missing: which were asked for, which there are, and how to ask for those."""
+    """The error for missing trials: which were asked for, which there are, and how to ask for those."""
     asked = experiment.collect
     if not missing:
         return StoreError(
-            f"{experiment.storage_path}: all {asked.num_trials} trials are there, but not sealed as a whole data set; "
-            "run jobs/collect.py with the same experiment once more, which verifies and seals them"
+            f"{experiment.storage_path}: all {asked.num_trials} trials are there, but not sealed as a complete data "
+            "set; run jobs/collect.py with the same experiment once more, which verifies and seals them"
         )
     start = f"{experiment.storage_path}: {len(missing)} of {asked.num_trials} trials are not complete"
     others = sorted(set(there) - set(asked.seeds))
@@ -435,9 +457,9 @@ def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
     made = {"algorithm": "ppo", **header.config}
     if header.columns != PPO_COLUMNS:
         raise StoreError(
-            f"{experiment.storage_path}: its trials were not collected here but recorded (task={header.task!r}), and "
-            "this job needs those of jobs/collect.py. docs/recording.md shows how to ask how predictable they are; or "
-            "give another --storage"
+            f"{experiment.storage_path}: its trials were recorded by another program (task={header.task!r}), and "
+            "this job needs trials of jobs/collect.py. docs/recording.md shows how to analyse recorded ones; or use "
+            "another --storage"
         )
     if "policy_hidden" not in made:
         return  # not from jobs/collect.py: nothing is recorded that could differ
@@ -454,15 +476,15 @@ def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
     if fields:
         told = ", ".join(f"{name}={before.get(name)!r} there, {now.get(name)!r} here" for name in fields)
         raise StoreError(
-            f"{experiment.storage_path}: its trials are another experiment's: {told}. Give the experiment that they "
-            "were collected with, or another --storage"
+            f"{experiment.storage_path}: its trials were collected with other settings: {told}. Use the experiment "
+            "that they were collected with, or another --storage"
         )
 
 
 def say_left_out(stage: str, storage: str, seeds: Sequence[int]) -> None:
-    """A line for each of some trials that diverged."""
+    """Print a line for each of these trials that diverged."""
     for divergence in TrajectoryStore(storage).divergences(seeds).values():
-        say(f"{stage}: {divergence}: left out")
+        say(f"{stage}: {divergence}; it is left out")
 
 
 def learning_curves(experiment: Experiment) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -544,7 +566,7 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
         rows,
         f"collect: {finished} of {sum(len(group.seeds) for group in groups)} trials done"
         f"{f', {diverged} diverged' if diverged else ''}, {done:,} of {total:,} env steps, {rate:,.0f} env steps/s "
-        f"on {len(running)} actors, {duration(seconds)} so far, {left} left",
+        f"on {len(running)} actors, {duration(seconds)} elapsed, {left} left",
     )
 
 
@@ -579,13 +601,13 @@ def _draw(context: Context, evaluation: Evaluation, model: str) -> dict[str, byt
 
 
 def _those_with_data(stage: str, drawing: Mapping[str, Callable[[], Figure]]) -> dict[str, Figure]:
-    """The figures that there is something to draw in; a line for each of the others says why it is left out."""
+    """The figures that there is data for; prints why each of the others is left out."""
     drawn = {}
     for name, draw in drawing.items():
         try:
             drawn[name] = draw()
         except ValueError as error:
-            say(f"{stage}: no picture {name!r}: {error}")
+            say(f"{stage}: no figure {name!r}: {error}")
     return drawn
 
 
@@ -599,8 +621,8 @@ def _report(context: Context, evaluation: Evaluation, models: list[str], picture
         pictures=pictures,
         facts={
             "trials": experiment.collect.num_trials,
-            "snapshots a trial": f"{experiment.num_snapshots:,}",
-            "weights P": f"{int(evaluation.results['num_weights'][0]):,}",
+            "snapshots per trial": f"{experiment.num_snapshots:,}",
+            "policy weights": f"{int(evaluation.results['num_weights'][0]):,}",
             "training steps": f"{experiment.train.num_steps:,}",
             "test trials": len(np.unique(evaluation.results["trial"])),
         },

@@ -1,12 +1,13 @@
-"""What a job says on the terminal: lines, and one table of progress that redraws itself where it can.
+"""What a job prints: lines, and one table of progress that is redrawn in place on a terminal.
 
-In a log file, where nothing can be redrawn, the progress is one line now and then. Colours follow NO_COLOR and
-FORCE_COLOR; what moves the cursor goes to a terminal alone. Knows nothing of what is reported.
+In a log file the progress is one line now and then. Colours follow NO_COLOR and
+FORCE_COLOR; cursor movements go only to a terminal. Knows nothing of what is reported.
 """
 
 import datetime
 import json
 import sys
+import textwrap
 import time
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,12 @@ def say(message: str) -> None:
     console.print(message, markup=False)
 
 
+def say_sentence(message: str) -> None:
+    """Print a line, folded between words on a terminal."""
+    indented: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    say(textwrap.fill(message, console.width, **indented) if is_terminal(sys.stdout) else message)
+
+
 def is_terminal(stream: TextIO | None) -> bool:
     """Whether a stream leads to a terminal; a program without a console, or one that has gone, has none."""
     return stream is not None and not stream.closed and stream.isatty()
@@ -43,7 +50,7 @@ def redraws() -> bool:
 
 
 def log_event(name: str, **fields: object) -> None:
-    """Log one event in one line, time=... event=name key=value ...; on a terminal nothing, the table shows it there."""
+    """Log an event in one line, time=... event=name key=value ...; not on a terminal, where the table shows it."""
     if not redraws():
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         say(" ".join([f"time={now}", f"event={name}", *(f"{key}={_word(value)}" for key, value in fields.items())]))
@@ -55,7 +62,7 @@ def _word(value: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them.
+    """Seconds in words.
 
     >>> duration(3725), duration(65), duration(4.2)
     ('1 h 02 min', '1 min 05 s', '4 s')
@@ -68,7 +75,7 @@ def duration(seconds: float) -> str:
 
 
 def size_text(num_bytes: float) -> str:
-    """Bytes as a person says them.
+    """Bytes in words.
 
     >>> size_text(512), size_text(53.2e9)
     ('512 B', '53.2 GB')

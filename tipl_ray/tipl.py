@@ -1,4 +1,4 @@
-"""The command `tipl`: every job by its name, from wherever one stands.
+"""The command `tipl`: every job by its name, from any folder.
 
     tipl collect --experiment smoke
     tipl collect --help
@@ -19,7 +19,19 @@ import tipl_ray
 from tipl_ray.errors import no_such
 from tipl_ray.places import JOBS_FOLDER
 
-NAMES = ("collect", "train", "evaluate", "pipeline", "sweep", "compare", "accelerate", "fork", "find_rule", "data")
+NAMES = (
+    "collect",
+    "train",
+    "evaluate",
+    "pipeline",
+    "sweep",
+    "compare",
+    "accelerate",
+    "fork",
+    "find_rule",
+    "learn_jumps",
+    "data",
+)
 """The jobs, in the order of the work."""
 
 HELP, VERSION, COMPLETION = ("--help", "-h"), "--version", "--tyro-print-completion"
@@ -54,8 +66,8 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "tipl JOB --help explains a job and every option that it reads; tipl --version shows the version.",
-            f"tipl {COMPLETION} SHELL prints the completion for bash, zsh or tcsh.",
+            "tipl JOB --help explains a job and all its options; tipl --version shows the version.",
+            f"tipl {COMPLETION} SHELL prints shell completion for bash, zsh or tcsh.",
         ]
     )
 
@@ -79,7 +91,7 @@ def _complete(arguments: list[str]) -> NoReturn:
 
 
 def as_command(text: str) -> str:
-    """What a job's description says of `python jobs/NAME.py`, said of `tipl NAME`.
+    """A job's description with `tipl NAME` in place of `python jobs/NAME.py`.
 
     >>> as_command("python jobs/train.py --experiment jobs/experiments/demo.toml")
     'tipl train --experiment demo'
@@ -89,7 +101,7 @@ def as_command(text: str) -> str:
 
 
 def load(name: str) -> ModuleType:
-    """The file of a job as a module, its description said of `tipl`."""
+    """The file of a job as a module, with its description for `tipl`."""
     spec = importlib.util.spec_from_file_location(f"tipl_{name}", JOBS_FOLDER / f"{name}.py")
     assert spec
     assert spec.loader

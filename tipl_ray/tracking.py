@@ -4,7 +4,7 @@ Knows MLflow 3.17 through MlflowClient alone (no active run, no global tracking 
 it takes seconds. Knows nothing of what is logged. A metric's timestamp is a function of its step and a step keeps the
 first value it was given, so logging again after a restart changes nothing.
 
-An sqlite file and its artifacts lie side by side, and go on wherever they have been moved or copied to.
+An sqlite file and its artifacts are in one folder, which may be moved or copied.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ KEY_TAG = "tipl_ray.key"
 PROCESS_TAG = "tipl_ray.process"
 PARENT_TAG = "mlflow.parentRunId"
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-"""What MLflow's pages know an experiment of models by; without it they open on a view for language models."""
+"""Tag that makes MLflow's pages show an experiment as model training; without it they open on a view for LLMs."""
 PAGE = "/#/experiments/{}/runs?workflowType=machine_learning"
 """An experiment's runs with their metrics, among MLflow's pages."""
 MODEL_FOLDER, ARTIFACTS = "model", "mlflow-artifacts"
@@ -58,13 +58,13 @@ LOCATIONS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""Columns of MLflow's database that say where artifacts are."""
+"""Columns of MLflow's database with the places of artifacts."""
 DATABASE_ATTEMPTS = 4
-"""Times that a database is asked for its tables, over a second, before it is taken for away."""
+"""Times that a database is tried, over a second, before it counts as unreachable."""
 LOCK_SECONDS = 60.0
 """How long an sqlite file may be held by others."""
 REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
-"""What MLflow answers where it is well, and what it is asked for is not."""
+"""Error codes of a healthy MLflow that refuses a request."""
 NO_ROOM_OR_ACCESS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG)
 
 MAX_PARAMETER_LETTERS = 6000
@@ -74,7 +74,7 @@ METRICS_PER_BATCH = 1000
 
 
 class TrackingError(UserError):
-    """MLflow's store cannot be used; the message names its URI and a way out."""
+    """MLflow's store cannot be used; the message names its URI and what to do."""
 
 
 def resolve_uri(uri: str | None, storage_path: str) -> str:
@@ -87,23 +87,23 @@ def resolve_uri(uri: str | None, storage_path: str) -> str:
         folder = local_folder(storage_path)
         if folder is None:
             raise TrackingError(
-                f"tracking.uri is not set and storage={redacted(storage_path)!r} is no local folder, so no sqlite file "
-                "can lie there: start an MLflow server and set --tracking.uri or MLFLOW_TRACKING_URI to it"
+                f"tracking.uri is not set and storage={redacted(storage_path)!r} is not a local folder, so it cannot "
+                "hold an sqlite file: start an MLflow server and set --tracking.uri or MLFLOW_TRACKING_URI to it"
             )
         if "?" in str(folder):
             raise TrackingError(
-                f"storage={str(folder)!r} holds a question mark, at which the URI of an sqlite file ends: rename the "
+                f"storage={str(folder)!r} contains a question mark, which ends the URI of an sqlite file: rename the "
                 "folder, or set --tracking.uri or MLFLOW_TRACKING_URI"
             )
         return f"sqlite:///{folder / 'mlflow.db'}"
     if _scheme(uri) in ("", "file") and uri not in WORDS:
         raise TrackingError(
-            f"tracking.uri={redacted(uri)!r} is a folder, which MLflow refuses since 3.17: give "
+            f"tracking.uri={redacted(uri)!r} is a folder, which MLflow no longer supports since 3.17: use "
             "sqlite:////absolute/mlflow.db or the http:// address of a server"
         )
     if _scheme(uri).startswith("sqlite") and not re.match(r"[\w+]+:////", uri):
         raise TrackingError(
-            f"tracking.uri={redacted(uri)!r} is relative to the working directory, which a Ray job throws away: give "
+            f"tracking.uri={redacted(uri)!r} is relative to the working directory, which a Ray job deletes: use "
             "four slashes and an absolute path, sqlite:////absolute/mlflow.db"
         )
     return uri
@@ -146,7 +146,7 @@ class Tracker:
 
     @classmethod
     def open(cls, uri: str | None, experiment_name: str, storage_path: str) -> Tracker:
-        """Find or create the experiment, and mark as KILLED what dead processes of this machine left RUNNING.
+        """Find or create the experiment, and mark as KILLED the runs that dead processes of this machine left RUNNING.
 
         Raises TrackingError, within seconds and naming the URI, where the store cannot be used.
         """
@@ -181,7 +181,7 @@ class Tracker:
     def start(self, name: str, key: str, *, parent: Run | None = None, tags: Mapping[str, str] | None = None) -> Run:
         """As `run`, for runs that do not end where a block does: the caller ends each by `end`."""
         if "'" in key:
-            raise ValueError(f"key={key!r} holds a quote, which MLflow's search cannot look up")
+            raise ValueError(f"key={key!r} contains a quote, which MLflow's search cannot handle")
         own = {KEY_TAG: key, PROCESS_TAG: " ".join([_namespace(), str(os.getpid()), _started(os.getpid()) or ""])}
         tags = {**source_tags(), **(tags or {}), **own}
         if parent is not None:
@@ -295,7 +295,7 @@ class Run:
         """Record which data set the run used; the data itself is not copied.
 
         `source` is its folder or URI, `schema` its columns' types, `profile` any figures about it. MLflow cuts a digest
-        to 36 letters; the whole one stands in the profile.
+        to 36 letters; the whole one is in the profile.
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -366,12 +366,10 @@ def open_to_read(uri: str | None, storage_path: str) -> tuple[MlflowClient, str]
     uri = resolve_uri(uri, storage_path)
     if file := _sqlite_file(uri):
         if not file.is_file():
-            raise TrackingError(f"{file}: no such file; give --storage or --uri of an MLflow that has runs")
+            raise TrackingError(f"{file}: no such file; set --storage or --uri to an MLflow that has runs")
         with _as_tracking_error(uri):
             if not _holds_anything(file):
-                raise TrackingError(
-                    f"{file}: nothing is recorded there; give --storage or --uri of an MLflow with runs"
-                )
+                raise TrackingError(f"{file}: it contains no runs; set --storage or --uri to an MLflow that has some")
     with _impatient():
         client = _client(uri)
         client.search_experiments(max_results=1)
@@ -415,7 +413,7 @@ def _client(uri: str) -> MlflowClient:
 
 
 def _quiet_mlflow() -> Any:
-    """MLflow, imported so that it says nothing and sends nothing."""
+    """MLflow, imported so that it prints nothing and sends nothing."""
     # Read at import: without it, MLflow sends usage data out of a cluster that may have no way out.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
@@ -441,7 +439,7 @@ def _as_tracking_error(uri: str) -> Iterator[None]:
             trouble = kind(f"MLflow at {shown} refuses: {reason}")
         else:
             here = _sqlite_file(uri) or getattr(error, "errno", None) in NO_ROOM_OR_ACCESS
-            way_out = "Make room there or give access, and run again" if here else "Start that server"
+            way_out = "Free some space there or fix permissions, and run again" if here else "Start that server"
             trouble = TrackingError(
                 f"MLflow cannot be used at tracking.uri={shown!r}: {reason}. {way_out}, or set --tracking.uri or "
                 "MLFLOW_TRACKING_URI to another"
@@ -615,7 +613,7 @@ def _experiment_id(client: MlflowClient, uri: str, name: str, storage_path: str)
             assert experiment is not None, "MLflow has just named it"
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"tracking.experiment={name!r} was deleted in MLflow at {redacted(uri)!r}: restore it there, or give "
+            f"tracking.experiment={name!r} was deleted in MLflow at {redacted(uri)!r}: restore it there, or use "
             "another name"
         )
     location = experiment.artifact_location or ""
@@ -624,7 +622,7 @@ def _experiment_id(client: MlflowClient, uri: str, name: str, storage_path: str)
         if _scheme(uri).startswith(DATABASES) and not folder.parent.exists():
             raise TrackingError(
                 f"tracking.experiment={name!r} of MLflow at {redacted(uri)!r} keeps its artifacts in {folder}, and "
-                f"{folder.parent} is not there any more: bring it back, or give another --tracking.experiment"
+                f"{folder.parent} no longer exists: restore it, or use another --tracking.experiment"
             )
     if KIND_TAG not in experiment.tags:
         client.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)

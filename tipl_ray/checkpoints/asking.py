@@ -1,4 +1,4 @@
-"""A storage's series, asked, and what is published of it.
+"""Analyse the series of a storage, and publish the findings.
 
 <storage>/predictability/<digest>/    report.html, skill.png, path.png, *.csv, predictability.sha256
 """
@@ -25,22 +25,22 @@ def choose_series(storage: str, names: Sequence[str]) -> list[ImportedSeries]:
     """
     known = all_series(storage)
     if not known:
-        raise CheckpointError(f"{storage}: no series was imported there; import a folder of checkpoints first")
+        raise CheckpointError(f"{storage}: there are no series; import a folder of checkpoints first")
     chosen = []
     for name in names:
         own = [one for one in known if name in (one.name, one.digest)]
         listed = "; ".join(f"{one.digest} ({one.name}, {len(one.steps)} checkpoints)" for one in own or known)
         if len(own) != 1:
             raise CheckpointError(
-                f"{storage}: {'several series are' if own else 'no series is'} called {name}; name one by its digest: "
-                f"{listed}"
+                f"{storage}: {'several series are' if own else 'no series is'} called {name}; choose one by its "
+                f"digest: {listed}"
             )
         chosen += own
     return list({one.digest: one for one in chosen or known}.values())
 
 
 def answer(storage: str, names: Sequence[str], asking: Asking, predictor: str | None) -> tuple[str, Findings]:
-    """Ask, and publish the page, pictures and tables; their folder, and what came out.
+    """Analyse series, and publish the page, pictures and tables; their folder, and the findings.
 
     `predictor` is a folder or URI that `load_predictor` takes. Raises as `choose_series` and `ask` do.
     """

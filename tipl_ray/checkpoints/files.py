@@ -39,7 +39,7 @@ POLICY_IN_ZIP = "policy.pth"
 
 
 class CheckpointError(UserError):
-    """A file or a folder of checkpoints is refused: names it, what is wrong with it, and the way out."""
+    """A file or a folder of checkpoints is refused: names it, what is wrong with it, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def _parts(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: is no index of a sharded checkpoint: it has no weight_map") from error
+        raise CheckpointError(f"{index}: is not the index of a sharded checkpoint: it has no weight_map") from error
     parts = [index.with_name(name) for name in names]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise CheckpointError(f"{index}: {missing[0]} is missing, 1 of {len(parts)} shards; copy or download it again")
@@ -159,7 +159,7 @@ def _torch(path: Path) -> Contents:
         if tensor.dtype not in FLOATS:
             left_out[name] = f"of type {str(tensor.dtype).removeprefix('torch.')}"
         elif NOT_WEIGHTS.search(name.partition("/")[0]) and "/" in name:
-            left_out[name] = "part of the training's state"
+            left_out[name] = "part of the optimiser's or training state"
         else:
             stored = _stored(path, name, tensor, inner, places)
             if stored in seen:
@@ -190,12 +190,12 @@ def _load(path: Path, file: IO[bytes]) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds more than tensors, numbers and text, and running what is pickled in it is not safe; save "
-            "module.state_dict() in its place"
+            f"{path}: contains more than tensors, numbers and text, and unpickling it is not safe; save "
+            "module.state_dict() instead"
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: is no checkpoint of torch.save, or damaged: {first}") from error
+        raise CheckpointError(f"{path}: is not a checkpoint of torch.save, or damaged: {first}") from error
 
 
 def _flat(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -227,4 +227,4 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path}: cannot be read: {reason}; give access, or copy or save it again") from error
+        raise CheckpointError(f"{path}: cannot be read: {reason}; fix permissions, or copy or save it again") from error

@@ -1,6 +1,6 @@
 """Findings about series of checkpoints -> plain sentences, tables and one page.
 
-What is negative is said as plainly as what is positive. Knows nothing of how the figures were made.
+Negative findings are stated as plainly as positive ones. Knows nothing of how the figures were made.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ WORDS = {
 STRAIGHT = 0.9
 """Net displacement as a share of the path's length from which on a path is called straight."""
 HELD = 0.9
-"""Share of the next displacement's square in the span of the context's from which on the context is said to hold it."""
+"""Share of the next displacement's square in the span of the context's from which on the context contains it."""
 LINE = 0.95
 """Energy of a rank-1 SVD from which on a path is called a line."""
 CAPTIONS = {
     "skill": (
         "Skill per number of checkpoints ahead",
-        "Skill is the share of copy-last's squared error that a predictor removes: 1 is perfect, 0 is no better than "
-        "copying the last checkpoint, below 0 is worse. The upper bound knows the future: no combination of the "
-        "context's displacements can be better.",
+        "Skill is the share of the copy-last baseline's squared error that a predictor removes: 1 is perfect, 0 is no "
+        "better than copying the last checkpoint, below 0 is worse. The upper bound knows the future: no combination "
+        "of the context's displacements can be better.",
     ),
     "path": (
         "The path",
@@ -51,7 +51,7 @@ CAPTIONS = {
 def page(
     series: Sequence[ImportedSeries], findings: Findings, asking: Asking, pictures: Mapping[str, bytes], command: str
 ) -> str:
-    """The report as one HTML page that needs nothing beside it; `pictures` maps names of CAPTIONS to PNGs."""
+    """The report as one self-contained HTML page; `pictures` maps names of CAPTIONS to PNGs."""
     names = list(dict.fromkeys(one.name for one in series))
     title = f"How predictable is {names[0]}?" if len(series) == 1 else f"How predictable are {len(series)} runs?"
     return pages.page(
@@ -70,7 +70,7 @@ def page(
 
 
 def answers(findings: Findings) -> list[Answer]:
-    """What the findings say, the most asked first."""
+    """The findings as answers, the most asked question first."""
     found = [next_checkpoint(findings), further_ahead(findings), at_best(findings)]
     if any(row["predictor"] == "tipl" for row in findings.means):
         found.append(zero_shot(findings))
@@ -114,7 +114,7 @@ def further_ahead(findings: Findings) -> Answer:
             words.append(f"the best there, {_words(best).rstrip(',')}, is {_amount(best['skill'], against='')}")
         sentences.append("; ".join(words) + ".")
         verdicts.append(_verdict(best))
-    question = "Do forecasts further ahead hold up?"
+    question = "Do forecasts further ahead work?"
     if not verdicts:
         return Answer(question=question, verdict="unknown", text="The series is too short to judge them.")
     verdict: Verdict = verdicts[0] if len(set(verdicts)) == 1 else "partly"
@@ -122,7 +122,7 @@ def further_ahead(findings: Findings) -> Answer:
 
 
 def at_best(findings: Findings) -> Answer:
-    """What no combination of the context's displacements can do better than."""
+    """The upper bound of any combination of the context's displacements."""
     rows = [
         row
         for step in sorted({row["step"] for row in findings.means})
@@ -130,15 +130,15 @@ def at_best(findings: Findings) -> Answer:
         if (row["predictor"], row["step"], row["windows"]) == (BOUND, step, shared_windows(findings))
         and row["skill"] is not None
     ]
-    question = "Do the recent displacements hold what comes next?"
+    question = "Do the recent displacements contain the next one?"
     if not rows:
         return Answer(question=question, verdict="unknown", text="Nothing moved, so there is nothing to reach.")
     ends = [rows[0], rows[-1]] if len(rows) > 1 else rows
     parts = [f"{row['skill']:.0%} {_ahead(row['step'])}" for row in ends]
     text = (
         f"Whatever the coefficients, a combination of the last {findings.context} displacements removes at most "
-        f"{' and '.join(parts)} of the squared error of {COPY}; the rest of the movement is in directions that these "
-        "displacements do not have."
+        f"{' and '.join(parts)} of the squared error of {COPY}; the rest of the movement is in directions outside "
+        "their span."
     )
     held = rows[0]["skill"]
     verdict: Verdict = "yes" if held >= HELD else "partly" if held >= CLEAR else "no"
@@ -165,7 +165,7 @@ def zero_shot(findings: Findings) -> Answer:
         sides.append(row["skill"] > best["skill"])
     verdict: Verdict = "unknown" if not sides else "yes" if all(sides) else "partly" if any(sides) else "no"
     question = "Does the trained Transformer do better without having seen such a run?"
-    return Answer(question=question, verdict=verdict, text=" ".join(sentences) or "No step was asked of it.")
+    return Answer(question=question, verdict=verdict, text=" ".join(sentences) or "It was not evaluated at any step.")
 
 
 def straight(findings: Findings) -> Answer:
@@ -182,8 +182,9 @@ def straight(findings: Findings) -> Answer:
             else f"; successive displacements have a mean cosine of {row['mean_cosine']:.2f}"
         )
         sentences.append(
-            f"{_of(findings, row)}The last checkpoint is {row['straightness']:.0%} as far from the first as the path "
-            f"is long, where a random walk of as many steps would be {row['straightness_random_walk']:.0%}{cosine}."
+            f"{_of(findings, row)}The distance from the first checkpoint to the last is {row['straightness']:.0%} of "
+            "the path's length; for a random walk of as many steps it would be "
+            f"{row['straightness_random_walk']:.0%}{cosine}."
         )
     return Answer(
         question=question,
@@ -200,8 +201,8 @@ def one_dimensional(findings: Findings) -> Answer:
         return Answer(question=question, verdict="unknown", text="Nothing moved.")
     ranks = {row["digest"]: row["rank_99"] for row in findings.paths}
     sentences = [
-        f"{_of(findings, row)}One direction holds {row['path']:.0%} of the squared distances from the first "
-        f"checkpoint, where a random walk of as many steps has {row['random_walk']:.0%} in one; 99% take "
+        f"{_of(findings, row)}One direction explains {row['path']:.0%} of the squared distances from the first "
+        f"checkpoint; for a random walk of as many steps it would be {row['random_walk']:.0%}. 99% take "
         f"{ranks[row['digest']]} direction{'s' * (ranks[row['digest']] != 1)}."
         for row in rows
     ]
@@ -219,7 +220,7 @@ def layers(findings: Findings) -> Answer:
     most = max(rows, key=lambda row: row["share_of_movement"])
     better = sum(row["skill_linear"] > 0 for row in rows)
     text = (
-        f"Linear extrapolation is better than {COPY} in {better} of {len(rows)} layers that move: best in "
+        f"Linear extrapolation is better than {COPY} in {better} of the {len(rows)} layers that move: best in "
         f"{_layer(findings, ordered[0])} ({_amount(ordered[0]['skill_linear'], against='')}), worst in "
         f"{_layer(findings, ordered[-1])} ({_amount(ordered[-1]['skill_linear'], against='')}). Most of the movement, "
         f"{most['share_of_movement']:.0%}, is in {_layer(findings, most)}."
@@ -229,23 +230,23 @@ def layers(findings: Findings) -> Answer:
 
 
 def notes(series: Sequence[ImportedSeries], findings: Findings, asking: Asking) -> list[str]:
-    """What a reader must know to believe the figures."""
+    """How the findings were computed, and their limits."""
     fitted = {row["fitted_on"] for row in findings.means}
-    said = [f"A forecast knows the last {findings.context} displacements, and nothing that comes after its start."]
+    said = [f"A forecast uses only the last {findings.context} displacements before its start."]
     if "first half" in fitted:
         said.append(
-            "There is no other run to choose by: damped, dmd and context-ridge choose their one setting on the series' "
-            "first half, and all predictors are compared on the windows that start in its second."
+            "With no other run to validate on, damped, dmd and context-ridge choose their one setting on the first "
+            "half of the series, and all predictors are compared on windows that start in the second half."
         )
     if "other series" in fitted:
         said.append("damped, dmd and context-ridge choose their one setting on the series of the other folders.")
     asked = {row["step"] for row in findings.means}
     if late := sorted(asked - {row["step"] for row in findings.means if row["predictor"] in FITTED}):
         said.append(
-            f"At h = {', '.join(map(str, late))} damped, dmd and context-ridge are not asked: what they would choose "
-            "their setting by is too short."
+            f"At h = {', '.join(map(str, late))} damped, dmd and context-ridge are left out: the data to choose "
+            "their setting on is too short."
         )
-    said.append("The best predictor is named by looking at the windows that it is judged on; so is its lead.")
+    said.append("The best predictor is chosen on the windows that it is evaluated on, so its lead is optimistic.")
     longest = max(row["step"] for row in findings.means)
     if missing := [step for step in asking.steps if step > longest]:
         said.append(f"No series is long enough for h = {', '.join(map(str, missing))}.")
@@ -265,7 +266,8 @@ def notes(series: Sequence[ImportedSeries], findings: Findings, asking: Asking) 
             )
     if len(series) < MIN_TRIALS:
         said.append(
-            f"There are no intervals: they take {MIN_TRIALS} series. These figures are of this run, not of its kind."
+            f"There are no confidence intervals, which take {MIN_TRIALS} series: these numbers describe this run, not "
+            "others."
         )
     return said
 

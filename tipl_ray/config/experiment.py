@@ -1,6 +1,6 @@
 """One experiment, as a tree of frozen dataclasses: read from TOML, overridden on the command line, checked once.
 
-Knows nothing of Ray, torch or MLflow, so that `--help` is instant. Everything that can be derived is a property.
+Does not import Ray, torch or MLflow, so that `--help` is instant. Everything that can be derived is a property.
 """
 
 import dataclasses
@@ -39,36 +39,43 @@ JOBS: dict[str, tuple[str, ...]] = {
     "find_rule": (
         *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
         *("-collect.num_trials", "-collect.first_seed", "-ppo.learning_rate", "improve", "-improve.regimes"),
-        *("-improve.stages", "-improve.pairs", "-improve.spread", "-improve.iterations", "where.physics_threads"),
-        "where.units_at_once",
+        *("-improve.stages", "-improve.pairs", "-improve.spread", "-improve.iterations", "-improve.models"),
+        *("-improve.model_steps", "where.physics_threads", "where.units_at_once"),
     ),
     "fork": (
         *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
         *("-ppo.learning_rate", "improve", "-improve.regimes", "-improve.generations", "-improve.population"),
         *("-improve.searches", "-improve.search_first_seed", "-improve.search_trials"),
-        *("where.physics_threads", "where.units_at_once"),
+        *("-improve.models", "-improve.model_steps", "where.physics_threads", "where.units_at_once"),
+    ),
+    "learn_jumps": (
+        *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
+        *("-ppo.learning_rate", "split", "improve", "-improve.regimes", "-improve.generations", "-improve.population"),
+        *("-improve.searches", "-improve.search_first_seed", "-improve.search_trials", "evaluate.bootstrap"),
+        *("evaluate.confidence", "evaluate.seed", "where.units_at_once"),
     ),
 }
-"""What each job reads of an experiment: sections and fields, and with a dash what of them it does not."""
+"""The sections and fields of an experiment that each job reads; a leading dash marks the exceptions."""
 
 EVERY_JOB = ("name", "where.storage", "where.tracking")
-"""What each of them reads too."""
+"""What every job reads as well."""
 
 LEARNING = ("train", "evaluate", "sweep")
-"""Jobs that cut the trials in three and look at them through the model's context."""
+"""Jobs that split the trials in three and cut them into windows of the model's context."""
 
 
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
-    """One experiment: what is collected, how it is reduced, what learns from it and how that is judged."""
+    """One experiment: what to collect, how to reduce it, which model to train and how to evaluate it."""
 
     name: str = dataclasses.field(metadata=NO_IDENTITY)
-    """Name of the experiment, and of its folder in the default storage."""
+    """Name of the experiment and of its folder in the default storage."""
     where: Where = dataclasses.field(default_factory=Where, metadata=NO_IDENTITY)
     preset: Literal["causal", "paper"] = "paper"
-    """Set of defaults for basis, model and training: `paper` is the paper's Transformer on its Temporal SVD, `causal`
-    our own on the basis `window`. The file's sections [causal.train], [paper.train] and so on hold for one of them."""
+    """Set of defaults for basis, model and training: `paper` is the paper's Transformer on its Temporal SVD; `causal`
+    is ours, on the basis `window`. Sections [causal.train], [paper.train] and so on in the file apply to one of
+    them."""
     collect: Collect = dataclasses.field(default_factory=Collect)
     ppo: Ppo = dataclasses.field(default_factory=Ppo)
     split: Split = dataclasses.field(default_factory=Split)
@@ -82,7 +89,7 @@ class Experiment:
 
     @property
     def storage_path(self) -> str:
-        """Absolute folder, or the URI as given: Ray changes the working directory of its workers."""
+        """Absolute folder, or the URI as given; absolute because Ray changes the working directory of its workers."""
         storage = self.where.storage
         return default_storage(self.name) if storage is None else absolute_storage(storage)
 
@@ -97,17 +104,17 @@ class Experiment:
 
     @property
     def env_steps_per_trial(self) -> int:
-        """Environment steps of the whole iterations that a trial runs."""
+        """Environment steps per trial, in whole iterations."""
         return self.num_iterations * self.ppo.num_steps
 
     @property
     def snapshots_per_iteration(self) -> int:
-        """Snapshots per iteration, each of which update epochs lead to."""
+        """Snapshots per iteration, each taken after epochs_per_snapshot update epochs."""
         return self.ppo.num_epochs // self.collect.epochs_per_snapshot
 
     @property
     def num_snapshots(self) -> int:
-        """Snapshots per trial T, the initial one included."""
+        """Snapshots per trial T, including the initial one."""
         return 1 + self.num_iterations * self.snapshots_per_iteration
 
     @property
@@ -131,7 +138,7 @@ class Experiment:
         )
 
     def check(self, *jobs: str) -> Self:
-        """Refuse what these jobs of `JOBS` cannot run; of none, what any of them cannot.
+        """Refuse what these jobs of `JOBS` cannot run; without jobs, what any of them cannot.
 
         Raises ValueError naming the field, the value and the limit.
         """
@@ -177,7 +184,7 @@ class Experiment:
                 steps |= {f"accelerate.{field}={task}@{count}": int(count) for task, _, count in given if count}
         for where, count in steps.items():
             if count < self.ppo.num_steps:
-                raise ValueError(f"{where} is less than one iteration of ppo.num_steps={self.ppo.num_steps}")
+                raise ValueError(f"{where} is less than one PPO iteration, ppo.num_steps={self.ppo.num_steps}")
         if set(jobs) - {"accelerate"} and self.ppo.num_epochs % self.collect.epochs_per_snapshot:
             raise ValueError(
                 f"collect.epochs_per_snapshot={self.collect.epochs_per_snapshot} does not divide "
@@ -185,8 +192,8 @@ class Experiment:
             )
         if self.num_snapshots > LARGEST:
             raise ValueError(
-                f"collect.total_env_steps={self.collect.total_env_steps} gives {self.num_snapshots} snapshots a trial, "
-                f"more than {LARGEST}"
+                f"collect.total_env_steps={self.collect.total_env_steps} gives {self.num_snapshots} snapshots per "
+                f"trial, more than {LARGEST}"
             )
 
     def _check_learning(self) -> None:
@@ -204,14 +211,15 @@ class Experiment:
         representation.check(self)
         if self.train.data and not representation.across_tasks:
             raise ValueError(
-                f"train.data={self.train.data} needs basis.kind=window: tokens of {self.basis.kind!r} fit one task"
+                f"train.data={self.train.data} requires basis.kind=window: tokens of {self.basis.kind!r} are for one "
+                "task"
             )
         furthest = max(self.evaluate.horizon, *self.evaluate.extra_horizons, 0)
         needed = self.model.context + furthest
         if needed >= self.num_snapshots:
             raise ValueError(
-                f"model.context={self.model.context} + forward step {furthest} of evaluate = {needed} displacements "
-                f"exceed the {self.num_snapshots - 1} of a trial"
+                f"model.context={self.model.context} + the furthest forward step {furthest} = {needed} displacements, "
+                f"more than the {self.num_snapshots - 1} of a trial"
             )
 
     def _check_policies_run(self) -> None:
@@ -226,7 +234,7 @@ class Experiment:
             missing.add("ridge-elsewhere")
         if missing.issuperset(self.evaluate.run_policies_of):
             raise ValueError(
-                f"evaluate.run_policies_of={self.evaluate.run_policies_of} are no predictors of "
+                f"evaluate.run_policies_of={self.evaluate.run_policies_of}: none of these is a predictor of "
                 f"basis.kind={self.basis.kind!r}{'' if self.train.data else ' without train.data'}"
             )
 
@@ -235,16 +243,16 @@ class Experiment:
         searched = range(settings.search_first_seed, settings.search_first_seed + settings.search_trials)
         if reported[0] <= searched[-1] and searched[0] <= reported[-1]:
             raise ValueError(
-                f"accelerate.search_first_seed={searched[0]} and accelerate.search_trials={len(searched)} take some of "
-                f"the seeds {reported[0]} to {reported[-1]}, which are reported"
+                f"accelerate.search_first_seed={searched[0]} and accelerate.search_trials={len(searched)} overlap "
+                f"the seeds {reported[0]} to {reported[-1]}, which are reserved for the results"
             )
         for contender in settings.running:
             for value in settings.values_of(contender):
                 contender.ppo_at(self.ppo, value)
             if contender.epochs_before_jump(self.ppo) < 1:
                 raise ValueError(
-                    f"accelerate.contenders: {contender.name!r}: jump.corrective_epochs leaves none of ppo.num_epochs "
-                    "to run before the jump"
+                    f"accelerate.contenders: {contender.name!r}: jump.corrective_epochs leaves no epoch of "
+                    "ppo.num_epochs to run before the jump"
                 )
 
     def _check_forks(self) -> None:
@@ -254,26 +262,26 @@ class Experiment:
                 iterations = self.collect.total_env_steps // ppo.num_steps
                 if iterations <= self.improve.stages:
                     raise ValueError(
-                        f"improve.stages={self.improve.stages} leaves no iteration between the forks of a trial of "
-                        f"{iterations}, as collect.total_env_steps={self.collect.total_env_steps} gives "
-                        f"improve.regimes {regime.name!r}"
+                        f"improve.stages={self.improve.stages} leaves no iteration between forks: a trial of "
+                        f"improve.regimes {regime.name!r} with collect.total_env_steps="
+                        f"{self.collect.total_env_steps} has only {iterations} iterations"
                     )
 
 
 def known_predictors(outside: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names that a result table may have: this package's, those that representations bring, and those from outside."""
+    """Predictor names in a result table: this package's, those that come with representations, and the user's own."""
     brought = [name for kind in REPRESENTATIONS.own for name in REPRESENTATIONS.load(kind).own_predictors]
     return tuple(dict.fromkeys([*PREDICTORS.own, *brought, *(PREDICTORS.load(name).name for name in outside)]))
 
 
 @functools.cache
 def every_field() -> tuple[str, ...]:
-    """Fields of an experiment by their dotted names, in its order."""
+    """All fields of an experiment by their dotted names, in order."""
     return tuple(name for name, _ in flat(as_table(Experiment(name="any"))))
 
 
 def fields_read(jobs: Collection[str]) -> tuple[str, ...]:
-    """Fields of an experiment that some of these jobs read, by their dotted names, in its order."""
+    """Fields of an experiment that at least one of these jobs reads, by their dotted names, in order."""
 
     def holds(parts: Sequence[str], field: str) -> bool:
         return any(field == part or field.startswith(f"{part}.") for part in parts)
@@ -287,11 +295,11 @@ def fields_read(jobs: Collection[str]) -> tuple[str, ...]:
 
 
 def check_place(field: str, place: str) -> None:
-    """Raise ValueError for a folder or URI that says more than where something is."""
+    """Raise ValueError for a folder or URI that carries credentials or unknown options."""
     if redacted(place) != place:
         raise ValueError(
-            f"{field}={redacted(place)!r} carries credentials, which every log would show, or an option that is none "
-            "of endpoint_override, scheme and region: give credentials by the environment or a profile"
+            f"{field}={redacted(place)!r} contains credentials, which every log would show, or an option other than "
+            "endpoint_override, scheme and region; pass credentials by the environment or a profile"
         )
 
 

@@ -1,4 +1,4 @@
-"""What fields of a configuration may hold, and the one place where that is checked."""
+"""Limits on the fields of a configuration, and the one place where they are checked."""
 
 import dataclasses
 import functools
@@ -14,16 +14,16 @@ from tipl_ray.digest import published
 from tipl_ray.errors import nearest
 
 LARGEST = 2**31 - 1
-"""Most that a whole number may be: what the data set's columns and every library's seeds hold."""
+"""Largest integer: what fits the data set's columns and every library's seeds."""
 
 MAX_NAME_BYTES = 100
 
 
 LATER = {"later": True}
-"""Metadata of fields that came later: they count in names and digests where they differ from their default."""
+"""Metadata of fields added later: they enter names and digests only if they differ from their default."""
 
 NO_IDENTITY = {"identity": False}
-"""Metadata of fields that no result depends on; see `digest.identity`."""
+"""Metadata of fields that do not affect results; see `digest.identity`."""
 
 STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -33,7 +33,7 @@ Step = Annotated[int, Field(ge=1, le=10_000)]
 Width = Annotated[int, Field(ge=1, le=16_384)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(ge=1e-37, le=1e37)]
-"""What float32 holds, above 0."""
+"""Positive and representable in float32."""
 
 MOVED = (
     *("storage", "tracking", "collect.trials_per_actor", "collect.physics_threads", "train.num_workers"),
@@ -41,7 +41,7 @@ MOVED = (
     *("accelerate.predictors_from", "accelerate.predictors_storage", "accelerate.units_at_once"),
     "accelerate.keep_weights",
 )
-"""Where earlier versions had what is in the section `where` under the same last name."""
+"""Earlier names of fields that are now in the section `where` under the same last name."""
 
 
 def check_limits(part: Any, prefix: str = "") -> None:
@@ -82,7 +82,7 @@ def _complaint(item: Any, prefix: str, known: Sequence[str]) -> str:
         return f"{said} is not a finite number"
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         if field in MOVED:
-            return f"{said}: {field.rpartition('.')[2]} is in the section [where] now"
+            return f"{said}: {field.rpartition('.')[2]} has moved to the section [where]"
         return f"{said}: unknown key{nearest(field, known)}"
     return f"{said}: {item['msg']}"
 
@@ -94,12 +94,12 @@ def check_name(field: str, whole: str, name: str, also: str = "") -> None:
         # Letters, the marks on them, digits: all else means something to someone.
         if unicodedata.category(letter)[0] not in "LMN" and letter not in allowed:
             raise ValueError(
-                f"{field}={whole!r} holds {letter!r}: give letters, digits and {' '.join(allowed).strip()}"
+                f"{field}={whole!r} contains {letter!r}; use only letters, digits and {' '.join(allowed).strip()}"
             )
     if not name or (name[0] != "_" and unicodedata.category(name[0])[0] not in "LN"):
-        raise ValueError(f"{field}={whole!r} does not begin with a letter, a digit or _")
+        raise ValueError(f"{field}={whole!r} must begin with a letter, a digit or _")
     if name[-1] in ". ":
-        raise ValueError(f"{field}={whole!r} ends in {name[-1]!r}, which some would leave out")
+        raise ValueError(f"{field}={whole!r} ends in {name[-1]!r}, which some file systems drop")
     if len(whole.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"{field}={whole[:20]!r}... has {len(whole.encode())} bytes, more than {MAX_NAME_BYTES}")
 
@@ -107,11 +107,11 @@ def check_name(field: str, whole: str, name: str, also: str = "") -> None:
 def check_last_seed(section: str, field: str, first: int, count: int) -> None:
     """Refuse seeds that count up beyond what a seed may be. Raises ValueError."""
     if first + count - 1 > LARGEST:
-        raise ValueError(f"{section}.{field}={first}: the last of {count} seeds is beyond {LARGEST}")
+        raise ValueError(f"{section}.{field}={first}: the last of {count} seeds would exceed {LARGEST}")
 
 
 def check_once(section: str, field: str, values: Sequence[Any]) -> None:
     """Refuse a value that is given twice. Raises ValueError."""
     for value in values:
         if values.count(value) > 1:
-            raise ValueError(f"{section}.{field} holds {value!r} twice")
+            raise ValueError(f"{section}.{field} contains {value!r} twice")

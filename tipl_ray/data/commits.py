@@ -60,7 +60,9 @@ class CommitRecord:
             ("config_hash", self.header.config_hash),
         ):
             if getattr(self, field) != expected:
-                raise ValueError(f"{field}={getattr(self, field)!r} is not {expected!r}, which its other fields say")
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} contradicts its other fields, which give {expected!r}"
+                )
         if self.rows < 1 or self.commit < 1:
             raise ValueError(f"commit={self.commit} and rows={self.rows} are not both at least 1")
 
@@ -188,7 +190,7 @@ def complaints(error: pydantic.ValidationError, whole: str) -> str:
 
 
 def encode_state(state: dict[str, np.ndarray]) -> bytes:
-    """A resume state's file. Raises StoreError for what is no array of numbers."""
+    """A resume state's file. Raises StoreError for what is not an array of numbers."""
     for name, array in state.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
             raise StoreError(f"state[{name!r}] is no array of numbers: {getattr(array, 'dtype', type(array).__name__)}")

@@ -56,8 +56,8 @@ def _locked(path: Path, what: str) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise StoreError(
-                f"{path.parent.parent}: cannot be written: {error.strerror}. Give access or make room, or choose "
-                "another --storage"
+                f"{path.parent.parent}: cannot be written: {error.strerror}. Fix permissions or free some space, or "
+                "use another --storage"
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,7 +65,7 @@ def _locked(path: Path, what: str) -> int:
             holder = os.pread(descriptor, 1000, 0)
             os.close(descriptor)
             raise StoreError(
-                f"{path.parent.parent}: {_told(holder)} is already {what}; wait until it has ended, or end it, and run "
+                f"{path.parent.parent}: {_told(holder)} is already {what}; wait for it to end, or stop it, then run "
                 "this again"
             ) from None
         except OSError:  # a file system without locks
@@ -122,7 +122,7 @@ def _is_nobodys(files: Storage, path: str, what: str) -> bool:
     """Whether a lease was left behind, not given back. Raises StoreError once its holder is seen to be there."""
     try:
         first = files.read(path)
-        say(f"{_told(first)} was {what}: looking for {LEASE_SECONDS:g} s whether it still is")
+        say(f"{_told(first)} was {what}: checking for {LEASE_SECONDS:g} s whether it still is")
         begin = time.monotonic()
         while time.monotonic() - begin < LEASE_SECONDS:
             time.sleep(RENEW_SECONDS / 5)
@@ -138,7 +138,7 @@ def _taken(files: Storage, path: str, what: str) -> StoreError:
     with contextlib.suppress(OSError):
         holder = files.read(path)
     return StoreError(
-        f"{files.show('').rstrip('/')}: {_told(holder)} is already {what}; wait until it has ended, or end it, and run "
+        f"{files.show('').rstrip('/')}: {_told(holder)} is already {what}; wait for it to end, or stop it, then run "
         "this again"
     )
 

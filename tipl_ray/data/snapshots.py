@@ -172,18 +172,20 @@ class Header:
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
-            raise ValueError(f"format_version={self.format_version} is not {FORMAT_VERSION}, the one known here")
+            raise ValueError(f"format_version={self.format_version} is not {FORMAT_VERSION}, the only one supported")
         end = 0
         for name, shape, offset in self.layout:
             if offset != end or min(shape, default=1) < 1:
                 raise ValueError(f"layout: {name!r} of shape {shape} at offset {offset} does not follow offset {end}")
             end += math.prod(shape)
         if not 0 < end < 2**31:
-            raise ValueError(f"layout: {end} weights are not between 1 and 2**31 - 1")
+            raise ValueError(f"layout: {end} weights are outside 1 to 2**31 - 1")
         if self.columns != tuple(name for name in COLUMNS if name in (*self.columns, *ALWAYS)):
-            raise ValueError(f"columns={list(self.columns)} are not of {', '.join(COLUMNS)}, in that order")
+            raise ValueError(f"columns={list(self.columns)} must be some of {', '.join(COLUMNS)}, in that order")
         if set(STATISTICS) & {*self.columns} not in (set(), {*STATISTICS}):
-            raise ValueError(f"columns={list(self.columns)} have some of {', '.join(STATISTICS)}, and not all three")
+            raise ValueError(
+                f"columns={list(self.columns)} contain only some of {', '.join(STATISTICS)}, not all three"
+            )
 
     @property
     def num_weights(self) -> int:

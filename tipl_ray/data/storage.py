@@ -3,7 +3,7 @@
 All that this package writes goes through here, but for what Ray Train and MLflow keep themselves. Knows nothing of what
 the files hold.
 
-An S3 endpoint other than AWS's is told by $AWS_ENDPOINT_URL_S3, $AWS_ENDPOINT_URL or, first of all, by the root itself:
+An S3 endpoint other than AWS's is set by $AWS_ENDPOINT_URL_S3, $AWS_ENDPOINT_URL or, first of all, by the root itself:
 s3://bucket/prefix?endpoint_override=http://host:port. Writing to S3 takes the extra `s3`; URIs of other filesystems can
 only be read.
 """
@@ -28,7 +28,9 @@ from tipl_ray.digest import redacted
 from tipl_ray.errors import UserError
 
 TEMPORARY = ".tmp-"
-"""How the names begin of files that are not yet published; a killed process leaves them behind."""
+"""Prefix of files that are not yet published; a killed process leaves them behind."""
+LATEST = "latest"
+"""Name of the link in a storage that leads to the newest report's folder."""
 LEFT_AFTER_SECONDS = 3600.0
 """Age at which a file that is not yet published is taken for left behind: writing one takes far less."""
 REQUESTS_AT_ONCE = 16
@@ -40,14 +42,14 @@ CONFLICTS = 50
 """Conditional puts of one name that may meet another under way before the storage gives up."""
 
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS)
-"""What network and FUSE file systems say that do not know how to sync a folder, and keep its names in their own way."""
+"""Errors of network and FUSE file systems that cannot sync a folder, and keep its names in their own way."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 class StoreError(UserError):
-    """The storage refuses: names the file or field, what is wrong with it, and the way out."""
+    """The storage refuses: names the file or field, what is wrong with it, and what to do."""
 
 
 class Storage:
@@ -59,7 +61,7 @@ class Storage:
         Raises StoreError where no filesystem answers to the URI, or where a file is in the folder's place.
         """
         if not root:
-            raise StoreError("the storage's name is empty; give a folder or a URI such as s3://bucket/folder")
+            raise StoreError("the storage's name is empty; use a folder or a URI such as s3://bucket/folder")
         self._root = redacted(root).partition("?")[0].rstrip("/")
         self._publisher: _Publisher
         try:
@@ -75,7 +77,7 @@ class Storage:
         except (OSError, ValueError, pa.ArrowException) as error:
             shown = redacted(root)
             raise StoreError(
-                f"{shown}: cannot be opened: {_one_line(error).replace(root, shown)}; give a folder or a URI such as "
+                f"{shown}: cannot be opened: {_one_line(error).replace(root, shown)}; use a folder or a URI such as "
                 "s3://bucket/folder"
             ) from None  # whose text is the URI's
         if self._is_local:
@@ -163,7 +165,7 @@ class Storage:
         if refusal := self._publisher.refusal():
             raise StoreError(
                 f"{self._root}: trials cannot be written there: {refusal}; collect into a local folder, or into an S3 "
-                "bucket that takes conditional puts"
+                "bucket that supports conditional puts"
             )
 
     def delete(self, path: str) -> None:
@@ -185,8 +187,8 @@ class Storage:
         except OSError as error:
             cause = "the disk is full" if error.errno == errno.ENOSPC else _one_line(error)
             raise StoreError(
-                f"{self.show(path)}: cannot be written: {cause}. Make room or give access, then run again; what was "
-                "committed before stays readable"
+                f"{self.show(path)}: cannot be written: {cause}. Free some space or fix permissions, then run again; "
+                "earlier commits stay readable"
             ) from error
 
 
@@ -218,6 +220,33 @@ def local_folder(place: str) -> Path | None:
     if place.startswith("file://"):
         return Path(urllib.parse.unquote(urllib.parse.urlsplit(place).path))
     return None if "://" in place else Path(place).absolute()
+
+
+def link_to(folder: str, name: str) -> str:
+    """The address of a file that a browser, or a terminal that follows links, opens.
+
+    >>> link_to("/data/a demo", "report.html"), link_to("s3://bucket/demo", "report.html")
+    ('file:///data/a%20demo/report.html', 's3://bucket/demo/report.html')
+    """
+    local = local_folder(folder)
+    return join(folder, name) if local is None else (local / name).as_uri()
+
+
+def make_latest(storage: str, folder: str) -> bool:
+    """Make `latest`, a link in a storage that is a local folder, lead to a folder in it; whether it does now."""
+    root, target = local_folder(storage), local_folder(folder)
+    if root is None or target is None:
+        return False
+    link, new = root / LATEST, root / f"{TEMPORARY}{uuid.uuid4().hex}"
+    if link.exists() and not link.is_symlink():  # the user's own
+        return False
+    try:
+        new.symlink_to(target.relative_to(root))
+        new.replace(link)
+    except OSError:  # a file system without links
+        new.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def write_file(folder: str, name: str, content: bytes) -> None:
@@ -381,7 +410,7 @@ class _Bucket:
         if "@" in location.netloc:
             raise StoreError(
                 f"s3://{location.netloc.rpartition('@')[2]}{location.path}: the URI carries credentials, which every "
-                "log would show; give them by the environment or a profile"
+                "log would show; pass them by the environment or a profile"
             )
         options = dict(
             urllib.parse.parse_qsl(location.query, keep_blank_values=True, strict_parsing=bool(location.query))
@@ -399,7 +428,7 @@ class _Bucket:
         )
         if endpoint and redacted(endpoint) != endpoint:
             raise StoreError(
-                f"the S3 endpoint {redacted(endpoint)} carries credentials, which every log would show; give them by "
+                f"the S3 endpoint {redacted(endpoint)} carries credentials, which every log would show; pass them by "
                 "the environment or a profile"
             )
         if endpoint and "://" not in endpoint:

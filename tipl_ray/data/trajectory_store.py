@@ -81,7 +81,7 @@ class TrajectoryStore:
         try:
             return None if content is None else SEAL_RECORD.validate_json(content, strict=True)
         except pydantic.ValidationError as error:
-            raise self._broken_seal(f"is no seal: {complaints(error, 'seal')}") from error
+            raise self._broken_seal(f"is not a seal: {complaints(error, 'seal')}") from error
 
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the trials, ascending. Raises StoreError where they are not those that a seal names."""
@@ -97,7 +97,7 @@ class TrajectoryStore:
         return tuple(seed for seed, names in zip(seeds, listings, strict=True) if "commit-1.json" in names)
 
     def absent(self, seed: int) -> StoreError:
-        """The error for a trial without any commit, which says which there are."""
+        """The error for a trial without any commit, with a list of those that there are."""
         if (seal := self.seal()) and seed in seal.seeds:
             return self._lost([seed])
         seeds = self.committed()
@@ -216,7 +216,7 @@ class TrajectoryStore:
         if num_snapshots is not None and not progress.ended:
             raise StoreError(
                 f"{self.files.show(trial.folder(COMMITS))}: trial {seed} has {progress.num_snapshots} of "
-                f"{num_snapshots} snapshots; collect again to go on with it"
+                f"{num_snapshots} snapshots; collect again to complete it"
             )
         return progress
 
@@ -321,7 +321,7 @@ class TrajectoryStore:
         runs = self._runs(seal.seeds, seal)
         if (digest := runs_digest(runs)) != seal.digest:
             complaint = (
-                f"says digest={seal.digest}, and the data's is {digest}: a trial was exchanged or the seal edited"
+                f"digest={seal.digest} is not that of the data, {digest}: a trial was exchanged or the seal edited"
             )
             self._break(seal, self._broken_seal(complaint))
         return runs
@@ -368,8 +368,8 @@ class TrajectoryStore:
             for name in filter(PART_NAME.fullmatch, strays):
                 path = self.files.show(f"{trial.folder(TRAJECTORIES)}/{name}")
                 raise StoreError(
-                    f"{path}: no commit record names it, and other readers of this sealed data set take it for data; "
-                    "delete it with `python jobs/data.py sweep STORAGE --delete`"
+                    f"{path}: no commit record names it, and other readers of this sealed data set would read it as "
+                    "data; delete it with `python jobs/data.py sweep STORAGE --delete`"
                 )
         except StoreError as error:
             self._break(seal, error)
@@ -381,8 +381,8 @@ class TrajectoryStore:
 
     def _broken_seal(self, complaint: str) -> StoreError:
         return StoreError(
-            f"{self.files.show(SEAL)}: {complaint}. Restore what was there, or delete this file and collect again, "
-            "which verifies every trial and seals the data set anew"
+            f"{self.files.show(SEAL)}: {complaint}. Restore it, or delete this file and collect again, which verifies "
+            "every trial and seals the data set again"
         )
 
     def _lost(self, seeds: Sequence[int]) -> StoreError:
@@ -395,9 +395,9 @@ class TrajectoryStore:
     def _uncounted(self, seeds: Sequence[int]) -> StoreError:
         return StoreError(
             f"{self.files.show(self.trial(seeds[0]).folder(COMMITS))}: {list_trials(seeds)} "
-            f"{'is' if len(seeds) == 1 else 'are'} not of the data set that was sealed here, and other readers take it "
-            f"for data. Move {self._folders_of(seeds)} away, or delete {self.files.show(SEAL)} and collect again, "
-            "which verifies every trial and seals the data set anew"
+            f"{'is' if len(seeds) == 1 else 'are'} not part of the sealed data set, but other readers would read it "
+            f"as data. Move {self._folders_of(seeds)} away, or delete {self.files.show(SEAL)} and collect again, "
+            "which verifies every trial and seals the data set again"
         )
 
     def _folders_of(self, seeds: Sequence[int]) -> str:

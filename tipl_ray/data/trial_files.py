@@ -99,7 +99,7 @@ class TrialFiles:
             if (size := entries.get(record.part)) != record.part_bytes:
                 absent = "is a folder" if record.part in entries else "is missing"
                 found = absent if size is None else f"has {size} bytes"
-                complaint = f"{found} where commit {record.commit} says {record.part_bytes} bytes"
+                complaint = f"{found} but commit {record.commit} recorded {record.part_bytes} bytes"
                 raise self.damaged(self.part_path(record), complaint)
         return run, entries
 
@@ -120,11 +120,12 @@ class TrialFiles:
         try:
             found = DIVERGENCE_RECORD.validate_json(self.read(path), strict=True)
         except pydantic.ValidationError as error:
-            raise self.damaged(path, f"is no record of a divergence: {error.errors()[0]['msg']}") from error
+            raise self.damaged(path, f"is not a record of a divergence: {error.errors()[0]['msg']}") from error
         run = self.run() if run is None else run
         committed = (self.seed, run[-1].last_snapshot, run[-1].config_hash) if run else None
         if (found.seed, found.snapshot, found.config_hash) != committed:
-            raise self.damaged(path, f"says that trial {found.seed} ended with snapshot {found.snapshot}, not so here")
+            ended = f"trial {found.seed} ended at snapshot {found.snapshot}"
+            raise self.damaged(path, f"records that {ended}, which contradicts its commits")
         return found
 
     def parse_record(self, number: int, content: bytes) -> CommitRecord:
@@ -133,9 +134,9 @@ class TrialFiles:
         try:
             record = COMMIT_RECORD.validate_json(content, strict=True)
         except pydantic.ValidationError as error:
-            raise self.damaged(path, f"is no commit record: {complaints(error, 'record')}") from error
+            raise self.damaged(path, f"is not a commit record: {complaints(error, 'record')}") from error
         if record.commit != number:
-            raise self.damaged(path, f"says commit={record.commit}")
+            raise self.damaged(path, f"contains commit={record.commit}")
         return record
 
     def footer(self, record: CommitRecord) -> pq.FileMetaData:
@@ -144,10 +145,10 @@ class TrialFiles:
         with self.explained(path), self._files.open(path) as source:
             file = pq.ParquetFile(source)
             if not file.schema_arrow.equals(part_schema(record.header, record.num_observations), check_metadata=True):
-                raise self.damaged(path, f"its columns or header are not those that commit {record.commit} says")
+                raise self.damaged(path, f"its columns or header differ from those in commit {record.commit}")
             num_rows = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
             if num_rows != record.rows:
-                raise self.damaged(path, f"has {num_rows} rows where commit {record.commit} says {record.rows}")
+                raise self.damaged(path, f"has {num_rows} rows but commit {record.commit} recorded {record.rows}")
             return file.metadata
 
     def row_groups(
@@ -179,12 +180,12 @@ class TrialFiles:
             if not np.array_equal(to_numpy(rows.column("snapshot")), np.arange(first, first + len(rows))):
                 raise self.damaged(path, f"its snapshots do not count up from {first}")
             if not (to_numpy(rows.column("seed")) == self.seed).all():
-                raise self.damaged(path, f"holds another seed than {self.seed}")
+                raise self.damaged(path, f"contains a seed other than {self.seed}")
             for name, column in zip(rows.column_names, rows.columns, strict=True):
                 values = column.combine_chunks()
                 numbers = values.flatten() if pa.types.is_fixed_size_list(values.type) else values
                 if pc.all(pc.is_finite(numbers)).as_py() is False:
-                    raise self.damaged(path, f"{name} holds NaN or infinity")
+                    raise self.damaged(path, f"{name} contains NaN or infinity")
 
     def state(self, record: CommitRecord) -> dict[str, np.ndarray]:
         """The resume state of a commit. Raises StoreError where it is missing or altered."""
@@ -196,12 +197,12 @@ class TrialFiles:
             return safetensors.numpy.load(content)
 
     def refuse_other(self, begun: Header, header: Header) -> None:
-        """Raise StoreError, saying what differs, where the trial was begun with another header."""
+        """Raise StoreError with the differences if the trial was started with another header."""
         if begun.config_hash != header.config_hash:
             raise StoreError(
-                f"{self._files.show(self.commit_path(1))}: trial {self.seed} was begun with another configuration: "
-                f"{differences(begun, header)}. Choose another storage, or run the experiment that began it; if "
-                f"nobody needs the trial, delete {self.folders}"
+                f"{self._files.show(self.commit_path(1))}: trial {self.seed} was started with another configuration: "
+                f"{differences(begun, header)}. Choose another storage, or run the experiment that started it; if "
+                f"the trial is not needed, delete {self.folders}"
             )
 
     def refuse_stray_records(self, run: Run) -> None:

@@ -130,8 +130,8 @@ class TrialWriter:
 
     def _beaten(self, record: CommitRecord) -> StoreError:
         return StoreError(
-            f"{self._files.show(self._trial.commit_path(record.commit))}: another writer holds trial {self._seed} and "
-            f"made commit {record.commit}; end one of the two runs on this storage"
+            f"{self._files.show(self._trial.commit_path(record.commit))}: another process is writing trial "
+            f"{self._seed} and has made commit {record.commit}; stop one of the two runs on this storage"
         )
 
     def diverge(self, iteration: int, array: str) -> Divergence:

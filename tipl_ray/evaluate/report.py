@@ -1,8 +1,8 @@
-"""One page that answers: does the Transformer add anything over copying, over a ridge, over rank-1; where; and what
-does that do to returns?
+"""One page that answers: does the Transformer add anything over copying, a ridge regression and rank-1 extrapolation;
+where; and what does that do to returns?
 
 Turns a summary (rows as `metrics.summarise` makes them) into plain sentences, a table and one HTML page. Negative
-findings are said as plainly as positive ones. Knows nothing of how the numbers were made.
+findings are stated as plainly as positive ones. Knows nothing of how the numbers were made.
 """
 
 import dataclasses
@@ -16,95 +16,110 @@ from tipl_ray.evaluate.metrics import MIN_TRIALS, Row, number
 
 Verdict = Literal["yes", "partly", "no", "unknown"]
 Side = Literal["better", "level", "unclear", "worse", "far", "unknown"]
-"""Where a figure is compared with another: `level` by its interval, `unclear` where it has none; in this order they
-are said."""
+"""How a figure compares with another: `level` by its interval, `unclear` without one; sentences are in this order."""
 
 SHORT_STEPS = (1, 2, 5, 10)
 RIVALS = {
-    "ridge": "a ridge regression that knows the phase",
-    "ridge-elsewhere": "the ridge regression of the tasks that it was trained on",
+    "ridge": "the ridge regression by phase",
+    "ridge-elsewhere": "the ridge regression fitted on the tasks that TIPL was trained on",
     "context-ridge": "a ridge regression on the context alone",
     "linear": "linear extrapolation",
     "rank-1": "rank-1 extrapolation",
     "rank-1-from-last": "rank-1 extrapolation from the last snapshot",
     "dmd": "dynamic mode decomposition",
 }
-"""Predictors that TIPL is asked to beat, in the order of the questions."""
+"""Predictors that TIPL is compared with, in the order of the questions."""
 FLOORS = ("svd-floor", "window-floor")
 CLEAR = 0.1
-"""Difference of skill that is said to be one where there is no interval."""
+"""Smallest difference in skill that counts where there is no interval."""
 TWICE = 2.0
-"""Ratio of two REPWs from which on they are said to differ where there is no interval."""
+"""Ratio of two REPWs from which on they count as different where there is no interval."""
 FAR = -1.0
 """Skill, or difference of skill, from which on a predictor is not just worse but far worse: twice the error."""
 ALIKE = 0.9
-"""Ratio of distances, either way round, from which on two of them are said to be about the same."""
+"""Ratio of distances, either way round, above which two of them count as about the same."""
 GROUPS = {"phase": "phase", "third": "third of training"}
 THIRDS = ("first", "second", "last")
 DIFFERENCE = ("skill_difference", "difference")
 """Column of a comparison, and how those of its interval begin."""
 BASELINE = "the copy-last baseline"
 NO_FORECASTS = "The results hold no forecast of the Transformer to compare."
-NO_POLICIES = "No policies were run, so nothing is known about returns."
+NO_RIDGE = "The results hold no ridge regression to compare with."
+NO_POLICIES = "No policies were rolled out, so nothing is known about returns."
+SIDES: dict[Side, str] = {
+    "better": "better",
+    "level": "no significant difference",
+    "unclear": "too close to call",
+    "worse": "worse",
+    "far": "far worse",
+    "unknown": "nothing to compare",
+}
+"""Words of the five lines for each side, in order."""
 
 CAPTIONS = {
     "figure_2": (
         "The paper's Figure 2",
-        "Left: how far predicted weights are from the true ones (WPE) and how far their returns are (REPW), per "
-        "forward step. Right: each point is one predicted policy; on the diagonal it returns what the true one does. "
-        "TIPL says something only as far as its points lie closer to the diagonal than those of copying.",
+        "Left: error of the predicted weights (WPE) and of their returns (REPW) by forward step. Right: each point is "
+        "one predicted policy; on the diagonal its return equals that of the true policy. TIPL is informative only "
+        "where its points are closer to the diagonal than those of copying the last snapshot.",
     ),
     "skill_by_step": (
-        "Skill per forward step",
+        "Skill by forward step",
         "Skill is the share of the copy-last baseline's squared error that a predictor removes: 1 is perfect, 0 is no "
-        "better than copying the last snapshot, below 0 is worse. Bands are confidence intervals over held-out trials.",
+        "better than copying the last snapshot, below 0 is worse. Bands are confidence intervals over test trials.",
     ),
     "skill_over_ridge": (
-        "What the Transformer adds to a ridge",
-        "TIPL's skill less the ridge's on the same windows, overall and by phase: above 0 the Transformer has learned "
-        "something that one linear regression per phase has not. Bands are intervals of the difference itself.",
+        "What the Transformer adds to the ridge regression",
+        "TIPL's skill minus the ridge's on the same windows, overall and by phase: above 0 the Transformer has learned "
+        "something that a linear regression per phase has not. Bands are confidence intervals of the difference.",
     ),
     "skill_by_phase": (
         "Skill within a PPO iteration",
-        "At phase 0 an iteration has just closed and what follows rests on a rollout that is not in the weights yet; "
-        "at the other phases the next epochs reuse a rollout whose effect is already visible.",
+        "At phase 0 an iteration has just ended, and what follows depends on a rollout that has not been collected "
+        "yet; at the other phases the next epochs reuse a rollout whose effect is already visible in the weights.",
     ),
     "skill_by_third": (
         "Skill by stage of training",
-        "The same skill, with each held-out trial cut into thirds: early, middle and late learning.",
+        "The same skill, with each test trial cut into thirds: early, middle and late training.",
     ),
     "spread": (
         "Are predicted policies as different as true ones?",
-        "A model whose modes have collapsed answers the same everywhere: its policies return alike, and lie closer to "
-        "each other than the true ones do. Left: standard deviation of returns over the windows run. Right: mean "
-        "distance between the policies of one trial's windows, as a share of the true ones'.",
+        "A model with mode collapse predicts the same everywhere: its policies have similar returns and are closer to "
+        "each other than the true ones. Left: standard deviation of returns over the windows rolled out. Right: mean "
+        "distance between the policies of one trial's windows, relative to the true ones.",
     ),
     "learning_curves": (
-        "The trials that were learned from",
-        "Every thin line is one seeded PPO trial; its policy weights along the way are the data set.",
+        "Learning curves of the trials",
+        "Each thin line is one seeded PPO trial; its policy weights along the way are the data set.",
     ),
     "reconstruction": (
-        "What the Temporal SVD keeps",
-        "How much of a held-out trial's weights is lost when only the first D singular vectors of its own trajectory "
-        "are kept.",
+        "Reconstruction by the Temporal SVD",
+        "How much of a test trial's weights is lost when only the first D singular vectors of its own trajectory are "
+        "kept.",
     ),
     "training_curves": (
         "Training the Transformer",
-        "Loss on the training trials and on held-out validation trials; where the two part, the model memorises. With "
-        "the paper's bases it is the squared error of tokens, with `window` the share of copying's squared error that "
-        "is left: 1 is copying.",
+        "Loss on the training trials and on held-out validation trials; where they diverge, the model overfits. With "
+        "the paper's bases it is the squared error of tokens; with `window`, the share of the copy-last baseline's "
+        "squared error that remains: 1 is copying.",
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """A question that the experiment was made for, what its numbers say, and how many trials that rests on."""
+    """A question that the experiment was made for, the answer in its numbers, and how many trials that rests on."""
 
     question: str
-    verdict: Verdict
+    verdict: Verdict | None
+    """None where the question is not one of yes or no."""
     text: str
     trials: int | None = None
+
+    @property
+    def line(self) -> str:
+        """The whole of it in one line."""
+        return " ".join([self.question, *([f"{self.verdict.capitalize()}."] if self.verdict else []), self.text])
 
 
 def page(
@@ -120,7 +135,7 @@ def page(
     comparisons: Sequence[Row] = (),
     groups: Sequence[Row] = (),
 ) -> str:
-    """The report as one HTML page that needs nothing beside it.
+    """The report as one self-contained HTML page.
 
     `pictures` maps names of CAPTIONS to PNGs and keeps its order; `facts` are the few figures of the page's head;
     `configuration` may be nested and is printed as it is, so secrets must be out of it; `commands` and `files` map what
@@ -130,11 +145,12 @@ def page(
     """
     unknown = [name for name in pictures if name not in CAPTIONS]
     if unknown:
-        raise ValueError(f"pictures={unknown} have no caption; known are {sorted(CAPTIONS)}")
+        raise ValueError(f"pictures={unknown} have no caption; there are {sorted(CAPTIONS)}")
     return pages.page(
         "evaluation.html",
         title=title,
         facts=facts,
+        headline=headline(summary, confidence, comparisons, groups),
         answers=answers(summary, confidence, comparisons, groups),
         pictures=[(*CAPTIONS[name], pages.embedded(png)) for name, png in pictures.items()],
         short_table=table(summary, SHORT_STEPS),
@@ -157,7 +173,7 @@ def answers(
     comparisons: Sequence[Row] = (),
     groups: Sequence[Row] = (),
 ) -> list[Answer]:
-    """What the tables say about TIPL, in sentences; only about the predictors that they hold."""
+    """Findings about TIPL in sentences, compared with the predictors that are in the tables."""
     return [
         beats_copying(summary, confidence),
         *(beats(summary, rival, comparisons) for rival in RIVALS if _of(summary, rival)),
@@ -169,8 +185,105 @@ def answers(
     ]
 
 
+def headline(
+    summary: Sequence[Row],
+    confidence: float = 0.95,
+    comparisons: Sequence[Row] = (),
+    groups: Sequence[Row] = (),
+) -> list[Answer]:
+    """The five lines that a run ends with and its report opens with: whether TIPL beats copying the last snapshot,
+    the ridge regression, and copying in returns; where; and how sure that is."""
+    rows = _of(summary, "tipl")
+    ridge, ridge_sides = _against_rival(summary, "ridge", comparisons)
+    run, return_sides = _against_copied_returns(summary)
+    copying = _line(
+        "Does TIPL beat copying the last snapshot?",
+        {step: _skill_side(row) for step, row in rows.items()},
+        rows,
+        _at_both_ends(rows, "Skill", lambda row: _with_interval(row, "skill")),
+        NO_FORECASTS,
+    )
+    rival = _of(summary, "ridge")
+    against = _at_both_ends(
+        ridge,
+        "Skill",
+        lambda row: f"{_with_interval(row, 'skill')} against {_with_interval(rival[row['step']], 'skill')}",
+    )
+    copied = _run(_of(summary, "copy-last"))
+    returned = _at_both_ends(
+        run, "REPW", lambda row: f"{_with_interval(row, 'repw')} against {_with_interval(copied[row['step']], 'repw')}"
+    )
+    return [
+        copying,
+        _line("Does it beat the ridge regression?", ridge_sides, ridge, against, NO_RIDGE),
+        _line("Does it beat copying in returns?", return_sides, run, returned, _why_no_returns(summary)),
+        Answer(question="Where?", verdict=None, text=_where(copying.verdict, groups)),
+        Answer(question="How sure is that?", verdict=None, text=_how_sure(rows, confidence)),
+    ]
+
+
+def _line(
+    question: str, sides: Mapping[int, Side], rows: Mapping[int, Row], sizes: Sequence[str], nothing: str
+) -> Answer:
+    """One of the five: at which steps TIPL is on which side, on how many test trials, and the figures at both ends."""
+    found = [
+        f"{words} at {steps_text(steps)}"
+        for side, words in SIDES.items()
+        if (steps := [step for step, of in sides.items() if of == side])
+    ]
+    if not found:
+        return Answer(question=question, verdict="unknown", text=nothing)
+    trials = max((int(row["trials"]) for row in rows.values() if row.get("trials")), default=0)
+    on = f", on {counted(trials, 'test trial')}" if trials else ""
+    text = " ".join([f"{_listed(found)}{on}.", *sizes])
+    verdict = _verdict(list(sides.values()))
+    return Answer(question=question, verdict=verdict, text=text[0].upper() + text[1:], trials=trials or None)
+
+
+def _where(verdict: Verdict | None, groups: Sequence[Row]) -> str:
+    """In which phases and thirds TIPL beats copying one step ahead."""
+    own = [row for row in groups if row["predictor"] == "tipl" and math.isfinite(number(row, "skill"))]
+    first = min((row["step"] for row in own), default=1)
+    parts = []
+    for group in GROUPS:
+        rows = [row for row in own if row["group"] == group and row["step"] == first]
+        better = [int(row["value"]) for row in rows if _skill_side(row) == "better"]
+        if rows:
+            parts.append(_groups_text(group, better, len(rows)))
+    if not parts:
+        return "The results are not split by phase and third of training."
+    return f"At h = {first} it beats copying in {' and in '.join(parts)}."
+
+
+def _groups_text(group: str, values: Sequence[int], count: int) -> str:
+    """Some of so many phases or thirds as words: `phases 1 to 4 of 5`."""
+    kind, of = ("phase", "of a PPO iteration") if group == "phase" else ("third", "of training")
+    if not values or len(values) == count:
+        return f"{'every' if values else 'no'} {kind} {of}"
+    if group == "phase":
+        return f"phase{'s' * (len(values) > 1)} {_ranges(values)} of the {count} {of}"
+    return f"the {_listed([THIRDS[value] for value in values])} third {of}"
+
+
+def _how_sure(rows: Mapping[int, Row], confidence: float) -> str:
+    """What the four lines before it rest on, and what is not in their numbers."""
+    trials = max((int(row["trials"]) for row in rows.values() if row.get("trials")), default=0)
+    if not trials:
+        return NO_FORECASTS
+    windows = max(int(row["windows"]) for row in rows.values())
+    text = f"{counted(trials, 'test trial')} with {windows:,} windows"
+    text += (
+        f"; brackets are {confidence:.0%} intervals over trials."
+        if trials >= MIN_TRIALS
+        else f": too few for a confidence interval, which takes {MIN_TRIALS}, so this is an example, not evidence."
+    )
+    if any(not row["causal"] for row in rows.values()):
+        text += " The basis was fitted on whole trajectories, the future included, so this is not yet a forecast."
+    return text
+
+
 def beats_copying(summary: Sequence[Row], confidence: float = 0.95) -> Answer:
-    """Whether TIPL's skill lies above 0 with its whole interval, and at which steps."""
+    """Whether TIPL's skill is above 0 with its whole interval, and at which steps."""
     rows = _of(summary, "tipl")
     verdict, sentences = _judge(
         {step: _skill_side(row) for step, row in rows.items()},
@@ -181,28 +294,21 @@ def beats_copying(summary: Sequence[Row], confidence: float = 0.95) -> Answer:
     sentences += _sizes(rows)
     if any(not row["causal"] for row in rows.values()):
         sentences.append(
-            "Its basis was fitted on the whole trajectory, the future included, so this is not yet a forecast that "
-            "could be made while a policy is being trained."
+            "Its basis was fitted on the whole trajectory, the future included, so this forecast could not be made "
+            "while a policy is being trained."
         )
     question = "Does the Transformer predict weights better than copying the last snapshot?"
     return _answer(question, verdict, sentences, rows, NO_FORECASTS)
 
 
 def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -> Answer:
-    """Whether TIPL's skill lies above a rival's, and at which steps.
+    """Whether TIPL's skill is above a rival's, and at which steps.
 
-    With `comparisons` the interval of the difference on the same windows decides; without, intervals must lie apart.
+    With `comparisons` the interval of the difference on the same windows decides; without, intervals must not overlap.
     """
     theirs, words = _of(summary, rival), RIVALS[rival]
-    rows = {step: row for step, row in _of(summary, "tipl").items() if step in theirs}
-    paired = {int(row["step"]): row for row in comparisons if row["against"] == rival and row["group"] == "all"}
-    sides: dict[int, Side] = {}
-    for step, row in rows.items():
-        if step in paired:
-            sides[step] = _side(*_interval(paired[step], *DIFFERENCE))
-        else:
-            ours, other = _interval(row, "skill"), _interval(theirs[step], "skill")
-            sides[step] = _side(ours[0] - other[0], ours[1] - other[2], ours[2] - other[1])
+    paired = _paired(rival, comparisons)
+    rows, sides = _against_rival(summary, rival, comparisons)
     reason = "the interval of the difference includes 0" if paired else "the intervals of their skills overlap"
     verdict, sentences = _judge(
         sides,
@@ -220,8 +326,29 @@ def beats(summary: Sequence[Row], rival: str, comparisons: Sequence[Row] = ()) -
     return _answer(f"Does it predict weights better than {words}?", verdict, sentences, rows, NO_FORECASTS)
 
 
+def _paired(rival: str, comparisons: Sequence[Row]) -> dict[int, Row]:
+    """Comparisons with a rival on the same windows, by step."""
+    return {int(row["step"]): row for row in comparisons if row["against"] == rival and row["group"] == "all"}
+
+
+def _against_rival(
+    summary: Sequence[Row], rival: str, comparisons: Sequence[Row]
+) -> tuple[dict[int, Row], dict[int, Side]]:
+    """TIPL's rows at the steps that a rival has too, and the side of its skill on which TIPL's is."""
+    theirs, paired = _of(summary, rival), _paired(rival, comparisons)
+    rows = {step: row for step, row in _of(summary, "tipl").items() if step in theirs}
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        if step in paired:
+            sides[step] = _side(*_interval(paired[step], *DIFFERENCE))
+        else:
+            ours, other = _interval(row, "skill"), _interval(theirs[step], "skill")
+            sides[step] = _side(ours[0] - other[0], ours[1] - other[2], ours[2] - other[1])
+    return rows, sides
+
+
 def where_it_lies(groups: Sequence[Row]) -> Answer:
-    """In which phases and thirds TIPL's skill one step ahead lies above 0, and where it does not."""
+    """In which phases and thirds TIPL's skill one step ahead is above 0, and in which it is not."""
     own = [row for row in groups if row["predictor"] == "tipl" and math.isfinite(number(row, "skill"))]
     first = min((row["step"] for row in own), default=1)
     sentences, decided = [], []
@@ -250,16 +377,18 @@ def where_it_lies(groups: Sequence[Row]) -> Answer:
     inside = [value for phase, value in phases.items() if phase]
     if 0 in phases and inside and phases[0] < min(inside):
         sentences.append(
-            "Skill is lowest where an iteration has just closed and the next one's rollout is not in the weights yet."
+            "Skill is lowest where an iteration has just ended and the next one's rollout has not been collected yet."
         )
         if max(inside) > 0:
-            sentences.append("Most of what is predicted is the rest of an update on data that the weights have met.")
-    question = "Does it hold in every phase of a PPO iteration and at every stage of training?"
+            sentences.append(
+                "Most of what is predicted is the rest of an update on data that has already changed the weights."
+            )
+    question = "Is it better in every phase of a PPO iteration and at every stage of training?"
     return _answer(question, _verdict(decided), sentences, {0: own[0]} if own else {}, NO_FORECASTS)
 
 
 def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
-    """How far TIPL's REPW lies above the noise floor: the true policy against itself on other episodes."""
+    """How far TIPL's REPW is above the noise floor: the true policy against itself on other episodes."""
     rows = _run(_of(summary, "tipl"))
     sides: dict[int, Side] = {}
     for step, row in rows.items():
@@ -274,7 +403,7 @@ def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
         better="No difference beyond the noise of the evaluation at {steps}.",
         unclear="At {steps} the difference is less than twice the noise of the evaluation, too close to call.",
         worse=(
-            "They do not at {steps}: the difference lies above the noise floor with its whole interval."
+            "They do not at {steps}: the whole interval of the difference is above the noise floor."
             if has_interval
             else "They do not at {steps}: the difference is more than twice the noise of the evaluation."
         ),
@@ -287,27 +416,21 @@ def returns_like_the_true_policy(summary: Sequence[Row]) -> Answer:
             f"{_format('repw', number(row, 'repw_noise_floor'))})"
         ),
     )
-    return _answer("Do the predicted policies return what the true ones return?", verdict, sentences, rows, NO_POLICIES)
+    return _answer(
+        "Do the predicted policies have the same returns as the true ones?", verdict, sentences, rows, NO_POLICIES
+    )
 
 
 def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
-    """Whether TIPL's REPW lies below copy-last's, their intervals apart, and at which steps."""
+    """Whether TIPL's REPW is below copy-last's with no overlap of their intervals, and at which steps."""
     copied = _run(_of(summary, "copy-last"))
-    rows = {step: row for step, row in _run(_of(summary, "tipl")).items() if step in copied}
-    sides: dict[int, Side] = {}
-    for step, row in rows.items():
-        ours, theirs = _interval(row, "repw"), _interval(copied[step], "repw")
-        if math.isfinite(ours[1]) and math.isfinite(theirs[1]):
-            sides[step] = _side(theirs[0] - ours[0], theirs[1] - ours[2], theirs[2] - ours[1], far=-math.inf)
-        else:
-            better, worse = TWICE * ours[0] <= theirs[0], ours[0] >= TWICE * theirs[0]
-            sides[step] = "unclear" if better == worse else "better" if better else "worse"
+    rows, sides = _against_copied_returns(summary)
     verdict, sentences = _judge(
         sides,
-        better="They do at {steps}.",
+        better="They are at {steps}.",
         level="No significant difference at {steps}: the intervals of both REPWs overlap.",
         unclear="At {steps} neither is twice the other, too close to call without an interval.",
-        worse="They return further from it than the copy at {steps}.",
+        worse="They are further from them than the copy's at {steps}.",
     )
     sentences += _at_both_ends(
         rows,
@@ -319,13 +442,31 @@ def returns_closer_than_a_copy(summary: Sequence[Row]) -> Answer:
             f"At h = {max(rows)} the predicted policy returns more than the last snapshot in "
             f"{number(rows[max(rows)], 'beats_last'):.0%} of windows, ties counted half."
         )
-    question = "Do they return closer to the true policy than a copy of the last snapshot does?"
-    nothing = NO_POLICIES if not _run(_of(summary, "tipl")) else "No policies of the copy-last baseline were run."
-    return _answer(question, verdict, sentences, rows, nothing)
+    question = "Are their returns closer to the true policies' than those of a copy of the last snapshot?"
+    return _answer(question, verdict, sentences, rows, _why_no_returns(summary))
+
+
+def _against_copied_returns(summary: Sequence[Row]) -> tuple[dict[int, Row], dict[int, Side]]:
+    """TIPL's rows at the steps whose policies were run, and the side of copying's REPW on which TIPL's is."""
+    copied = _run(_of(summary, "copy-last"))
+    rows = {step: row for step, row in _run(_of(summary, "tipl")).items() if step in copied}
+    sides: dict[int, Side] = {}
+    for step, row in rows.items():
+        ours, theirs = _interval(row, "repw"), _interval(copied[step], "repw")
+        if math.isfinite(ours[1]) and math.isfinite(theirs[1]):
+            sides[step] = _side(theirs[0] - ours[0], theirs[1] - ours[2], theirs[2] - ours[1], far=-math.inf)
+        else:
+            better, worse = TWICE * ours[0] <= theirs[0], ours[0] >= TWICE * theirs[0]
+            sides[step] = "unclear" if better == worse else "better" if better else "worse"
+    return rows, sides
+
+
+def _why_no_returns(summary: Sequence[Row]) -> str:
+    return "No policies of the copy-last baseline were rolled out." if _run(_of(summary, "tipl")) else NO_POLICIES
 
 
 def modes_are_kept(summary: Sequence[Row]) -> Answer:
-    """Whether predicted policies differ among each other as much as the true ones, in returns and in weights."""
+    """Whether predicted policies differ from each other as much as the true ones, in returns and in weights."""
     run = _run(_of(summary, "tipl"))
     shares = {step: number(row, "distance") / (number(row, "distance_true") or math.nan) for step, row in run.items()}
     rows = {step: row for step, row in run.items() if math.isfinite(shares[step])}
@@ -335,8 +476,8 @@ def modes_are_kept(summary: Sequence[Row]) -> Answer:
     verdict, sentences = _judge(
         sides,
         better="At {steps} the policies predicted from one trial's windows are about as far apart as the true ones.",
-        level="At {steps} they are further apart than the true ones: no collapse, but not alike either.",
-        worse="At {steps} they lie closer together than the true ones, as where modes collapse.",
+        level="At {steps} they are further apart than the true ones: no collapse, but not the same either.",
+        worse="At {steps} they are closer together than the true ones, a sign of mode collapse.",
     )
     if rows and set(sides.values()) == {"level"}:
         verdict = "partly"
@@ -347,13 +488,13 @@ def modes_are_kept(summary: Sequence[Row]) -> Answer:
         "The spread of their returns is",
         lambda row: " against ".join(_format("repw", number(row, name)) for name in spreads),
     )
-    nothing = "There are no two windows of one trial whose policies differ, so there are no distances." if run else ""
-    question = "Do predicted policies differ as much as true ones, or do its modes collapse?"
+    nothing = "No two windows of one trial have different policies, so there are no distances." if run else ""
+    question = "Do predicted policies differ as much as true ones, or is there mode collapse?"
     return _answer(question, verdict, sentences, rows, nothing or NO_POLICIES)
 
 
 def basis_suffices(summary: Sequence[Row], floor: str = "svd-floor") -> Answer:
-    """What the basis alone costs: the skill of the true future projected on it, which bounds every predictor."""
+    """What the basis alone costs: the skill of the true future projected onto it, the upper bound of any predictor."""
     rows = _known(_of(summary, floor), "skill")
     sides: dict[int, Side] = {}
     for step, row in rows.items():
@@ -369,9 +510,11 @@ def basis_suffices(summary: Sequence[Row], floor: str = "svd-floor") -> Answer:
     if verdict == "no" and "level" in sides.values():
         verdict = "partly"
     sentences += _at_both_ends(
-        rows, "The true future on this basis has skill", lambda row: _with_interval(row, "skill")
+        rows,
+        "The true future projected onto the basis, its upper bound, has skill",
+        lambda row: _with_interval(row, "skill"),
     )
-    nothing = "Nothing moved in the test trials, so there is nothing to keep."
+    nothing = "The weights did not move in the test trials, so there is nothing to keep."
     return _answer("Does the basis keep enough of the weights to predict them?", verdict, sentences, rows, nothing)
 
 
@@ -391,7 +534,7 @@ def _skill_side(row: Row) -> Side:
 
 
 def _against(words: str) -> dict[str, str]:
-    """What is said of a clear difference from a rival, by side."""
+    """Sentences for a clear difference from a rival, by side."""
     return {
         "better": f"It beats {words} at {{steps}}.",
         "worse": f"It is worse than {words} at {{steps}}.",
@@ -401,10 +544,10 @@ def _against(words: str) -> dict[str, str]:
 
 def _judge(sides: Mapping[int, Side], **sentences: str) -> tuple[Verdict, list[str]]:
     """The verdict over all steps, and a sentence for each side that some steps are on."""
-    sentences |= {"unknown": "At {steps} there is nothing to compare: no window moved, or the forecasts diverged."}
+    sentences |= {"unknown": "At {steps} there is nothing to compare: no weights moved, or the forecasts diverged."}
     steps = {side: [step for step, of in sides.items() if of == side] for side in get_args(Side) if side in sentences}
     return _verdict(list(sides.values())), [
-        sentences[side].format(steps=_steps_text(some)) for side, some in steps.items() if some
+        sentences[side].format(steps=steps_text(some)) for side, some in steps.items() if some
     ]
 
 
@@ -417,18 +560,23 @@ def _verdict(sides: Sequence[Side]) -> Verdict:
 
 
 def _answer(question: str, verdict: Verdict, sentences: Sequence[str], rows: Mapping[int, Row], nothing: str) -> Answer:
-    """The answer, with the number of trials that it rests on; `nothing` is said where there are no sentences."""
+    """The answer, with the number of trials that it rests on, or `nothing` without any sentences."""
     known = [int(row["trials"]) for row in rows.values() if row.get("trials")]
     if not sentences or not known:
         return Answer(question=question, verdict=verdict, text=" ".join(sentences) or nothing)
     trials = max(known)
-    basis = f"This rests on {trials} test trial{'s' * (trials > 1)}"
-    few = f", too few for an interval, which takes {MIN_TRIALS}." if trials < MIN_TRIALS else "."
+    basis = f"This rests on {counted(trials, 'test trial')}"
+    few = f", too few for a confidence interval, which takes {MIN_TRIALS}." if trials < MIN_TRIALS else "."
     return Answer(question=question, verdict=verdict, text=" ".join([*sentences, basis + few]), trials=trials)
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things in words: `1 test trial`, `2 test trials`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def _sizes(rows: Mapping[int, Row]) -> list[str]:
-    """What the first and the last skill are, in words: the share of the baseline's squared error gone, or on top."""
+    """The first and the last skill in words: the share of the baseline's squared error that is removed or added."""
     known = _known(rows, "skill")
     sentence, latest = "", ""
     for step in sorted({min(known), max(known)}) if known else ():
@@ -549,13 +697,19 @@ def _above(row: Row) -> str:
     return f"{_format('repw', abs(difference))} {'above' if difference >= 0 else 'below'}"
 
 
-def _steps_text(steps: Sequence[int]) -> str:
+def steps_text(steps: Sequence[int]) -> str:
     """Steps as words: `h = 1 to 4 and 7`."""
+    return f"h = {_ranges(steps)}"
+
+
+def _ranges(values: Sequence[int]) -> str:
+    """Whole numbers as words: `1 to 4 and 7`."""
     runs: list[list[int]] = []
-    for step in sorted(steps):
-        if runs and step == runs[-1][-1] + 1:
-            runs[-1].append(step)
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
         else:
-            runs.append([step])
-    words = [str(run[0]) if len(run) == 1 else f"{run[0]} {'to' if len(run) > 2 else 'and'} {run[-1]}" for run in runs]
-    return "h = " + (words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
+            runs.append([value])
+    return _listed(
+        [str(run[0]) if len(run) == 1 else f"{run[0]} {'to' if len(run) > 2 else 'and'} {run[-1]}" for run in runs]
+    )

@@ -147,7 +147,7 @@ def banded_products(weights_TP: Rows, width: int) -> NDArray[np.float64]:
             strides = (sum(padded_RM.strides), padded_RM.strides[1])
             products_RW += np.lib.stride_tricks.as_strided(padded_RM, products_RW.shape, strides)
     if not np.isfinite(products_SW).all():
-        raise ValueError("weights_TP has entries that are NaN or infinite: there are no inner products of them")
+        raise ValueError("weights_TP has entries that are NaN or infinite: so there are no inner products")
     return products_SW
 
 

@@ -53,7 +53,7 @@ class SavedModel(nn.Module, abc.ABC):
         """The model that `save` wrote, on the CPU and in evaluation mode. Raises StoreError as `load_model` does."""
         model = load_model(folder)
         if not isinstance(model, cls):
-            raise StoreError(f"{folder}: holds a {type(model).__name__}, not a {cls.__name__}; name another folder")
+            raise StoreError(f"{folder}: contains a {type(model).__name__}, not a {cls.__name__}; use another folder")
         return model
 
 

@@ -62,7 +62,11 @@ def save_safetensors(path: Path | str, storage: str, *, trial: int, snapshot: in
     """
     path, store = Path(path), TrajectoryStore(storage)
     if path.exists() or not path.parent.is_dir():
-        way_out = "exists; choose another name" if path.exists() else f"there is no folder {path.parent}; make it first"
+        way_out = (
+            "already exists; choose another name"
+            if path.exists()
+            else f"no such folder, {path.parent}; create it first"
+        )
         raise ValueError(f"path={path}: {way_out}")
     read, header = read_snapshot(store, trial, snapshot), store.header([trial])
     types, tensors = header.config.get("types", {}), {}
@@ -80,7 +84,7 @@ def save_safetensors(path: Path | str, storage: str, *, trial: int, snapshot: in
         safetensors.torch.save_file(tensors, partial, metadata=about)
         partial.rename(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise StoreError(f"path={path}: cannot be written: {error}; make room or give access") from error
+        raise StoreError(f"path={path}: cannot be written: {error}; free some space or fix permissions") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

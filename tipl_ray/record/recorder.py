@@ -162,7 +162,7 @@ class Recorder:
         if not 0 <= state["snapshot"] <= self.num_committed:
             raise StoreError(
                 f"{self._store.root}: the checkpoint was taken after {state['snapshot']} snapshots, and trial "
-                f"{self._trial} has {self.num_committed}; go on from an earlier checkpoint, or record another trial"
+                f"{self._trial} has {self.num_committed}; continue from an earlier checkpoint, or record another trial"
             )
         self._next, self._step = int(state["snapshot"]), int(state["step"])
 
@@ -190,7 +190,7 @@ class Recorder:
 
     def _refuse_closed(self) -> None:
         if self._open is None:
-            raise ValueError(f"the recorder of trial {self._trial} is closed; open another to go on with the trial")
+            raise ValueError(f"the recorder of trial {self._trial} is closed; open another to continue the trial")
 
     def _begin(self, columns: tuple[str, ...]) -> None:
         header = dataclasses.replace(self._begun, columns=columns)
@@ -230,9 +230,10 @@ class Recorder:
                 differs = None if same else column
             if differs:
                 raise StoreError(
-                    f"{self._store.root}: trial {self._trial}, snapshot {index}: {differs} is not what is committed: "
-                    "this run is not the one that recorded it, or does not repeat it bit for bit. Record another "
-                    'trial, or, where no run repeats another, commit only with checkpoints, or say given_again="skip"'
+                    f"{self._store.root}: trial {self._trial}, snapshot {index}: {differs} differs from what is "
+                    "committed: this is another run, or it does not reproduce the first one bit for bit. Record "
+                    "another "
+                    'trial or, if runs are not reproducible, commit only with checkpoints, or pass given_again="skip"'
                 )
 
     def _read(self) -> NDArray[np.float32]:
@@ -242,8 +243,8 @@ class Recorder:
         # Written to is not changed: a checkpoint that was loaded has written the same values.
         if written and frozen_digest(now.state) != frozen_digest(self._state):
             raise ValueError(
-                f"{listed(written)} of what is not recorded, as it requires no gradient, has changed since the "
-                "recorder was opened; record it with frozen=True, or say by leave_out that it does not matter"
+                f"{listed(written)} changed although it requires no gradient and is not recorded, since the "
+                "recorder was opened; record it with frozen=True, or exclude it with leave_out"
             )
         self._versions = now.versions()
         return now.read()
@@ -277,7 +278,7 @@ class Recorder:
                 values[name] = int(number) if name in ("iteration", "epoch", "env_step") else float(number)
         given = [name for name in STATISTICS if name in values]
         if given and len(given) < len(STATISTICS):
-            raise ValueError(f"{' and '.join(given)} are given without the rest of {', '.join(STATISTICS)}")
+            raise ValueError(f"{' and '.join(given)} require the rest of {', '.join(STATISTICS)}")
         return values
 
     def _find_what_is_there(self) -> None:
@@ -295,8 +296,8 @@ class Recorder:
         begun = self._writer.state if self._writer else None
         if begun is not None and frozen_digest(begun) != frozen_digest(self._state):
             raise StoreError(
-                f"{self._store.root}: trial {self._trial} was begun on other frozen weights than the module's; load "
-                "those, or record another trial"
+                f"{self._store.root}: trial {self._trial} was started with frozen weights other than the module's; "
+                "load those, or record another trial"
             )
 
     @staticmethod
@@ -306,7 +307,7 @@ class Recorder:
         if trial < 0:
             raise ValueError(f"trial={trial} is below 0")
         if not task:
-            raise ValueError("task is empty; say in a word what is learned")
+            raise ValueError("task is empty; name in a word what is learned")
         if snapshots_per_iteration < 1:
             raise ValueError(f"snapshots_per_iteration={snapshots_per_iteration} is below 1")
         if snapshots_per_commit is not None and snapshots_per_commit < 1:
@@ -320,5 +321,5 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
         return published(json.loads(json.dumps(dict(config), allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"config cannot be written as JSON: {error}; give plain numbers, texts, lists and tables"
+            f"config cannot be written as JSON: {error}; use plain numbers, strings, lists and dicts"
         ) from error

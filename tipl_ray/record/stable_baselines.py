@@ -78,7 +78,7 @@ class RecordPolicy(BaseCallback):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is below 1")
         if steps_per_snapshot and epochs_per_snapshot:
-            raise ValueError("steps_per_snapshot and epochs_per_snapshot exclude each other; leave one out")
+            raise ValueError("steps_per_snapshot and epochs_per_snapshot are mutually exclusive; leave one out")
         self._storage, self._trial, self._task, self._settings = storage, trial, task, recorder
         self._every, self._epochs = steps_per_snapshot, epochs_per_snapshot
         self._recorder: Recorder | None = None
@@ -220,8 +220,8 @@ def acting_part(model: BaseAlgorithm) -> tuple[torch.nn.Module, tuple[str, ...]]
         if isinstance(part := getattr(policy, name, None), torch.nn.Module):
             return part, ()
     raise ValueError(
-        f"{type(policy).__name__} is neither an actor-critic policy nor has it an `actor` or a `q_net`; record the "
-        "module that acts by a Recorder of your own"
+        f"{type(policy).__name__} is not an actor-critic policy and has no `actor` or `q_net`; record the "
+        "module that acts with your own Recorder"
     )
 
 
@@ -235,7 +235,7 @@ def load_policy(model: BaseAlgorithm, storage: str, *, trial: int, snapshot: int
     has_statistics = "observation_mean" in TrajectoryStore(storage).header([trial]).columns
     if has_statistics and before is None:
         raise ValueError(
-            f"trial {trial} has observation statistics, and the model's environment is no VecNormalize; wrap it"
+            f"trial {trial} has observation statistics, and the model's environment is not a VecNormalize; wrap it"
         )
     read = load_module(acting_part(model)[0], storage, trial=trial, snapshot=int(index))
     if before is not None and read.observation_mean is not None and read.observation_variance is not None:
@@ -350,7 +350,7 @@ def _statistics(model: BaseAlgorithm) -> Any:
     if isinstance(vector.obs_rms, dict):
         raise ValueError(
             "VecNormalize has statistics of a dictionary of observations, which a snapshot cannot hold; flatten them "
-            "by gymnasium's FlattenObservation, or set norm_obs=False"
+            "with gymnasium's FlattenObservation, or set norm_obs=False"
         )
     return vector.obs_rms
 
@@ -359,7 +359,7 @@ def _task_of(model: BaseAlgorithm) -> str:
     vector = model.get_env()
     spec = vector.get_attr("spec")[0] if vector else None
     if spec is None:
-        raise ValueError("the environment has no gymnasium id; say task=..., a word for what is learned")
+        raise ValueError("the environment has no gymnasium id; pass task=..., a name for what is learned")
     return spec.id
 
 

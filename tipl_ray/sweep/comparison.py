@@ -1,4 +1,4 @@
-"""Runs side by side, read from MLflow alone: a table, figures and one page of some runs, whoever made them.
+"""Comparison of runs, read only from MLflow: a table, figures and one page, whatever made the runs.
 
 Knows MLflow's client and figures; knows nothing of data sets, models or Ray.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tipl_ray import pages
 from tipl_ray.digest import redacted
 from tipl_ray.drawing import png
+from tipl_ray.evaluate.report import Answer, Verdict, counted, steps_text
 from tipl_ray.sweep import figures
 from tipl_ray.sweep.space import short_names
 from tipl_ray.tracking import KEY_TAG, PARENT_TAG
@@ -25,18 +26,19 @@ if TYPE_CHECKING:
 
 BEST_TAG, DIVERGED_TAG = "best", "diverged"
 SEED = "train.seed"
-"""The field whose values are repetitions, not choices."""
+"""The field whose values are repetitions, not choices to compare."""
 CAPTIONS = {
     "heat_map": (
-        "Two fields, and what the model reached",
-        "Mean over whatever else varies, with the standard deviation where there are several runs. The ridge has a row "
-        "of its own; where it is known, a column says what the true future on each line's basis has.",
+        "The metric over two fields",
+        "Mean over the other fields, with the standard deviation where there are several runs. The bottom row is the "
+        "ridge regression; the last column, where known, is the upper bound of each row's basis: the skill of the true "
+        "future projected onto it.",
     ),
     "parallel_coordinates": (
-        "Every field at once",
-        "Every line is a run, from the values of its fields to what it reached.",
+        "All fields at once",
+        "Each line is a run, from the values of its fields to its metric.",
     ),
-    "curves": ("Over training", "Of the model that would be kept if training ended there."),
+    "curves": ("During training", "The metric of the best model so far, by validation loss, at each step."),
 }
 
 
@@ -74,9 +76,9 @@ def choose(
         title, rows = _children(client, parent)
     if not any(metric in row.metrics for row in rows):
         known = sorted({name for row in rows for name in row.metrics if not name.startswith("system/")})
-        near = difflib.get_close_matches(metric, known, n=3, cutoff=0.0) or ["none at all"]
+        near = difflib.get_close_matches(metric, known, n=3, cutoff=0.0) or ["none"]
         raise ValueError(
-            f"by={metric!r}: none of these {len(rows)} runs has this metric; near it are {', '.join(near)}"
+            f"by={metric!r}: none of these {len(rows)} runs has this metric; similar ones are {', '.join(near)}"
         )
     return title, rows
 
@@ -85,7 +87,9 @@ def _found(client: MlflowClient, query: str, metric: str) -> tuple[str, list[Row
     found = search(client, [experiment.experiment_id for experiment in client.search_experiments()], query)
     rows = [row for row in found if row.status == "FINISHED" and metric in row.metrics]
     if not rows:
-        raise ValueError(f"query={query!r} finds {len(found)} runs, of which none has ended with a metric {metric!r}")
+        raise ValueError(
+            f"query={query!r} finds {len(found)} runs, none of which has finished with a metric {metric!r}"
+        )
     return f"Runs with {query}" if query else "Runs", rows
 
 
@@ -96,11 +100,11 @@ def _children(client: MlflowClient, parent: str | None) -> tuple[str, list[Row]]
         sweeps = search(client, experiment_ids, f"tags.`{KEY_TAG}` LIKE 'sweep-%'")
         newest = [row for row in sweeps if PARENT_TAG not in row.tags][-1:]
         if not newest:
-            raise ValueError("no sweep is there: run jobs/sweep.py first, or give runs, a parent or a query")
+            raise ValueError("there is no sweep; run jobs/sweep.py first, or use --runs, --parent or --query")
         parent = newest[0].run_id
     rows = read_children(client, parent)
     if not rows:
-        raise ValueError(f"parent={parent}: this run has no children")
+        raise ValueError(f"parent={parent}: no runs are nested under this run")
     return client.get_run(parent).info.run_name or parent, rows
 
 
@@ -161,8 +165,8 @@ def table(rows: Sequence[Row], metric: str) -> list[dict[str, str]]:
     """Cells for the terminal and the page, in the rows' order: what differs, the metric, the ridge's, what it took."""
     fields = varied(rows)
     names = short_names(fields)
-    others = {f"ridge_{metric}": "ridge", f"floor_{metric}": "floor"}
-    others |= {"validation_loss": "validation", "training_seconds": "seconds"}
+    others = {f"ridge_{metric}": "ridge", f"floor_{metric}": "upper bound"}
+    others |= {"validation_loss": "validation loss", "training_seconds": "seconds"}
     shown = {name: told for name, told in others.items() if any(name in row.metrics for row in rows)}
     told = all("=" in row.name for row in rows)  # a child's name is made of its fields
     return [
@@ -181,6 +185,52 @@ def _status(row: Row) -> str:
     if diverged(row):
         return "diverged"
     return "best" if row.tags.get(BEST_TAG) == "true" else row.status.lower()
+
+
+def findings(rows: Sequence[Row], metric: str, num_trials: int) -> list[Answer]:
+    """The lines that a sweep ends with: its best run, whether that beats copying and the ridge, where, how sure."""
+    first = best([row for row in rows if not diverged(row)], metric)
+    if first is None:
+        return [Answer(question="Which run is best?", verdict=None, text="None: every run diverged or failed.")]
+    on = f"on {counted(num_trials, 'validation trial')}"
+    steps = sorted(int(name.removeprefix("skill_h")) for name in first.metrics if name.startswith("skill_h"))
+    skills = {step: first.metrics[f"skill_h{step}"] for step in steps}
+    ridges = {step: first.metrics.get(f"ridge_skill_h{step}", math.nan) for step in steps}
+    return [
+        Answer(
+            question="Which run is best?",
+            verdict=None,
+            text=f"{first.name}, with {metric} {number(first.metrics[metric])} {on}.",
+        ),
+        _beaten("Does it beat copying the last snapshot?", skills, dict.fromkeys(steps, 0.0), on),
+        _beaten("Does it beat the ridge regression?", skills, ridges, on),
+        Answer(
+            question="And in returns?",
+            verdict=None,
+            text="A sweep runs no policies; jobs/evaluate.py does, for a model that jobs/train.py has trained.",
+        ),
+        Answer(
+            question="How sure is that?",
+            verdict=None,
+            text=f"The best of {counted(len(rows), 'run')} was chosen {on}, so its skill is optimistic; test trials "
+            "are untouched.",
+        ),
+    ]
+
+
+def _beaten(question: str, skills: Mapping[int, float], others: Mapping[int, float], on: str) -> Answer:
+    """At which forward steps the skill is above another's, and both at the first and the last."""
+    known = [step for step in skills if math.isfinite(others[step])]
+    if not known:
+        return Answer(question=question, verdict="unknown", text="The runs have no skill to compare with.")
+    above = [step for step in known if skills[step] > others[step]]
+    verdict: Verdict = "no" if not above else "yes" if above == known else "partly"
+    ends = [
+        f"{number(skills[step])} against {number(others[step])} at h = {step}"
+        for step in dict.fromkeys((known[0], known[-1]))
+    ]
+    where = f"Above it at {steps_text(above)}" if above else "Above it at no forward step"
+    return Answer(question=question, verdict=verdict, text=f"{where}, {on}. Skill {' and '.join(ends)}.")
 
 
 def everything(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -228,8 +278,15 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Fi
     return drawn
 
 
-def page(title: str, rows: Sequence[Row], metric: str, drawn: Mapping[str, Figure], source: str) -> str:
-    """One HTML page that needs nothing beside it; `source` is MLflow's URI, of which no password is shown."""
+def page(
+    title: str,
+    rows: Sequence[Row],
+    metric: str,
+    drawn: Mapping[str, Figure],
+    source: str,
+    answers: Sequence[Answer] = (),
+) -> str:
+    """One self-contained HTML page; `source` is MLflow's URI, of which no password is shown."""
     return pages.page(
         "comparison.html",
         title=title,
@@ -237,6 +294,7 @@ def page(title: str, rows: Sequence[Row], metric: str, drawn: Mapping[str, Figur
         pictures=[(*CAPTIONS[name], pages.embedded(png(figure))) for name, figure in drawn.items()],
         metric=metric,
         source=redacted(source),
+        answers=answers,
     )
 
 

@@ -17,10 +17,10 @@ from tipl_ray.experiments import from_table
 from tipl_ray.predict.representation import representation_of
 
 SECTIONS = ("basis", "model", "train")
-"""Sections whose fields a sweep may vary: the others make the data or the question, which its children share."""
+"""Sections whose fields a sweep may vary: the others define the data or the question, which all runs share."""
 FIXED = {
-    "train.num_seeds": "a child has one seed; vary train.seed",
-    "train.data": "children share their trials",
+    "train.num_seeds": "a run has one seed; vary train.seed",
+    "train.data": "all runs share their trials",
 }
 """Fields of those sections that are the same for all, and why."""
 MAX_COMBINATIONS = 10_000
@@ -36,7 +36,7 @@ class Range:
     low: float
     high: float
     log: bool
-    """Drawn evenly in the logarithm."""
+    """Sampled log-uniformly."""
     whole: bool
     """Integers only."""
 
@@ -55,10 +55,11 @@ def parse_over(arguments: Sequence[str]) -> dict[str, Any]:
     for argument in arguments:
         field, equals, text = argument.partition("=")
         if not equals or not field.strip() or not text.strip():
-            raise ValueError(f"--over {argument}: give FIELD=VALUE,VALUE,... or FIELD=log(LOW,HIGH)")
+            raise ValueError(f"--over {argument}: use FIELD=VALUE,VALUE,... or FIELD=log(LOW,HIGH)")
         if field.strip() in over:
             raise ValueError(
-                f"--over {field.strip()} is given twice: give its values in one, --over {field.strip()}=VALUE,VALUE"
+                f"--over {field.strip()} is given twice; put all its values into one, --over "
+                f"{field.strip()}=VALUE,VALUE"
             )
         values = text.strip()
         over[field.strip()] = values if "(" in values else [value.strip() for value in values.split(",")]
@@ -70,7 +71,7 @@ def make_space(experiment: config.Experiment) -> Space:
     over = dict(flat(experiment.sweep.over))  # TOML reads an unquoted `basis.rank = ...` as a table in a table
     if not over:
         raise ValueError(
-            "sweep.over is empty: give fields and values, as in --over basis.rank=8,16,32 --over model.context=10,20"
+            "sweep.over is empty; give fields and values, as in --over basis.rank=8,16,32 --over model.context=10,20"
         )
     known = field_types(experiment)
     space = {field: _entry(field, values, known) for field, values in over.items()}
@@ -78,7 +79,8 @@ def make_space(experiment: config.Experiment) -> Space:
         ranges = [field for field, entry in space.items() if isinstance(entry, Range)]
         if ranges:
             raise ValueError(
-                f"sweep.over.{ranges[0]} is a range, which a grid has no end to: give --sweep.search optuna"
+                f"sweep.over.{ranges[0]} is a range; a grid search needs a list of values (or use --sweep.search "
+                "optuna)"
             )
     combinations = math.prod(2 if isinstance(entry, Range) else len(entry) for entry in space.values())
     if combinations > MAX_COMBINATIONS:
@@ -89,8 +91,8 @@ def make_space(experiment: config.Experiment) -> Space:
     for field in space:
         if all(field in fields for fields in without_effect):
             raise ValueError(
-                f"sweep.over.{field} changes nothing on basis.kind={sorted({basis.kind for basis in bases})}; "
-                "--preset paper has basis `trial`, --preset causal `window`"
+                f"sweep.over.{field} has no effect with basis.kind={sorted({basis.kind for basis in bases})}; "
+                "--preset paper uses basis `trial`, --preset causal `window`"
             )
     return space
 
@@ -147,17 +149,17 @@ def _entry(field: str, values: Any, known: Mapping[str, type]) -> tuple[Any, ...
         near = difflib.get_close_matches(field, known, n=3, cutoff=0.5) or [
             name for name in known if name.endswith(f".{field.rpartition('.')[2]}")
         ]
-        hint = f"; near it are {', '.join(near)}" if near else ""
-        raise ValueError(f"sweep.over.{field} is no field of {', '.join(SECTIONS)}{hint}")
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"sweep.over.{field} is not a field of {', '.join(SECTIONS)}{hint}")
     if isinstance(values, str):
         return _range(field, values, known[field])
     if not isinstance(values, list | tuple):
         values = [values]
     if not values:
-        raise ValueError(f"sweep.over.{field}={values} holds no value")
+        raise ValueError(f"sweep.over.{field}={values} is empty")
     typed = [_typed(field, value, known[field]) for value in values]
     if len({str(value) for value in typed}) < len(typed):
-        raise ValueError(f"sweep.over.{field}={typed} holds a value twice")
+        raise ValueError(f"sweep.over.{field}={typed} contains a value twice")
     return tuple(typed)
 
 
@@ -182,8 +184,8 @@ def _range(field: str, text: str, kind: type) -> Range:
     match = RANGE.fullmatch(text.replace(" ", ""))
     if not match or kind not in (int, float):
         raise ValueError(
-            f"sweep.over.{field}={text!r} is no range for a field of type {kind.__name__}: give a list of values, or, "
-            "for numbers, log(LOW,HIGH) or uniform(LOW,HIGH)"
+            f"sweep.over.{field}={text!r} is not a range for a field of type {kind.__name__}; give a list of values "
+            "or, for numbers, log(LOW,HIGH) or uniform(LOW,HIGH)"
         )
     try:
         low, high = kind(match[2]), kind(match[3])
@@ -191,5 +193,5 @@ def _range(field: str, text: str, kind: type) -> Range:
         raise ValueError(f"sweep.over.{field}={text!r} has limits that are not {kind.__name__}") from error
     log = match[1] == "log"
     if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not log)):
-        raise ValueError(f"sweep.over.{field}={text!r}: limits must rise{', from above 0' if log else ''}")
+        raise ValueError(f"sweep.over.{field}={text!r}: the limits must increase{' and be above 0' if log else ''}")
     return Range(low=low, high=high, log=log, whole=kind is int)

@@ -1,12 +1,12 @@
-"""Sweep: many trainings of one experiment that differ in some fields, on Ray Tune, side by side in MLflow.
+"""Sweep: many trainings of one experiment that differ in some fields, on Ray Tune, compared in MLflow.
 
-A child of the sweep trains as jobs/train.py does, in one process, on trials that were reduced once for all of them; it
-is judged by its skill in weights on windows that all children share. Ray Tune sends children out, ends them early and
-keeps their checkpoints; the driver alone writes to MLflow, from the history that each child's checkpoint carries, so
-that whatever is killed, the same command goes on and no point is logged twice or left out.
+A run of the sweep (a `child` of its MLflow run) trains as jobs/train.py does, in one process, on trials that were
+reduced once for all of them, and is judged by its skill on windows that all runs share. Ray Tune schedules the runs,
+stops them early and keeps their checkpoints; only the driver writes to MLflow, from the history in each checkpoint, so
+that whatever is killed, the same command continues and no point is logged twice or left out.
 
-    <storage>/sweeps/<sweep digest>/    Ray Tune's own: the state of the sweep, the last checkpoints of each child
-    <storage>/models/<run digest>/      children that trained to their end, as jobs/train.py leaves them
+    <storage>/sweeps/<sweep digest>/    Ray Tune's state of the sweep, the last checkpoints of each run, report.html
+    <storage>/models/<run digest>/      models of the runs that trained to their end, as of jobs/train.py
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from matplotlib.figure import Figure
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
@@ -30,9 +31,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tipl_ray import config
 from tipl_ray.data.locks import only_one
-from tipl_ray.data.storage import Storage, join
+from tipl_ray.data.storage import Storage, file_exists, join, write_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, identity
+from tipl_ray.evaluate.report import counted
 from tipl_ray.experiments import from_table
 from tipl_ray.jobs import check_job, connected_to_ray, open_tracker
 from tipl_ray.predict.bands import load_band
@@ -40,7 +42,7 @@ from tipl_ray.predict.gram import GramBand
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.representation import TrainingData, representation_of
 from tipl_ray.resources import require_resources
-from tipl_ray.stages import data_digest, essence, log_data, run_tags
+from tipl_ray.stages import REPORT_FILE, data_digest, essence, log_data, run_tags, say_end
 from tipl_ray.sweep import comparison
 from tipl_ray.sweep.judge import Judge
 from tipl_ray.sweep.space import Candidate, Range, Space, corners, describe, make_space, short_names, with_fields
@@ -52,15 +54,17 @@ from tipl_ray.train.reading import load_trials, read_trials
 from tipl_ray.train.training import Training, TrainingError
 
 CURVES = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
-"""What MLflow is told of every iteration, beside the skills."""
+"""What MLflow logs of every iteration, besides the skills."""
 REDUCTION_FACTOR = 3
-"""One in so many children goes on at each rung of ASHA."""
+"""One in so many runs continues at each rung of ASHA."""
 CHILD_SECTIONS = ("basis", "split", "model", "train")
 WORSE = {"worse_than_copying": "true"}
-"""Tag of a best child, and of its registered model, that is further off than the last snapshot is."""
+"""Tag of the best run, and of its registered model, if it is worse than copying the last snapshot."""
+ROWS = 10
+"""Runs in the table at the end of a sweep; the report has all."""
 MAX_TAG_LETTERS = 500
 MAX_FAILURES = 3
-"""Times that a child whose process or node was lost is started again."""
+"""Times that a run whose process or node was lost is started again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,18 +80,18 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """What the sweep's results depend on, and nothing that only says where it runs."""
+        """What the sweep's results depend on, without where it runs."""
         told = identity(self.experiment.sweep) | {"over": {field: repr(entry) for field, entry in self.space.items()}}
         return digest(run_digest(self.experiment, self.data), self.experiment.evaluate.steps, told)
 
     @property
     def num_children(self) -> int:
-        """Children that the sweep has in the end."""
+        """Number of runs in the finished sweep."""
         return len(self.children) if self.experiment.sweep.search == "grid" else self.experiment.sweep.num_samples
 
     @property
     def longest(self) -> int:
-        """The longest context that any child may have."""
+        """The longest context of any run."""
         return max(child.model.context for child in self.children)
 
     @property
@@ -98,28 +102,30 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reduced:
-    """The trials on one kind of basis, at the highest rank and the longest context that any child asks for."""
+    """The trials on one kind of basis, at the highest rank and the longest context of any run."""
 
     data: TrainingData
     train_bands: Sequence[GramBand]
-    """Gram bands of the same trials, by which every child is judged."""
+    """Gram bands of the same trials, on which every run is judged."""
     validation_bands: Sequence[GramBand]
 
     def of(self, experiment: config.Experiment) -> TrainingData:
-        """What one child trains on."""
+        """What one run trains on."""
         return representation_of(experiment.basis).narrowed(self.data)
 
 
 def run_sweep(experiment: config.Experiment) -> None:
-    """The whole of jobs/sweep.py. Raises what `jobs.exit_status` tells a user."""
+    """The whole of jobs/sweep.py. Raises what `jobs.exit_status` prints for the user."""
     check_job(experiment)
     plan = make_plan(experiment)
     tracker = open_tracker(experiment)
     key = f"sweep-{plan.digest}"
     found = tracker.find(key)
     if found and found.status == "FINISHED":
-        say(f"sweep: found it finished, {plan.num_children} children")
-        _show(plan, comparison.read_children(tracker.client, found.run_id))
+        say(f"sweep: already finished, {plan.num_children} runs")
+        children = comparison.read_children(tracker.client, found.run_id)
+        _show(plan, children)
+        _say_findings(plan, tracker, children)
     else:
         with only_one(experiment.storage_path, key, "running this sweep"), connected_to_ray():
             _require_children(experiment)
@@ -129,7 +135,7 @@ def run_sweep(experiment: config.Experiment) -> None:
 
 
 def make_plan(experiment: config.Experiment) -> Plan:
-    """Check everything that can be known before a child starts.
+    """Check everything that can be known before a run starts.
 
     Raises ValueError for fields, values and candidates that cannot be, StoreError for a storage without the whole data.
     """
@@ -140,15 +146,15 @@ def make_plan(experiment: config.Experiment) -> Plan:
     children = tuple(with_fields(experiment, candidate) for candidate in corners(space))
     if experiment.where.num_workers > 1 and experiment.where.trainer != "ray-train":
         raise ValueError(
-            f"num_workers={experiment.where.num_workers} needs trainer='ray-train': with "
-            f"{experiment.where.trainer!r} a child trains in one process"
+            f"num_workers={experiment.where.num_workers} requires trainer='ray-train': with "
+            f"{experiment.where.trainer!r} a run trains in one process"
         )
     if experiment.sweep.scheduler == "asha" and all(
         child.train.steps_per_iteration >= child.train.num_steps for child in children
     ):
         raise ValueError(
-            f"sweep.scheduler='asha' compares children every train.steps_per_iteration="
-            f"{experiment.train.steps_per_iteration} steps, and none has so many before its end, train.num_steps="
+            f"sweep.scheduler='asha' compares runs every train.steps_per_iteration="
+            f"{experiment.train.steps_per_iteration} steps, but they end after train.num_steps="
             f"{experiment.train.num_steps}: lower train.steps_per_iteration, or leave the scheduler out"
         )
     if experiment.train.data:
@@ -169,15 +175,16 @@ def _sweep(plan: Plan, tracker: Tracker, parent: Run) -> None:
     experiment, settings = plan.experiment, plan.experiment.sweep
     varied = ", ".join(f"{field} {_told(entry)}" for field, entry in plan.space.items())
     say(
-        f"sweep: {plan.num_children} children by {settings.search} over {varied}; {experiment.train.num_steps:,} steps "
-        f"each, judged on {len(experiment.validation_seeds)} validation trials, windows from snapshot {plan.longest} on"
+        f"sweep: {plan.num_children} runs by {settings.search} over {varied}; {experiment.train.num_steps:,} steps "
+        f"each, compared on {counted(len(experiment.validation_seeds), 'validation trial')} from snapshot "
+        f"{plan.longest} on"
     )
     parent.log_parameters({**essence(experiment), "sweep": {**as_table(settings), "over": varied}})
     log_data(experiment, parent)
     begin = time.monotonic()
     data = {_origin(child): child for child in plan.children}
     reduced = {origin: _reduce(plan, child) for origin, child in data.items()}
-    say(f"sweep: trials reduced, once for all children, in {duration(time.monotonic() - begin)}")
+    say(f"sweep: trials reduced, once for all runs, in {duration(time.monotonic() - begin)}")
     with ProgressView() as view, parent.system_metrics(tracker.uri):
         log = SweepLog(plan, tracker, parent, view)
         trials = _tune(plan, reduced, log)
@@ -190,42 +197,44 @@ def _sweep(plan: Plan, tracker: Tracker, parent: Run) -> None:
         raise KeyboardInterrupt  # Tune has caught it, and ended as if all were well
     _forget_others(tracker, parent, {child_key(plan, trial, trials) for trial in trials})
     children = comparison.read_children(tracker.client, parent.run_id)
-    for name, figure in comparison.draw(tracker.client, children, settings.metric).items():
+    drawn = comparison.draw(tracker.client, children, settings.metric)
+    for name, figure in drawn.items():
         parent.log_figure(figure, name)
     _show(plan, children)
     lost = [trial for trial in trials if trial.status == Trial.ERROR]
     if lost:
         raise TrainingError(
-            f"{len(lost)} of {len(trials)} children failed, {describe(lost[0].config)} with: {lost[0].get_error()}; "
-            "the same command tries them once more"
+            f"{len(lost)} of {len(trials)} runs failed, {describe(lost[0].config)} with: {lost[0].get_error()}; the "
+            "same command tries them again"
         )
     best = comparison.best(children, settings.metric)
     if best is None:
-        raise TrainingError(f"all {len(trials)} children diverged: lower train.learning_rate")
+        raise TrainingError(f"all {len(trials)} runs diverged; lower train.learning_rate")
     _crown(plan, tracker, parent, best, trials)
-    say(f"sweep: {len(children)} children in {duration(time.monotonic() - begin)}")
+    say(f"sweep: {len(children)} runs in {duration(time.monotonic() - begin)}")
+    _say_findings(plan, tracker, comparison.read_children(tracker.client, parent.run_id), drawn)
 
 
 def _require_children(experiment: config.Experiment) -> None:
-    """Refuse children that the cluster can never have. Raises ValueError."""
+    """Refuse runs that the cluster has no room for. Raises ValueError."""
     where = experiment.where
     needs = {
         "CPU": (float(where.cpus_per_trial), f"cpus_per_trial={where.cpus_per_trial}"),
         "GPU": (where.gpus_per_trial, f"gpus_per_trial={where.gpus_per_trial:g}"),
     }
-    per = "worker of a child" if where.trainer == "ray-train" else "child"
+    per = "worker of a run" if where.trainer == "ray-train" else "run"
     require_resources(needs, per, where.num_workers, f"num_workers={where.num_workers}")
 
 
 def _forget_others(tracker: Tracker, parent: Run, keys: set[str]) -> None:
-    """Delete runs of children that a driver started and was killed before Tune had written them down."""
+    """Delete MLflow runs that a driver started before it was killed, and that Tune has no record of."""
     for child in comparison.read_children(tracker.client, parent.run_id):
         if child.tags[KEY_TAG] not in keys:
             tracker.client.delete_run(child.run_id)
 
 
 def _reduce(plan: Plan, child: config.Experiment) -> Reduced:
-    """The trials on the child's kind of basis, for every rank and context of the sweep."""
+    """The trials on the run's kind of basis, for every rank and context of the sweep."""
     rank = max(other.basis.rank for other in plan.children)
     widest = with_fields(child, {"basis.rank": rank, "model.context": plan.longest})
     (train_bands,), (validation_bands,) = read_trials(widest, load_band)
@@ -233,7 +242,7 @@ def _reduce(plan: Plan, child: config.Experiment) -> Reduced:
 
 
 def _origin(experiment: config.Experiment) -> str:
-    """What a reduction depends on beside the rank."""
+    """What a reduction depends on, besides the rank."""
     basis = experiment.basis
     return f"{basis.kind} centred={basis.centred} deltas={basis.deltas}"
 
@@ -276,7 +285,7 @@ def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> lis
 
 
 def _asha(plan: Plan) -> ASHAScheduler:
-    """Ends a child early where others had more of the metric after as many steps."""
+    """Stops a run early if others had a higher metric after as many steps."""
     longest = max(child.train.num_steps for child in plan.children)
     return ASHAScheduler(
         time_attr="step",
@@ -289,7 +298,7 @@ def _asha(plan: Plan) -> ASHAScheduler:
 
 
 def _fitting(experiment: config.Experiment) -> int:
-    """Children whose Ray Train workers the cluster has room for, as it is."""
+    """Runs whose Ray Train workers the cluster has room for, as it is."""
     where, room = experiment.where, ray.cluster_resources()
     asked = {"CPU": where.cpus_per_trial, "GPU": where.gpus_per_trial}
     workers = [room.get(name, 0) / amount for name, amount in asked.items() if amount]
@@ -297,7 +306,7 @@ def _fitting(experiment: config.Experiment) -> int:
 
 
 def run_child(candidate: Candidate, *, table: dict[str, Any], reduced: Mapping[str, Reduced], longest: int) -> None:
-    """What each child of the sweep runs in Ray Tune: its training, or Ray Train's TorchTrainer with its training."""
+    """What each run of the sweep executes in Ray Tune: its training, or Ray Train's TorchTrainer with its training."""
     experiment = with_fields(from_table(table), candidate)
     own, where = reduced[_origin(experiment)], experiment.where
     if where.trainer == "ray-train":
@@ -312,7 +321,7 @@ def run_child(candidate: Candidate, *, table: dict[str, Any], reduced: Mapping[s
 
 
 def run_worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker of a child runs; TuneReportCallback tells Ray Tune what the first of them reports."""
+    """What each Ray Train worker of a run executes; TuneReportCallback passes the first one's reports to Ray Tune."""
     experiment, own = from_table(settings["experiment"]), ray.get(settings["reduced"])
     training = worker_training(experiment, own.of(experiment))
     as_checkpoint = ray.train.Checkpoint.from_directory
@@ -327,7 +336,7 @@ def _train(
     report: Callable[..., None],
     as_checkpoint: Callable[[str], ray.train.Checkpoint],
 ) -> None:
-    """`Training`, judged and with a checkpoint after every iteration, in Ray Tune's words or in Ray Train's."""
+    """`Training`, judged and checkpointed after every iteration, through Ray Tune's functions or Ray Train's."""
     experiment = training.experiment
     torch.set_num_threads(experiment.where.cpus_per_trial)
     judge = Judge(bands=own.validation_bands, steps=experiment.evaluate.steps, longest=longest)
@@ -356,7 +365,7 @@ def _train(
 
 
 def _levels(judge: Judge, bands: Sequence[GramBand], training: Training) -> dict[str, float]:
-    """What a child's skill has to be seen beside: the ridge's, and what no model on its representation exceeds."""
+    """What a run's skill is compared with: the ridge's, and the upper bound of any model on its representation."""
     ridge_H = judge.ridge(bands, training.experiment.model.context)
     bound_H = judge.skills(training.objective.upper_bound(judge.starts_B, judge.steps))
     return _named(ridge_H, judge.steps, "ridge_skill") | _named(bound_H, judge.steps, "floor_skill")
@@ -393,7 +402,7 @@ def _domain(entry: tuple[Any, ...] | Range, search: str) -> Any:
 
 
 class SweepLog(tune.Callback):
-    """What MLflow and the terminal are told of the children; lives in the driver, the one writer of all their runs."""
+    """Logs the runs to MLflow and to the terminal; lives in the driver, the only writer of MLflow's runs."""
 
     def __init__(self, plan: Plan, tracker: Tracker, parent: Run, view: ProgressView):
         self.plan, self.tracker, self.parent, self.view = plan, tracker, parent, view
@@ -402,7 +411,7 @@ class SweepLog(tune.Callback):
         self._begin, self._shown, self._steps_before = time.monotonic(), 0.0, -1
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Open the child's run."""
+        """Open the MLflow run."""
         self._running.add(trial.trial_id)
         self._run(trial, trials)
 
@@ -413,12 +422,12 @@ class SweepLog(tune.Callback):
         self._log(self._run(trial, trials), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """End the child's run."""
+        """End the MLflow run."""
         self._running.discard(trial.trial_id)
         self.end(trial, trials, Trial.TERMINATED)  # Tune sets the status later
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """End the child's run."""
+        """End the MLflow run."""
         self._running.discard(trial.trial_id)
         self.end(trial, trials, Trial.ERROR)
 
@@ -490,8 +499,8 @@ class SweepLog(tune.Callback):
         metric, results = self.plan.experiment.sweep.metric, [trial.last_result or {} for trial in trials]
         rows = [
             {
-                "child": describe(trial.config),
-                "": "diverged" if "error" in result else trial.status.lower(),
+                "run": describe(trial.config),
+                "status": "diverged" if "error" in result else trial.status.lower(),
                 "step": f"{result.get('step', 0):,}",
                 metric: "" if "error" in result else comparison.number(result.get(metric)),
                 "ridge": comparison.number(result.get("levels", {}).get(f"ridge_{metric}")),
@@ -500,7 +509,7 @@ class SweepLog(tune.Callback):
         ]
         done = sum(trial.is_finished() for trial in trials)
         known = [
-            (result[metric], row["child"])
+            (result[metric], row["run"])
             for result, row in zip(results, rows, strict=True)
             if metric in result and "error" not in result
         ]
@@ -508,12 +517,12 @@ class SweepLog(tune.Callback):
         told = f", best {best[1]} with {metric} {comparison.number(best[0])}" if best else ""
         self.view.show(
             rows,
-            f"sweep: {done} of {self.plan.num_children} children done{told}, "
-            f"{duration(time.monotonic() - self._begin)} so far, {self._left(results)} left",
+            f"sweep: {done} of {self.plan.num_children} runs done{told}, "
+            f"{duration(time.monotonic() - self._begin)} elapsed, {self._left(results)} left",
         )
 
     def _left(self, results: list[dict[str, Any]]) -> str:
-        """From the steps that this driver has seen, were no child to end early."""
+        """From the steps that this driver has seen, if no run ends early."""
         steps = sum(result.get("step", 0) for result in results)
         if self._steps_before < 0:
             self._steps_before = steps
@@ -522,7 +531,7 @@ class SweepLog(tune.Callback):
 
 
 def last_checkpoint(plan: Plan, trial: Trial) -> tune.Checkpoint:
-    """Where a child stood when it last reported: Ray Tune's own, or the one that Ray Train has told it of."""
+    """The checkpoint of a run's last report: Ray Tune's own, or the one that Ray Train has reported to it."""
     path = (trial.last_result or {}).get(CHECKPOINT_PATH_KEY)
     if path is not None:
         # It is absolute, and the storage may have been moved since.
@@ -533,13 +542,13 @@ def last_checkpoint(plan: Plan, trial: Trial) -> tune.Checkpoint:
 
 
 def child_key(plan: Plan, trial: Trial, trials: Sequence[Trial]) -> str:
-    """Stable key of a child's MLflow run: its candidate, and which one it is where a search drew it more than once."""
+    """Stable key of an MLflow run: its candidate, and a number where a search drew it more than once."""
     same = [other.trial_id for other in trials if other.config == trial.config]
     return f"sweep-{plan.digest}-{digest(trial.config)}-{same.index(trial.trial_id)}"
 
 
 def _crown(plan: Plan, tracker: Tracker, parent: Run, best: comparison.Row, trials: Sequence[Trial]) -> None:
-    """Mark the best child and register its model."""
+    """Mark the best run and register its model."""
     (trial,) = (trial for trial in trials if trial.trial_id == best.tags["tune.trial_id"])
     run, metric = tracker.resume(best.run_id), plan.experiment.sweep.metric
     with last_checkpoint(plan, trial).as_directory() as checkpoint:
@@ -561,7 +570,27 @@ def _crown(plan: Plan, tracker: Tracker, parent: Run, best: comparison.Row, tria
 
 def _show(plan: Plan, children: Sequence[comparison.Row]) -> None:
     metric = plan.experiment.sweep.metric
-    say_rows(comparison.table(comparison.by_metric(children, metric), metric), title=f"{plan.name}, by {metric}")
+    rows = comparison.table(comparison.by_metric(children, metric), metric)
+    shown = f"the best {ROWS} of {len(rows)} runs by" if len(rows) > ROWS else "by"
+    say_rows(rows[:ROWS], title=f"{plan.name}, {shown} {metric}")
+
+
+def _say_findings(
+    plan: Plan,
+    tracker: Tracker,
+    children: Sequence[comparison.Row],
+    drawn: Mapping[str, Figure] | None = None,
+) -> None:
+    """The end of a sweep, and its report; one that is there stays, unless its pictures have just been drawn."""
+    experiment, metric = plan.experiment, plan.experiment.sweep.metric
+    folder = join(experiment.storage_path, "sweeps", plan.digest)
+    rows = comparison.by_metric(children, metric)
+    answers = comparison.findings(rows, metric, len(experiment.validation_seeds))
+    if drawn is not None or not file_exists(folder, REPORT_FILE):
+        drawn = comparison.draw(tracker.client, rows, metric) if drawn is None else drawn
+        page = comparison.page(plan.name, rows, metric, drawn, tracker.uri, answers)
+        write_file(folder, REPORT_FILE, page.encode())
+    say_end(experiment.storage_path, folder, answers)
 
 
 def _seconds(history: Sequence[Mapping[str, float]]) -> Iterator[float]:

@@ -1,4 +1,4 @@
-"""What a model is trained on, and what it is called for it: data sets, their digests, the folders of trained models.
+"""Data sets to train on, their digests, and the folders of trained models, which are named after them.
 
 Knows nothing of torch or Ray, so that a job can refuse what is not there at once.
 """
@@ -40,18 +40,18 @@ class DataSet:
 
     @property
     def parts(self) -> tuple[tuple[int, ...], ...]:
-        """Seeds to train, to choose and to report, without the trials that diverged.
+        """Seeds of the training, validation and test trials, without the trials that diverged.
 
-        Where a trial stands in the split does not depend on what became of others. Raises StoreError where trials to
-        train or to choose by are all gone.
+        A trial's part of the split does not depend on what became of others. Raises StoreError where all training or
+        all validation trials diverged.
         """
         store, parts = TrajectoryStore(self.storage), []
-        for use, seeds in zip(("train on", "choose by", "report on"), self.split.cut(self.seeds), strict=True):
+        for use, seeds in zip(("training", "validation", "test"), self.split.cut(self.seeds), strict=True):
             parts.append(store.sound(seeds))
             if seeds and not parts[-1]:
                 raise StoreError(
-                    f"{self.storage}: all {len(seeds)} trials to {use} diverged; collect with a lower "
-                    "ppo.learning_rate, or give more trials to that part of the split"
+                    f"{self.storage}: all {len(seeds)} {use} trials diverged; collect with a lower "
+                    "ppo.learning_rate, or put more trials into that part of the split"
                 )
         return tuple(parts)
 
@@ -72,11 +72,11 @@ def data_sets(experiment: config.Experiment) -> tuple[DataSet, ...]:
     for storage in map(absolute_storage, experiment.train.data):
         store = TrajectoryStore(storage)
         if not store.finished():
-            raise StoreError(f"{storage}: train.data names it, and no complete data set is there; collect it first")
+            raise StoreError(f"{storage}: named in train.data, but there is no complete data set; collect it first")
         phases = _snapshots_per_iteration(storage, store.header())
         if phases != experiment.snapshots_per_iteration:
             raise ValueError(
-                f"{storage}: {phases} snapshots per PPO iteration do not fit the experiment's "
+                f"{storage}: {phases} snapshots per PPO iteration do not match the experiment's "
                 f"{experiment.snapshots_per_iteration}"
             )
         found.append(DataSet(storage=storage, seeds=store.seeds(), split=experiment.split))
@@ -94,8 +94,8 @@ def _snapshots_per_iteration(storage: str, header: Header) -> int:
         return snapshots_per_iteration(header)
     except KeyError as error:
         raise StoreError(
-            f"{storage}: train.data names it, and its trials do not record {error.args[0]}, without which their "
-            "snapshots have no phase; take a data set of jobs/collect.py"
+            f"{storage}: named in train.data, but its trials do not record {error.args[0]}, without which "
+            "snapshots have no phase; use a data set of jobs/collect.py"
         ) from error
 
 
@@ -128,25 +128,25 @@ def model_folder(experiment: config.Experiment, data_digest: str) -> str:
 
 
 def missing_model(experiment: config.Experiment, data_digest: str) -> StoreError:
-    """What is said where `model_folder` holds no trained model: which models there are, and what differs in them."""
+    """The error for a missing model: which models there are, and how they differ."""
     models = join(experiment.storage_path, "models")
     differences = [
         (_differences(experiment, data_digest, join(models, name)), name) for name in Storage(models).folders()
     ]
     found = sorted(((fields, name) for fields, name in differences if fields), key=lambda item: (len(item[0]), item))
-    start = f"{model_folder(experiment, data_digest)}: no trained model of this experiment is there"
+    start = f"{model_folder(experiment, data_digest)}: there is no trained model of this experiment"
     if not found:
         return StoreError(f"{start}, nor any other; run jobs/train.py first")
     named = "; ".join(f"{name} with {_few(fields)}" for fields, name in found[:MODELS_NAMED])
     rest = f" and {len(found) - MODELS_NAMED} more" if len(found) > MODELS_NAMED else ""
     return StoreError(
-        f"{start}. There are {named}{rest}. Ask for one of these, or run jobs/train.py with this experiment first"
+        f"{start}. Found {named}{rest}. Ask for one of these, or run jobs/train.py with this experiment first"
     )
 
 
 def _few(fields: list[str]) -> str:
     more = len(fields) - FIELDS_NAMED
-    return ", ".join(fields[:FIELDS_NAMED]) + (f" and {more} more fields that differ" if more > 0 else "")
+    return ", ".join(fields[:FIELDS_NAMED]) + (f" and {more} more different fields" if more > 0 else "")
 
 
 def _differences(experiment: config.Experiment, data_digest: str, folder: str) -> list[str]:

@@ -66,7 +66,7 @@ def train(
     folder = model_folder(experiment, data_digest)
     if is_complete(folder):
         load_model(folder)  # refuses a damaged one
-        say(f"found the trained model {folder}")
+        say(f"already trained, model in {folder}")
         return folder
 
     def on_row(metrics: Metrics) -> None:
@@ -118,10 +118,10 @@ def _resumed(folder: str, say: Callable[[str], None]) -> tuple[ray.train.Checkpo
     step, newest = max(whole, default=(0, None))
     damaged = [name for name, found in steps.items() if found is None]
     if damaged:
-        go_on = f"going on from step {step:,}" if newest else "no other is there, so training starts anew"
-        say(f"{', '.join(damaged)} in {folder}: not whole; {go_on}")
+        go_on = f"continuing from step {step:,}" if newest else "there is no other, so training starts over"
+        say(f"{', '.join(damaged)} in {folder}: incomplete; {go_on}")
     elif newest:
-        say(f"going on from step {step:,}")
+        say(f"continuing from step {step:,}")
     filesystem, path = files.filesystem
     if files.exists(RECORD_FILE):
         filesystem.delete_file(f"{path}/{RECORD_FILE}")
@@ -143,8 +143,8 @@ def _explained(folder: str) -> Iterator[None]:
             if isinstance(failure, OSError) and not isinstance(failure, ConnectionError):
                 full = failure.errno in (errno.ENOSPC, errno.EDQUOT)
                 raise StoreError(
-                    f"{folder}: checkpoints cannot be written: {'the disk is full' if full else failure}. Make room or "
-                    "give access, then run again to go on from the last checkpoint"
+                    f"{folder}: checkpoints cannot be written: {'the disk is full' if full else failure}. Free some "
+                    "space or fix permissions, then run again to continue from the last checkpoint"
                 ) from error
         raise
 
@@ -160,7 +160,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             training.restore(folder)
     if not training.rank:
         first = min(training.config.steps_per_iteration, training.config.num_steps)
-        settings["queue"].put(f"training, {first:,} steps before the first line")
+        settings["queue"].put(f"training, first result after {first:,} steps")
     try:
         for metrics in training.iterations():
             if training.rank:

@@ -1,4 +1,4 @@
-"""The trials that train and those that choose, read and reduced in parallel, one Ray task a trial."""
+"""Training and validation trials, read and reduced in parallel, one Ray task per trial."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def read_trials(
     shared: ray.ObjectRef | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> tuple[list[list[Any]], list[list[Any]]]:
-    """The trials that train and those that choose, of each data set, read in parallel, one Ray task per trial.
+    """Training and validation trials of each data set, read in parallel, one Ray task per trial.
 
     `read` is called as `Representation.read` is.
     """

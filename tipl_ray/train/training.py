@@ -1,4 +1,4 @@
-"""Training of a causal Transformer (Section 3.3): a loop that works alone, whatever the representation.
+"""Training of a causal Transformer (Section 3.3): a loop that runs without Ray, whatever the representation.
 
 Knows objectives; knows nothing of Ray, policies, returns or MLflow. Every step is a pure function of the state before
 it and of (seed, step, worker): batches and dropout are drawn from counters, so that a resumed run goes on bit for bit
@@ -36,7 +36,7 @@ seconds_left."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on: names the step and the way out."""
+    """Training cannot continue: names the step and what to do."""
 
 
 class Training:
@@ -77,7 +77,7 @@ class Training:
             validation_loss, validation_skill = self.objective.validate()
             if not np.isfinite([loss, validation_loss]).all():
                 raise TrainingError(
-                    f"step {self.step}: loss={loss}, validation loss={validation_loss}: the model has diverged; lower "
+                    f"step {self.step}: loss={loss}, validation loss={validation_loss}: the model diverged; lower "
                     f"train.learning_rate={self.config.learning_rate} or train.max_gradient_norm"
                 )
             if validation_loss < min((row["validation_loss"] for row in self.history), default=np.inf):
@@ -178,6 +178,6 @@ def progress_line(metrics: Metrics, num_steps: int) -> str:
     minutes, seconds = divmod(round(metrics["seconds_left"]), 60)
     return (
         f"step {metrics['step']:,} of {num_steps:,}: loss {metrics['loss']:.4f}, "
-        f"validation {metrics['validation_loss']:.4f}, one-step skill {metrics['validation_skill']:.3f}, "
+        f"validation loss {metrics['validation_loss']:.4f}, skill one step ahead {metrics['validation_skill']:.3f}, "
         f"{metrics['steps_per_second']:.1f} steps/s, {minutes} min {seconds:02d} s left"
     )
