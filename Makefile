@@ -1,5 +1,7 @@
+# make install a virtual environment in .venv with the tested versions
 # make demo    installs into .venv and runs the main job on real PPO data
 # make test    installs into .venv and runs the tests
+# make docs    installs into .venv and builds the documentation into site/, without network; a dead link is an error
 # make sweep   nine trainings over SVD rank and context length on the demo's data, compared in MLflow
 # make learn   the slow proof that PPO learns: HalfCheetah, 3 trials of 300,000 steps, with a report
 # make chaos   kills collections at every publication point and at random, compares what comes of them
@@ -11,7 +13,9 @@ PYTHON ?= python3
 STAMP := .venv/installed
 PEERS := .venv-bench/installed
 
-.PHONY: demo sweep learn zero-shot test test-slow chaos lint bench bench-quick clean
+.PHONY: install demo sweep learn zero-shot test test-slow chaos lint docs bench bench-quick clean
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/demo.toml
@@ -41,6 +45,9 @@ lint: $(STAMP)
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo --no-cache
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
 bench: $(PEERS)
 	.venv-bench/bin/python benchmarks/engine.py
 	.venv-bench/bin/python benchmarks/returns.py
@@ -52,7 +59,7 @@ bench-quick: $(PEERS)
 	    echo "$$benchmark --quick"; .venv-bench/bin/python $$benchmark --quick; done
 
 clean:
-	rm -rf .venv .venv-bench
+	rm -rf .venv .venv-bench site
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -154,6 +154,12 @@ def run_missing(studies: list[Study], kept: Path) -> dict[str, list[float]]:
     return curves
 
 
+def whole(curves: dict[str, list[float]], study: Study) -> bool:
+    """Whether every curve of a study is there."""
+    names = (f"{study.experiment.name}/{name}/{seed}" for name in ("engine", study.peer) for seed in study.seeds)
+    return all(name in curves for name in names)
+
+
 def stacked(curves: dict[str, list[float]], study: Study, name: str) -> np.ndarray:
     """Curves (seeds, iterations) of one implementation."""
     return np.array([curves[f"{study.experiment.name}/{name}/{seed}"] for seed in study.seeds])
@@ -210,7 +216,7 @@ def draw(curves: dict[str, list[float]], studies: list[Study]) -> Figure:
 def main() -> None:
     """Run what is missing, then write table and picture."""
     parser = make_parser(__doc__)
-    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="which of the studies")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="which to complete")
     arguments = parser.parse_args()
     studies = [STUDIES[name] for name in arguments.studies]
     tables = pictures = kept = results_folder(arguments.quick)
@@ -220,6 +226,11 @@ def main() -> None:
         tables, pictures = ROOT / "docs" / "results", ROOT / "docs" / "pictures"
     torch.set_num_threads(1)
     curves = run_missing(studies, kept / "same_learning.json")
+    # Table and picture have what earlier runs have completed too.
+    studies += [
+        study for study in STUDIES.values() if not arguments.quick and study not in studies and whole(curves, study)
+    ]
+    studies.sort(key=lambda study: list(STUDIES).index(study.experiment.name))
     rows = compare(curves, studies)
     write_table(tables / "same_learning.csv", rows)
     (pictures / "same_learning.png").write_bytes(png(draw(curves, studies)))

@@ -315,7 +315,7 @@ def test_what_is_said_and_changes_nothing_is_told(
         (
             ["--collect.engine", "torch"],
             "train",
-            "--collect.engine: train does not read it; collect, accelerate, find_rule and fork do",
+            "--collect.engine: train does not read it; collect, accelerate, find_rule, fork and learn_jumps do",
         ),
         (["--train.num-workers", "2"], "train", "--train.num-workers: it is --num-workers now"),
         (["--train.no-use-gpu"], "train", "--train.no-use-gpu: it is --use-gpu now"),

@@ -950,12 +950,12 @@ def main() -> None:
             storage = whole_storage(Path(folder) / "data")
             lines.append(f"| {case.what} | {as_shown(error_of(case, storage), storage)} |")
     text = (
-        "# What can go wrong with a data set, and what the user then reads\n\n"
-        "Made by doing each of it to a small storage in `data/`: `python tests/test_damage.py`. Every line is a test; "
-        "in each, the other trials of the storage stay readable, where the seal is damaged once it is deleted. Where a "
-        'line ends in "or ...", the error goes on: delete the trial\'s folders among the trajectories and the commits, '
-        "which it names, and collect again; other trials stay as they are. Sizes and digests, which depend on the "
-        "versions of libraries, are left out.\n\n"
+        "# What can go wrong with a data set, and the message for it\n\n"
+        "`python tests/test_damage.py` makes this page by causing each kind of damage in a small storage, "
+        "`data/`. Every row is a test. In each, the storage's other trials stay readable; if the seal is "
+        'damaged, once it is deleted. A message that ends in "or ..." continues: delete the trial\'s folders '
+        "in the trajectories and the commits, which it names, and collect again; other trials are not "
+        "affected. Sizes and digests are left out, because they depend on the versions of libraries.\n\n"
     )
     (ROOT / "docs" / "damage.md").write_text(f"{text}{chr(10).join(lines)}\n")
 

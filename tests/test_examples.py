@@ -1,4 +1,4 @@
-"""What the README and docs/recording.md say about one's own training loop, carried out as it stands."""
+"""The Python code in the documentation's pages, run as written."""
 
 import os
 import re
@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from trajectories import write_trials
 
 from tipl_ray import config
 from tipl_ray.data.trajectory_store import TrajectoryStore
@@ -16,6 +18,7 @@ from tipl_ray.window.transformer import WindowTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PAGE = (ROOT / "docs" / "jumps.md").read_text()
 
 
 @pytest.fixture
@@ -28,12 +31,8 @@ def demo(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def readme_section() -> str:
-    return (ROOT / "README.md").read_text().split("## In your own training loop", 1)[1].split("\n## ", 1)[0]
-
-
-def test_the_readmes_lines_jump_in_a_loop_of_ones_own(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", readme_section(), flags=re.S)
+def test_the_pages_lines_jump_in_a_loop_of_ones_own(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
     monkeypatch.chdir(demo)
     torch.manual_seed(0)
     policy = nn.Linear(3, 2)
@@ -51,10 +50,8 @@ def test_the_readmes_lines_jump_in_a_loop_of_ones_own(demo: Path, monkeypatch: p
     assert (jumps.taken, jumps.refused) == (3, 0)  # type: ignore[attr-defined]
 
 
-def test_the_readmes_command_trains_a_plain_ppo_with_jumps(demo: Path) -> None:
-    (command,) = (
-        line.strip() for line in readme_section().splitlines() if line.strip().startswith("python") and "--pred" in line
-    )
+def test_the_pages_command_trains_a_plain_ppo_with_jumps(demo: Path) -> None:
+    (command,) = (line.strip() for line in PAGE.splitlines() if line.strip().startswith("python") and "--pred" in line)
     shorter = command.replace("python", sys.executable, 1).replace("examples/", f"{ROOT}/examples/")
     ran = subprocess.run(
         f"{shorter} --iterations 3 --steps 256",
@@ -99,3 +96,15 @@ def test_the_page_on_recording_is_carried_out(
     assert Path("sine.safetensors").exists()
     assert TrajectoryStore("storage/sine").verify(3).num_snapshots == 61
     assert TrajectoryStore("storage/pendulum").verify(1).num_snapshots == 21
+
+
+@pytest.mark.parametrize("page", ["start", "data", "install", "reference"])
+def test_the_pages_python_reads_a_data_set(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_trials("storage/demo", {1: np.ones((251, 122), np.float32)})
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.S):
+        exec(code, names)
+    read = {name: len(value) for name, value in names.items() if name.startswith("by_")}  # type: ignore[arg-type]
+    assert set(read.values()) <= {251}
+    assert len(read) == (4 if page == "data" else 0)

@@ -1,16 +1,23 @@
 """TIPL for return: nothing at the start, a gain that it can see is found, one that it cannot see is not."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pytest
 import torch
+from test_forks import SMALL, SOURCE
 
 from tipl_ray import config
+from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
 from tipl_ray.evaluate.metrics import Resampling
-from tipl_ray.improve.forks import SCHEMA
+from tipl_ray.improve import work
+from tipl_ray.improve.fork_data import run_and_publish
+from tipl_ray.improve.forks import SCHEMA, cells
+from tipl_ray.improve.gain_job import CONSTANT, SIGHTS, STAGES, run_learning
 from tipl_ray.improve.gain_model import FURTHEST, GainTransformer, Seen, Sight
 from tipl_ray.improve.gain_training import (
     Forks,
@@ -21,10 +28,19 @@ from tipl_ray.improve.gain_training import (
     spearman,
     train_gain_model,
 )
+from tipl_ray.improve.return_tipl import ReturnTipl
+from tipl_ray.predict.gram import Contexts, Question
+from tipl_ray.predict.saved import load_predictor
 
 CONTEXT = 6
 SIZE = config.Model(context=CONTEXT, embedding=16, layers=1, heads=2, dropout=0.0)
+ONE_EACH = {"validation_trials": 1, "test_trials": 1}
 RESAMPLING = Resampling(confidence=0.95, bootstrap=50, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def seen(count: int, seed: int = 0) -> Seen:
@@ -35,7 +51,6 @@ def seen(count: int, seed: int = 0) -> Seen:
         grams_BKK=torch.from_numpy(moved_BKP @ moved_BKP.transpose(0, 2, 1)),
         recorded_B=torch.full((count,), 2),
         per_iteration_B=torch.full((count,), 3),
-        epochs_B=torch.full((count,), 4),
         progress_B=torch.from_numpy(random.random(count)),
         learning_rates_B=torch.from_numpy(random.random(count)),
         extras_BX=torch.zeros(count, 4),
@@ -168,3 +183,59 @@ def test_a_model_is_the_same_in_a_folder(tmp_path: Path) -> None:
     assert again.sight == model.sight
     with torch.inference_mode():
         assert torch.equal(again.best_change(what), model.best_change(what))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_job_trains_what_is_missing_and_its_predictor_changes_the_rule_of_the_forks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Forks of a real tiny task; the table has every model and stage, and the predictor is the rule and more."""
+    monkeypatch.setattr(work, "connected_to_ray", contextlib.nullcontext)
+    collect = dataclasses.replace(SMALL.collect, num_trials=3)
+    improve = dataclasses.replace(SMALL.improve, stages=4, models=1, model_steps=50)
+    experiment = dataclasses.replace(SMALL, collect=collect, improve=improve, split=config.Split(**ONE_EACH))
+    experiment = dataclasses.replace(experiment, evaluate=config.Evaluate(bootstrap=20)).at(str(tmp_path))
+    for cell in cells(improve):
+        run_and_publish(cell, experiment, SOURCE, "torch")
+    run_learning(experiment)
+    said = capsys.readouterr().out
+    assert "sees trajectory: Spearman" in said
+    (table,) = tmp_path.glob("jumps/*/gains.csv")
+    rows = pyarrow.csv.read_csv(table).to_pylist()
+    assert {row["sees"] for row in rows} == {*SIGHTS, CONSTANT}
+    assert {row["stage"] for row in rows} == set(STAGES)
+    before = {path: path.stat().st_mtime_ns for path in table.parent.glob("*/model.safetensors")}
+    assert len(before) == len(SIGHTS)
+    run_learning(experiment)
+    assert {path: path.stat().st_mtime_ns for path in table.parent.glob("*/model.safetensors")} == before
+    assert pyarrow.csv.read_csv(table).to_pylist() == rows
+    predictor = load_predictor(str(table.parent / "return-tipl"))
+    assert isinstance(predictor, ReturnTipl)
+    assert predictor.numbers == cells(improve)[0].base()
+
+
+def test_a_predictor_for_return_is_the_rule_plus_the_top_of_the_models_parabola() -> None:
+    torch.manual_seed(0)
+    question = Question(context=CONTEXT, steps=(1,), snapshots_per_iteration=3)
+    model, spread = GainTransformer(SIZE).eval(), (0.5, 0.4, 0.3)
+    rule = ReturnRule.of(question, RuleNumbers(1.0, 0.5, 0.2, 0.2, 0.25, 0.25, 0.5), kl_limit=0.1)
+    predictor = ReturnTipl.made_of(rule, model, spread)
+    what = seen(4)
+    contexts = Contexts(
+        grams_BKK=what.grams_BKK.numpy(),
+        phases_B=np.full(4, 2),
+        progress_B=what.progress_B.numpy(),
+        learning_rates_B=what.learning_rates_B.numpy(),
+    )
+    np.testing.assert_array_equal(predictor.coefficients(contexts), rule.coefficients(contexts))
+    torch.nn.init.normal_(model.slope.weight, std=0.1)
+    predictor = ReturnTipl.made_of(rule, model, spread)
+    with torch.inference_mode():
+        changes_BC = model.best_change(what).double().numpy()
+    expected_B3 = rule.weights(contexts.progress_B) + changes_BC * spread
+    np.testing.assert_allclose(predictor.coefficients(contexts)[:, 0], expected_B3 @ rule.terms(2), rtol=1e-6)
+    # Where a displacement is 0, as before the context is full, the rule alone answers.
+    still = contexts._replace(grams_BKK=contexts.grams_BKK * (np.arange(CONTEXT) > 0))
+    np.testing.assert_array_equal(predictor.coefficients(still), rule.coefficients(still))
+    with pytest.raises(ValueError, match="which a context does not say"):
+        ReturnTipl.made_of(rule, GainTransformer(SIZE, Sight(extras=True)), spread)

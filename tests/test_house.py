@@ -1,4 +1,4 @@
-"""The README's tree held to the files line by line, the commands in documents, and the examples in docstrings."""
+"""The tree of docs/house.md held to the files line by line, and the examples in docstrings."""
 
 import doctest
 import fnmatch
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("tipl_ray", "jobs", "examples", "cluster", "docs", "benchmarks", "tests", ".ci")
-TREE = (ROOT / "README.md").read_text().split("## The house", 1)[1].split("```\n")[1].splitlines()
+TREE = (ROOT / "docs" / "house.md").read_text().split("## The tree", 1)[1].split("```")[1].splitlines()[1:]
 WITH_EXAMPLES = sorted(path for path in (ROOT / "tipl_ray").rglob("*.py") if ">>> " in path.read_text())
 
 
@@ -49,7 +49,7 @@ def complaints(tree: list[str]) -> list[str]:
     return wrong + [f"{name}: has {count} lines" for name, count in lines.items() if count != 1]
 
 
-def test_the_readmes_tree_has_one_line_for_each_file_and_no_other() -> None:
+def test_the_houses_tree_has_one_line_for_each_file_and_no_other() -> None:
     assert complaints(TREE) == []
 
 
@@ -74,10 +74,12 @@ def test_examples_in_docstrings_hold(path: Path) -> None:
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"jobs/{path.name}" for path in (ROOT / "jobs").glob("*.py"))])
-def test_commands_name_files_that_are_there(name: str) -> None:
+@pytest.mark.parametrize("name", [path.name for path in (ROOT / "jobs").glob("*.py")])
+def test_a_jobs_description_names_files_that_are_there(name: str) -> None:
     named = set(
-        re.findall(r"(?<![\w/])(?:jobs|benchmarks|docs|examples|cluster)/[\w/]+\.\w+", (ROOT / name).read_text())
+        re.findall(
+            r"(?<![\w/])(?:jobs|benchmarks|docs|examples|cluster)/[\w/]+\.\w+", (ROOT / "jobs" / name).read_text()
+        )
     )
     assert named
     assert {file for file in named if not (ROOT / file).exists()} == set()

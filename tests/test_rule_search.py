@@ -12,7 +12,7 @@ from test_forks import SMALL, SOURCE
 
 from tipl_ray.accelerate.return_rule import RuleNumbers
 from tipl_ray.config import Experiment
-from tipl_ray.improve import rule_job
+from tipl_ray.improve import work
 from tipl_ray.improve.forks import cells
 from tipl_ray.improve.rule_job import run_rule_searches
 from tipl_ray.improve.rule_search import (
@@ -94,7 +94,7 @@ def test_a_rule_of_nothing_is_ppo_without_jumps() -> None:
 def test_the_job_finds_the_same_rule_after_a_kill_and_runs_no_candidate_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(rule_job, "connected_to_ray", contextlib.nullcontext)
+    monkeypatch.setattr(work, "connected_to_ray", contextlib.nullcontext)
     improve = dataclasses.replace(SMALL.improve, generations=2, population=4, searches=1)
     collect = dataclasses.replace(SMALL.collect, total_env_steps=4 * 128)
     experiment = dataclasses.replace(SMALL, improve=improve, collect=collect).at(str(tmp_path / "whole"))

@@ -294,10 +294,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             lines.append(row(case, Path(folder).resolve()))
     text = (
-        "# Surroundings and values that do not fit, and what the user then reads\n\n"
-        "Made by doing each of it: `python tests/test_surroundings.py`. Every line is a test, of both columns. A "
-        "command line or an experiment's file that is refused ends with status 2, before anything is loaded, all else "
-        "with status 1. What goes wrong with data is in [damage.md](damage.md).\n\n"
+        "# Values and environments that are refused, and the message for it\n\n"
+        "`python tests/test_surroundings.py` makes this page by trying each of these. Every row is a test of "
+        "both columns. A refused command line or experiment file exits with status 2, before anything is "
+        "loaded; everything else with status 1. For damaged data, see [damage.md](damage.md).\n\n"
     )
     PAGE.write_text(text + "\n".join(lines) + "\n")
 

@@ -44,6 +44,14 @@ def in_checkout() -> bool:
 JOBS_FOLDER = (CHECKOUT if in_checkout() else Path(__file__).resolve().parent / "shipped") / "jobs"
 """Folder of the jobs, with the experiments that are known by name: the checkout's, or the one that a wheel brings."""
 
+PUBLISHED_FOLDER = Path(__file__).resolve().parent / "published"
+"""Folder of the predictors that this package brings along."""
+
+
+def published_predictors() -> tuple[str, ...]:
+    """Names of the predictors that this package brings along."""
+    return tuple(sorted(file.parent.name for file in PUBLISHED_FOLDER.glob("*/predictor.json")))
+
 
 def default_storage(name: str) -> str:
     """Where an experiment is kept that names no storage: below the checkout, else below the working directory."""

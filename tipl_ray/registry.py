@@ -104,6 +104,7 @@ PREDICTORS = Registry(
         "mean-trajectory": "tipl_ray.predict.baselines:MeanTrajectory",
         "first-again": "tipl_ray.predict.baselines:FirstAgain",
         "return-rule": "tipl_ray.accelerate.return_rule:ReturnRule",
+        "return-tipl": "tipl_ray.improve.return_tipl:ReturnTipl",
     },
 )
 """The predictors that TIPL is compared with, in the order of the result table: a `predict.predictor.Predictor` each."""

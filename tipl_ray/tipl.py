@@ -19,7 +19,19 @@ import tipl_ray
 from tipl_ray.errors import no_such
 from tipl_ray.places import JOBS_FOLDER
 
-NAMES = ("collect", "train", "evaluate", "pipeline", "sweep", "compare", "accelerate", "fork", "find_rule", "data")
+NAMES = (
+    "collect",
+    "train",
+    "evaluate",
+    "pipeline",
+    "sweep",
+    "compare",
+    "accelerate",
+    "fork",
+    "find_rule",
+    "learn_jumps",
+    "data",
+)
 """The jobs, in the order of the work."""
 
 HELP, VERSION, COMPLETION = ("--help", "-h"), "--version", "--tyro-print-completion"

@@ -140,7 +140,9 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
         if one not in learning:
             question = contenders.jump_question(one, experiment, source)
             assert one.jump, "it jumps"
-            rule = digest(question, list(one.jump.numbers)) if one.jump.numbers else digest(question)
+            own: list[Any] = [list(one.jump.numbers)] if one.jump.numbers else []
+            own += [predictor_digest(one.jump.predictor)] if contenders.published(one.jump) else []
+            rule = digest(question, *own)
             folders[one.name] = join(experiment.storage_path, "predictors", rule, predictor_of(one))
             if not file_exists(folders[one.name], PREDICTOR_FILE):
                 contenders.save_rule(question, one.jump, folders[one.name])

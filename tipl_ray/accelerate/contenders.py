@@ -4,6 +4,7 @@ Knows which experiment a contender runs, and by which predictor it jumps; runs n
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,15 +14,17 @@ import numpy as np
 from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.jumps import JumpSettings
 from tipl_ray.accelerate.outer_steps import OuterSteps
+from tipl_ray.accelerate.return_rule import ReturnRule
 from tipl_ray.config import Collect, Contender, Experiment, Jump
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest, identity
+from tipl_ray.places import published_predictors
 from tipl_ray.ppo.algorithms import NOTHING, Extension
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import Question
 from tipl_ray.predict.predictor import Combination, Predictor, Trials
-from tipl_ray.predict.saved import combinations, save_predictor
+from tipl_ray.predict.saved import combinations, load_predictor, save_predictor
 from tipl_ray.registry import PREDICTORS
 
 TIPL = "tipl"
@@ -91,7 +94,7 @@ def jump_settings(contender: Contender, experiment: Experiment, source: Experime
     """How a contender jumps. Raises ValueError where no whole snapshots are left to predict."""
     jump, horizon = contender.jump, contender.horizon(experiment.ppo, source)
     assert jump, "it jumps"
-    if jump.predictor not in (known := (*combinations(), TIPL)):
+    if jump.predictor not in (known := (*combinations(), TIPL, *published_predictors())):
         named = f"accelerate.contenders: {contender.name!r}: jump.predictor"
         raise ValueError(f"{named}={jump.predictor!r} does not combine displacements; {', '.join(known)} do")
     epochs = contender.epochs_before_jump(experiment.ppo) + horizon * source.collect.epochs_per_snapshot
@@ -107,7 +110,7 @@ def jump_settings(contender: Contender, experiment: Experiment, source: Experime
         moments=jump.moments,
         gate=jump.gate,
         corrective_epochs=jump.corrective_epochs,
-        kl_limit=jump.kl_limit,
+        kl_limit=jump.kl_limit or (rule.kl_limit if (rule := published(jump)) else 0.0),
     )
 
 
@@ -122,10 +125,24 @@ def jump_question(contender: Contender, experiment: Experiment, source: Experime
     )
 
 
+def published(jump: Jump) -> ReturnRule | None:
+    """The predictor of a jump that this package brings along; None where it is another."""
+    return _published(jump.predictor) if jump.predictor in published_predictors() else None
+
+
+@functools.cache
+def _published(name: str) -> ReturnRule:
+    rule = load_predictor(name)
+    assert isinstance(rule, ReturnRule), "what is published can be asked about any number of epochs"
+    return rule
+
+
 def is_learned(contender: Contender) -> bool:
-    """Whether its predictor was fitted on anything: some are rules."""
+    """Whether its predictor is fitted on the trials of another experiment: some are rules, some are published."""
     if not contender.jump or contender.jump.predictor == TIPL:
         return contender.jump is not None
+    if published(contender.jump):
+        return False
     return PREDICTORS.load(contender.jump.predictor).fit is not Predictor.fit
 
 
@@ -142,8 +159,8 @@ def unit_table(experiment: Experiment, extension: Extension) -> dict[str, dict[s
 
 
 def save_rule(question: Question, jump: Jump, folder: str) -> None:
-    """Write a predictor that learns nothing, for `saved.load_predictor`."""
-    predictor = PREDICTORS.load(jump.predictor)(question)
+    """Write a predictor that is not fitted here, for `saved.load_predictor`."""
+    predictor = rule.asked(question) if (rule := published(jump)) else PREDICTORS.load(jump.predictor)(question)
     if jump.numbers:
         predictor.fitted = {"numbers": np.array(jump.numbers)}
     save_predictor(predictor, folder, {})

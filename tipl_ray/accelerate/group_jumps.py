@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl_ray.accelerate.jumps import Forecaster, History, JumpSettings, check_schedule, propose
+from tipl_ray.accelerate.jumps import Forecaster, History, JumpSettings, allowed_share, check_schedule, propose
 from tipl_ray.digest import identity
 from tipl_ray.ppo.algorithms import Extension, Hooks, State
 from tipl_ray.ppo.trials import TrialGroup
@@ -153,16 +153,12 @@ class GroupJumps(Hooks):
             self._coefficients[k] = [np.zeros_like(found_HC) for found_HC in self._coefficients[k]]
 
     def _shorten(self, group: TrialGroup, moves_KHM: NDArray[np.float32]) -> None:
-        """Scale moves, in place, so that no policy gets further from the one that collected than the limit allows.
-
-        The divergence grows ever faster along a jump, so that a straight line between its ends lies above it.
-        """
+        """Scale moves, in place, so that no policy gets further from the one that collected than the limit allows."""
         there_KN, limit = group.parameters_KN.copy(), self.settings.kl_limit
         there_KN[:, : self._num_moved] += moves_KHM.sum(axis=1)
         here_K, there_K = group.divergences(group.parameters_KN), group.divergences(there_KN)
         for k in map(int, np.flatnonzero(~(there_K <= limit))):
-            share = np.clip((limit - here_K[k]) / (there_K[k] - here_K[k]), 0.0, 1.0) if there_K[k] < np.inf else 0.0
-            share = float(np.nan_to_num(share))
+            share = allowed_share(float(here_K[k]), float(there_K[k]), limit)
             moves_KHM[k] *= np.float32(share)
             self._coefficients[k] = [share * found_HC for found_HC in self._coefficients[k]]
 

@@ -2,7 +2,7 @@
 
 `History` is one vector of weights on its way: its last displacements, their inner products, and how a predictor carries
 it on. `ModuleJumps` keeps that of any torch module, for anybody's own training loop; group_jumps.py those of trials.
-Knows predictors by what they answer; knows nothing of PPO, environments or files.
+Knows predictors by what they answer; knows nothing of PPO or environments.
 
 Shapes: K displacements of context, P weights of one history, H snapshots of a jump.
 """
@@ -10,15 +10,17 @@ Shapes: K displacements of context, P weights of one history, H snapshots of a j
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tipl_ray.accelerate.return_rule import ReturnRule
 from tipl_ray.predict.gram import Contexts, Question
+from tipl_ray.predict.saved import load_predictor
 
 COLUMNS_AT_ONCE = 4096
 """Columns of the displacements whose products are summed in float32; such sums are added up in float64."""
@@ -226,6 +228,17 @@ def propose(
     return np.diff(ahead_HK, axis=0, prepend=0.0), None
 
 
+def allowed_share(here: float, there: float, limit: float) -> float:
+    """Share of a jump that leads no further than a KL divergence, which is known at both of its ends.
+
+    The divergence grows ever faster along a jump, so that a straight line between its ends lies above it.
+    """
+    if there <= limit:
+        return 1.0
+    share = (limit - here) / (there - here) if there < float("inf") else 0.0
+    return float(np.clip(np.nan_to_num(share), 0.0, 1.0))
+
+
 class ModuleJumps:
     """Jumps for any torch module, in anybody's training loop: call `record` where the predictor's data had a snapshot,
     and `jump` in place of the epochs left out.
@@ -241,8 +254,8 @@ class ModuleJumps:
     """
 
     def __init__(self, module: torch.nn.Module, predictor: Forecaster, settings: JumpSettings | None = None):
-        """Of the settings `horizon`, `damping` and `limit` count. Raises ValueError for others that ask for what is not
-        done here, where the predictor cannot look so far ahead, and for a module with nothing to train."""
+        """Of the settings `horizon`, `damping`, `kl_limit` and `limit` count. Raises ValueError for others that ask for
+        what is not done here, where the predictor cannot look so far ahead, and for a module with nothing to train."""
         self.settings = settings or JumpSettings()
         _check_module_settings(self.settings)
         if not hasattr(predictor, "coefficients"):
@@ -258,19 +271,44 @@ class ModuleJumps:
         """Snapshots recorded since the last jump."""
         self.taken, self.refused = 0, 0
 
+    @classmethod
+    def from_pretrained(
+        cls, module: torch.nn.Module, name: str = "return-rule-v1", *, recorded: int = 2, damping: float = 1.0
+    ) -> Self:
+        """Jumps by a predictor that this package brings along, or by one in a folder or under a URI.
+
+        `recorded` is how many snapshots an iteration records before its jump, one after every second update epoch; the
+        package's own predictors answer for any number. Their limit of a jump's KL divergence holds where `jump` is
+        given the divergence. Raises ValueError where there is no such predictor, or it was fitted on other iterations.
+        """
+        predictor = load_predictor(name)
+        kl_limit = 0.0
+        if isinstance(predictor, ReturnRule):
+            question = Question(context=predictor.question.context, steps=(1,), snapshots_per_iteration=recorded + 1)
+            predictor, kl_limit = predictor.asked(question), predictor.kl_limit
+        horizon = predictor.question.snapshots_per_iteration - recorded
+        return cls(module, predictor, JumpSettings(horizon=max(horizon, 1), damping=damping, kl_limit=kl_limit))
+
     def record(self) -> None:
         """Take a snapshot of the module's weights. Raises ValueError where nothing is trained any more."""
         trained = self._follow()
         self._history.record(_flat(trained))
         self.recorded += 1
 
-    def jump(self, progress: float, learning_rate: float | None = None) -> bool:
+    def jump(
+        self,
+        progress: float,
+        learning_rate: float | None = None,
+        divergence: Callable[[], float] | None = None,
+    ) -> bool:
         """Move the weights to where the epochs left out would have led; whether the jump was taken.
 
         `progress` is the share of the training that has passed, 0 to 1; `learning_rate` is the present one as a share
-        of the first, by default annealed linearly. A forecast that is not finite or absurdly far is refused with a
-        RuntimeWarning. Raises ValueError for shares that are none, and if another number of snapshots was recorded than
-        the predictor expects.
+        of the first, by default annealed linearly. `divergence` returns the approximate KL divergence of the module as
+        it is when called from the policy that collected the rollout: with it a jump beyond `settings.kl_limit` is
+        shortened, on a straight line between the divergences at its ends. A forecast that is not finite or absurdly far
+        is refused with a RuntimeWarning. Raises ValueError for shares that are none, and if another number of snapshots
+        was recorded than the predictor expects.
         """
         if not 0.0 <= progress <= 1.0:
             raise ValueError(
@@ -289,10 +327,13 @@ class ModuleJumps:
             progress=float(progress),
             learning_rate=float(learning_rate),
         )
+        here = divergence() if divergence and self.settings.kl_limit else 0.0
         moves_HP = self._history.moves(coefficients_HK)
         if not refused and not _move(trained, moves_HP.sum(axis=0)):
             refused, coefficients_HK = "it leads beyond what the weights' types hold", np.zeros_like(coefficients_HK)
             moves_HP = self._history.moves(coefficients_HK)
+        if divergence and self.settings.kl_limit and not refused:
+            coefficients_HK, moves_HP = self._shorten(trained, coefficients_HK, moves_HP, here, divergence())
         if refused:
             self.refused += 1
             warnings.warn(f"jump refused: {refused}; training goes on without it", RuntimeWarning, stacklevel=2)
@@ -302,6 +343,20 @@ class ModuleJumps:
         self._history.carry_on(coefficients_HK, moves_HP, _flat(trained))
         self.recorded = 0
         return refused is None
+
+    def _shorten(
+        self,
+        trained: Mapping[str, Tensor],
+        coefficients_HK: NDArray[np.float64],
+        moves_HP: NDArray[np.float32],
+        here: float,
+        there: float,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Take back as much of a jump that was made as leads beyond the limit of the divergence."""
+        if (share := allowed_share(here, there, self.settings.kl_limit)) < 1.0:
+            _move(trained, (np.float32(share) - 1) * moves_HP.sum(axis=0))
+            coefficients_HK, moves_HP = share * coefficients_HK, np.float32(share) * moves_HP
+        return coefficients_HK, moves_HP
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and counts that the next jumps depend on, the whole history included; for `torch.save`."""
@@ -351,7 +406,6 @@ def _check_module_settings(settings: JumpSettings) -> None:
         ("networks", "policy", "make a ModuleJumps for each module that is to jump"),
         ("moments", "kept", "reset your optimizer's state where jump() returns True"),
         ("corrective_epochs", 0, "run them after jump(), and then record()"),
-        ("kl_limit", 0.0, "compare your policies before and after jump()"),
         ("gate", False, "compare your objective before and after jump(), and restore the weights where it fell"),
     ):
         if (value := getattr(settings, field)) != done:

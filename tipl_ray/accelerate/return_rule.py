@@ -57,10 +57,19 @@ class ReturnRule(Combination):
         self.fitted = {"numbers": np.array(RuleNumbers())}
 
     @classmethod
-    def of(cls, question: Question, numbers: RuleNumbers) -> Self:
-        """A rule with numbers of its own."""
+    def of(cls, question: Question, numbers: RuleNumbers, kl_limit: float = 0.0) -> Self:
+        """A rule with these numbers, tuned under a limit of a jump's KL divergence; 0 is none."""
         made = cls(question)
-        made.fitted = {"numbers": np.array(numbers)}
+        made.fitted = {"numbers": np.array(numbers), "kl_limit": np.array(kl_limit)}
+        return made
+
+    def asked(self, question: Question) -> Self:
+        """The same rule for other iterations: it depends on no number of epochs. Raises ValueError for another
+        context."""
+        if question.context != self.question.context:
+            raise ValueError(f"{self.name} sees {self.question.context} displacements, not {question.context}")
+        made = type(self)(question)
+        made.fitted = self.fitted
         return made
 
     @property
@@ -68,12 +77,17 @@ class ReturnRule(Combination):
         """What it was set to."""
         return RuleNumbers(*self.fitted["numbers"].tolist())
 
+    @property
+    def kl_limit(self) -> float:
+        """How far its jumps may lead, as an approximate KL divergence from the policy that collected; 0 is no limit."""
+        return float(self.fitted.get("kl_limit", 0.0))
+
     def coefficients(self, contexts: Contexts) -> NDArray[np.float64]:
         """The formula above, of the displacements of each context, as far as they are in it.
 
         Where a jump is more than one snapshot long, each has an equal share of it.
         """
-        weights_B3 = self.weights(contexts.progress_B)
+        weights_B3 = self.weights_seen(contexts)
         left, steps_H = self.question.snapshots_per_iteration, np.asarray(self.question.steps)
         answers_BHK = np.empty((len(contexts.phases_B), len(steps_H), self.question.context))
         for phase in np.unique(contexts.phases_B):
@@ -82,6 +96,10 @@ class ReturnRule(Combination):
             shares_H = steps_H / (left - phase)
             answers_BHK[mine_B] = shares_H[:, None] * (weights_B3[mine_B] @ terms_3K)[:, None]
         return answers_BHK
+
+    def weights_seen(self, contexts: Contexts) -> NDArray[np.float64]:
+        """What first, last and past displacements count in each context, by its progress alone; (B, 3)."""
+        return self.weights(contexts.progress_B)
 
     def weights(self, progress_B: NDArray[np.float64]) -> NDArray[np.float64]:
         """What first, last and past displacements count at some progress; (B, 3)."""

@@ -39,14 +39,20 @@ JOBS: dict[str, tuple[str, ...]] = {
     "find_rule": (
         *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
         *("-collect.num_trials", "-collect.first_seed", "-ppo.learning_rate", "improve", "-improve.regimes"),
-        *("-improve.stages", "-improve.pairs", "-improve.spread", "-improve.iterations", "where.physics_threads"),
-        "where.units_at_once",
+        *("-improve.stages", "-improve.pairs", "-improve.spread", "-improve.iterations", "-improve.models"),
+        *("-improve.model_steps", "where.physics_threads", "where.units_at_once"),
     ),
     "fork": (
         *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
         *("-ppo.learning_rate", "improve", "-improve.regimes", "-improve.generations", "-improve.population"),
         *("-improve.searches", "-improve.search_first_seed", "-improve.search_trials"),
-        *("where.physics_threads", "where.units_at_once"),
+        *("-improve.models", "-improve.model_steps", "where.physics_threads", "where.units_at_once"),
+    ),
+    "learn_jumps": (
+        *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
+        *("-ppo.learning_rate", "split", "improve", "-improve.regimes", "-improve.generations", "-improve.population"),
+        *("-improve.searches", "-improve.search_first_seed", "-improve.search_trials", "evaluate.bootstrap"),
+        *("evaluate.confidence", "evaluate.seed", "where.units_at_once"),
     ),
 }
 """The sections and fields of an experiment that each job reads; a leading dash marks the exceptions."""

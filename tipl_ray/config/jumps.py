@@ -22,7 +22,7 @@ from tipl_ray.config.fields import (
 from tipl_ray.config.sections import Ppo
 from tipl_ray.digest import as_table
 from tipl_ray.errors import no_such
-from tipl_ray.places import check_text
+from tipl_ray.places import check_text, published_predictors
 from tipl_ray.registry import PREDICTORS
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Jump:
     """A jump at the end of every PPO iteration, by a predictor of snapshots."""
 
     predictor: str
-    """Name of a predictor that combines displacements, or `tipl`, the Transformer that predictors_from has trained."""
+    """Name of a predictor that combines displacements; `tipl`, the Transformer that predictors_from has trained; or one
+    that the package brings along, such as `return-rule-v1`."""
     horizon: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Snapshots that the jump stands for and that end the iteration; 0 for those that an iteration of predictors_from
     has beyond the epochs run before it."""
@@ -104,7 +105,9 @@ class Contender:
                 raise ValueError(f"ppo.{self.searched} is searched, and values are not given")
             if self.jump and len(self.jump.numbers) not in (0, 7 if self.jump.predictor == "return-rule" else 0):
                 raise ValueError(f"jump.numbers={list(self.jump.numbers)} are not the 7 of a return-rule")
-            if self.jump and self.jump.predictor not in (known := (*PREDICTORS.names(), "tipl")):
+            if self.jump and self.jump.predictor not in (
+                known := (*PREDICTORS.names(), "tipl", *published_predictors())
+            ):
                 raise no_such("jump.predictor", self.jump.predictor, known)
         except ValueError as error:
             raise ValueError(f"accelerate.contenders: {self.name!r}: {error}") from error
@@ -265,6 +268,10 @@ class Improve:
     """Searches, each on seeds of its own: what one finds may be luck."""
     search_first_seed: Natural = 30_001
     """Seed of the first trial of the searches; the rules of a generation share theirs, and no two generations do."""
+    models: Annotated[int, Field(ge=1, le=1_000)] = 5
+    """Models that learn from the forks what changes are worth, on seeds of their own."""
+    model_steps: Annotated[int, Field(ge=1, le=10_000_000)] = 2_000
+    """Optimisation steps of each."""
     search_trials: Annotated[int, Field(ge=1, le=100_000)] = 1
     """Trials of each rule on each task, in a regime that is drawn for each generation and task."""
 
@@ -276,7 +283,10 @@ class Improve:
         check_once("improve", "regimes", [regime.name for regime in self.regimes])
         for regime in self.regimes:
             regime.check()
-            if not (regime.jump and regime.jump.predictor == "return-rule" and regime.jump.numbers):
-                raise ValueError(f"improve.regimes: {regime.name!r} has no jump by the numbers of a return-rule")
+            jump = regime.jump
+            if not (jump and (jump.numbers or jump.predictor in published_predictors())):
+                raise ValueError(
+                    f"improve.regimes: {regime.name!r} has no jump by a return-rule's numbers or by a published one"
+                )
             if not regime.values:
                 raise ValueError(f"improve.regimes: {regime.name!r} has no values of {regime.searched}")

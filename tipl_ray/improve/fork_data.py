@@ -7,7 +7,6 @@ A cell that was killed is run again, and comes to the same bytes.
 
 import hashlib
 import io
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,17 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from tipl_ray.accelerate.acceleration import source_experiment
-from tipl_ray.collect.crew import require_seat, seat_resources
+from tipl_ray.collect.crew import seat_resources
 from tipl_ray.config import Experiment
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import StoreError, file_exists, join, publish, read_published
 from tipl_ray.digest import as_table, digest, identity
 from tipl_ray.improve.forks import Cell, cells, run_cell
-from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker, side_by_side
-from tipl_ray.ppo.engines import choose_engine
-from tipl_ray.terminal import ProgressView, duration, say
-from tipl_ray.tracking import ui_command
+from tipl_ray.improve.work import Work, work_on
+from tipl_ray.jobs import side_by_side
+from tipl_ray.terminal import ProgressView, say
 
 FORKS_FILE, FORKS_RECORD = "forks.parquet", "forks.sha256"
 WAY_OUT = "delete it, and the same command runs the cell again"
@@ -79,37 +76,28 @@ def _contents(experiment: Experiment, source: Experiment, engine: str) -> Sequen
 
 
 def run_forks(experiment: Experiment) -> None:
-    """The whole of jobs/fork.py.
-
-    Exits with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
-    """
-    with exit_status():
-        check_job(experiment)
-        source, tracker, begin = source_experiment(experiment), open_tracker(experiment), time.monotonic()
-        with connected_to_ray():
-            engine = choose_engine(experiment.collect.engine, experiment.ppo)
-            require_seat(experiment, engine, "cell")
-            key = f"forks-{digest([cell_folder(one, experiment, source, engine) for one in cells(experiment.improve)])}"
-            with only_one(experiment.storage_path, key, "making these forks"), tracker.run("forks", key) as run:
-                run.log_parameters({"improve": as_table(experiment.improve), "ppo": as_table(experiment.ppo)})
-                _run_cells(experiment, source, engine)
-                table = read_forks(experiment, source, engine)
-                run.log_metrics({"branches": table.num_rows})
-            say(f"fork: {table.num_rows:,} branches, digest {forks_digest(experiment, source, engine)}")
-        say(f"fork: {duration(time.monotonic() - begin)}")
-        say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
+    """The whole of jobs/fork.py."""
+    with work_on(experiment, "fork", "cell") as work:
+        source, engine = work.source, work.engine
+        key = f"forks-{digest([cell_folder(one, experiment, source, engine) for one in cells(experiment.improve)])}"
+        claim = only_one(experiment.storage_path, key, "making these forks")
+        with claim, work.tracker.run("forks", key) as run:
+            run.log_parameters({"improve": as_table(experiment.improve), "ppo": as_table(experiment.ppo)})
+            _run_cells(work)
+            table = read_forks(experiment, source, engine)
+            run.log_metrics({"branches": table.num_rows})
+        say(f"fork: {table.num_rows:,} branches, digest {forks_digest(experiment, source, engine)}")
 
 
-def _run_cells(experiment: Experiment, source: Experiment, engine: str) -> None:
-    waiting = cells(experiment.improve)
+def _run_cells(work: Work) -> None:
+    experiment, waiting = work.experiment, cells(work.experiment.improve)
     total, done = len(waiting), 0
-    needs = seat_resources(experiment, engine)
+    needs = seat_resources(experiment, work.engine)
     task: Any = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=3)(run_and_publish)
-    limit = experiment.where.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def send(cell: Cell) -> ray.ObjectRef | None:
-        is_there = read_cell(cell_folder(cell, experiment, source, engine)) is not None
-        return None if is_there else task.remote(cell, experiment, source, engine)
+        is_there = read_cell(cell_folder(cell, experiment, work.source, work.engine)) is not None
+        return None if is_there else task.remote(cell, experiment, work.source, work.engine)
 
     with ProgressView() as view:
 
@@ -117,5 +105,5 @@ def _run_cells(experiment: Experiment, source: Experiment, engine: str) -> None:
             now = "; ".join(cell.name for cell in running)
             view.show([], f"fork: {done} of {total} cells done; running {now or 'none'}")
 
-        for _ in side_by_side(send, waiting, limit, show):
+        for _ in side_by_side(send, waiting, work.at_once, show):
             done += 1

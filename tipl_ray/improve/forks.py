@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tipl_ray.accelerate.contenders import jump_question, jump_settings
+from tipl_ray.accelerate.contenders import jump_question, jump_settings, published
 from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps
 from tipl_ray.accelerate.jumps import Forecaster, JumpSettings
 from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
@@ -83,7 +83,7 @@ class Cell:
     def base(self) -> RuleNumbers:
         """The rule around which its trials are forked."""
         assert self.regime.jump, "it jumps"
-        return RuleNumbers(*self.regime.jump.numbers)
+        return rule.numbers if (rule := published(self.regime.jump)) else RuleNumbers(*self.regime.jump.numbers)
 
 
 def cells(improve: Improve) -> list[Cell]:

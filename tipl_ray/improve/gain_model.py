@@ -38,8 +38,6 @@ class Seen(NamedTuple):
     """Displacements of this iteration among them."""
     per_iteration_B: Tensor
     """Displacements of a whole iteration, its jump included."""
-    epochs_B: Tensor
-    """Update epochs of an iteration."""
     progress_B: Tensor
     """Share of the trial that has passed, 0 to 1."""
     learning_rates_B: Tensor
@@ -151,5 +149,5 @@ def _places(seen: Seen, context: int) -> Tensor:
 def _clock(seen: Seen) -> Tensor:
     """How far the trial has come, and what an iteration is; (B, CLOCK_SIZE)."""
     progress_B, rates_B = seen.progress_B.float(), seen.learning_rates_B.float()
-    parts = (progress_B, progress_B**2, torch.exp(-10 * progress_B), rates_B, seen.epochs_B.float().log())
+    parts = (progress_B, progress_B**2, torch.exp(-10 * progress_B), rates_B, seen.recorded_B.float().log())
     return torch.stack(parts, dim=1)

@@ -93,7 +93,6 @@ def make_forks(table: pa.Table, spread: Sequence[float], context: int) -> Forks:
             grams_BKK=column("gram", np.float64).reshape(len(firsts), context, context),
             recorded_B=column("recorded", np.int64),
             per_iteration_B=column("per_iteration", np.int64),
-            epochs_B=column("epochs", np.int64),
             progress_B=column("progress", np.float64),
             learning_rates_B=column("learning_rate", np.float64),
             extras_BX=torch.from_numpy(np.array([_extras(row) for row in firsts], dtype=np.float32)),

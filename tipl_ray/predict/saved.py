@@ -12,6 +12,7 @@ import safetensors.numpy
 from tipl_ray.data.storage import Storage, file_exists, join, last_name, publish, read_file, read_published
 from tipl_ray.digest import flat, identity
 from tipl_ray.experiments import from_table
+from tipl_ray.places import PUBLISHED_FOLDER, published_predictors
 from tipl_ray.predict.gram import Question
 from tipl_ray.predict.model_files import ABOUT_FILE, WEIGHTS_FILE, is_complete
 from tipl_ray.predict.models import load_about, understood
@@ -61,7 +62,8 @@ def save_predictor(predictor: Combination, folder: str, about: dict[str, Any]) -
 
 def load_predictor(folder: str) -> Combination:
     """The predictor in a folder or under a URI: what `save_predictor` wrote, a trained model whose answers can
-    jump, or the one such model of a storage. Changes nothing of torch's settings and draws no random number.
+    jump, or the one such model of a storage; or the one of this name that the package brings along. Changes nothing of
+    torch's settings and draws no random number.
 
     Raises ValueError where there is none, and where there are several, which it lists; StoreError for a damaged one.
     """
@@ -86,6 +88,8 @@ def find_predictor(folder: str) -> str:
 
     Raises as `load_predictor` does.
     """
+    if folder in published_predictors():
+        return str(PUBLISHED_FOLDER / folder)
     if file_exists(folder, ABOUT_PREDICTOR_FILE):
         return folder
     models = [folder] if is_complete(folder) else _models_below(folder)

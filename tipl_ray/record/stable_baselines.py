@@ -48,6 +48,45 @@ _AT_WORK: weakref.WeakValueDictionary[tuple[str, int], "RecordPolicy"] = weakref
 """Who records which trial in this process."""
 
 
+def epochs_per_iteration(model: BaseAlgorithm, every: int) -> int:
+    """How often `every` update epochs go into an iteration. Raises ValueError where they have no equal number."""
+    if not isinstance(model, PPO):
+        raise ValueError(f"epochs_per_snapshot={every}: {type(model).__name__} has no update epochs; leave it out")
+    if model.target_kl is not None:
+        raise ValueError(
+            f"target_kl={model.target_kl} ends updates early, so that iterations have no phases of equal number; "
+            "leave epochs_per_snapshot out"
+        )
+    if model.n_epochs % every:
+        raise ValueError(f"epochs_per_snapshot={every} does not divide n_epochs={model.n_epochs}")
+    return model.n_epochs // every
+
+
+class UpdateEpochs:
+    """Calls back after every few of PPO's update epochs, with their number; the rollout is still in its buffer."""
+
+    def __init__(self, model: Any, every: int, then: Callable[[int], None]):
+        """Begin. Raises ValueError as `epochs_per_iteration` does."""
+        epochs_per_iteration(model, every)
+        self._every, self._then, self._steps = every, then, 0
+        self._per_epoch = math.ceil(model.n_steps * model.n_envs / model.batch_size)
+        self._hook = model.policy.optimizer.register_step_post_hook(self._after_step)
+
+    def begin(self) -> None:
+        """Count from 0: a rollout has ended."""
+        self._steps = 0
+
+    def stop(self) -> None:
+        """Call back no more."""
+        self._hook.remove()
+
+    def _after_step(self, *_: Any) -> None:
+        self._steps += 1
+        epoch, rest = divmod(self._steps, self._per_epoch)
+        if not rest and epoch % self._every == 0:
+            self._then(epoch)
+
+
 class RecordPolicy(BaseCallback):
     """Records the policy of a model while it learns: `model.learn(100_000, callback=RecordPolicy("storage", trial=1))`.
 
@@ -83,8 +122,8 @@ class RecordPolicy(BaseCallback):
         self._every, self._epochs = steps_per_snapshot, epochs_per_snapshot
         self._recorder: Recorder | None = None
         self._last_step: int | None = None
-        self._last_updates, self._optimizer_steps = -1, 0
-        self._hook: Any = None
+        self._last_updates = -1
+        self._counted: UpdateEpochs | None = None
 
     def _on_training_start(self) -> None:
         """Open the trial where the model is: behind the snapshots up to its number of steps.
@@ -104,7 +143,7 @@ class RecordPolicy(BaseCallback):
             self._storage,
             trial=self._trial,
             task=self._task or _task_of(model),
-            snapshots_per_iteration=self._snapshots_per_iteration(),
+            snapshots_per_iteration=epochs_per_iteration(model, self._epochs) if self._epochs else 1,
             config={**_described(model), **self._settings.get("config", {})},
             leave_out=leave_out,
             **{name: value for name, value in self._settings.items() if name != "config"},
@@ -112,13 +151,14 @@ class RecordPolicy(BaseCallback):
         _AT_WORK[self._storage, self._trial] = self
         self._go_on(model.num_timesteps)
         if self._epochs:
-            self._hook = model.policy.optimizer.register_step_post_hook(self._after_optimizer_step)
+            self._counted = UpdateEpochs(model, self._epochs, lambda epoch: self._record(epoch=epoch))
 
     def _on_rollout_start(self) -> None:
         self._record_if_due()
 
     def _on_rollout_end(self) -> None:
-        self._optimizer_steps = 0
+        if self._counted:
+            self._counted.begin()
 
     def _on_step(self) -> bool:
         return True
@@ -130,28 +170,11 @@ class RecordPolicy(BaseCallback):
         self._abandon()
 
     def _abandon(self) -> None:
-        if self._hook:
-            self._hook.remove()
+        if self._counted:
+            self._counted.stop()
         if self._recorder:
             self._recorder.abandon()
-        self._recorder = self._hook = None
-
-    def _snapshots_per_iteration(self) -> int:
-        if not self._epochs:
-            return 1
-        model = self.model
-        if not isinstance(model, PPO):
-            raise ValueError(
-                f"epochs_per_snapshot={self._epochs}: {type(model).__name__} has no update epochs; leave it out"
-            )
-        if model.target_kl is not None:
-            raise ValueError(
-                f"target_kl={model.target_kl} ends updates early, so that iterations have no phases of equal number; "
-                "leave epochs_per_snapshot out"
-            )
-        if model.n_epochs % self._epochs:
-            raise ValueError(f"epochs_per_snapshot={self._epochs} does not divide n_epochs={model.n_epochs}")
-        return model.n_epochs // self._epochs
+        self._recorder = self._counted = None
 
     def _go_on(self, steps: int) -> None:
         """Take up the trial behind the snapshots up to a number of steps, none where the model begins."""
@@ -181,14 +204,6 @@ class RecordPolicy(BaseCallback):
             due = (last // every + 1) * every if every else last + 1
             if steps >= due:
                 self._record()
-
-    def _after_optimizer_step(self, *_: Any) -> None:
-        model: Any = self.model
-        per_epoch = math.ceil(model.n_steps * model.n_envs / model.batch_size)
-        self._optimizer_steps += 1
-        epoch, rest = divmod(self._optimizer_steps, per_epoch)
-        if not rest and epoch % self._epochs == 0:
-            self._record(epoch=epoch)
 
     def _record(self, epoch: int = 0) -> None:
         model: Any = self.model

@@ -1,0 +1,83 @@
+"""Jumps for stable-baselines3's PPO: a callback for `learn`.
+
+Needs stable-baselines3, an optional dependency: `pip install tipl_ray[stable-baselines3]`.
+"""
+
+import fnmatch
+from typing import Any
+
+import numpy as np
+import torch
+
+from tipl_ray.accelerate.jumps import ModuleJumps
+from tipl_ray.record.stable_baselines import UpdateEpochs, acting_part, epochs_per_iteration
+
+# isort: split
+# After the one before, which says in one line where it is missing.
+from stable_baselines3.common.callbacks import BaseCallback
+
+EPOCHS_PER_SNAPSHOT = 2
+"""Update epochs between two snapshots of the trials that predictors have seen."""
+
+
+class JumpPolicy(BaseCallback):
+    """Jumps of a PPO model's policy at the end of each update: `model.learn(100_000, callback=JumpPolicy())`.
+
+    Give the model fewer update epochs, such as `n_epochs=4`; the jump stands in for the others. The critic, the
+    optimizer and the environments are left alone. A jump that leads beyond the predictor's limit of the approximate KL
+    divergence on the rollout is shortened. After `learn`, `jumps.taken` and `jumps.refused` count them. A training that
+    goes on from a saved model begins with an empty history.
+    """
+
+    def __init__(self, predictor: str = "return-rule-v1", *, epochs_per_snapshot: int = EPOCHS_PER_SNAPSHOT):
+        """Name a predictor of the package, or the folder of another."""
+        super().__init__()
+        self._predictor, self._every = predictor, epochs_per_snapshot
+        self._counted: UpdateEpochs | None = None
+        self.jumps: ModuleJumps | None = None
+
+    def _on_training_start(self) -> None:
+        """Begin the history. Raises ValueError for a model that is no PPO with whole snapshots of update epochs."""
+        recorded = epochs_per_iteration(self.model, self._every)
+        policy, critic = acting_part(self.model)
+        acting = [
+            parameter
+            for name, parameter in policy.named_parameters()
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in critic)
+        ]
+        self.jumps = ModuleJumps.from_pretrained(torch.nn.ParameterList(acting), self._predictor, recorded=recorded)
+        self._counted = UpdateEpochs(self.model, self._every, self._after_epochs)
+
+    def _on_rollout_end(self) -> None:
+        assert self._counted, "training has started"
+        self._counted.begin()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        if self._counted:
+            self._counted.stop()
+
+    def _after_epochs(self, epoch: int) -> None:
+        model: Any = self.model
+        jumps = self.jumps
+        assert jumps, "training has started"
+        jumps.record()
+        if epoch == model.n_epochs:
+            rate = model.policy.optimizer.param_groups[0]["lr"] / model.lr_schedule(1.0)
+            progress = min(1.0, model.num_timesteps / model._total_timesteps)
+            jumps.jump(progress, learning_rate=rate, divergence=self._divergence)
+
+    @torch.no_grad()
+    def _divergence(self) -> float:
+        """Approximate KL divergence, on the rollout, of the policy as it is from the one that collected it."""
+        model: Any = self.model
+        buffer, policy = model.rollout_buffer, model.policy
+        actions = torch.as_tensor(buffer.actions, device=model.device)
+        if hasattr(model.action_space, "n"):
+            actions = actions.long().flatten()
+        observations = torch.as_tensor(buffer.observations, device=model.device)
+        _, log_probabilities, _ = policy.evaluate_actions(observations, actions)
+        ratios = log_probabilities.cpu().double().numpy() - buffer.log_probs.reshape(-1)
+        return float(np.mean(np.expm1(ratios) - ratios))

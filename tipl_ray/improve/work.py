@@ -1,0 +1,47 @@
+"""What the jobs that tune jumps have in common: their beginning, and their last lines."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import ray
+
+from tipl_ray.accelerate.acceleration import source_experiment
+from tipl_ray.collect.crew import require_seat
+from tipl_ray.config import Experiment
+from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
+from tipl_ray.ppo.engines import choose_engine
+from tipl_ray.terminal import duration, say
+from tipl_ray.tracking import Tracker, ui_command
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """An experiment that is being worked on, on Ray."""
+
+    experiment: Experiment
+    source: Experiment
+    """The experiment whose snapshots and context its jumps have."""
+    tracker: Tracker
+    engine: str
+    at_once: int
+    """Tasks of one CPU that run at a time."""
+
+
+@contextlib.contextmanager
+def work_on(experiment: Experiment, job: str, seat: str) -> Iterator[Work]:
+    """The whole of a job, around what is its own; a seat is what needs a CPU each.
+
+    Exits with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
+    """
+    with exit_status():
+        check_job(experiment)
+        source, tracker, begin = source_experiment(experiment), open_tracker(experiment), time.monotonic()
+        with connected_to_ray():
+            engine = choose_engine(experiment.collect.engine, experiment.ppo)
+            require_seat(experiment, engine, seat)
+            at_once = experiment.where.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
+            yield Work(experiment=experiment, source=source, tracker=tracker, engine=engine, at_once=at_once)
+        say(f"{job}: {duration(time.monotonic() - begin)}")
+        say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
