@@ -397,7 +397,7 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
     """Run stages in order on the Ray cluster at hand, or on this machine; the whole of a job.
 
     What can be refused is refused before MLflow is opened, and Ray is started for work that is not found done. Exits
-    with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
+    with status 1 and one line on standard error for what the user can fix, 130 if interrupted.
     """
     with exit_status(), contextlib.ExitStack() as until_the_end:
         context = Context(experiment, until_the_end)
@@ -467,7 +467,7 @@ def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[
 
 
 def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
-    """Raises StoreError where the trials were collected with other settings than the experiment's, and says which."""
+    """Raises StoreError where the trials were collected with other settings than the experiment's, naming them."""
     made = {"algorithm": "ppo", **header.config}
     if header.columns != PPO_COLUMNS:
         raise StoreError(
@@ -535,7 +535,7 @@ JUMP_OF_BEFORE = {
 
 
 def essence(experiment: Experiment) -> dict:
-    """What tells one pipeline from another: its name, and of its identity what some stage reads."""
+    """What distinguishes pipelines: the name, and the part of the identity that some stage reads."""
     elsewhere = ("accelerate", "improve", "sweep")
     table = {section: part for section, part in identity(experiment).items() if section not in elsewhere}
     return {"name": experiment.name, "jump": JUMP_OF_BEFORE, **table}

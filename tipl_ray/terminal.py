@@ -43,12 +43,12 @@ def say_sentence(message: str) -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a stream leads to a terminal; a program without a console, or one that has gone, has none."""
+    """Whether a stream is a terminal; not for a program without a console, or with one that was closed."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 def redraws() -> bool:
-    """Whether what was printed can be redrawn: on a terminal that moves its cursor, whatever FORCE_COLOR says."""
+    """Whether what was printed can be redrawn: on a terminal that moves its cursor, whatever FORCE_COLOR is."""
     return is_terminal(sys.stdout) and console.is_terminal and not console.is_dumb_terminal
 
 

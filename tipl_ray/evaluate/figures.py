@@ -58,7 +58,7 @@ NAMES = {
     "window-floor": "upper bound of the window basis",
 }
 
-# Okabe and Ito's palette, and beyond it: told apart with any colour vision, and kept from picture to picture.
+# Okabe and Ito's palette, and beyond it: distinguishable with any colour vision, and the same in every picture.
 COLOURS = {
     "tipl": "#0072B2",
     "copy-last": "#6b6b6b",

@@ -167,7 +167,7 @@ def _deviation(skills: Sequence[float]) -> float:
 
 
 def _colour_bar(figure: Figure, axes: Axes, shown: AxesImage | PathCollection, metric: str) -> None:
-    """What the colours stand for, from the worst value to the best that there can be."""
+    """The colour bar, from the worst value to the best possible one."""
     bar = figure.colorbar(shown, ax=axes)
     bar.ax.tick_params(labelsize=10)
     told = metric

@@ -443,11 +443,11 @@ class SweepLog(tune.Callback):
             self._show(trials)
 
     def status(self, trial: Trial) -> str:
-        """As Tune has it, but for children that were running when it was interrupted: these it calls ended."""
+        """Tune's status, except for runs that were running when it was interrupted: Tune calls these ended."""
         return Trial.RUNNING if trial.trial_id in self._running else trial.status
 
     def end(self, trial: Trial, trials: list[Trial], status: str) -> None:
-        """Log all that is known of a child and end its run as Tune's status says; again changes nothing."""
+        """Log all that is known of a run and end it with Tune's status; calling it again changes nothing."""
         found = self.tracker.find(child_key(self.plan, trial, trials))
         if found is None or found.status == "FINISHED":
             return
