@@ -67,7 +67,7 @@ class CommandLine:
             check_places(parsed.storage_path)
         if self.memory:
             taken = ", ".join(self._taken(parsed, {*sections, *(["preset"] if self.memory.preset else [])}))
-            say(f"{_named(self.jobs)}: {taken} read from storage {redacted(parsed.storage_path)}")
+            say(f"{_named(self.jobs)}: {taken} from storage {redacted(parsed.storage_path)}")
         return parsed
 
     def _usage(self) -> str:
