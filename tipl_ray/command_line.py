@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from tipl_ray.config import JOBS, MOVED, Experiment, check_place, every_field, fields_read
+from tipl_ray.config import JOBS, MOVED, Experiment, RunTask, check_place, every_field, fields_read
 from tipl_ray.digest import redacted
 from tipl_ray.errors import UserError, nearest
 from tipl_ray.experiments import find_experiment, load_experiment, named_experiments
@@ -214,7 +214,7 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
     if "accelerate" in jobs:
         for field in ("tasks", "search_tasks"):
             given = getattr(experiment.accelerate, field)
-            tasks |= {task.partition("@")[0]: f"accelerate.{field}" for task in given}
+            tasks |= {RunTask.read(task).task: f"accelerate.{field}" for task in given}
     for task, field in tasks.items():
         module, _, name = task.rpartition(":")
         if not module and name not in gymnasium.registry:

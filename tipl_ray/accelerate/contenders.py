@@ -15,7 +15,7 @@ from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.jumps import JumpSettings
 from tipl_ray.accelerate.outer_steps import OuterSteps
 from tipl_ray.accelerate.return_rule import ReturnRule
-from tipl_ray.config import Collect, Contender, Experiment, Jump
+from tipl_ray.config import Collect, Contender, Experiment, Jump, RunTask
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest, identity
@@ -44,6 +44,7 @@ class Unit:
     """A contender on all seeds of one kind, with one setting: what runs as one stack."""
 
     task: str
+    """Gymnasium id, with the policy's widths where they are not the experiment's: `HalfCheetah-v4/256-256`."""
     env_steps: int
     contender: Contender
     value: float
@@ -70,7 +71,13 @@ class Unit:
         """What it runs, in a storage of its own below the experiment's, named after nothing that says where it is."""
         settings, contender = experiment.accelerate, self.contender
         ppo = contender.ppo_at(experiment.ppo, self.value)
-        collect = dataclasses.replace(experiment.collect, task=self.task, total_env_steps=self.env_steps)
+        named = RunTask.read(self.task)
+        collect = dataclasses.replace(
+            experiment.collect,
+            task=named.task,
+            total_env_steps=self.env_steps,
+            policy_hidden=named.policy_hidden or experiment.collect.policy_hidden,
+        )
         if self.search:
             seeds = {"first_seed": settings.search_first_seed, "num_trials": settings.search_trials}
             collect = dataclasses.replace(collect, **seeds)  # type: ignore[arg-type]  # mypy: of all fields' types

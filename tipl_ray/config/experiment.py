@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from tipl_ray.config.fields import LARGEST, NO_IDENTITY, STRICT, check_limits, check_name
-from tipl_ray.config.jumps import Accelerate, Improve
+from tipl_ray.config.jumps import Accelerate, Improve, RunTask
 from tipl_ray.config.sections import Basis, Collect, Evaluate, Model, Ppo, Split, Sweep, Train, Where
 from tipl_ray.digest import as_table, flat, redacted
 from tipl_ray.errors import no_such
@@ -180,8 +180,8 @@ class Experiment:
         steps = {f"collect.total_env_steps={self.collect.total_env_steps}": self.collect.total_env_steps}
         if "accelerate" in jobs:
             for field in ("tasks", "search_tasks"):
-                given = [task.partition("@") for task in getattr(self.accelerate, field)]
-                steps |= {f"accelerate.{field}={task}@{count}": int(count) for task, _, count in given if count}
+                given = {task: RunTask.read(task).env_steps for task in getattr(self.accelerate, field)}
+                steps |= {f"accelerate.{field}={task}": count for task, count in given.items() if count}
         for where, count in steps.items():
             if count < self.ppo.num_steps:
                 raise ValueError(f"{where} is less than one PPO iteration, ppo.num_steps={self.ppo.num_steps}")
