@@ -72,9 +72,10 @@ class Experiment:
     name: str = dataclasses.field(metadata=NO_IDENTITY)
     """Name of the experiment and of its folder in the default storage."""
     where: Where = dataclasses.field(default_factory=Where, metadata=NO_IDENTITY)
-    preset: Literal["causal", "paper"] = "paper"
-    """Set of defaults for basis, model and training: `paper` is the paper's Transformer on its Temporal SVD; `causal`
-    is ours, on the basis `window`. Sections [causal.train], [paper.train] and so on in the file apply to one of
+    preset: Literal["causal", "paper", "paper-residual"] = "paper"
+    """Set of defaults for basis, model and training: `paper` is the paper's Transformer on its Temporal SVD;
+    `paper-residual` is the same Transformer on the same tokens, predicting how each changes; `causal` is ours, on the
+    basis `window`. Sections [causal.train], [paper.train] and so on in the file apply to one of
     them."""
     collect: Collect = dataclasses.field(default_factory=Collect)
     ppo: Ppo = dataclasses.field(default_factory=Ppo)

@@ -213,6 +213,10 @@ class Model:
     """Basis `window`: the model's input for training progress: none, the share of the trial's snapshots seen so far, or
     PPO's annealed learning rate."""
 
+    residual: bool = dataclasses.field(default=False, metadata=LATER)
+    """Bases of tokens: predict how a token changes, in units of what one snapshot changes it by, and show the model
+    each token's own change. Without it the model predicts whole tokens, as the paper's does."""
+
     def check(self) -> None:
         if self.embedding % self.heads:
             raise ValueError(f"model.heads={self.heads} does not divide model.embedding={self.embedding}")
