@@ -19,7 +19,7 @@ from tipl_ray.config import Collect, Contender, Experiment, Jump, RunTask
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest, identity
-from tipl_ray.places import published_predictors
+from tipl_ray.places import published_rules
 from tipl_ray.ppo.algorithms import NOTHING, Extension
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import Question
@@ -101,7 +101,7 @@ def jump_settings(contender: Contender, experiment: Experiment, source: Experime
     """How a contender jumps. Raises ValueError where no whole snapshots are left to predict."""
     jump, horizon = contender.jump, contender.horizon(experiment.ppo, source)
     assert jump, "it jumps"
-    if jump.predictor not in (known := (*combinations(), TIPL, *published_predictors())):
+    if jump.predictor not in (known := (*combinations(), TIPL, *published_rules())):
         named = f"accelerate.contenders: {contender.name!r}: jump.predictor"
         raise ValueError(f"{named}={jump.predictor!r} does not combine displacements; {', '.join(known)} do")
     epochs = contender.epochs_before_jump(experiment.ppo) + horizon * source.collect.epochs_per_snapshot
@@ -134,7 +134,7 @@ def jump_question(contender: Contender, experiment: Experiment, source: Experime
 
 def published(jump: Jump) -> ReturnRule | None:
     """The predictor of a jump that this package brings along; None where it is another."""
-    return _published(jump.predictor) if jump.predictor in published_predictors() else None
+    return _published(jump.predictor) if jump.predictor in published_rules() else None
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from tipl_ray.config.fields import (
 from tipl_ray.config.sections import Ppo
 from tipl_ray.digest import as_table
 from tipl_ray.errors import no_such
-from tipl_ray.places import check_text, published_predictors
+from tipl_ray.places import check_text, published_rules
 from tipl_ray.registry import PREDICTORS
 
 if TYPE_CHECKING:
@@ -106,9 +106,7 @@ class Contender:
                 raise ValueError(f"ppo.{self.searched} is searched, and values are not given")
             if self.jump and len(self.jump.numbers) not in (0, 7 if self.jump.predictor == "return-rule" else 0):
                 raise ValueError(f"jump.numbers={list(self.jump.numbers)} are not the 7 of a return-rule")
-            if self.jump and self.jump.predictor not in (
-                known := (*PREDICTORS.names(), "tipl", *published_predictors())
-            ):
+            if self.jump and self.jump.predictor not in (known := (*PREDICTORS.names(), "tipl", *published_rules())):
                 raise no_such("jump.predictor", self.jump.predictor, known)
         except ValueError as error:
             raise ValueError(f"accelerate.contenders: {self.name!r}: {error}") from error
@@ -304,7 +302,7 @@ class Improve:
         for regime in self.regimes:
             regime.check()
             jump = regime.jump
-            if not (jump and (jump.numbers or jump.predictor in published_predictors())):
+            if not (jump and (jump.numbers or jump.predictor in published_rules())):
                 raise ValueError(
                     f"improve.regimes: {regime.name!r} has no jump by a return-rule's numbers or by a published one"
                 )
