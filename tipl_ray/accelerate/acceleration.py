@@ -373,7 +373,9 @@ def _draw(
         own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
         curves = {one.unit.contender.name: (one.env_steps_I, one.gradient_steps_I, one.returns_SI) for one in own}
         title = f"{task}, {len(own[0].returns_SI)} trials"
-        drawn[f"acceleration_{task.removesuffix('-v4')}_{env_steps}"] = (
+        # A namespace or a policy's widths, which are no folders.
+        named = task.replace("-v4", "").replace("/", "_")
+        drawn[f"acceleration_{named}_{env_steps}"] = (
             title,
             f"Interquartile mean over trials; bands are {resampling.confidence:.0%} intervals.",
             figures.contenders(curves, title, resampling),
