@@ -221,7 +221,7 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
             known = sorted(spec.id for spec in gymnasium.registry.values() if "mujoco" in str(spec.entry_point))
             near = nearest(name, sorted(gymnasium.registry)) or f"; MuJoCo's are {', '.join(known)}"
             raise ValueError(f"{field}={name!r} is not a gymnasium task{near}")
-    if "train" in jobs or "evaluate" in jobs:
+    if {"train", "evaluate", "cross_validate"} & set(jobs):
         for storage in experiment.train.data:
             _check_folder("train.data", storage)
     if "accelerate" in jobs and any(one.jump for one in experiment.accelerate.running):

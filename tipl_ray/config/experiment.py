@@ -26,6 +26,10 @@ JOBS: dict[str, tuple[str, ...]] = {
     "collect": ("collect", "ppo", "where.trials_per_actor", "where.physics_threads"),
     "train": (*_LEARNING, "where.num_workers", "where.use_gpu"),
     "evaluate": (*_LEARNING, "evaluate"),
+    "cross_validate": (
+        *(*_LEARNING, "-split.validation_trials", "-split.test_trials", "-split.fold", "evaluate"),
+        *("where.num_workers", "where.use_gpu"),
+    ),
     "sweep": (
         *(*_LEARNING, "-train.num_seeds", "-train.data", "sweep"),
         *("where.trainer", "where.num_workers", "where.max_concurrent_trials"),
@@ -60,7 +64,7 @@ JOBS: dict[str, tuple[str, ...]] = {
 EVERY_JOB = ("name", "where.storage", "where.tracking")
 """What every job reads as well."""
 
-LEARNING = ("train", "evaluate", "sweep")
+LEARNING = ("train", "evaluate", "cross_validate", "sweep")
 """Jobs that split the trials in three and cut them into windows of the model's context."""
 
 
@@ -148,7 +152,7 @@ class Experiment:
         self._check_trials(wanted)
         if set(wanted) & set(LEARNING):
             self._check_learning()
-        if "evaluate" in wanted and self.evaluate.run_policies_of:
+        if {"evaluate", "cross_validate"} & set(wanted) and self.evaluate.run_policies_of:
             self._check_policies_run()
         if "sweep" in wanted:
             metrics = ["skill", *(f"skill_h{step}" for step in self.evaluate.steps)]
@@ -203,7 +207,12 @@ class Experiment:
                 f"num_workers={self.where.num_workers} does not divide train.batch_size={self.train.batch_size}"
             )
         held_out = self.split.validation_trials + self.split.test_trials
-        if held_out >= self.collect.num_trials:
+        if self.split.folds > self.collect.num_trials:
+            raise ValueError(
+                f"split.folds={self.split.folds} exceeds the number of trials: "
+                f"collect.num_trials={self.collect.num_trials}"
+            )
+        if not self.split.folds and held_out >= self.collect.num_trials:
             raise ValueError(
                 f"split.validation_trials + split.test_trials = {held_out} leaves no trial to train on: "
                 f"collect.num_trials={self.collect.num_trials}"
