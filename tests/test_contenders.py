@@ -86,18 +86,18 @@ def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -
     ("fields", "words"),
     [
         ({"name": ""}, "name='' is empty"),
-        ({"name": "a\nb"}, "no letter of a name"),
+        ({"name": "a\nb"}, "cannot be part of a name"),
         ({"jump": Jump(predictor="rigde")}, r"did you mean ridge\?"),
         ({"jump": Jump(predictor="dmd"), "outer": OuterStep()}, "a jump and an outer step are both given"),
         ({"ppo": {"learning_rate": 1e-3}}, r"ppo.learning_rate=0.001 is what is searched"),
         ({"ppo": {"num_epoch": 3}}, r"ppo.num_epoch=3: unknown key; did you mean ppo.num_epochs"),
         ({"ppo": {"num_epochs": 0}}, r"ppo.num_epochs=0 is below 1"),
         ({"ppo": {"num_epochs": 2.5}}, r"ppo.num_epochs=2.5"),
-        ({"ppo": {"replicas": 2, "target_kl": 0.1}}, "ppo.replicas=2 are averaged"),
+        ({"ppo": {"replicas": 2, "target_kl": 0.1}}, "ppo.replicas=2 must all take the same steps"),
         ({"searched": "desired_kl"}, "ppo.desired_kl is searched, and values are not given"),
         ({"searched": "desired_kl", "values": (0.01, 0.02)}, "chosen from 2 values, and others from 5"),
         ({"values": (3.0, 2.0, 1.0, 4.0, 5.0)}, "do not rise"),
-        ({"jump": Jump(predictor="first-again", corrective_epochs=10)}, "leaves none of ppo.num_epochs"),
+        ({"jump": Jump(predictor="first-again", corrective_epochs=10)}, "leaves no epoch of ppo.num_epochs"),
     ],
 )
 def test_a_contender_that_means_nothing_is_refused_by_name(fields: dict, words: str) -> None:

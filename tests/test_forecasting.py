@@ -527,7 +527,7 @@ def trained(storage: Path, name: str, **fields: Any) -> str:
 
 
 def test_a_storages_one_model_that_can_jump_is_found_and_several_are_listed_by_what_differs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds neither a saved predictor nor a trained model that can jump$"):
+    with pytest.raises(ValueError, match=r"contains neither a saved predictor nor a trained model that can jump$"):
         load_predictor(str(tmp_path))
     trained(tmp_path, "0", kind="trial")
     (tmp_path / "models" / "half_made").mkdir()
@@ -539,7 +539,7 @@ def test_a_storages_one_model_that_can_jump_is_found_and_several_are_listed_by_w
         assert load_predictor(place).name == "tipl"
     assert predictor_digest(str(tmp_path)) == predictor_digest(first)
     second = trained(tmp_path, "2", train=config.Train(seed=7), preset="causal")
-    with pytest.raises(ValueError, match="holds 2 models; name the folder of one") as refused:
+    with pytest.raises(ValueError, match="contains 2 models; use the folder of one") as refused:
         load_predictor(str(tmp_path))
     assert f"{first} (preset=paper, train.seed=0, one-step skill 0.250 in validation)" in str(refused.value)
     assert f"{second} (preset=causal, train.seed=7, one-step skill 0.250 in validation)" in str(refused.value)

@@ -220,14 +220,14 @@ def test_what_little_there_is_to_say_is_said(tmp_path: Path, weights_TP: np.ndar
 
 def test_what_cannot_be_asked_is_refused_in_one_line(tmp_path: Path) -> None:
     storage = str(tmp_path / "storage")
-    with pytest.raises(CheckpointError, match="no series was imported there; import a folder of checkpoints first"):
+    with pytest.raises(CheckpointError, match="there are no series; import a folder of checkpoints first"):
         choose_series(storage, ())
     series = imported(tmp_path, bend(24))
-    with pytest.raises(CheckpointError, match="no series is called other; name one by its digest: "):
+    with pytest.raises(CheckpointError, match="no series is called other; choose one by its digest: "):
         choose_series(storage, ("other",))
     (tmp_path / "run" / "step_230.safetensors").unlink()
     import_series(tmp_path / "run", storage, Selection())
-    with pytest.raises(CheckpointError, match="several series are called run; name one by its digest: "):
+    with pytest.raises(CheckpointError, match="several series are called run; choose one by its digest: "):
         choose_series(storage, ("run",))
     assert [one.digest for one in choose_series(storage, (series.digest,))] == [series.digest]
     with pytest.raises(CheckpointError, match=r"run: 24 checkpoints are too few .* context of 23 .* which takes 25"):

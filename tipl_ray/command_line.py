@@ -192,7 +192,7 @@ def refused() -> Iterator[None]:
 
 
 def _with_places(experiment: Experiment) -> Experiment:
-    """With $NAME in its folders as the environment has it, and its own storage wherever a worker stands."""
+    """With $NAME in its folders replaced from the environment, and its storage as an absolute path for the workers."""
     storage = with_variables("storage", experiment.where.storage)
     if storage is not None or not in_checkout():
         storage = experiment.at(storage).storage_path

@@ -314,7 +314,7 @@ def check_place(field: str, place: str) -> None:
 
 
 def _parts(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A configuration and every section in it, each with what stands before its fields' names in errors."""
+    """A configuration and every section in it, each with the prefix of its fields' names in errors."""
     yield prefix, part
     for field in dataclasses.fields(part):
         if dataclasses.is_dataclass(section := getattr(part, field.name)):

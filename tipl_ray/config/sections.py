@@ -264,8 +264,8 @@ class Train:
     """Precision of the matrix products in the Transformer's blocks during training; everything else, and validation, is
     float32. `bfloat16` halves the time on hardware that supports it and is slow elsewhere."""
     joined_windows: Share = 0.0
-    """Basis `window`: share of the windows in a batch that are joined with others, as augmentation: together they stand
-    in for one larger policy."""
+    """Basis `window`: share of the windows in a batch that are joined with others, as augmentation: together they
+    represent one larger policy."""
     seed: Natural = 0
     """Random seed of initialisation, batches and dropout."""
     num_seeds: Annotated[int, Field(ge=1, le=10_000)] = 1

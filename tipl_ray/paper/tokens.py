@@ -34,7 +34,7 @@ class Tokens:
     coordinates_NTD: NDArray[np.float32]
     """Each trial's coordinates in its own basis, not normalised."""
     singular_values_ND: NDArray[np.float64]
-    """Weights that a coordinate's unit stands for."""
+    """Weights per unit of a coordinate."""
     outside_NT: NDArray[np.float64]
     """Squared distance of each snapshot's weights from its basis."""
     displacement_NT: NDArray[np.float64]
@@ -56,7 +56,7 @@ class Tokens:
     def truncated(self, rank: int) -> "Tokens":
         """The same trials in the leading part of their bases, as if they had been reduced to that SVD rank.
 
-        What is left out stands at right angles to what stays, so its square adds to that of what was outside before.
+        What is left out is orthogonal to what stays, so its square adds to that of what was outside before.
         """
         left_out_NTd = self.coordinates_NTD[..., rank:] * self.singular_values_ND[:, None, rank:]
         return dataclasses.replace(
@@ -72,7 +72,7 @@ class Tokens:
         """||w_hat - w||^2 of coordinates that are forecast for some snapshots of the trial of this index; (B, H).
 
         Exact without the weights: inside the basis a coordinate counts with its singular value, and what the true
-        weights have outside the basis stands at right angles to it.
+        weights have outside the basis is orthogonal to it.
         """
         apart_BHD = coordinates_BHD - self.coordinates_NTD[trial][snapshots_BH]
         inside_BH = np.square(apart_BHD * self.singular_values_ND[trial]).sum(axis=-1)

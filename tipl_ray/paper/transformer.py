@@ -110,5 +110,5 @@ class CausalTransformer(SavedModel):
 
     @classmethod
     def described_by(cls, about: Mapping[str, Any]) -> Self:
-        """An untrained model of the size that model.json says."""
+        """An untrained model of the size given in model.json."""
         return cls(config.Model(**about["model"]), about["token_size"], about["max_snapshots"])

@@ -1,4 +1,4 @@
-"""Our representation: a context is its displacements, known by their inner products alone; causal."""
+"""Our representation: a context is its displacements, through their inner products; causal."""
 
 from __future__ import annotations
 
