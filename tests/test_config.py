@@ -302,10 +302,10 @@ def test_what_is_said_and_changes_nothing_is_told(
 @pytest.mark.parametrize(
     ("arguments", "job", "words"),
     [
-        (["--train.seed", "3"], "collect", "--train.seed: collect does not use it; train, evaluate and sweep do"),
-        (["--preset", "paper"], "collect", "--preset: collect does not use it; train, evaluate and sweep do"),
-        (["--evaluate.episodes=3"], "train", "--evaluate.episodes: train does not use it; evaluate does"),
-        (["--use-gpu"], "sweep", "--use-gpu: sweep does not use it; train does"),
+        (["--train.seed", "3"], "collect", "--train.seed: collect does not use it; train, evaluate, cross_v"),
+        (["--preset", "paper"], "collect", "--preset: collect does not use it; train, evaluate, cross_v"),
+        (["--evaluate.episodes=3"], "train", "--evaluate.episodes: train does not use it; evaluate and"),
+        (["--use-gpu"], "sweep", "--use-gpu: sweep does not use it; train and cross_validate do"),
         (["--collect.task", "Hopper-v4"], "accelerate", "--collect.task: accelerate does not use it; collect, train"),
         (
             ["--accelerate.contenders", "10"],

@@ -49,7 +49,12 @@ PUBLISHED_FOLDER = Path(__file__).resolve().parent / "published"
 
 
 def published_predictors() -> tuple[str, ...]:
-    """Names of the predictors that this package brings along."""
+    """Names of the predictors that this package brings along: rules, and models of TIPL."""
+    return tuple(sorted({file.parent.name for file in PUBLISHED_FOLDER.glob("*/*.json")}))
+
+
+def published_rules() -> tuple[str, ...]:
+    """Names of those that can be asked about iterations of any number of epochs."""
     return tuple(sorted(file.parent.name for file in PUBLISHED_FOLDER.glob("*/predictor.json")))
 
 

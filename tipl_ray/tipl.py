@@ -24,6 +24,7 @@ NAMES = (
     "train",
     "evaluate",
     "pipeline",
+    "cross_validate",
     "sweep",
     "compare",
     "accelerate",

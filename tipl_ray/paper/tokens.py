@@ -140,6 +140,12 @@ class Segments:
         trials_B = windows_B // self.windows_per_trial
         return trials_B, windows_B - trials_B * self.windows_per_trial + self.context - 1
 
+    def change_D(self) -> Tensor:
+        """Root mean square of what one snapshot changes each normalised number of a token by; 1 where nothing does."""
+        tokens_NTD = self._tokens_SD.unflatten(0, (-1, self.num_snapshots))
+        change_D = tokens_NTD.diff(dim=1).square().mean(dim=(0, 1)).sqrt()
+        return torch.where(change_D > 0, change_D, 1.0)
+
     def _locate(self, windows_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         windows = torch.from_numpy(windows_B).to(self._offsets_K.device, non_blocking=True)
         trials_B = windows // self.windows_per_trial

@@ -103,7 +103,8 @@ def find_predictor(folder: str) -> str:
     found = (
         f"; of its {len(models)} models none answers with displacements (train with --preset causal)" if models else ""
     )
-    raise ValueError(f"{folder} contains neither a saved predictor nor a trained model that can jump{found}")
+    published = f"; published with this package: {', '.join(published_predictors())}" if "/" not in folder else ""
+    raise ValueError(f"{folder} contains neither a saved predictor nor a trained model that can jump{found}{published}")
 
 
 def _models_below(folder: str) -> list[str]:
