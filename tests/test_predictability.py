@@ -186,7 +186,9 @@ def test_layers_are_told_apart_and_those_that_never_move_are_named(tmp_path: Pat
     assert by_name["layers.1"]["skill_linear"] == pytest.approx(-1.0, abs=0.15)
     last = report.answers(findings)[-1]
     assert last.verdict == "partly"
-    assert "better than copying the last one in 1 of 2 layers that move: best in layers.0 (100% better)" in last.text
+    assert (
+        "better than copying the last one in 1 of the 2 layers that move: best in layers.0 (100% better)" in last.text
+    )
     assert "run: 1 of 3 layers never moved." in report.notes([series], findings, Asking())
 
 
