@@ -226,22 +226,33 @@ def import_checkpoints(
 @app.command
 def ask(
     storage: Root,
-    series: Annotated[tuple[str, ...], tyro.conf.arg(help="names or digests of imported series (default: all)")] = (),
+    series: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help="recorded trials, such as trial-1, and names or digests of imported series (default: all)"),
+    ] = (),
     steps: Annotated[tuple[int, ...], tyro.conf.arg(help="checkpoints ahead")] = (1, 2, 5, 10),
     context: Annotated[
         int | None, tyro.conf.arg(help="displacements in a forecast's context (default: a quarter of all, 2 to 20)")
     ] = None,
     per_iteration: Annotated[
-        int, tyro.conf.arg(help="checkpoints per iteration of an algorithm that reuses its data, as PPO does")
-    ] = 1,
+        int | None,
+        tyro.conf.arg(
+            help="checkpoints per iteration of an algorithm that reuses its data, as PPO does (default: what recorded "
+            "trials say, else 1)"
+        ),
+    ] = None,
+    leave_out: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="layers to leave out, such as 'running statistics' or 'layer1.*'")
+    ] = (),
     predictor: Annotated[
         str | None,
         tyro.conf.arg(
-            help="folder of a trained model or saved predictor to evaluate as well, without further training"
+            help="trained model or saved predictor to evaluate as well, without further training: its folder, or the "
+            "name of one that this package brings along"
         ),
     ] = None,
 ) -> int:
-    """Report how predictable imported series are, with tables and figures.
+    """Report how predictable training runs are, recorded trials and imported checkpoints, with tables and figures.
 
     Skill is the share of the squared error of copying the last checkpoint that a forecast removes: 1 is perfect, 0 is
     no better than copying."""
@@ -249,7 +260,7 @@ def ask(
     from tipl_ray.checkpoints.predictability import Asking
     from tipl_ray.checkpoints.report import answers, skill_table
 
-    asking = Asking(context=context, steps=steps, per_iteration=per_iteration)
+    asking = Asking(context=context, steps=steps, per_iteration=per_iteration, leave_out=leave_out)
     folder, findings = answer(storage, series, asking, predictor)
     for one in answers(findings):
         say_sentence(one.line)

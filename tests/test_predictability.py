@@ -158,7 +158,7 @@ def test_a_published_model_is_asked_as_it_is_with_its_own_context(tmp_path: Path
     error = np.square(forecast_BP - weights_TP[starts_B + 1]).sum()
     copied = np.square(weights_TP[starts_B].astype(np.float64) - weights_TP[starts_B + 1]).sum()
     assert skills(findings)["tipl", 1] == pytest.approx(1 - error / copied, abs=1e-4)
-    assert "TIPL, which has never seen such a run" in (Path(folder) / "report.html").read_text()
+    assert "TIPL, without further training" in (Path(folder) / "report.html").read_text()
     with pytest.raises(ValueError, match="context=5, but the predictor was trained on 20"):
         answer(str(tmp_path / "storage"), (), Asking(context=5), str(tmp_path / "model"))
     short = imported(tmp_path, bend(20), "short")
@@ -186,7 +186,9 @@ def test_layers_are_told_apart_and_those_that_never_move_are_named(tmp_path: Pat
     assert by_name["layers.1"]["skill_linear"] == pytest.approx(-1.0, abs=0.15)
     last = report.answers(findings)[-1]
     assert last.verdict == "partly"
-    assert "better than copying the last one in 1 of 2 layers that move: best in layers.0 (100% better)" in last.text
+    assert (
+        "better than copying the last one in 1 of the 2 layers that move: best in layers.0 (100% better)" in last.text
+    )
     assert "run: 1 of 3 layers never moved." in report.notes([series], findings, Asking())
 
 
@@ -220,14 +222,14 @@ def test_what_little_there_is_to_say_is_said(tmp_path: Path, weights_TP: np.ndar
 
 def test_what_cannot_be_asked_is_refused_in_one_line(tmp_path: Path) -> None:
     storage = str(tmp_path / "storage")
-    with pytest.raises(CheckpointError, match="no series was imported there; import a folder of checkpoints first"):
+    with pytest.raises(CheckpointError, match="there are no trials and no series; record a run or import a folder"):
         choose_series(storage, ())
     series = imported(tmp_path, bend(24))
-    with pytest.raises(CheckpointError, match="no series is called other; name one by its digest: "):
+    with pytest.raises(CheckpointError, match="no series is called other; choose one by its digest: "):
         choose_series(storage, ("other",))
     (tmp_path / "run" / "step_230.safetensors").unlink()
     import_series(tmp_path / "run", storage, Selection())
-    with pytest.raises(CheckpointError, match="several series are called run; name one by its digest: "):
+    with pytest.raises(CheckpointError, match="several series are called run; choose one by its digest: "):
         choose_series(storage, ("run",))
     assert [one.digest for one in choose_series(storage, (series.digest,))] == [series.digest]
     with pytest.raises(CheckpointError, match=r"run: 24 checkpoints are too few .* context of 23 .* which takes 25"):
