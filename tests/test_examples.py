@@ -99,6 +99,20 @@ def test_the_page_on_recording_is_carried_out(
         assert fitted in capsys.readouterr().out
 
 
+def test_a_small_resnet_is_recorded_and_asked(tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "resnet_on_digits.py")
+    command = [sys.executable, script, "--folder", str(tmp_path), "--epochs", "1", "--every", "1", "--seeds", "1", "2"]
+    ran = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("Can the next checkpoint be forecast?") == 2
+    assert TrajectoryStore(str(tmp_path / "storage")).verify(2).num_snapshots == 12
+    rows = (tmp_path / "digits.csv").read_text().splitlines()
+    kept = (ROOT / "docs" / "results" / "resnet_on_digits.csv").read_text().splitlines()
+    assert rows[0] == kept[0]
+    assert len({line.split(",")[0] for line in rows[1:]}) == 2
+    assert (tmp_path / "digits.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("page", ["start", "data", "install", "reference"])
 def test_the_pages_python_reads_a_data_set(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -45,7 +45,7 @@ HELD = 0.9
 """Share of the next displacement's square in the span of the context's from which on the context contains it."""
 LINE = 0.95
 """Energy of a rank-1 SVD from which on a path is called a line."""
-MANY = 4
+MANY = 3
 """Series from which on their paths share a sentence."""
 CAPTIONS = {
     "skill": (
