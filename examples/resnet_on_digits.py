@@ -94,7 +94,7 @@ def train(storage: str, seed: int, num_epochs: int, every: int, momentum: float)
                 schedule.step()
                 step += 1
                 if step % every == 0:
-                    recorder.record(step, loss=loss.item(), learning_rate=schedule.get_last_lr()[0])
+                    recorder.record(step, loss=loss.item(), learning_rate=float(schedule.get_last_lr()[0]))
     model.eval()
     with torch.no_grad():
         right = model(images[NUM_TRAINING:]).argmax(dim=1) == labels[NUM_TRAINING:]
