@@ -18,12 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tipl_ray.command_line import parse_arguments
+from tipl_ray.terminal import waiting
 
 
 def main() -> None:
     """Read the experiment, then load what runs it: --help is instant."""
     experiment = parse_arguments(__doc__, jobs=["accelerate"], experiment="accelerate")
-    from tipl_ray.accelerate.acceleration import run_acceleration
+    with waiting("accelerate: starting"):
+        from tipl_ray.accelerate.acceleration import run_acceleration
 
     run_acceleration(experiment)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tipl_ray.command_line import parse_arguments
+from tipl_ray.terminal import waiting
 
 STAGES = ["collect"]
 
@@ -25,7 +26,8 @@ STAGES = ["collect"]
 def main() -> None:
     """Read the experiment, then load what runs it: --help is instant."""
     experiment = parse_arguments(__doc__, jobs=STAGES)
-    from tipl_ray.stages import run_stages
+    with waiting("collect: starting"):
+        from tipl_ray.stages import run_stages
 
     run_stages(experiment, STAGES)
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from tipl_ray.places import absolute_storage, default_storage
+from tipl_ray.terminal import say, say_rows, waiting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,11 +64,11 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    from tipl_ray.jobs import exit_status
-    from tipl_ray.pages import as_csv
-    from tipl_ray.sweep import comparison
-    from tipl_ray.terminal import say, say_rows
-    from tipl_ray.tracking import open_to_read
+    with waiting("compare: starting"):
+        from tipl_ray.jobs import exit_status
+        from tipl_ray.pages import as_csv
+        from tipl_ray.sweep import comparison
+        from tipl_ray.tracking import open_to_read
 
     with exit_status():
         client, uri = open_to_read(chosen.uri, absolute_storage(chosen.storage))

@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tipl_ray.command_line import parse_trained
+from tipl_ray.terminal import waiting
 
 STAGES = ["evaluate"]
 
@@ -30,7 +31,8 @@ STAGES = ["evaluate"]
 def main() -> None:
     """Read the experiments, then load what runs them: --help is instant."""
     experiments = parse_trained(__doc__, jobs=STAGES)
-    from tipl_ray.stages import run_stages
+    with waiting("evaluate: starting"):
+        from tipl_ray.stages import run_stages
 
     for experiment in experiments:
         run_stages(experiment, STAGES)

@@ -16,12 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tipl_ray.command_line import parse_arguments
+from tipl_ray.terminal import waiting
 
 
 def main() -> None:
     """Read the experiment, then load what runs it: --help is instant."""
     experiment = parse_arguments(__doc__, jobs=["find_rule"], experiment="improve")
-    from tipl_ray.improve.rule_job import run_rule_searches
+    with waiting("find_rule: starting"):
+        from tipl_ray.improve.rule_job import run_rule_searches
 
     run_rule_searches(experiment)
 

@@ -15,12 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tipl_ray.command_line import parse_arguments
+from tipl_ray.terminal import waiting
 
 
 def main() -> None:
     """Read the experiment, then load what runs it: --help is instant."""
     experiment = parse_arguments(__doc__, jobs=["fork"], experiment="improve")
-    from tipl_ray.improve.fork_data import run_forks
+    with waiting("fork: starting"):
+        from tipl_ray.improve.fork_data import run_forks
 
     run_forks(experiment)
 

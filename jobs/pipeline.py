@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tipl_ray.command_line import parse_arguments
+from tipl_ray.terminal import waiting
 
 STAGES = ["collect", "train", "evaluate"]
 
@@ -28,7 +29,8 @@ STAGES = ["collect", "train", "evaluate"]
 def main() -> None:
     """Read the experiment, then load what runs it: --help is instant."""
     experiment = parse_arguments(__doc__, jobs=STAGES)
-    from tipl_ray.stages import run_stages
+    with waiting("pipeline: starting"):
+        from tipl_ray.stages import run_stages
 
     run_stages(experiment, STAGES)
 

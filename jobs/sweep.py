@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tipl_ray.command_line import parse_arguments, refused, take_option
 from tipl_ray.sweep.space import make_space, parse_over
+from tipl_ray.terminal import waiting
 
 
 def main() -> None:
@@ -46,7 +47,8 @@ def main() -> None:
     from tipl_ray.jobs import exit_status
 
     with exit_status():
-        from tipl_ray.sweep.tune import run_sweep
+        with waiting("sweep: starting"):
+            from tipl_ray.sweep.tune import run_sweep
 
         run_sweep(experiment)
 

@@ -235,7 +235,7 @@ def test_tensors_that_do_not_fit_can_be_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("x.pt", lambda path: torch.save(torch.nn.Linear(2, 2), path), "holds more than tensors, numbers and text"),
+        ("x.pt", lambda path: torch.save(torch.nn.Linear(2, 2), path), "contains more than tensors, numbers and text"),
         ("x.pt", lambda path: path.write_bytes(b"not a checkpoint"), "is cut short, or in a format from before"),
         (
             "x.pt",

@@ -87,7 +87,9 @@ def test_of_two_collectors_on_one_storage_one_is_refused_and_the_other_makes_the
     first, second = (GroupCollector(shared, "torch", [1, 2]) for _ in range(2))
     while TrajectoryStore(shared.storage_path).seeds() != (1, 2):
         first.advance(0.001)
-    with pytest.raises(StoreError, match=r"trial=1/commit-1\.json: another writer holds trial 1 .*end one of the two"):
+    with pytest.raises(
+        StoreError, match=r"trial=1/commit-1\.json: another process is writing trial 1 .*stop one of the two"
+    ):
         second.advance(seconds=600)
     assert first.advance(seconds=600).finished
     stores = [TrajectoryStore(experiment.storage_path) for experiment in (alone, shared)]
@@ -163,7 +165,7 @@ def test_a_trial_that_diverges_ends_and_the_others_go_on_to_the_same_bytes(
     kept = DataSet(storage=str(together), seeds=experiment.collect.seeds, split=experiment.split).parts
     assert kept == ((1,), (3,), (4,))
     turned = DataSet(storage=str(together), seeds=(1, 3, 2, 4), split=experiment.split)
-    with pytest.raises(StoreError, match=r"all 1 trials to choose by diverged; collect with a lower ppo\.learning"):
+    with pytest.raises(StoreError, match=r"all 1 validation trials diverged; collect with a lower ppo\.learning"):
         _ = turned.parts
     undisturbed = smoke(tmp_path / "undisturbed")
     GroupCollector(undisturbed, ENGINE, [1, 3, 4]).advance(seconds=600)
@@ -227,7 +229,7 @@ def test_a_record_of_a_divergence_that_does_not_fit_its_commits_is_damage(doomed
     for change in ({"snapshot": 7}, {"seed": 3}, {"config_hash": "0"}, {"array": 5}, {"more": 1}):
         record.write_text(json.dumps(before | change))
         for read in (store.divergences, lambda: store.progress(2), lambda: store.verify(2, experiment.num_snapshots)):
-            with pytest.raises(StoreError, match=r"trial=2/diverged\.json: (is no record|says that trial)"):
+            with pytest.raises(StoreError, match=r"trial=2/diverged\.json: (is not a record|records that trial)"):
                 read()
 
 
@@ -264,8 +266,8 @@ def test_an_algorithm_from_outside_collects_resumes_and_is_read(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("pppo", "collect.algorithm='pppo' is not one of ppo, nor module:Name of one's own; did you mean"),
-        ("nowhere:Mine", "collect.algorithm='nowhere:Mine': there is no module 'nowhere'"),
+        ("pppo", "collect.algorithm='pppo' is not one of ppo, nor module:Name of your own; did you mean"),
+        ("nowhere:Mine", "collect.algorithm='nowhere:Mine': no module 'nowhere'"),
         ("examples.recipes.algorithm:Mine", ": examples.recipes.algorithm has no 'Mine'"),
     ],
 )
@@ -388,5 +390,5 @@ def test_trials_on_gpus_are_refused_where_there_is_none(cluster: None, tmp_path:
     experiment = dataclasses.replace(experiment, collect=dataclasses.replace(experiment.collect, engine="cuda"))
     assert seat_resources(experiment, "cuda") == {"CPU": 2, "GPU": 1}
     assert seat_resources(experiment, "torch") == {"CPU": 2}
-    with pytest.raises(ValueError, match=r"collect\.engine='cuda' needs a GPU per actor, and no node"):
+    with pytest.raises(ValueError, match=r"collect\.engine='cuda' needs a GPU per actor, but no node"):
         collect(experiment)

@@ -102,8 +102,8 @@ def test_the_papers_experiment_has_the_papers_numbers() -> None:
         ("[collect]\nnum_trials = 0", "collect.num_trials=0 is below 1"),
         ("[ppo]\nlearning_rate = nan", "ppo.learning_rate=nan is not a finite number"),
         ("[where]\nnum_workers = 0", "num_workers=0 is below 1"),
-        ("[train]\nnum_workers = 2", "train.num_workers=2: num_workers is in the section [where] now"),
-        ("storage = 'data'", "storage='data': storage is in the section [where] now"),
+        ("[train]\nnum_workers = 2", "train.num_workers=2: num_workers has moved to the section [where]"),
+        ("storage = 'data'", "storage='data': storage has moved to the section [where]"),
         ("[ppo]\ngamma = 'high'", "ppo.gamma='high'"),
         ("[collect]\npolicy_hidden = [8]", "policy_hidden"),
         ("preset = 'mine'", "preset='mine' is not one of"),
@@ -123,24 +123,24 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
         (["--preset", "paper", "--basis.rank", "999"], "basis.rank=999 exceeds the 251 snapshots of a trial"),
         (
             ["--model.context", "250"],
-            "model.context=250 + forward step 10 of evaluate = 260 displacements exceed the 250",
+            "model.context=250 + the furthest forward step 10 = 260 displacements, more than the 250",
         ),
         (["--model.heads", "3"], "model.heads=3 does not divide model.embedding=64"),
         (["--ppo.num-minibatches", "30"], "ppo.num_minibatches=30"),
         (["--ppo.gamma", "1.5"], "ppo.gamma=1.5 is above 1"),
         (["--split.test-trials", "14"], "leaves no trial to train on"),
-        (["--collect.total-env-steps", "100"], "collect.total_env_steps=100 is less than one iteration"),
+        (["--collect.total-env-steps", "100"], "collect.total_env_steps=100 is less than one PPO iteration"),
         (["--collect.epochs-per-snapshot", "3"], "collect.epochs_per_snapshot=3 does not divide ppo.num_epochs=10"),
         (["--collect.policy-hidden", "8", "0"], "collect.policy_hidden.1=0 is below 1"),
-        (["--gpus-per-trial", "1.5"], "gpus_per_trial=1.5 is neither a part of one GPU nor whole GPUs"),
+        (["--gpus-per-trial", "1.5"], "gpus_per_trial=1.5 must be a fraction of one GPU or a whole number"),
         (["--collect.num-trials", "0"], "collect.num_trials=0 is below 1"),
         (["--train.batch-size", "65", "--num-workers", "2"], "num_workers=2 does not divide train.batch_size=65"),
-        (["--basis.centred", "--basis.deltas"], "exclude each other"),
-        (["--evaluate.extra-horizons", "5", "20"], "evaluate.extra_horizons=(5, 20) do not rise from beyond"),
+        (["--basis.centred", "--basis.deltas"], "are mutually exclusive"),
+        (["--evaluate.extra-horizons", "5", "20"], "evaluate.extra_horizons=(5, 20) must increase and start above"),
         (["--preset", "mine"], "preset='mine' is not one of causal, paper"),
         (
             ["--experiment", "nowhere.toml"],
-            "nowhere.toml: no such file, and no name of accelerate, cart_pole, demo",
+            "nowhere.toml: no such file, and not one of the experiments accelerate, cart_pole, demo",
         ),
     ],
 )
@@ -168,7 +168,7 @@ def test_the_storage_may_name_variables_of_the_environment(
     monkeypatch.delenv("TIPL_STORAGE")
     with pytest.raises(SystemExit):
         parse_arguments("A job.", ["--storage", "$TIPL_STORAGE/demo"])
-    assert "storage='$TIPL_STORAGE/demo': the environment of the job has no TIPL_STORAGE" in capsys.readouterr().err
+    assert "storage='$TIPL_STORAGE/demo': the job's environment has no variable TIPL_STORAGE" in capsys.readouterr().err
 
 
 def test_the_preset_on_the_command_line_sets_the_defaults_before_other_overrides(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_no_number_of_any_section_is_nan_or_infinite_or_beyond_what_is_stored(na
     ("arguments", "job", "words"),
     [
         (["--basis.rank", "3"], "train", "note: --basis.rank has no effect: basis.kind=window fits no Temporal SVD"),
-        (["--sweep.num-samples", "3"], "sweep", "note: --sweep.num-samples has no effect: a grid has every"),
+        (["--sweep.num-samples", "3"], "sweep", "note: --sweep.num-samples has no effect: a grid search runs every"),
         (["--train.seed", "3", "--evaluate.seed", "1", "--name", "mine"], "evaluate", ""),
     ],
 )
@@ -302,25 +302,25 @@ def test_what_is_said_and_changes_nothing_is_told(
 @pytest.mark.parametrize(
     ("arguments", "job", "words"),
     [
-        (["--train.seed", "3"], "collect", "--train.seed: collect does not read it; train, evaluate and sweep do"),
-        (["--preset", "paper"], "collect", "--preset: collect does not read it; train, evaluate and sweep do"),
-        (["--evaluate.episodes=3"], "train", "--evaluate.episodes: train does not read it; evaluate does"),
-        (["--use-gpu"], "sweep", "--use-gpu: sweep does not read it; train does"),
-        (["--collect.task", "Hopper-v4"], "accelerate", "--collect.task: accelerate does not read it; collect, train"),
+        (["--train.seed", "3"], "collect", "--train.seed: collect does not use it; train, evaluate, cross_v"),
+        (["--preset", "paper"], "collect", "--preset: collect does not use it; train, evaluate, cross_v"),
+        (["--evaluate.episodes=3"], "train", "--evaluate.episodes: train does not use it; evaluate and"),
+        (["--use-gpu"], "sweep", "--use-gpu: sweep does not use it; train and cross_validate do"),
+        (["--collect.task", "Hopper-v4"], "accelerate", "--collect.task: accelerate does not use it; collect, train"),
         (
             ["--accelerate.contenders", "10"],
             "accelerate",
-            "--accelerate.contenders: it is set in the experiment's file",
+            "--accelerate.contenders: it can be set only in the experiment's file",
         ),
         (
             ["--collect.engine", "torch"],
             "train",
-            "--collect.engine: train does not read it; collect, accelerate, find_rule, fork and learn_jumps do",
+            "--collect.engine: train does not use it; collect, accelerate, find_rule, fork and learn_jumps do",
         ),
-        (["--train.num-workers", "2"], "train", "--train.num-workers: it is --num-workers now"),
-        (["--train.no-use-gpu"], "train", "--train.no-use-gpu: it is --use-gpu now"),
-        (["--train.sed", "2"], "train", "--train.sed: no job has it; did you mean --train.seed?"),
-        (["--sweep.over", "2"], "sweep", "--sweep.over: no job has it"),
+        (["--train.num-workers", "2"], "train", "--train.num-workers: it is now called --num-workers"),
+        (["--train.no-use-gpu"], "train", "--train.no-use-gpu: it is now called --use-gpu"),
+        (["--train.sed", "2"], "train", "--train.sed: no such option; did you mean --train.seed?"),
+        (["--sweep.over", "2"], "sweep", "--sweep.over: no such option"),
     ],
 )
 def test_an_option_that_a_job_does_not_read_is_refused_with_those_that_do(

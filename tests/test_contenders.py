@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tipl_ray.accelerate.acceleration import source_experiment
 from tipl_ray.accelerate.contenders import Fitted, Unit, epochs_of, jump_question, jump_settings
 from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.scores import (
@@ -17,7 +18,7 @@ from tipl_ray.accelerate.scores import (
     sentences,
     table,
 )
-from tipl_ray.config import Accelerate, Collect, Contender, Experiment, Jump, OuterStep, Ppo, Where
+from tipl_ray.config import Accelerate, Collect, Contender, Experiment, Jump, OuterStep, Ppo, RunTask, Where
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.ppo.algorithms import NOTHING
 from tipl_ray.predict.baselines import Ridge
@@ -85,18 +86,18 @@ def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -
     ("fields", "words"),
     [
         ({"name": ""}, "name='' is empty"),
-        ({"name": "a\nb"}, "no letter of a name"),
+        ({"name": "a\nb"}, "cannot be part of a name"),
         ({"jump": Jump(predictor="rigde")}, r"did you mean ridge\?"),
         ({"jump": Jump(predictor="dmd"), "outer": OuterStep()}, "a jump and an outer step are both given"),
         ({"ppo": {"learning_rate": 1e-3}}, r"ppo.learning_rate=0.001 is what is searched"),
         ({"ppo": {"num_epoch": 3}}, r"ppo.num_epoch=3: unknown key; did you mean ppo.num_epochs"),
         ({"ppo": {"num_epochs": 0}}, r"ppo.num_epochs=0 is below 1"),
         ({"ppo": {"num_epochs": 2.5}}, r"ppo.num_epochs=2.5"),
-        ({"ppo": {"replicas": 2, "target_kl": 0.1}}, "ppo.replicas=2 are averaged"),
+        ({"ppo": {"replicas": 2, "target_kl": 0.1}}, "ppo.replicas=2 must all take the same steps"),
         ({"searched": "desired_kl"}, "ppo.desired_kl is searched, and values are not given"),
         ({"searched": "desired_kl", "values": (0.01, 0.02)}, "chosen from 2 values, and others from 5"),
         ({"values": (3.0, 2.0, 1.0, 4.0, 5.0)}, "do not rise"),
-        ({"jump": Jump(predictor="first-again", corrective_epochs=10)}, "leaves none of ppo.num_epochs"),
+        ({"jump": Jump(predictor="first-again", corrective_epochs=10)}, "leaves no epoch of ppo.num_epochs"),
     ],
 )
 def test_a_contender_that_means_nothing_is_refused_by_name(fields: dict, words: str) -> None:
@@ -367,3 +368,42 @@ def test_a_share_is_as_unsure_as_what_it_is_a_share_of() -> None:
     )
     assert narrow["share_high"] - narrow["share_low"] == pytest.approx(0)
     assert wide["share_high"] - wide["share_low"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "policy_hidden", "env_steps"),
+    [
+        ("Hopper-v4", "Hopper-v4", None, None),
+        ("Hopper-v4@150000", "Hopper-v4", None, 150_000),
+        ("HalfCheetah-v4/256-256", "HalfCheetah-v4", (256, 256), None),
+        ("ALE/Pong-v5/16-32@1000", "ALE/Pong-v5", (16, 32), 1000),
+        ("mine:Task-v0", "mine:Task-v0", None, None),
+    ],
+)
+def test_a_task_is_named_with_its_widths_and_steps(
+    text: str, task: str, policy_hidden: tuple[int, int] | None, env_steps: int | None
+) -> None:
+    assert RunTask.read(text) == (task, policy_hidden, env_steps)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "@100", "Hopper-v4@", "Hopper-v4@0", "Hopper-v4@9999999999", "A/0-8", "A/8-99999"]
+)
+def test_a_task_that_means_nothing_is_refused_by_field(text: str) -> None:
+    with pytest.raises(ValueError, match=r"accelerate\.tasks: '.*' is not TASK"):
+        Accelerate(tasks=(text,)).check()
+
+
+def test_a_task_of_another_width_has_units_of_its_own() -> None:
+    contender = Contender(name="10")
+    any_one = Experiment(name="any")
+    source = source_experiment(any_one)
+    ran = [
+        Unit(task=task, env_steps=10_240, contender=contender, value=1e-3, search=False).experiment(
+            Experiment(name="any"), source, NOTHING
+        )
+        for task in ("HalfCheetah-v4", "HalfCheetah-v4/16-32")
+    ]
+    assert [one.collect.policy_hidden for one in ran] == [(8, 8), (16, 32)]
+    assert {one.collect.task for one in ran} == {"HalfCheetah-v4"}
+    assert ran[0].storage_path != ran[1].storage_path

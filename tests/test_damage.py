@@ -400,7 +400,7 @@ CASES = [
     Case(
         what="A part holds another trial's rows, under a record that agrees",
         attempt=rewrite_rows(verify, with_column("seed", [4, 4, 4])),
-        says="holds another seed than 3",
+        says="contains a seed other than 3",
         names=PART,
     ),
     Case(
@@ -412,31 +412,31 @@ CASES = [
     Case(
         what="A part holds NaN among the weights, under a record that agrees",
         attempt=rewrite_rows(verify, with_nan_weight),
-        says="weights holds NaN or infinity",
+        says="weights contains NaN or infinity",
         names=PART,
     ),
     Case(
         what="A part holds a return of NaN, under a record that agrees",
         attempt=rewrite_rows(verify, with_column("episodic_return", [1.0, np.nan, 2.0])),
-        says="episodic_return holds NaN or infinity",
+        says="episodic_return contains NaN or infinity",
         names=PART,
     ),
     Case(
         what="A part has a column of another type, under a record that agrees",
         attempt=rewrite_rows(read, with_number_of_steps_as_floats),
-        says="its columns or header are not those that commit 2 says",
+        says="its columns or header differ from those in commit 2",
         names=PART,
     ),
     Case(
         what="A part carries the header of another task",
         attempt=rewrite_rows(read, lambda table: with_header(table, task="HalfCheetah-v4")),
-        says="its columns or header are not those that commit 2 says",
+        says="its columns or header differ from those in commit 2",
         names=PART,
     ),
     Case(
         what="A part lacks rows, under a record of its digest",
         attempt=rewrite_rows(read, lambda table: table.slice(0, 2)),
-        says="has 2 rows where commit 2 says 3",
+        says="has 2 rows but commit 2 recorded 3",
         names=PART,
     ),
     Case(
@@ -504,13 +504,13 @@ CASES = [
     Case(
         what="A record claims 2,147,483,643 rows, with itself agreed",
         attempt=inflate_rows,
-        says="rows where commit 3 says 2147483643",
+        says="rows but commit 3 recorded 2147483643",
         names="trial=3/part-00000004-*",
     ),
     Case(
         what="All records claim 2,147,483,647 weights, with each other agreed",
         attempt=inflate_weights,
-        says="its columns or header are not those that commit 1 says",
+        says="its columns or header differ from those in commit 1",
         names="trial=3/part-00000000-*",
     ),
     Case(
@@ -526,7 +526,7 @@ CASES = [
         names=RECORD,
     ),
     Case(
-        what="The trial was begun with another configuration",
+        what="The trial was started with another configuration",
         attempt=other_configuration,
         says="config.ppo.gamma=0.99 there, 0.5 here",
         names="trial=3/commit-1.json",
@@ -558,7 +558,7 @@ CASES = [
     Case(
         what="A second driver collects into the same storage",
         attempt=two_writers,
-        says="another writer holds trial 3",
+        says="another process is writing trial 3",
         names="trial=3/commit-4.json",
     ),
     Case(what="The system refuses a file of that size", attempt=no_room, says="File too large", names="trial=3/part-*"),
@@ -643,7 +643,7 @@ CASES = [
     Case(
         what="A trial too many is in a sealed data set",
         attempt=in_sealed(stray_trial, is_sealed),
-        says="trial 9 is not of the data set that was sealed here",
+        says="trial 9 is not part of the sealed data set",
         names="commits/trial=9",
     ),
     Case(
@@ -652,7 +652,7 @@ CASES = [
     Case(
         what="The seal is cut short",
         attempt=in_sealed(edit_seal(lambda text: text[:30]), is_sealed),
-        says="is no seal",
+        says="is not a seal",
         names=SEAL,
     ),
     Case(
@@ -664,7 +664,7 @@ CASES = [
     Case(
         what="A writer sleeps while another goes on and seals",
         attempt=slept,
-        says="another writer holds trial 3",
+        says="another process is writing trial 3",
         names="trial=3/commit-4.json",
     ),
     Case(
@@ -756,7 +756,7 @@ def test_a_full_disk_is_said_to_be_full_and_what_was_committed_stays(tmp_path: P
         (tmp_path / "ballast").write_bytes(bytes(220_000))
         for index in range(2, 2000):
             writer.append(make_snapshot(index))
-        with pytest.raises(StoreError, match=r"part-00000002-.*cannot be written: the disk is full\. Make room"):
+        with pytest.raises(StoreError, match=r"part-00000002-.*cannot be written: the disk is full\. Free some space"):
             writer.commit({})
         assert TrajectoryStore(str(tmp_path)).verify(3).num_snapshots == 2
         (tmp_path / "ballast").unlink()

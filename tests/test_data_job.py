@@ -56,15 +56,15 @@ def test_list_shows_each_trial_and_still_does_beside_a_damaged_one(tmp_path: Pat
 def test_verify_ends_with_status_1_and_names_each_damaged_file(tmp_path: Path) -> None:
     for seed in (3, 4, 5):
         collect(tmp_path, seed=seed)
-    assert "3 trials are sound: 24 snapshots" in run("verify", tmp_path)
+    assert "3 trials verified: 24 snapshots" in run("verify", tmp_path)
     damaged = [files(tmp_path, "trial=3/part-00000001*")[0], files(tmp_path, "trial=5/state-*")[0]]
     for path in damaged:
         content = path.read_bytes()
         path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
     said = run("verify", tmp_path, status=1)
-    assert "1 trials are sound" in said
+    assert "1 trials verified" in said
     assert [f"error: {path}: " in said for path in damaged] == [True, True]
-    assert "1 trials are sound" in run("verify", tmp_path, "--seeds", 4)
+    assert "1 trials verified" in run("verify", tmp_path, "--seeds", 4)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -119,7 +119,7 @@ def test_checkpoints_are_imported_once_and_asked_and_each_folder_that_cannot_be_
             ".bin, .ckpt, .zip, or folders with one\n"
         )
         assert "left out by --include and --exclude: model.model.layers.0.norm.weight, " in out
-        assert "left out part of the training's state: optimizer_state_dict/state/0/exp_avg, " in out
+        assert "left out part of the optimiser's or training state: optimizer_state_dict/state/0/exp_avg, " in out
     assert main(["ask", storage, "--steps", "1", "3"]) == 0
     out, _ = capfd.readouterr()
     assert out.startswith("Can the next checkpoint be forecast? ")
@@ -135,12 +135,12 @@ def test_what_export_cannot_do_is_one_line(tmp_path: Path, capfd: pytest.Capture
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder.npz").mkdir()
     for arguments, complaint in (
-        ((3, tmp_path / "x.pickle"), "ends neither in .safetensors nor in .npz"),
+        ((3, tmp_path / "x.pickle"), "must end in .safetensors or .npz"),
         ((3, tmp_path / "x.npz", "--stop", 9), "stop=9 is no range of the 8 snapshots of trial 3"),
         ((3, tmp_path / "x.npz", "--columns", "wieghts"), "columns=['wieghts']: perhaps 'weights'?"),
         ((9, tmp_path / "x.npz"), "there is no trial 9; there is trial 3"),
-        ((3, tmp_path / "none" / "x.npz"), f"there is no folder {tmp_path / 'none'}; make it first"),
-        ((3, tmp_path / "file" / "x.npz"), f"there is no folder {tmp_path / 'file'}"),
+        ((3, tmp_path / "none" / "x.npz"), f"no such folder, {tmp_path / 'none'}; create it first"),
+        ((3, tmp_path / "file" / "x.npz"), f"no such folder, {tmp_path / 'file'}"),
         ((3, tmp_path / "folder.npz"), "exists; choose another name"),
         ((3, Path("/proc/x.npz")), "cannot be written"),
         ((3, Path("/proc/x.safetensors")), "cannot be written"),
@@ -158,7 +158,7 @@ def test_an_export_that_finds_no_room_leaves_nothing(
     with files_up_to(600):
         said = one_line(capfd, "export", tmp_path / "data", 3, tmp_path / f"x{suffix}")
     assert "File too large" in said
-    assert "Make room" in said
+    assert "Free some space" in said
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -175,7 +175,7 @@ def test_a_sealed_data_set_that_lost_a_trial_is_refused_by_name(
         assert err.startswith(lost)
         assert len(err.splitlines()) == 1
         if command == ("verify",):
-            assert "2 trials are sound" in out
+            assert "2 trials verified" in out
         if command == ("list",):
             assert [line for line in out.splitlines() if " 3 " in line and " 8 " in line]
     assert main(["verify", str(tmp_path), "--seeds", "3", "5"]) == 0
@@ -195,7 +195,7 @@ def test_every_command_says_when_the_seal_is_damaged_or_a_stray_trial_is_there(
     for command in ("verify", "list", "describe"):
         assert main([command, str(tmp_path / "data")]) == 1
         (line,) = capfd.readouterr().err.splitlines()
-        assert ("trial 9" in line) if damage is None else ("_SUCCESS: is no seal" in line)
+        assert ("trial 9" in line) if damage is None else ("_SUCCESS: is not a seal" in line)
         assert "collect again" in line
 
 
@@ -242,7 +242,7 @@ def test_sweep_lists_first_and_deletes_when_told_but_never_a_trial_that_lost_its
     said = run("sweep", tmp_path, status=1)
     assert garbage.name in said
     assert str(left.relative_to(tmp_path)) in said
-    assert "2 files of garbage; --delete deletes them" in said
+    assert "2 garbage files; pass --delete to delete them" in said
     assert "of trial 4, so commit records of it seem to be lost" in said
     assert garbage.exists()
     assert left.exists()
@@ -250,7 +250,7 @@ def test_sweep_lists_first_and_deletes_when_told_but_never_a_trial_that_lost_its
     assert not garbage.exists()
     assert not left.exists()
     assert len(files(tmp_path, "trial=4/part-*")) == 3
-    assert "4 files of garbage deleted" in run("sweep", tmp_path, "--seeds", 4, "--lost", "--delete")
+    assert "4 garbage files deleted" in run("sweep", tmp_path, "--seeds", 4, "--lost", "--delete")
     assert not files(tmp_path, "trial=4/*")
     assert store.verify(3, 8).complete
 

@@ -123,6 +123,23 @@ def test_models_of_several_seeds_have_rows_of_their_own_and_one_summary(storage:
     assert len({row["windows"] for row in rows}) == 1
 
 
+def test_a_path_has_every_snapshot_in_its_own_plane_and_forecasts_beyond_their_starts(storage: Path):
+    settings, models = experiment(storage), write_models(storage)
+    table = evaluation.path_table(settings, models, evaluation.fit_predictors(settings, models), 4)
+    own = table["start"] < 0
+    assert table["snapshot"][own].tolist() == list(range(41))
+    weights_TP = trajectory(4).astype(np.float64)
+    _, singular_values, right = np.linalg.svd(weights_TP - weights_TP.mean(axis=0), full_matrices=False)
+    points_T2 = (weights_TP - weights_TP.mean(axis=0)) @ right[:2].T
+    np.testing.assert_allclose(
+        np.abs(np.stack([table["x"][own], table["y"][own]], axis=1)), np.abs(points_T2), atol=1e-4
+    )
+    shares = singular_values**2 / (singular_values**2).sum()
+    assert (table["share_x"][0], table["share_y"][0]) == pytest.approx(tuple(shares[:2]))
+    assert set((table["snapshot"] - table["start"])[~own].tolist()) == {1, 2}, "the horizon, not steps beyond it"
+    assert set(table["start"][~own].tolist()) <= set(evaluation.window_starts(settings).tolist())
+
+
 def test_distances_between_policies_are_those_of_their_weights():
     policies_BHP = np.random.default_rng(0).standard_normal((4, 2, 7)).astype(np.float32)
     apart = np.linalg.norm(policies_BHP[:, None] - policies_BHP[None], axis=3).sum(axis=1) / 3
@@ -274,7 +291,7 @@ def test_a_damaged_evaluation_is_computed_again_to_the_same_bytes_and_a_damaged_
     one_bit(folder / "results.parquet")
     (folder / "summary.csv").unlink()
     evaluation.evaluate(settings, models)
-    assert f"evaluate: the results in {folder} are damaged, and are computed again" in capsys.readouterr().out
+    assert f"evaluate: the results in {folder} are damaged and are computed again" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
     one_bit(Path(models[0]) / "model.safetensors")
     with pytest.raises(StoreError, match=r"model\.safetensors: is damaged"):

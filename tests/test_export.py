@@ -81,9 +81,9 @@ def test_a_snapshot_comes_out_as_a_safetensors_file_with_its_observation_statist
         assert torch.equal(tensors[name], same)
     assert tensors["observation_statistics.mean"].tolist() == [0.1, 0.2]
     assert tensors["observation_statistics.count"].item() == 7.5
-    with pytest.raises(ValueError, match=r"one\.safetensors: exists; choose another name"):
+    with pytest.raises(ValueError, match=r"one\.safetensors: already exists; choose another name"):
         save_safetensors(path, str(recorded), trial=3)
-    with pytest.raises(ValueError, match=r"there is no folder .*none; make it first"):
+    with pytest.raises(ValueError, match=r"no such folder, .*none; create it first"):
         save_safetensors(recorded / "none" / "x.safetensors", str(recorded), trial=3)
     assert sorted(one.name for one in recorded.parent.iterdir()) == ["data", "one.safetensors"]
 

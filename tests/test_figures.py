@@ -71,6 +71,37 @@ def summary(run=True, names=tuple(SKILLS)):
     ]
 
 
+def path_table(returns=True):
+    """Two trials of 30 snapshots on a parabola, each with three forecasts of 4 steps that go straight on."""
+    rows = []
+    for trial in (7, 8):
+        rows += [(trial, -1, t, t, 0.1 * t * t, 10.0 * t if returns and t else np.nan) for t in range(30)]
+        rows += [
+            (trial, start, start + h, start + h, 0.1 * start * start, np.nan)
+            for start in (6, 12, 18)
+            for h in range(1, 5)
+        ]
+    names = ("trial", "start", "snapshot", "x", "y", "episodic_return")
+    table = {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    return table | {name: np.full(len(rows), 0.5) for name in ("share_x", "share_y")}
+
+
+@pytest.mark.parametrize(("returns", "label"), [(True, "episodic return"), (False, "snapshot")])
+def test_paths_have_tipls_forecasts_on_top_and_colours_of_returns_or_of_progress(returns, label):
+    figure = figures.paths(path_table(returns))
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["Trial 7", "Trial 8", *["Close-up at snapshot 6"] * 2]
+    assert panels[0].get_xlabel() == "1st direction (50% of variance)"
+    for axes, forecasts, points in zip(panels, (3, 3, 1, 1), (30, 30, 9, 9), strict=True):
+        lines = [line for line in axes.lines if line.get_color() == figures.COLOURS["tipl"]]
+        assert [len(np.asarray(line.get_xdata())) for line in lines] == [5] * forecasts
+        (cloud,) = axes.collections
+        assert len(np.asarray(cloud.get_offsets())) == points
+        assert np.isfinite(np.asarray(cloud.get_array())).all(), "the first snapshot has no return yet"
+        assert min(line.get_zorder() for line in lines) > cloud.get_zorder()
+    assert figure.axes[-1].get_ylabel() == label
+
+
 def comparisons():
     return [
         {
@@ -111,7 +142,7 @@ def said(figure):
 
 def drawn(axes):
     """The lines that have points."""
-    return [line for line in axes.lines if len(line.get_xdata()) > 2]
+    return [line for line in axes.lines if len(np.asarray(line.get_xdata())) > 2]
 
 
 def points(line):
@@ -162,7 +193,7 @@ def test_figure_2_draws_both_errors_per_predictor_and_the_noise_floor():
     floor = [line for line in drawn(returns) if line.get_linestyle() == "--"]
     assert [points(line)[1].tolist() for line in floor] == [[5.0] * len(STEPS)]
     assert legend(figure)[0] == "TIPL"
-    assert "noise floor of REPW" in legend(figure)
+    assert "REPW of true policies (noise floor)" in legend(figure)
 
 
 def test_figure_2_scatters_every_policy_run_of_tipl_beside_copying():
@@ -173,7 +204,7 @@ def test_figure_2_scatters_every_policy_run_of_tipl_beside_copying():
         assert len(true) == 4 * len(STEPS)
         assert np.allclose(true - predicted, 10.0)
     assert tipl.get_xlim() == copied.get_xlim() == tipl.get_ylim() == copied.get_ylim()
-    assert "mean difference 10.0" in tipl.get_xlabel()
+    assert "mean absolute difference 10.0" in tipl.get_xlabel()
 
 
 def test_points_at_the_same_place_are_counted_in_words():
@@ -184,8 +215,8 @@ def test_points_at_the_same_place_are_counted_in_words():
 def test_figure_2_says_so_where_no_policies_were_run():
     table = {**result_table(), "return_true": np.full(20 * len(SKILLS) * len(STEPS), np.nan)}
     figure = figures.figure_2(table, summary(run=False))
-    assert figure.axes[1].texts[0].get_text() == "no policies were run"
-    assert "no policies were run" in said(figure)
+    assert figure.axes[1].texts[0].get_text() == "no policies were rolled out"
+    assert "no policies were rolled out" in said(figure)
     assert drawing.png(figure)
 
 
@@ -227,7 +258,7 @@ def test_what_tipl_adds_has_a_line_for_all_windows_and_one_per_phase():
     lines = drawn(figure.axes[0])
     assert [line.get_label() for line in lines] == [*(f"phase {phase}" for phase in range(5)), "all windows"]
     assert np.allclose(points(lines[-1])[1], 0.01)
-    assert "as good as ridge by phase" in legend(figure)
+    assert "no better than the ridge" in legend(figure)
 
 
 def test_predictors_whose_policies_were_not_run_stay_out_of_figure_2():
@@ -317,7 +348,7 @@ def test_one_trial_or_one_return_has_no_mean_and_no_interval():
     once = learning_curves([(1, steps, np.array([np.nan, 2.0])), (2, steps, np.full(2, np.nan))])
     (line,) = once.axes[0].lines
     assert (points(line)[1].tolist(), line.get_marker()) == ([2.0], "o")
-    assert legend(once) == ["one trial (1 of 2, as in the others no episode ended)"]
+    assert legend(once) == ["one trial (1 of 2; no episode ended in the others)"]
     two = learning_curves([(seed, np.array([0, 100]), np.array([1.0, 2.0 + seed])) for seed in (1, 2)])
     assert legend(two)[1] == "their mean"
     assert not two.axes[0].collections
@@ -352,7 +383,7 @@ def test_spread_shows_returns_beside_the_true_ones_and_distances_as_their_share(
     returns, distances = figures.spread(summary()).axes
     assert {tuple(line.get_ydata()) for line in drawn(returns)} == {(90.0,) * 4, (100.0,) * 4}
     assert all(tuple(line.get_ydata()) == (0.75,) * 4 for line in drawn(distances))
-    assert "No policies were run" in said(figures.spread(summary(run=False)))
+    assert "No policies were rolled out" in said(figures.spread(summary(run=False)))
     one_window = [{**row, "distance": None, "distance_true": 0.0} for row in summary()]
     assert "no two windows of one trial" in said(figures.spread(one_window))
 
@@ -391,7 +422,7 @@ def test_heat_map_has_the_means_and_a_row_of_the_ridges():
 def test_heat_map_has_a_column_of_what_each_rank_leaves_possible():
     cells = [cell | {"floor": {8.0: -5.25, 16.0: 0.5}[cell["basis.rank"]]} for cell in sweep_cells()]
     (axes, _) = sweep_figures.heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "20", "40", "true future\non the basis"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "20", "40", "upper bound\nof the basis"]
     words = [text.get_text() for text in axes.texts]
     assert (words[6], words[10]) == ("-5.250", "0.500")
     (frame,) = axes.patches
@@ -462,7 +493,7 @@ def test_parallel_coordinates_have_a_line_for_each_run_and_the_best_on_top():
     (axes,) = sweep_figures.parallel_coordinates(sweep_cells(), SWEEP_NAMES).axes
     lines = [line for line in axes.lines if np.size(line.get_xdata()) == 3]
     assert len(lines) == 12
-    assert lines[-1].get_color() == figures.COLOURS["linear"]
+    assert lines[-1].get_color() == figures.COLOURS["tipl"]
     assert np.asarray(lines[-1].get_ydata())[-1] == 1
     assert [label.get_text() for label in axes.get_xticklabels()] == ["context", "rank", "skill"]
 
@@ -473,7 +504,7 @@ def test_sweep_curves_have_the_best_the_median_and_the_ridge():
     median, best = figure.axes[0].lines[3:5]
     assert np.asarray(median.get_ydata()).tolist() == [0.0, 0.2, 0.2]
     assert np.asarray(best.get_ydata()).tolist() == [0.0, 0.4, 0.4]
-    assert legend(figure) == ["median", "best: rank=8", "ridge at the best run's context"]
+    assert legend(figure) == ["median", "best: rank=8", "ridge with the best run's context"]
 
 
 def test_sweep_curves_far_below_zero_are_drawn_as_the_error_that_is_left():
@@ -610,7 +641,7 @@ def test_tipl_is_drawn_above_all_others_and_copying_above_the_rest():
     for axes in (figures.figure_2(result_table(), rows).axes[3], figures.spread(rows).axes[0]):
         heights = {line.get_color(): line.get_zorder() for line in drawn(axes) if line.get_linestyle() == "-"}
         order = sorted(heights, key=heights.__getitem__, reverse=True)
-        assert order[:2] == [figures.COLOURS["tipl"], figures.COLOURS["copy-last"]]
+        assert order[:3] == [figures.COLOURS[name] for name in ("tipl", "ridge", "copy-last")]
         assert heights[order[0]] > heights[order[1]] > heights[order[2]]
 
 
@@ -647,10 +678,10 @@ def test_values_that_cannot_be_drawn_leave_the_rest_of_the_picture(value):
 def test_empty_tables_are_drawn_with_a_word_why():
     nothing = {name: column[:0] for name, column in result_table().items()}
     drawn = {
-        "no policies were run": figures.figure_2(nothing, []),
-        "There is no skill to draw": figures.skill_by_step([]),
+        "no policies were rolled out": figures.figure_2(nothing, []),
+        "There is no skill: no weights moved": figures.skill_by_step([]),
         "both TIPL and the ridge": figures.skill_over_ridge([]),
-        "No policies were run": figures.spread([]),
+        "No policies were rolled out": figures.spread([]),
         "There is no second contender": accelerate_figures.areas([]),
         "No learning rates were searched": accelerate_figures.learning_rates([]),
         "No weights were restored": figures.reconstruction([]),
@@ -666,7 +697,7 @@ def test_empty_tables_are_drawn_with_a_word_why():
 def test_two_trials_have_no_interval_and_the_picture_says_so():
     rows = [{**row, "trials": 2} | dict.fromkeys(("skill_low", "repw_low"), np.nan) for row in summary()]
     for figure in (figures.skill_by_step(rows), figures.figure_2(result_table(), rows)):
-        assert "2 test trials: too few for intervals" in said(figure)
+        assert "2 test trials: too few for confidence intervals" in said(figure)
     assert "too few" not in said(figures.skill_by_step([{**row, "trials": 5} for row in summary()]))
 
 

@@ -18,6 +18,7 @@ from tipl_ray.paper.predictor import SvdFloor, Tipl, TrialBasis
 from tipl_ray.paper.representation import TokenRepresentation
 from tipl_ray.paper.temporal_svd import fit_shared_basis
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
+from tipl_ray.places import PUBLISHED_FOLDER, published_predictors
 from tipl_ray.predict import baselines
 from tipl_ray.predict.baselines import (
     CopyLast,
@@ -526,7 +527,7 @@ def trained(storage: Path, name: str, **fields: Any) -> str:
 
 
 def test_a_storages_one_model_that_can_jump_is_found_and_several_are_listed_by_what_differs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds neither a saved predictor nor a trained model that can jump$"):
+    with pytest.raises(ValueError, match=r"contains neither a saved predictor nor a trained model that can jump$"):
         load_predictor(str(tmp_path))
     trained(tmp_path, "0", kind="trial")
     (tmp_path / "models" / "half_made").mkdir()
@@ -538,8 +539,33 @@ def test_a_storages_one_model_that_can_jump_is_found_and_several_are_listed_by_w
         assert load_predictor(place).name == "tipl"
     assert predictor_digest(str(tmp_path)) == predictor_digest(first)
     second = trained(tmp_path, "2", train=config.Train(seed=7), preset="causal")
-    with pytest.raises(ValueError, match="holds 2 models; name the folder of one") as refused:
+    with pytest.raises(ValueError, match="contains 2 models; use the folder of one") as refused:
         load_predictor(str(tmp_path))
     assert f"{first} (preset=paper, train.seed=0, one-step skill 0.250 in validation)" in str(refused.value)
     assert f"{second} (preset=causal, train.seed=7, one-step skill 0.250 in validation)" in str(refused.value)
     assert find_predictor(second) == second
+
+
+@pytest.mark.parametrize("name", published_predictors())
+def test_a_published_predictor_is_small_has_a_card_and_is_loaded_by_its_name(name: str) -> None:
+    folder = PUBLISHED_FOLDER / name
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 2**20
+    card = (folder / "card.md").read_text()
+    assert card.startswith(f"# {name}\n")
+    # What it learned from, and that it is read as it was published.
+    assert predictor_digest(name) in card
+    predictor = load_predictor(name)
+    context = predictor.question.context
+    contexts = Contexts(
+        grams_BKK=np.eye(context)[None],
+        phases_B=np.array([predictor.question.snapshots_per_iteration - 1]),
+        progress_B=np.array([0.3]),
+        learning_rates_B=np.array([0.7]),
+    )
+    assert np.isfinite(predictor.coefficients(contexts)).all()
+
+
+def test_a_name_that_is_no_published_predictor_is_answered_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match="contains neither a saved predictor") as refused:
+        load_predictor("no-such-predictor")
+    assert all(name in str(refused.value) for name in published_predictors())

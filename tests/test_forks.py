@@ -150,7 +150,7 @@ def test_the_shipped_forks_are_of_no_task_that_is_reported() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stages": 16}, r"improve\.stages=16 leaves no iteration between the forks of a trial of 16"),
+        ({"stages": 16}, r"improve\.stages=16 leaves no iteration between forks: a trial of"),
         ({"regimes": ()}, r"improve\.regimes is empty"),
         ({"regimes": (Contender(name="x", values=(1e-3,)),)}, "'x' has no jump by a return-rule's numbers"),
         ({"regimes": (dataclasses.replace(REGIME, values=()),)}, "'small' has no values of learning_rate"),

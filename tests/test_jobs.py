@@ -47,8 +47,11 @@ WRAPPED = [
     [
         (UserError("storage d: is in the way"), "storage d: is in the way"),
         (ValueError("basis.rank=99 exceeds 8"), "basis.rank=99 exceeds 8"),
-        (OSError(errno.ENOSPC, "No space left on device", "d/x"), "d/x: No space left on device; make room there"),
-        (PermissionError(errno.EACCES, "Permission denied", "d"), "d: Permission denied; give a place"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "d/x"),
+            "d/x: No space left on device; free some space there",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "d"), "d: Permission denied; use a place"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "d/x"), "d/x: No such file or directory"),
         (OSError("When reading 'b/x' in bucket 'b': AWS Error NETWORK_CONNECTION"), "AWS Error NETWORK_CONNECTION"),
         (pa.ArrowNotImplementedError("no such codec"), "no such codec"),

@@ -46,7 +46,7 @@ def test_a_second_process_is_told_who_is_at_it_and_may_do_other_things(tmp_path:
     with holder(tmp_path) as process:
         said = refused(tmp_path)
         assert said.startswith(f"{tmp_path}: process {process.pid} on ")
-        assert "is already training this model; wait until it has ended" in said
+        assert "is already training this model; wait for it to end" in said
         assert "\n" not in said
         with only_one(str(tmp_path), "train-2", "training this model"):
             pass
@@ -84,7 +84,7 @@ def test_a_storage_below_a_file_is_refused_in_one_line(tmp_path: Path):
     for place in ("file", "file/d", "file/d/e"):
         said = refused(tmp_path / place)
         assert said.startswith(f"{tmp_path / place}: cannot be written: ")
-        assert "choose another --storage" in said
+        assert "use another --storage" in said
 
 
 @pytest.mark.parametrize("number", [38, 95, 37])
@@ -109,7 +109,7 @@ def test_a_bucket_has_one_holder_at_a_time_and_is_left_as_it_was(bucket: str):
     with only_one(bucket, "train-1", "training this model"):
         said = refused(bucket)
         assert f"process {os.getpid()} on " in said
-        assert "is already training this model; wait until it has ended" in said
+        assert "is already training this model; wait for it to end" in said
         with only_one(bucket, "train-2", "training this model"):
             pass
     assert Storage(bucket).sizes("locks/train-1") == {}

@@ -11,9 +11,12 @@ import torch
 
 from tipl_ray import config
 from tipl_ray.data.storage import StoreError
+from tipl_ray.paper.objective import NextToken
+from tipl_ray.paper.tokens import Tokens
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.models import load_about, load_model
+from tipl_ray.predict.representation import TrainingData
 from tipl_ray.window.transformer import WindowTransformer
 
 SIZE = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.1)
@@ -24,9 +27,10 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def small_model(max_snapshots: int = 30) -> CausalTransformer:
+def small_model(max_snapshots: int = 30, residual: bool = False) -> CausalTransformer:
     torch.manual_seed(0)
-    return CausalTransformer(SIZE, token_size=4, max_snapshots=max_snapshots).eval()
+    size = dataclasses.replace(SIZE, residual=residual)
+    return CausalTransformer(size, token_size=4, max_snapshots=max_snapshots).eval()
 
 
 def window(length: int = 6, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,8 +38,10 @@ def window(length: int = 6, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]
     return torch.randn(batch, length, 4, generator=generator), torch.arange(length).expand(batch, length) + 2
 
 
-def test_a_future_token_changes_nothing_before_it():
-    model, (tokens_BKD, snapshots_BK) = small_model(), window()
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_future_token_changes_nothing_before_it(residual: bool):
+    model, (tokens_BKD, snapshots_BK) = small_model(residual=residual), window()
+    torch.nn.init.normal_(model.predict.weight)
     before = model(tokens_BKD, snapshots_BK)
     for position in range(6):
         changed_BKD = tokens_BKD.clone()
@@ -43,6 +49,34 @@ def test_a_future_token_changes_nothing_before_it():
         after = model(changed_BKD, snapshots_BK)
         torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=0)
         assert (after[:, position:] != before[:, position:]).any(dim=-1).all()
+
+
+def test_a_residual_model_begins_as_a_copy_and_moves_in_units_of_what_a_snapshot_changes():
+    model, (tokens_BKD, snapshots_BK) = small_model(residual=True), window()
+    torch.testing.assert_close(model(tokens_BKD, snapshots_BK), tokens_BKD, rtol=0, atol=0)
+    torch.nn.init.normal_(model.predict.weight)
+    model.change_D.copy_(torch.tensor([1.0, 0.5, 0.1, 1e-3]))
+    moved_D = (model(tokens_BKD, snapshots_BK) - tokens_BKD).abs().mean(dim=(0, 1))
+    assert (moved_D / model.change_D).min() > 1e-4
+    assert moved_D[3] < 1e-2 * moved_D[0]
+
+
+def test_a_residual_models_loss_is_1_where_it_copies():
+    """In units of the changes' root mean square: over all windows copying has an error of 1 in each number."""
+    random = np.random.default_rng(0)
+    walks_NTD = random.standard_normal((3, 40, 4)).cumsum(axis=1).astype(np.float32) * [1.0, 0.1, 10.0, 1e-3]
+    tokens = Tokens(
+        seeds=(1, 2, 3),
+        coordinates_NTD=walks_NTD.astype(np.float32),
+        singular_values_ND=np.ones((3, 4)),
+        outside_NT=np.zeros((3, 40)),
+        displacement_NT=np.ones((3, 40)),
+    )
+    size = dataclasses.replace(SIZE, residual=True)
+    objective = NextToken(size, TrainingData(train=tokens, validation=tokens))
+    loss, _ = objective.validate()
+    assert loss == pytest.approx(1.0, rel=0.1)
+    assert 0 < objective.model.change_D.min() < objective.model.change_D.max()
 
 
 def test_the_snapshots_index_matters():

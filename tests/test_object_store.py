@@ -164,7 +164,7 @@ def test_a_second_writer_in_a_bucket_is_refused_and_harms_nothing(server: str) -
     store = collect_into(new_root(f"http://{server}"))
     first, second = TrialWriter(store, 3, HEADER), TrialWriter(store, 3, HEADER)
     commit_snapshots(first, 10)
-    with pytest.raises(StoreError, match=r"commit-4\.json: another writer holds trial 3"):
+    with pytest.raises(StoreError, match=r"commit-4\.json: another process is writing trial 3"):
         commit_snapshots(second, 10)
     commit_snapshots(first, 12)
     assert store.verify(3, 12).num_commits == 5

@@ -60,7 +60,7 @@ def test_the_pipeline_leaves_data_model_results_figures_and_report(finished: tup
     assert first.startswith("Does TIPL beat copying the last snapshot? ")
     assert all("on 1 test trial." in line for line in (first, rival, returns))
     assert where.startswith("Where? ")
-    assert sure.startswith("How sure is that? 1 test trial with 28 windows: too few for an interval")
+    assert sure.startswith("How sure is that? 1 test trial with 28 windows: too few for a confidence interval")
     assert link == f"report: {(folder / 'report.html').as_uri()}"
     assert (storage / "latest" / "report.html").samefile(folder / "report.html")
     assert not re.search(r"^ridge +", said, re.MULTILINE), "the table is in the report"
@@ -81,8 +81,8 @@ def test_run_again_every_stage_is_found_done(finished: tuple[Path, str]) -> None
     digests = re.findall(r"data set ([0-9a-f]{16})", first)
     begin = time.monotonic()
     again = run("pipeline", storage)
-    assert "found all 4 trials complete" in again
-    assert "found the trained model" in again
+    assert "all 4 trials are already complete" in again
+    assert "train: already trained" in again
     assert re.findall(r"data set ([0-9a-f]{16})", again) == digests
     assert time.monotonic() - begin < 60
 
@@ -121,7 +121,7 @@ def test_a_terminated_job_says_how_to_go_on_and_leaves_no_run_behind_that_seems_
     job.send_signal(signal.SIGTERM)
     _, said = job.communicate(timeout=120)
     assert job.returncode == 130
-    assert said.endswith("interrupted: run the same command again to go on from what is committed\n")
+    assert said.endswith("interrupted: run the same command again to continue from the last commit\n")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert {run.info.status for run in runs} == {"KILLED"}
@@ -189,8 +189,8 @@ def test_the_pipeline_leaves_in_a_bucket_what_it_leaves_in_a_folder(
         else:
             assert found == expected_content
     again = run("pipeline", storage, *tracking)
-    assert "found all 4 trials complete" in again
-    assert "found the trained model" in again
+    assert "all 4 trials are already complete" in again
+    assert "train: already trained" in again
 
 
 @pytest.mark.slow

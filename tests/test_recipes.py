@@ -47,10 +47,10 @@ def test_a_predictor_and_a_representation_of_ones_own_are_trained_and_compared_l
 @pytest.mark.parametrize(
     ("option", "named", "words"),
     [
-        ("--evaluate.predictors", "nowhere:Fading", "there is no module 'nowhere'"),
+        ("--evaluate.predictors", "nowhere:Fading", "no module 'nowhere'"),
         ("--evaluate.predictors", "my_predictor:Fadign", "my_predictor has no 'Fadign'"),
         ("--evaluate.predictors", "fading", "evaluate.predictors='fading' is not one of copy-last, linear"),
-        ("--basis.kind", "nowhere:Mine", "basis.kind='nowhere:Mine': there is no module 'nowhere'"),
+        ("--basis.kind", "nowhere:Mine", "basis.kind='nowhere:Mine': no module 'nowhere'"),
     ],
 )
 def test_what_is_not_there_is_refused_before_work_starts(tmp_path: Path, option: str, named: str, words: str) -> None:

@@ -170,7 +170,7 @@ def test_a_snapshot_goes_back_into_a_model_with_its_observation_statistics(algor
     actions = [one.predict(normalised[0], deterministic=True)[0] for one in (model, other)]
     np.testing.assert_array_equal(*actions)
     with pytest.raises(
-        ValueError, match=r"trial 1 has observation statistics, and the model's environment is no VecNo"
+        ValueError, match=r"trial 1 has observation statistics, and the model's environment is not a VecNo"
     ):
         load_policy(make(algorithm, normalised=False), str(tmp_path), trial=1)
 
@@ -191,7 +191,7 @@ def test_a_model_ahead_of_its_trial_is_refused(tmp_path: Path) -> None:
         ("A2C", {"epochs_per_snapshot": 2}, r"epochs_per_snapshot=2: A2C has no update epochs; leave it out"),
         ("PPO", {"epochs_per_snapshot": 3}, r"epochs_per_snapshot=3 does not divide n_epochs=4"),
         ("PPO", {"steps_per_snapshot": 0}, r"steps_per_snapshot=0 is below 1"),
-        ("PPO", {"steps_per_snapshot": 9, "epochs_per_snapshot": 2}, r"exclude each other; leave one out"),
+        ("PPO", {"steps_per_snapshot": 9, "epochs_per_snapshot": 2}, r"are mutually exclusive; leave one out"),
     ],
 )
 def test_what_cannot_be_recorded_of_an_algorithm_is_refused(

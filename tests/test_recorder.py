@@ -167,16 +167,16 @@ def test_a_run_goes_on_from_its_checkpoint_and_what_it_gives_again_is_checked(tm
     recorder.close()
     assert TrajectoryStore(str(storage)).digest() == TrajectoryStore(str(tmp_path / "undisturbed")).digest()
     recorder = open_recorder(net, storage)
-    with pytest.raises(StoreError, match=r"taken after 11 snapshots, and trial 1 has 10; go on from an earlier"):
+    with pytest.raises(StoreError, match=r"taken after 11 snapshots, and trial 1 has 10; continue from an earlier"):
         recorder.load_state_dict({"snapshot": 11, "step": 10})
     with torch.no_grad():
         net.norm.state_dict()["running_var"][2] += 1e-7
     recorder.load_state_dict({"snapshot": 9, "step": 8})
-    with pytest.raises(StoreError, match=r"trial 1, snapshot 9: norm\.running_var is not what is committed"):
+    with pytest.raises(StoreError, match=r"trial 1, snapshot 9: norm\.running_var differs from what is committed"):
         recorder.record(9, loss=losses[9], learning_rate=1e-2)
     recorder.load_state_dict({"snapshot": 9, "step": 8})
     net.load_state_dict(weights[9])
-    with pytest.raises(StoreError, match=r"snapshot 9: loss is not what is committed"):
+    with pytest.raises(StoreError, match=r"snapshot 9: loss differs from what is committed"):
         recorder.record(9, loss=0.0, learning_rate=1e-2)
     del recorder
     open_recorder(net, storage, given_again="skip").record(0)
@@ -185,7 +185,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_what_it_gives_again_is_checked(tm
 def test_a_trial_has_one_recorder_at_a_time(tmp_path: Path) -> None:
     net = Net()
     recorder = open_recorder(net, tmp_path)
-    with pytest.raises(StoreError, match=r"is already recording trial 1; wait until it has ended, or end it"):
+    with pytest.raises(StoreError, match=r"is already recording trial 1; wait for it to end, or stop it"):
         open_recorder(net, tmp_path)
     open_recorder(net, tmp_path, trial=2).close()
     recorder.close()
@@ -272,10 +272,12 @@ def test_of_an_adapter_on_a_frozen_base_the_adapter_is_recorded_and_the_base_wat
     recorder = open_recorder(module, tmp_path)
     with torch.no_grad():
         module.get_parameter("base.weight").add_(1.0)
-    with pytest.raises(ValueError, match=r"base\.weight of what is not recorded, as it requires no gradient, has"):
+    with pytest.raises(ValueError, match=r"base\.weight changed although it requires no gradient"):
         recorder.record(0)
     recorder.close()
-    with pytest.raises(StoreError, match=r"trial 1 was begun on other frozen weights than the module's; load those"):
+    with pytest.raises(
+        StoreError, match=r"trial 1 was started with frozen weights other than the module's; load those"
+    ):
         open_recorder(module, tmp_path)
     recorder = open_recorder(thawed := model(), tmp_path)
     thawed.get_submodule("base").requires_grad_(True)
@@ -294,7 +296,7 @@ def test_of_buffers_what_a_function_depends_on_is_recorded_and_integers_are_watc
     assert layout_names(tmp_path)[-2:] == ["norm.running_mean", "norm.running_var"]
     assert not {"mask", "cache", "norm.num_batches_tracked"} & {*layout_names(tmp_path)}
     net.mask.add_(1)  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"mask of what is not recorded, as it requires no gradient, has changed"):
+    with pytest.raises(ValueError, match=r"mask changed although it requires no gradient"):
         recorder.record(1)
 
 
@@ -355,11 +357,11 @@ def test_what_cannot_be_recorded_is_refused_before_work_starts(module: Any, word
     ("settings", "words"),
     [
         ({"trial": -1}, r"trial=-1 is below 0"),
-        ({"task": ""}, r"task is empty; say in a word what is learned"),
+        ({"task": ""}, r"task is empty; name in a word what is learned"),
         ({"snapshots_per_iteration": 0}, r"snapshots_per_iteration=0 is below 1"),
         ({"snapshots_per_commit": 0}, r"snapshots_per_commit=0 is below 1"),
         ({"given_again": "chek"}, r"given_again='chek' is not one of check, skip; did you mean check\?"),
-        ({"config": {"net": nn.Linear(1, 1)}}, r"config cannot be written as JSON: .*; give plain numbers, texts"),
+        ({"config": {"net": nn.Linear(1, 1)}}, r"config cannot be written as JSON: .*; use plain numbers, strings"),
     ],
 )
 def test_arguments_without_meaning_are_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -371,9 +373,7 @@ def test_what_is_said_of_a_snapshot_is_refused_where_it_means_nothing(tmp_path: 
     recorder = open_recorder(Net(), tmp_path)
     with pytest.raises(ValueError, match=r"record='learning_rat' is not one of .*did you mean learning_rate\?"):
         recorder.record(0, learning_rat=1.0)  # type: ignore[call-arg]
-    with pytest.raises(
-        ValueError, match=r"observation_mean are given without the rest of observation_mean, observation_"
-    ):
+    with pytest.raises(ValueError, match=r"observation_mean require the rest of observation_mean, observation_"):
         recorder.record(0, observation_mean=np.zeros(3))
     statistics: Any = {
         "observation_mean": torch.zeros(2, 2),
@@ -420,7 +420,7 @@ def test_the_rest_of_the_package_reads_recorded_trials(tmp_path: Path, capsys: p
     for command in (["describe", str(tmp_path)], ["list", str(tmp_path)], ["verify", str(tmp_path)]):
         assert data(command) == 0
     said = capsys.readouterr().out
-    for words in ("toy", "snapshot, step, loss, weights", "last losses", "2 trials are sound: 24 snapshots"):
+    for words in ("toy", "snapshot, step, loss, weights", "last losses", "2 trials verified: 24 snapshots"):
         assert words in said
     assert data(["export", str(tmp_path), "1", str(tmp_path / "one.npz")]) == 0
     assert {*np.load(tmp_path / "one.npz")} == {"header", "snapshot", "step", "loss", "weights"}
@@ -430,9 +430,7 @@ def test_the_rest_of_the_package_reads_recorded_trials(tmp_path: Path, capsys: p
 
 def test_what_needs_trials_of_our_own_ppo_says_so(tmp_path: Path) -> None:
     record_run(tmp_path)
-    with pytest.raises(
-        StoreError, match=r"its trials were not collected here but recorded \(task='toy'\), and this job"
-    ):
+    with pytest.raises(StoreError, match=r"its trials were recorded by another program \(task='toy'\), and this job"):
         data_digest(smoke(tmp_path))
     TrajectoryStore(str(tmp_path)).finish([1], 11)
     assert TrajectoryStore(str(tmp_path)).finished()

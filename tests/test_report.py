@@ -102,7 +102,7 @@ def test_few_trials_are_judged_by_the_size_of_the_difference_and_counted(skill, 
     assert (answer.verdict, answer.trials) == (verdict, trials)
     assert words in answer.text
     said = "1 test trial" if trials == 1 else "2 test trials"
-    assert answer.text.endswith(f"This rests on {said}, too few for an interval, which takes 3.")
+    assert answer.text.endswith(f"This rests on {said}, too few for a confidence interval, which takes 3.")
     assert not re.search(r"\b(nan|inf)\b|too few trials to tell", answer.text)
 
 
@@ -115,7 +115,7 @@ def test_a_small_lead_over_the_ridge_on_two_trials_is_no_yes():
     assert report.beats(few("tipl", 0.44) + few("linear", -20.0), "linear").verdict == "yes"
     far = report.beats(few("tipl", -465.0) + few("ridge", 0.4), "ridge")
     assert far.verdict == "no"
-    assert "It is far worse than a ridge regression that knows the phase at h = 1." in far.text
+    assert "It is far worse than the ridge regression by phase at h = 1." in far.text
 
 
 def test_returns_of_few_trials_are_judged_by_ratio():
@@ -176,9 +176,9 @@ def test_on_the_same_windows_a_small_difference_is_seen_though_intervals_overlap
     pairs = [compared("ridge", step, difference) for step, difference in ((1, 0.03), (2, 0.005), (3, -0.05))]
     answer = report.beats(summary, "ridge", pairs)
     assert answer.verdict == "partly"
-    assert "It beats a ridge regression that knows the phase at h = 1." in answer.text
+    assert "It beats the ridge regression by phase at h = 1." in answer.text
     assert "No significant difference at h = 2: the interval of the difference includes 0." in answer.text
-    assert "It is worse than a ridge regression that knows the phase at h = 3." in answer.text
+    assert "It is worse than the ridge regression by phase at h = 3." in answer.text
     assert "the difference is +0.030 [+0.020, +0.040] at h = 1 and -0.050 [-0.060, -0.040] at h = 3" in answer.text
 
 
@@ -194,7 +194,7 @@ def test_skill_is_told_by_phase_and_third_and_a_phase_without_any_is_named():
     assert "0.02 [-0.03, 0.07] in phase 0" in answer.text
     assert "In phase 0 there is no significant difference from the copy-last baseline." in answer.text
     assert "0.30 [0.25, 0.35] in the last third" in answer.text
-    assert "Skill is lowest where an iteration has just closed" in answer.text
+    assert "Skill is lowest where an iteration has just ended" in answer.text
     assert report.where_it_lies(groups[1:]).verdict == "yes"
     assert (
         "In phase 0 it is worse than the copy-last baseline." in report.where_it_lies([grouped("phase", 0, -0.3)]).text
@@ -232,8 +232,8 @@ def test_a_run_ends_in_five_lines_that_name_the_steps_and_the_number_of_test_tri
 
 def test_a_run_on_few_trials_is_an_example_and_a_basis_that_saw_the_future_no_forecast():
     *_, sure = lines_of(few("tipl", 0.4, trials=1))
-    assert "1 test trial with 1,200 windows: too few for an interval, which takes 3" in sure
-    assert sure.endswith("the future included: not yet a forecast.")
+    assert "1 test trial with 1,200 windows: too few for a confidence interval, which takes 3" in sure
+    assert sure.endswith("the future included, so this is not yet a forecast.")
 
 
 def test_returns_within_the_noise_floor_are_the_same():
@@ -253,9 +253,9 @@ def test_returns_above_the_noise_floor_are_not_the_same():
 @pytest.mark.parametrize(
     ("tipl", "verdict", "words"),
     [
-        (10.0, "yes", "They do at h = 1."),
+        (10.0, "yes", "They are at h = 1."),
         (19.0, "no", "No significant difference at h = 1: the intervals of both REPWs overlap."),
-        (40.0, "no", "They return further from it than the copy at h = 1."),
+        (40.0, "no", "They are further from them than the copy's at h = 1."),
     ],
 )
 def test_returns_are_compared_with_a_copys(tipl, verdict, words):
@@ -321,7 +321,7 @@ def test_report_escapes_every_value(page):
 def test_report_holds_answers_tables_configuration_and_captions(page):
     assert "It beats the copy-last baseline at h = 1." in page
     assert "No significant difference at h = 2" in page
-    assert "<small>5 trials</small>" in page
+    assert "<small>5 test trials</small>" in page
     assert "model.context" in page
     assert report.CAPTIONS["figure_2"][1][:40] in page
     assert page.count('<tr class="marked">') == 2 * 2
@@ -340,7 +340,7 @@ def test_policies_as_far_apart_as_the_true_ones_have_kept_their_modes():
     assert "The spread of their returns is 90.0 against 100 at h = 1" in kept.text
     collapsed = report.modes_are_kept([{**item, "distance": 0.1} for item in rows("tipl", 0.4, 0.3)])
     assert collapsed.verdict == "no"
-    assert "At h = 1 and 2 they lie closer together than the true ones" in collapsed.text
+    assert "At h = 1 and 2 they are closer together than the true ones" in collapsed.text
     assert report.modes_are_kept([]).verdict == "unknown"
 
 
@@ -361,7 +361,7 @@ def test_one_window_a_trial_has_no_distance_and_says_so():
             [{**item, "distance": nothing, "distance_true": nothing} for item in rows("tipl", 0.4)]
         )
         assert answer.verdict == "unknown"
-        assert "no two windows of one trial" in answer.text
+        assert "No two windows of one trial" in answer.text
         assert "nan" not in answer.text
 
 

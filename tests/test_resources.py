@@ -21,13 +21,13 @@ def test_a_cluster_of_this_machine_alone_cannot_grow() -> None:
 @pytest.mark.parametrize(
     ("needs", "count", "complaint"),
     [
-        ({"CPU": (64.0, "a.threads=64")}, 1, "a.threads=64 needs 64 CPUs per actor, and no node of the cluster has as"),
-        (GPU, 1, "a.use_gpu=True needs a GPU per actor, and no node of the cluster has one; ask for less, or run"),
-        ({"GPU": (0.5, "a.gpus=0.5")}, 1, "a.gpus=0.5 needs 0.5 GPU per actor, and no node of the cluster has as many"),
+        ({"CPU": (64.0, "a.threads=64")}, 1, "a.threads=64 needs 64 CPUs per actor, but no node of the cluster has as"),
+        (GPU, 1, "a.use_gpu=True needs a GPU per actor, but no node of the cluster has one; ask for less, or run"),
+        ({"GPU": (0.5, "a.gpus=0.5")}, 1, "a.gpus=0.5 needs 0.5 GPU per actor, but no node of the cluster has as many"),
         (
             CPU,
             3,
-            "a.workers=3 needs a CPU for each actor at the same time, and the cluster, with 2 CPUs on 1 node, has",
+            "a.workers=3 needs a CPU for each actor at the same time, but the cluster, with 2 CPUs on 1 node, has",
         ),
         ({"CPU": (2.0, "a.cpus=2")}, 3, "a.workers=3 needs 2 CPUs for each actor at the same time"),
     ],

@@ -103,7 +103,10 @@ def test_trials_of_another_experiment_are_refused_by_the_fields_that_differ(
     settings = experiment(tmp_path)
     collected(tmp_path, 3, 4, 5, 6, header=made_by_collect(settings, **changes))
     said = refused(settings, "train", capsys=capsys)
-    assert "its trials are another experiment's: collect.task='Line-v0' there, 'InvertedPendulum-v4' here" in said
+    assert (
+        "its trials were collected with other settings: collect.task='Line-v0' there, 'InvertedPendulum-v4' here"
+        in said
+    )
     assert says in said
     assert "engine" not in said
 
@@ -120,7 +123,7 @@ def test_a_model_that_is_missing_is_refused_and_those_that_are_there_are_named(
 ):
     settings = experiment(tmp_path)
     collected(tmp_path, 3, 4, 5, 6)
-    assert "no trained model of this experiment is there, nor any other; run jobs/train.py" in refused(
+    assert "there is no trained model of this experiment, nor any other; run jobs/train.py" in refused(
         settings, "evaluate", capsys=capsys
     )
     write_model(tmp_path, "0123", experiment(tmp_path, seed=5), stages.data_digest(settings))
@@ -141,7 +144,7 @@ def test_data_to_train_on_that_is_missing_is_refused_before_anything_is_collecte
     settings = experiment(tmp_path / "own", "window")
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, data=(str(tmp_path / "none"),)))
     said = refused(settings, "collect", "train", "evaluate", capsys=capsys)
-    assert "none: train.data names it, and no complete data set is there" in said
+    assert "none: named in train.data, but there is no complete data set" in said
 
 
 def test_a_second_driver_of_a_stage_is_refused_and_another_stages_is_not(

@@ -236,7 +236,7 @@ def test_a_file_in_a_storages_place_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_a_storage_without_a_name_is_refused() -> None:
-    with pytest.raises(StoreError, match="name is empty; give a folder"):
+    with pytest.raises(StoreError, match="name is empty; use a folder"):
         Storage("")
 
 

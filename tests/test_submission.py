@@ -145,9 +145,9 @@ def test_a_storage_that_would_be_thrown_away_with_the_job_is_refused(monkeypatch
     check_job(experiment.at("s3://bucket/mine?region=us-east-1"))
     for storage, words in (
         (None, "storage is not set"),
-        (f"{CHECKOUT}/mine", f"storage lies in it, '{CHECKOUT}/mine'"),
+        (f"{CHECKOUT}/mine", f"storage is inside it, '{CHECKOUT}/mine'"),
     ):
-        with pytest.raises(ValueError, match=f"thrown away with the job, and {words}"):
+        with pytest.raises(ValueError, match=f"is deleted when the job ends, and {words}"):
             check_job(experiment.at(storage))
 
 

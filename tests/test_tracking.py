@@ -538,7 +538,7 @@ def test_a_half_made_database_is_made_anew(share, storage, tracker, tmp_path):
             database.execute(statement)
     if share == 0.0:
         (tmp_path / "mlflow.db").touch()
-    with pytest.raises(tracking.TrackingError, match=r"mlflow\.db: nothing is recorded there"):
+    with pytest.raises(tracking.TrackingError, match=r"mlflow\.db: it contains no runs"):
         tracking.open_to_read(None, str(tmp_path))
     made = tracking.Tracker.open(None, "pendulum", str(tmp_path))
     with made.run("collect", "key"):
@@ -559,12 +559,18 @@ def files_no_larger_than(size):
 
 def test_without_room_a_job_ends_in_one_line_and_with_room_it_goes_on(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with files_no_larger_than(100_000), pytest.raises(tracking.TrackingError, match="Make room there or give access"):
+    with (
+        files_no_larger_than(100_000),
+        pytest.raises(tracking.TrackingError, match="Free some space there or fix permissions"),
+    ):
         tracking.Tracker.open(None, "pendulum", str(tmp_path))
     tracker = tracking.Tracker.open(None, "pendulum", str(tmp_path))
     run = tracker.start("train", "no room")
     size = (tmp_path / "mlflow.db").stat().st_size
-    with files_no_larger_than(size), pytest.raises(tracking.TrackingError, match="Make room there or give access"):
+    with (
+        files_no_larger_than(size),
+        pytest.raises(tracking.TrackingError, match="Free some space there or fix permissions"),
+    ):
         run.log_history("loss", range(20_000), [1.0] * 20_000)
     again = tracker.start("train", "no room")
     again.log_history("loss", range(3_000), [1.0] * 3_000)
@@ -640,13 +646,13 @@ def test_whatever_goes_wrong_in_a_call_is_one_line_with_a_way_out(storage, tmp_p
     with tracker.run("train", "a metric") as measured:
         measured.log_metrics({"skill": 0.5, "skill_h1": 0.7})
     with pytest.raises(
-        ValueError, match=r"^by='skil_h1': none of these 1 runs has this metric; near it are skill_h1, "
+        ValueError, match=r"^by='skil_h1': none of these 1 runs has this metric; similar ones are skill_h1, "
     ):
         comparison.choose(tracker.client, [measured.run_id], None, None, "skil_h1")
     run = tracker.start("train", "no room")
     shutil.rmtree(tmp_path / "d" / "mlflow-artifacts", ignore_errors=True)
     (tmp_path / "d" / "mlflow-artifacts").touch()
-    with pytest.raises(tracking.TrackingError, match=r"Make room there or give access, and run again"):
+    with pytest.raises(tracking.TrackingError, match=r"Free some space there or fix permissions, and run again"):
         run.log_figure(Figure(), "curve")
     with pytest.raises(ZeroDivisionError), tracker.run("train", "lost"):  # noqa: PT012
         (tmp_path / "d" / "mlflow.db").write_bytes(b"not a database, by any means" * 100_000)

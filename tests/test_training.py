@@ -223,7 +223,7 @@ def elsewhere(storage: Path, *others: Path) -> config.Experiment:
 
 def test_other_data_sets_to_train_on_are_split_as_the_own_one_is(tmp_path: Path):
     other = write_store(tmp_path / "other", (1, 2, 3, 4, 5))
-    with pytest.raises(StoreError, match=r"other: train\.data names it, and no complete data set is there"):
+    with pytest.raises(StoreError, match=r"other: named in train\.data, but there is no complete data set"):
         data_sets.data_sets(elsewhere(tmp_path, tmp_path / "other"))
     other.finish((1, 2, 3, 4, 5), 41)
     (found,) = data_sets.data_sets(elsewhere(tmp_path, tmp_path / "other"))
@@ -244,7 +244,7 @@ def with_header(root: Path, header: dict) -> config.Experiment:
 def test_snapshots_that_jumps_predicted_count_in_another_data_sets_iterations(tmp_path: Path):
     jumped = {"ppo": {"num_epochs": 4}, "epochs_per_snapshot": 2, "jump": {"horizon": 3}}
     assert len(data_sets.data_sets(with_header(tmp_path / "jumped", jumped))) == 1
-    with pytest.raises(ValueError, match="8 snapshots per PPO iteration do not fit the experiment's 5"):
+    with pytest.raises(ValueError, match="8 snapshots per PPO iteration do not match the experiment's 5"):
         data_sets.data_sets(with_header(tmp_path / "more", {**PPO, "jump": {"horizon": 3}}))
     with pytest.raises(StoreError, match="its trials do not record ppo"):
         data_sets.data_sets(with_header(tmp_path / "foreign", {}))
@@ -267,7 +267,7 @@ def test_a_missing_model_is_told_by_what_differs_in_those_that_are_there(tmp_pat
     (tmp_path / "models" / "foreign" / "model.json").write_text("[]")
     said = str(data_sets.missing_model(asked, "data"))
     assert "There are near with train.seed=7, not 0; other with other data, train.seed=7, not 0; far with " in said
-    assert "and 2 more fields that differ. Ask for one of these" in said
+    assert "and 2 more different fields. Ask for one of these" in said
     assert "begun" not in said
     assert "\n" not in said
     steps = dataclasses.replace(experiment(tmp_path, "window"), evaluate=config.Evaluate(horizon=3))
@@ -278,7 +278,7 @@ def test_a_missing_model_is_told_by_what_differs_in_those_that_are_there(tmp_pat
 
 
 def test_training_elsewhere_is_refused_where_tokens_fit_one_task_alone():
-    with pytest.raises(ValueError, match=r"train\.data=\('storage/hopper',\) needs basis\.kind=window"):
+    with pytest.raises(ValueError, match=r"train\.data=\('storage/hopper',\) requires basis\.kind=window"):
         dataclasses.replace(experiment(), train=config.Train(data=("storage/hopper",))).check()
 
 
@@ -347,7 +347,7 @@ def test_training_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Pat
     checkpoint, step = ray_train._resumed(str(tmp_path), lines.append)
     assert checkpoint is not None
     assert (checkpoint.path, step) == (str(earlier), 10)
-    assert lines == [f"checkpoint_2 in {tmp_path}: not whole; going on from step 10"]
+    assert lines == [f"checkpoint_2 in {tmp_path}: incomplete; continuing from step 10"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"], "and nothing that is not whole stays"
 
 
@@ -358,7 +358,7 @@ def test_checkpoints_that_are_gone_or_all_damaged_begin_the_training_anew(tmp_pa
     for folder in keep_two(tmp_path):
         truncate(folder / "training.json")
     assert ray_train._resumed(str(tmp_path), lines.append) == (None, 0)
-    assert lines[0].endswith("not whole; no other is there, so training starts anew")
+    assert lines[0].endswith("incomplete; there is no other, so training starts over")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -367,7 +367,7 @@ def test_whole_checkpoints_are_told_apart_by_their_steps(tmp_path: Path):
     lines: list[str] = []
     checkpoint, step = ray_train._resumed(str(tmp_path), lines.append)
     assert checkpoint is not None
-    assert (checkpoint.path, step, lines) == (str(newest), 20, ["going on from step 20"])
+    assert (checkpoint.path, step, lines) == (str(newest), 20, ["continuing from step 20"])
 
 
 class GroupError(ray.train.TrainingFailedError):
@@ -381,7 +381,11 @@ class GroupError(ray.train.TrainingFailedError):
     ("failure", "kind", "says"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), StoreError, r"^/kept: checkpoints .* the disk is full\."),
-        (OSError(errno.EROFS, "Read-only file system"), StoreError, "Read-only file system. Make room or give access"),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            StoreError,
+            "Read-only file system. Free some space or fix permissions",
+        ),
         (GroupError(OSError(errno.EDQUOT, "Disk quota exceeded")), StoreError, "the disk is full"),
         (GroupError(RuntimeError(), StoreError("part: is missing")), StoreError, "^part: is missing$"),
         (GroupError(training.TrainingError("step 7: diverged")), training.TrainingError, "^step 7: diverged$"),
@@ -423,7 +427,7 @@ def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster
     settings = moved
     folder = ray_train.train(settings, digest, on_metrics=rows.append, say=lines.append)
     assert newest.name in lines[0]
-    assert lines[0].endswith(f"not whole; going on from step {step}")
+    assert lines[0].endswith(f"incomplete; continuing from step {step}")
     assert rows[0]["step"] == step + 10
     assert rows[-1]["step"] == 300
     assert not (tmp_path / "first").exists()
@@ -445,7 +449,7 @@ def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster
 
     lines.clear()
     assert ray_train.train(settings, digest, on_metrics=interrupt, say=lines.append) == folder
-    assert lines == [f"found the trained model {folder}"]
+    assert lines == [f"already trained, model in {folder}"]
 
 
 def test_ray_train_trains_on_gram_bands_without_the_test_trial(cluster: None, tmp_path: Path):

@@ -117,7 +117,10 @@ def test_columns_that_make_no_sense_together_are_no_header() -> None:
     for columns, words in (
         (("snapshot", "weights", "step"), r"columns=\['snapshot', 'weights', 'step'\] are not of snapshot, step, iter"),
         (("weights",), r"are not of snapshot"),
-        (("snapshot", "weights", "observation_mean"), r"have some of observation_mean, observation_variance, observ"),
+        (
+            ("snapshot", "weights", "observation_mean"),
+            r"contain only some of observation_mean, observation_variance, observ",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             dataclasses.replace(HEADER, columns=columns)
@@ -349,7 +352,7 @@ def test_a_second_writer_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     store = collect(tmp_path)
     first, second = TrialWriter(store, 3, HEADER), TrialWriter(store, 3, HEADER)
     commit_snapshots(first, 10)
-    with pytest.raises(StoreError, match=r"commit-4\.json: another writer holds trial 3"):
+    with pytest.raises(StoreError, match=r"commit-4\.json: another process is writing trial 3"):
         commit_snapshots(second, 10)
     commit_snapshots(first, 12)
     assert store.verify(3, 12).num_commits == 5
@@ -460,7 +463,7 @@ def test_a_record_that_is_altered_or_leads_out_of_its_folder_is_refused(
 def test_a_record_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
     store = collect(tmp_path, stops=(1,))
     (tmp_path / "commits/trial=3/commit-1.json").write_bytes(content)
-    with pytest.raises(StoreError, match=r"commit-1\.json: is no commit record"):
+    with pytest.raises(StoreError, match=r"commit-1\.json: is not a commit record"):
         store.trajectory(3)
 
 
@@ -794,9 +797,7 @@ def test_a_stray_trial_in_a_sealed_data_set_is_named(tmp_path: Path, parents: tu
         shutil.copytree(tmp_path / "other" / parent / "trial=9", tmp_path / "data" / parent / "trial=9")
     asked: list[Callable[[], object]] = [store.seeds, store.header, *readers_of_all(store).values()]
     for reader in asked:
-        with pytest.raises(
-            StoreError, match=r"trial 9 is not of the data set that was sealed.*Move .*_SUCCESS.*collect"
-        ):
+        with pytest.raises(StoreError, match=r"trial 9 is not part of the sealed data set.*Move .*_SUCCESS.*collect"):
             reader()
     assert len(store.trajectory(3).snapshots_T) == 8
     (tmp_path / "data/commits/_SUCCESS").unlink()
@@ -927,7 +928,7 @@ def test_a_writer_that_slept_while_another_sealed_leaves_the_seal_and_nothing_el
         go_on_and_seal()
     else:
         write_for(sleeper_store, asleep_before, go_on_and_seal)
-    with pytest.raises(StoreError, match=r"commit-3\.json: another writer holds trial 3"):
+    with pytest.raises(StoreError, match=r"commit-3\.json: another process is writing trial 3"):
         sleeper.commit(make_state(6 if same else 5))
     assert store.finished()
     assert store.verify(3, 8).complete

@@ -27,7 +27,7 @@ EXPORTS = {
     "policy_module": "tipl_ray.record.export",
     "save_safetensors": "tipl_ray.record.export",
 }
-"""What one's own code needs, each loaded from its module when it is first asked for."""
+"""The public API, each name loaded from its module when it is first used."""
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from tipl_ray.config import JOBS, MOVED, Experiment, check_place, every_field, fields_read
+from tipl_ray.config import JOBS, MOVED, Experiment, RunTask, check_place, every_field, fields_read
 from tipl_ray.digest import redacted
 from tipl_ray.errors import UserError, nearest
 from tipl_ray.experiments import find_experiment, load_experiment, named_experiments
@@ -192,7 +192,7 @@ def refused() -> Iterator[None]:
 
 
 def _with_places(experiment: Experiment) -> Experiment:
-    """With $NAME in its folders as the environment has it, and its own storage wherever a worker stands."""
+    """With $NAME in its folders replaced from the environment, and its storage as an absolute path for the workers."""
     storage = with_variables("storage", experiment.where.storage)
     if storage is not None or not in_checkout():
         storage = experiment.at(storage).storage_path
@@ -214,14 +214,14 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
     if "accelerate" in jobs:
         for field in ("tasks", "search_tasks"):
             given = getattr(experiment.accelerate, field)
-            tasks |= {task.partition("@")[0]: f"accelerate.{field}" for task in given}
+            tasks |= {RunTask.read(task).task: f"accelerate.{field}" for task in given}
     for task, field in tasks.items():
         module, _, name = task.rpartition(":")
         if not module and name not in gymnasium.registry:
             known = sorted(spec.id for spec in gymnasium.registry.values() if "mujoco" in str(spec.entry_point))
             near = nearest(name, sorted(gymnasium.registry)) or f"; MuJoCo's are {', '.join(known)}"
             raise ValueError(f"{field}={name!r} is not a gymnasium task{near}")
-    if "train" in jobs or "evaluate" in jobs:
+    if {"train", "evaluate", "cross_validate"} & set(jobs):
         for storage in experiment.train.data:
             _check_folder("train.data", storage)
     if "accelerate" in jobs and any(one.jump for one in experiment.accelerate.running):

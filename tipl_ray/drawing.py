@@ -1,7 +1,7 @@
-"""What every picture shares: its style, panels, titles and legend, and the bytes that it is saved as.
+"""What all pictures share: style, panels, titles and legend, and saving as PNG.
 
-A figure is one of its own: no pyplot, no global state, and the same picture whatever the user's matplotlibrc says. What
-cannot be drawn is left out, with a word why. Knows nothing of what is drawn.
+Figures do not use pyplot or global state, and look the same whatever the user's matplotlibrc. What cannot be drawn is
+left out, with the reason. Knows nothing of what is drawn.
 """
 
 import contextlib

@@ -12,6 +12,17 @@ from tipl_ray.places import JOBS_FOLDER
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
+    "paper-residual": {
+        "model": {"residual": True},
+        "train": {
+            "num_steps": 20_000,
+            "steps_per_iteration": 1_000,
+            "learning_rate": 1e-3,
+            "warmup_steps": 200,
+            "schedule": "cosine",
+            "max_gradient_norm": 1.0,
+        },
+    },
     "causal": {
         "basis": {"kind": "window"},
         "model": {"embedding": 64, "layers": 2, "heads": 4, "dropout": 0.0},

@@ -1,4 +1,4 @@
-"""What a job leaves to be read: HTML pages that need nothing beside them, and tables as CSV.
+"""Reports of a job: self-contained HTML pages, and tables as CSV.
 
 Every page is a template of one folder, filled in; they share `base.html`, which has the style, and `parts.html`.
 Knows nothing of what is reported.
@@ -24,7 +24,7 @@ def page(template: str, **values: Any) -> str:
 
 
 def embedded(png: bytes) -> str:
-    """A picture as the address of an image, which has the whole picture in it."""
+    """A picture as a data URI, which contains the whole picture."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 

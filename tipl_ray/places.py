@@ -10,7 +10,7 @@ from tipl_ray.digest import redacted
 from tipl_ray.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-"""The folder that this package lies in: the checkout, or, where it is installed, site-packages."""
+"""The folder that contains this package: the checkout, or, where it is installed, site-packages."""
 
 
 def check_text(field: str, text: str) -> None:
@@ -37,7 +37,7 @@ def absolute_storage(storage: str) -> str:
 
 
 def in_checkout() -> bool:
-    """Whether this package lies in a clone of its repository, and is not installed."""
+    """Whether this package is in a clone of its repository, and not installed."""
     return (CHECKOUT / "pyproject.toml").is_file() and (CHECKOUT / "jobs").is_dir()
 
 
@@ -49,7 +49,12 @@ PUBLISHED_FOLDER = Path(__file__).resolve().parent / "published"
 
 
 def published_predictors() -> tuple[str, ...]:
-    """Names of the predictors that this package brings along."""
+    """Names of the predictors that this package brings along: rules, and models of TIPL."""
+    return tuple(sorted({file.parent.name for file in PUBLISHED_FOLDER.glob("*/*.json")}))
+
+
+def published_rules() -> tuple[str, ...]:
+    """Names of those that can be asked about iterations of any number of epochs."""
     return tuple(sorted(file.parent.name for file in PUBLISHED_FOLDER.glob("*/predictor.json")))
 
 

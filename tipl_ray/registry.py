@@ -1,8 +1,8 @@
-"""What an experiment names and may come from outside this package: predictors, representations, algorithms.
+"""What an experiment refers to by name and may come from outside this package: predictors, representations, algorithms.
 
 A name is one of this package's own, one that an installed package declares as an entry point, or `module:Name`, which
 is imported where it is used: from the working directory too, as a cluster's workers have it. What is named is loaded
-when it is asked for, so that the names are known without torch.
+when it is used, so that the names are known without torch.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ class Registry:
 def look_here() -> str:
     """Have modules of the working directory found too; which it is.
 
-    A job started as `python jobs/train.py` has the jobs' folder in its path, and not the one where it stands.
+    A job started as `python jobs/train.py` has the jobs' folder in its path, but not the working directory.
     """
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)

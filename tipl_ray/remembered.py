@@ -20,7 +20,7 @@ from tipl_ray.places import absolute_storage
 COLLECTED = ("name", "collect", "ppo")
 """What is the same for every model of a data set."""
 SHARED = ("split", "evaluate")
-"""What is the same whatever the preset, until another is asked for."""
+"""What is the same for every preset, until changed by an option."""
 BY_PRESET = ("basis", "model", "train", "sweep")
 FORGOTTEN = ("where", "accelerate")
 """What is of another place, or of other trials."""
@@ -42,7 +42,7 @@ class Remembered:
         return self.collected_for.preset if self.collected_for else next(iter(self.trained_for), None)
 
     def sections(self, preset: str) -> dict[str, Any]:
-        """Sections of an experiment on this preset, by name: what was asked for last on it, else on another."""
+        """Sections of an experiment on this preset, by name: as last used with it, else with another."""
         known = [one for one in (self.collected_for, *self.trained_for.values()) if one]
         found = dict(self.collected)
         for one in sorted(known, key=lambda one: one.preset == preset):

@@ -33,7 +33,7 @@ def require_resources(needs: Needs, per: str, count: int = 1, counted: str = "")
     """Refuse work whose resources cannot come: `count` shares of these, each on one node, held at the same time.
 
     `per` is what takes a share, such as `actor`; `counted` is the field that asks for so many. Where an autoscaler may
-    add nodes, returns, and a thread says once a minute what is waited for until it is there. Raises ValueError.
+    add nodes, returns, and a thread prints once a minute what is waited for. Raises ValueError.
     """
     needs = {name: need for name, need in needs.items() if need[0] > 0}
     deadline = time.monotonic() + (GRACE_SECONDS if "RAY_ADDRESS" in os.environ else 0.0)
@@ -60,13 +60,13 @@ def can_grow() -> bool:
 
 
 def _wait(needs: Needs, per: str, count: int, counted: str) -> None:
-    """Say once a minute what is waited for."""
+    """Print once a minute what is waited for."""
     begin = spoken = time.monotonic()
     while ray.is_initialized() and (shortage := _shortage(needs, per, count, counted)):
         now = time.monotonic()
         if now - spoken >= WORD_SECONDS:
             spoken = now
-            say(f"waiting for the cluster to grow, {duration(now - begin)} so far: {shortage}")
+            say(f"waiting for the cluster to grow, {duration(now - begin)} elapsed: {shortage}")
         time.sleep(POLL_SECONDS)
 
 

@@ -18,7 +18,7 @@ from tipl_ray.predict.representation import load_tipl
 
 
 class Forecaster:
-    """Policy weights as they will be, from policy weights as they were."""
+    """Future policy weights from past ones."""
 
     def __init__(self, folder: str):
         self.experiment = from_table(load_about(folder)["experiment"])
@@ -41,7 +41,8 @@ class Forecaster:
         return self._tipl.forecast(Trial(weights_TP=weights_TP, band=self._band(weights_TP, model_input)), starts_B)
 
     def _band(self, weights_TP: NDArray[np.float32], model_input: Mapping[str, Any]) -> GramBand:
-        """As wide and as long as a whole trial's, or the model would take a trial that goes on for one that ends."""
+        """As wide and as long as a whole trial's, or the model would mistake a trial that continues for one that
+        ends."""
         rates_T = model_input.get("learning_rates")
         if rates_T is None and self.experiment.model.clock == "learning_rate":
             raise ValueError("learning_rates is missing, which a model with model.clock='learning_rate' needs as input")

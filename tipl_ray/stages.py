@@ -41,7 +41,7 @@ from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.representation import representation_of
 from tipl_ray.remembered import remember_collection, remember_training
-from tipl_ray.terminal import ProgressView, duration, say, say_sentence
+from tipl_ray.terminal import ProgressView, duration, say, say_sentence, waiting
 from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
 
@@ -222,7 +222,7 @@ def run_collect(context: Context) -> None:
     from tipl_ray.evaluate.metrics import Resampling
 
     context.claim("collect", "collecting trials")
-    with context.run("collect", key) as run:
+    with waiting("collect: logging the learning curves to MLflow"), context.run("collect", key) as run:
         run.log_parameters({"collect": as_table(settings), "ppo": as_table(experiment.ppo), "engine": engine})
         steps, mean_T = mean_curve(curves)
         run.log_history("episodic_return_mean", steps, mean_T)
@@ -262,8 +262,7 @@ def _train_one(context: Context, experiment: Experiment) -> None:
         return
     context.claim(key, "training this model")
     seed = f" seed {experiment.train.seed}" if len(context.experiment.training_runs) > 1 else ""
-    with contextlib.ExitStack() as until_the_first_line:
-        view = until_the_first_line.enter_context(ProgressView())
+    with ProgressView() as view:
 
         def show(phase: str) -> None:
             view.show([], f"train: {phase}, {duration(time.monotonic() - begin)} elapsed")
@@ -274,12 +273,12 @@ def _train_one(context: Context, experiment: Experiment) -> None:
             threading.Thread(target=importlib.import_module, args=("torch",)).start()
             context.connect()
         with context.run(f"train {experiment.preset}{seed}", key) as run:
-            _train_and_log(experiment, run, data, show, until_the_first_line.close)
+            _train_and_log(experiment, run, data, show, view.wait)
     say(f"train: model in {folder}, {duration(time.monotonic() - begin)}")
 
 
 def _train_and_log(
-    experiment: Experiment, run: Run, data: str, show: Callable[[str], None], at_first_line: Callable[[], None]
+    experiment: Experiment, run: Run, data: str, show: Callable[[str], None], wait: Callable[[str], None]
 ) -> None:
     from tipl_ray.evaluate import figures
     from tipl_ray.train.ray_train import train
@@ -290,11 +289,15 @@ def _train_and_log(
         run.log_dataset(f"{one.task} trajectories", one.digest, join(one.storage, "trajectories"), profile={})
 
     def log(metrics: dict[str, float]) -> None:
-        at_first_line()
         told = ("loss", "validation_loss", "validation_skill", "learning_rate", "steps_per_second")
         run.log_metrics({name: metrics[name] for name in told}, step=int(metrics["step"]))
 
-    folder = train(experiment, data, on_metrics=log, on_phase=show, say=lambda line: say(f"train: {line}"))
+    def show_and_log(metrics: dict[str, float]) -> None:
+        wait(f"train: step {int(metrics['step']):,} of {experiment.train.num_steps:,} done")
+        log(metrics)
+
+    folder = train(experiment, data, on_metrics=show_and_log, on_phase=show, say=lambda line: say(f"train: {line}"))
+    wait("train: logging the model to MLflow")
     history = load_history(folder)
     for metrics in history:
         log(metrics)
@@ -345,10 +348,22 @@ def run_evaluate(context: Context) -> None:
         evaluation = evaluate(
             experiment, models, lambda done, total: view.show([], f"evaluate: {done} of {total} tasks done")
         )
+        view.wait("evaluate: drawing the figures and logging them to MLflow")
+        _publish(context, evaluation, models, found)
+    say(f"evaluate: results and figures in {evaluation.folder}, {duration(time.monotonic() - begin)}")
+    answers = report.headline(
+        evaluation.summary, settings.confidence, comparisons=evaluation.comparisons, groups=evaluation.groups
+    )
+    say_end(experiment.storage_path, evaluation.folder, answers)
+
+
+def _publish(context: Context, evaluation: Evaluation, models: list[str], found: bool) -> None:
+    """Log an evaluation with its figures and report, and put both into its folder, unless that was done before."""
+    experiment, key = context.experiment, f"evaluate-{last_name(evaluation.folder)}"
     if not (found and file_exists(evaluation.folder, REPORT_FILE) and context.logged(key)):
         context.claim(key, "making this evaluation")
         with context.run(f"evaluate {experiment.preset}", key) as run:
-            run.log_parameters({"evaluate": as_table(settings), "model": ", ".join(models)})
+            run.log_parameters({"evaluate": as_table(experiment.evaluate), "model": ", ".join(models)})
             log_data(experiment, run)
             for row in evaluation.summary:
                 values = {f"{name}/{row['predictor']}": row[name] for name in ("skill", "wpe", "repw")}
@@ -360,11 +375,6 @@ def run_evaluate(context: Context) -> None:
             page = _report(context, evaluation, models, pictures).encode()
             run.log_file(page, REPORT_FILE)
             write_file(evaluation.folder, REPORT_FILE, page)
-    say(f"evaluate: results and figures in {evaluation.folder}, {duration(time.monotonic() - begin)}")
-    answers = report.headline(
-        evaluation.summary, settings.confidence, comparisons=evaluation.comparisons, groups=evaluation.groups
-    )
-    say_end(experiment.storage_path, evaluation.folder, answers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -387,20 +397,24 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
     """Run stages in order on the Ray cluster at hand, or on this machine; the whole of a job.
 
     What can be refused is refused before MLflow is opened, and Ray is started for work that is not found done. Exits
-    with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
+    with status 1 and one line on standard error for what the user can fix, 130 if interrupted.
     """
     with exit_status(), contextlib.ExitStack() as until_the_end:
-        check_job(experiment)
         context = Context(experiment, until_the_end)
-        if experiment.train.data:
-            data_sets(experiment)  # refuses those that are missing before anything else is collected
-        first = next((name for name in names if not STAGES[name].check(context)), None)
-        tracker = context.tracker  # one that cannot be used is refused before hours of work
-        if first == "collect" and "train" in names:
-            from tipl_ray.train.workers import require_workers
+        with ProgressView() as view:
+            view.wait("checking the experiment and its storage")
+            check_job(experiment)
+            if experiment.train.data:
+                data_sets(experiment)  # refuses those that are missing before anything else is collected
+            first = next((name for name in names if not STAGES[name].check(context)), None)
+            view.wait("opening MLflow")
+            tracker = context.tracker  # one that cannot be used is refused before hours of work
+            if first == "collect" and "train" in names:
+                from tipl_ray.train.workers import require_workers
 
-            context.connect()
-            require_workers(experiment)  # now, and not when all is collected
+                view.wait("starting Ray")
+                context.connect()
+                require_workers(experiment)  # now, and not when all is collected
         for name in names:
             STAGES[name].run(context)
         say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
@@ -453,7 +467,7 @@ def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[
 
 
 def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
-    """Raises StoreError where the trials were collected with other settings than the experiment's, and says which."""
+    """Raises StoreError where the trials were collected with other settings than the experiment's, naming them."""
     made = {"algorithm": "ppo", **header.config}
     if header.columns != PPO_COLUMNS:
         raise StoreError(
@@ -521,7 +535,7 @@ JUMP_OF_BEFORE = {
 
 
 def essence(experiment: Experiment) -> dict:
-    """What tells one pipeline from another: its name, and of its identity what some stage reads."""
+    """What distinguishes pipelines: the name, and the part of the identity that some stage reads."""
     elsewhere = ("accelerate", "improve", "sweep")
     table = {section: part for section, part in identity(experiment).items() if section not in elsewhere}
     return {"name": experiment.name, "jump": JUMP_OF_BEFORE, **table}
@@ -560,13 +574,15 @@ def _show_collection(view: ProgressView, groups: list[GroupProgress], seconds: f
     running = [group for group in groups if group.env_steps_per_second and not group.finished]
     rate = sum(group.env_steps_per_second for group in running)
     left = _left((total - done) / rate if rate else np.inf if done < total else 0.0)
+    actors = f"{len(running)} actor{'s' * (len(running) != 1)}"
     finished = sum(len(group.seeds) for group in groups if group.finished)
     diverged = sum(len(group.diverged) for group in groups)
     view.show(
         rows,
         f"collect: {finished} of {sum(len(group.seeds) for group in groups)} trials done"
-        f"{f', {diverged} diverged' if diverged else ''}, {done:,} of {total:,} env steps, {rate:,.0f} env steps/s "
-        f"on {len(running)} actors, {duration(seconds)} elapsed, {left} left",
+        f"{f', {diverged} diverged' if diverged else ''}, {done:,} of {total:,} env steps"
+        f"{f', {rate:,.0f} env steps/s on {actors}' if running else ''}, {duration(seconds)} elapsed"
+        f"{f', {left} left' if left != '?' else ''}",
     )
 
 
@@ -587,6 +603,7 @@ def _draw(context: Context, evaluation: Evaluation, model: str) -> dict[str, byt
         "figure_2": lambda: figures.figure_2(results, summary),
         "skill_by_step": lambda: figures.skill_by_step(summary),
         "skill_over_ridge": lambda: figures.skill_over_ridge(evaluation.comparisons),
+        **({} if evaluation.paths is None else {"paths": functools.partial(figures.paths, evaluation.paths)}),
         "skill_by_phase": lambda: figures.skill_by_group(evaluation.groups, "phase"),
         "skill_by_third": lambda: figures.skill_by_group(evaluation.groups, "third"),
         "spread": lambda: figures.spread(summary),

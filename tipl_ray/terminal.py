@@ -4,13 +4,14 @@ In a log file the progress is one line now and then. Colours follow NO_COLOR and
 FORCE_COLOR; cursor movements go only to a terminal. Knows nothing of what is reported.
 """
 
+import contextlib
 import datetime
 import json
 import sys
 import textwrap
 import time
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -22,6 +23,8 @@ from rich.text import Text
 
 LOG_INTERVAL = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
+MARKS, TURNS = "|/-\\", 8
+"""What turns, in letters that every terminal has, and how often [1/s]."""
 FILE_COLUMNS = 1000
 """Columns of a file, where no line is folded."""
 
@@ -40,12 +43,12 @@ def say_sentence(message: str) -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a stream leads to a terminal; a program without a console, or one that has gone, has none."""
+    """Whether a stream is a terminal; not for a program without a console, or with one that was closed."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 def redraws() -> bool:
-    """Whether what was printed can be redrawn: on a terminal that moves its cursor, whatever FORCE_COLOR says."""
+    """Whether what was printed can be redrawn: on a terminal that moves its cursor, whatever FORCE_COLOR is."""
     return is_terminal(sys.stdout) and console.is_terminal and not console.is_dumb_terminal
 
 
@@ -118,14 +121,27 @@ def say_rows(rows: Iterable[Mapping[str, str]], title: str | None = None) -> Non
     place.print(format_rows(rows, title))
 
 
+class _Moving:
+    """A summary behind a mark that turns while there is work, and a table under it; wrapped to the terminal's width."""
+
+    def __init__(self, summary: str, rows: Sequence[Mapping[str, str]]) -> None:
+        self._summary, self._table = plain(summary), format_rows(rows) if rows else None
+
+    def __rich__(self) -> Group:
+        mark = MARKS[int(time.monotonic() * TURNS) % len(MARKS)]
+        # Said outright, because the console wraps nothing.
+        line = Text(f"{mark} {self._summary}", overflow="fold", no_wrap=False)
+        return Group(line, *([self._table] if self._table else []))
+
+
 class ProgressView:
     """A summary and a table that are redrawn in place on a terminal; elsewhere the summary, every LOG_INTERVAL seconds.
 
-    What does not fit the terminal's width is wrapped.
+    What does not fit the terminal's width is wrapped, and something moves whether there is news or not.
     """
 
     def __init__(self) -> None:
-        self._live = Live(console=console, auto_refresh=False, transient=True) if redraws() else None
+        self._live = Live(console=console, refresh_per_second=TURNS, transient=True) if redraws() else None
         self._last_line = 0.0
 
     def __enter__(self) -> Self:
@@ -142,10 +158,20 @@ class ProgressView:
     def show(self, rows: Iterable[Mapping[str, str]], summary: str) -> None:
         """Bring the view up to date."""
         if self._live:
-            rows = list(rows)
-            # Said outright, because the console wraps nothing.
-            line = Text(plain(summary), overflow="fold", no_wrap=False)
-            self._live.update(Group(line, format_rows(rows)) if rows else line, refresh=True)
+            self._live.update(_Moving(summary, list(rows)), refresh=True)
         elif time.monotonic() - self._last_line >= LOG_INTERVAL:
             self._last_line = time.monotonic()
             say(summary)
+
+    def wait(self, summary: str) -> None:
+        """On a terminal, show what takes its time; a log has no line for it."""
+        if self._live:
+            self.show([], summary)
+
+
+@contextlib.contextmanager
+def waiting(summary: str) -> Iterator[None]:
+    """Show on a terminal what takes its time, such as the start of a job."""
+    with ProgressView() as view:
+        view.wait(summary)
+        yield

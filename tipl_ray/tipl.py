@@ -3,7 +3,7 @@
     tipl collect --experiment smoke
     tipl collect --help
 
-`tipl NAME` calls the same `main` as `python jobs/NAME.py`. Loads nothing but the job that is asked for.
+`tipl NAME` calls the same `main` as `python jobs/NAME.py`. Loads only the requested job.
 `tipl --tyro-print-completion SHELL` prints what bash, zsh or tcsh wants to complete names, options and experiments.
 """
 
@@ -24,6 +24,7 @@ NAMES = (
     "train",
     "evaluate",
     "pipeline",
+    "cross_validate",
     "sweep",
     "compare",
     "accelerate",

@@ -1,4 +1,4 @@
-"""MLflow: one run per stage and data set, found again by a stable key, so that a restart goes on in the same run.
+"""MLflow: one run per stage and data set, found again by a stable key, so that a restart continues the same run.
 
 Knows MLflow 3.17 through MlflowClient alone (no active run, no global tracking URI) and imports it inside functions:
 it takes seconds. Knows nothing of what is logged. A metric's timestamp is a function of its step and a step keeps the
@@ -539,9 +539,9 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 
 def _follow_artifacts(file: Path, storage: Path | None) -> None:
-    """Where an sqlite file was moved or copied with its artifacts, have it say where they are now.
+    """Where an sqlite file was moved or copied with its artifacts, update the recorded places.
 
-    Only what was beside the file, or in the storage, is changed: experiments that keep artifacts elsewhere go on to.
+    Only what was next to the file, or in the storage, is changed; artifacts kept elsewhere stay there.
     """
     places = [folder / ARTIFACTS for folder in dict.fromkeys((file.parent, storage or file.parent))]
     with _connected(file) as database:
@@ -668,7 +668,7 @@ def _namespace() -> str:
 
 
 def _started(process: int) -> str | None:
-    """When a process was started, for its number may become another's; None where it is dead, "" where nobody says."""
+    """When a process was started, as its number may be reused; None where it is dead, "" where that is unknown."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         # The 22nd word; the second, the program's name, may hold spaces and brackets.
         state, *words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

@@ -28,7 +28,7 @@ from tipl_ray.accelerate.scores import Finished, Row, best_value, comparable, pr
 from tipl_ray.accelerate.units import AccelerationError, has_run, load_unit, run_unit
 from tipl_ray.collect.collection import pending_seeds
 from tipl_ray.collect.crew import require_seat, seat_resources
-from tipl_ray.config import Contender, Experiment
+from tipl_ray.config import Contender, Experiment, RunTask
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import StoreError, file_exists, join, last_name, local_folder, write_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
@@ -261,9 +261,8 @@ def _unit(cell: Cell, value: float, *, search: bool) -> Unit:
 
 
 def _task(experiment: Experiment, name: str) -> tuple[str, int]:
-    """Task and environment steps of `TASK` or `TASK@STEPS`."""
-    task, _, steps = name.partition("@")
-    return task, int(steps) if steps else experiment.collect.total_env_steps
+    """What tables call a task of the experiment, and its environment steps."""
+    return name.partition("@")[0], RunTask.read(name).env_steps or experiment.collect.total_env_steps
 
 
 def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
@@ -374,7 +373,9 @@ def _draw(
         own = [one for one in finished if (one.unit.task, one.unit.env_steps) == (task, env_steps)]
         curves = {one.unit.contender.name: (one.env_steps_I, one.gradient_steps_I, one.returns_SI) for one in own}
         title = f"{task}, {len(own[0].returns_SI)} trials"
-        drawn[f"acceleration_{task.removesuffix('-v4')}_{env_steps}"] = (
+        # A namespace or a policy's widths, which are no folders.
+        named = task.replace("-v4", "").replace("/", "_")
+        drawn[f"acceleration_{named}_{env_steps}"] = (
             title,
             f"Interquartile mean over trials; bands are {resampling.confidence:.0%} intervals.",
             figures.contenders(curves, title, resampling),

@@ -15,11 +15,11 @@ from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.jumps import JumpSettings
 from tipl_ray.accelerate.outer_steps import OuterSteps
 from tipl_ray.accelerate.return_rule import ReturnRule
-from tipl_ray.config import Collect, Contender, Experiment, Jump
+from tipl_ray.config import Collect, Contender, Experiment, Jump, RunTask
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest, identity
-from tipl_ray.places import published_predictors
+from tipl_ray.places import published_rules
 from tipl_ray.ppo.algorithms import NOTHING, Extension
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import Question
@@ -44,6 +44,7 @@ class Unit:
     """A contender on all seeds of one kind, with one setting: what runs as one stack."""
 
     task: str
+    """Gymnasium id, with the policy's widths where they are not the experiment's: `HalfCheetah-v4/256-256`."""
     env_steps: int
     contender: Contender
     value: float
@@ -70,7 +71,13 @@ class Unit:
         """What it runs, in a storage of its own below the experiment's, named after nothing that says where it is."""
         settings, contender = experiment.accelerate, self.contender
         ppo = contender.ppo_at(experiment.ppo, self.value)
-        collect = dataclasses.replace(experiment.collect, task=self.task, total_env_steps=self.env_steps)
+        named = RunTask.read(self.task)
+        collect = dataclasses.replace(
+            experiment.collect,
+            task=named.task,
+            total_env_steps=self.env_steps,
+            policy_hidden=named.policy_hidden or experiment.collect.policy_hidden,
+        )
         if self.search:
             seeds = {"first_seed": settings.search_first_seed, "num_trials": settings.search_trials}
             collect = dataclasses.replace(collect, **seeds)  # type: ignore[arg-type]  # mypy: of all fields' types
@@ -94,7 +101,7 @@ def jump_settings(contender: Contender, experiment: Experiment, source: Experime
     """How a contender jumps. Raises ValueError where no whole snapshots are left to predict."""
     jump, horizon = contender.jump, contender.horizon(experiment.ppo, source)
     assert jump, "it jumps"
-    if jump.predictor not in (known := (*combinations(), TIPL, *published_predictors())):
+    if jump.predictor not in (known := (*combinations(), TIPL, *published_rules())):
         named = f"accelerate.contenders: {contender.name!r}: jump.predictor"
         raise ValueError(f"{named}={jump.predictor!r} does not combine displacements; {', '.join(known)} do")
     epochs = contender.epochs_before_jump(experiment.ppo) + horizon * source.collect.epochs_per_snapshot
@@ -127,7 +134,7 @@ def jump_question(contender: Contender, experiment: Experiment, source: Experime
 
 def published(jump: Jump) -> ReturnRule | None:
     """The predictor of a jump that this package brings along; None where it is another."""
-    return _published(jump.predictor) if jump.predictor in published_predictors() else None
+    return _published(jump.predictor) if jump.predictor in published_rules() else None
 
 
 @functools.cache

@@ -1,2 +1,1 @@
-"""Checkpoints of anybody's training run, reduced to the inner products of its displacements and asked how predictable
-they are."""
+"""Checkpoints of any training run, reduced to the inner products of its displacements; how predictable they are."""

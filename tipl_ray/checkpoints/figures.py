@@ -9,11 +9,11 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from tipl_ray.checkpoints.predictability import BOUND, SECOND_HALF, Findings, energies, random_walk, shared_windows
 from tipl_ray.checkpoints.records import ImportedSeries
 from tipl_ray.drawing import SOFT, as_shipped, dress, explain, labelled, legend_below, new_figure
-from tipl_ray.evaluate.figures import COLOURS, NAMES
+from tipl_ray.evaluate.figures import COLOURS, NAMES, PHASE_COLOURS, SKILL_LABEL, line_look
 
 LOWEST = -1.0
-"""Skill below which no predictor is followed."""
-SERIES_COLOURS = list(COLOURS.values())
+"""Skill below which no predictor is drawn."""
+SERIES_COLOURS = PHASE_COLOURS
 
 
 @as_shipped()
@@ -27,17 +27,17 @@ def skill(findings: Findings) -> Figure:
         rows = [row for row in findings.means if (row["predictor"], row["windows"]) == (name, windows)]
         own = [row for row in rows if row["skill"] is not None]
         step_H, skill_H = ([row[key] for row in own] for key in ("step", "skill"))
-        colour, dashes, label = COLOURS.get(name, SOFT), "--" if name == BOUND else "-", NAMES.get(name, name)
-        axes.plot(step_H, skill_H, dashes, marker="o", color=colour, linewidth=1.8, markersize=4.5, label=label)
+        style, label = line_look(name), NAMES.get(name, name)
+        axes.plot(step_H, skill_H, "--" if name == BOUND else "-", marker="o", label=label, **style)
         if any(row["skill_low"] is not None for row in own):
             band_2H = np.array([[row["skill_low"], row["skill_high"]] for row in own], dtype=np.float64).T
-            axes.fill_between(step_H, *band_2H, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(step_H, *band_2H, color=style["color"], alpha=0.15, linewidth=0)
         if skill_H and min(skill_H) < LOWEST:
             below.append(f"{label} falls to {min(skill_H):,.1f}")
     axes.axhline(0, color=COLOURS["copy-last"], linewidth=2, zorder=1, label=NAMES["copy-last"])
     axes.set_ylim(max(LOWEST, min(axes.get_ylim()[0], -0.05)), 1.03)
     where = f", {windows} of the series" if windows == SECOND_HALF else ""
-    dress(axes, f"Skill against copying the last checkpoint{where}", "checkpoints ahead h", "skill")
+    dress(axes, f"Skill compared with copying the last checkpoint{where}", "checkpoints ahead h", SKILL_LABEL)
     axes.xaxis.set_major_locator(FixedLocator(sorted({row["step"] for row in findings.means})))
     axes.xaxis.set_minor_locator(NullLocator())
     legend_below(figure, labelled(axes), ["; ".join(below)] if below else [])
@@ -79,7 +79,7 @@ def path(series: Sequence[ImportedSeries]) -> Figure:
     energy.plot(np.arange(1, len(walk_R) + 1), walk_R, "--", color=SOFT, label="a random walk of as many steps")
     energy.set_ylim(top=1.01)
     energy.xaxis.set_major_locator(MaxNLocator(integer=True))
-    dress(energy, "Energy of the path by SVD rank", "rank", "share of the squared distances")
+    dress(energy, "Energy of the path by SVD rank", "SVD rank", "share of the squared distances kept")
     gram_SS = series[0].products.gram_SS
     lengths_S = np.sqrt(np.diag(gram_SS))
     moved_S = lengths_S > 0

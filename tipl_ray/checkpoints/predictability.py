@@ -1,6 +1,6 @@
 """How predictable a series is: forecasts of its next checkpoints against copying the last one, and its path's shape.
 
-All of it is asked of the displacements' inner products alone. Nothing is fitted on what it is judged by: of several
+All of it is computed from the displacements' inner products. Nothing is fitted on what it is evaluated on: of several
 series, what is fitted is fitted on the others; of a single one, on its first half, and judged on its second.
 Of an algorithm that reuses its data, every skill is also given by phase: the place of a start in its iteration.
 
@@ -32,7 +32,7 @@ BOUND = "window-floor"
 """The true future, projected on the context's displacements: no forecast, but what any of them could reach."""
 STEPS = (1, 2, 5, 10)
 FEWEST, MOST = 2, 20
-"""Displacements of context, where the user says nothing: a quarter of those that there are, between these."""
+"""Default context, in displacements: a quarter of all, between these."""
 RANKS = (1, 2, 3, 5, 10, 20)
 SHARES = (0.9, 0.99)
 """Shares of the energy whose ranks are given."""
@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Asking:
-    """What is asked. Raises ValueError for what cannot be."""
+    """The question. Raises ValueError for an impossible one."""
 
     context: int | None = None
     """Displacements that a forecast knows."""
@@ -113,7 +113,7 @@ def ask(series: Sequence[ImportedSeries], asking: Asking, tipl: Combination | No
 
 
 def shared_windows(findings: Findings) -> str:
-    """The windows that all predictors were asked on."""
+    """The windows that all predictors were evaluated on."""
     return _shared(findings.means)
 
 

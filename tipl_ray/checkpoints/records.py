@@ -64,7 +64,7 @@ class ImportedSeries:
 
 
 def import_series(folder: Path, storage: str, selection: Selection) -> tuple[ImportedSeries, bool]:
-    """Reduce a folder's checkpoints into a storage, and say whether that was already done.
+    """Reduce a folder's checkpoints into a storage, and return whether that was already done.
 
     Raises CheckpointError as `find_series` and `multiply` do, before anything is written; StoreError where the storage
     cannot be written, or another process imports the same series.

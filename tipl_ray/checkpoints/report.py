@@ -105,7 +105,7 @@ def answers(findings: Findings) -> list[Answer]:
 
 
 def next_checkpoint(findings: Findings) -> Answer:
-    """Whether anything forecasts the nearest checkpoint asked better than a copy, linear extrapolation first."""
+    """Whether anything forecasts the next checkpoint better than a copy, linear extrapolation first."""
     step = min(row["step"] for row in findings.means)
     own = _at(findings, step)
     best = max(own, key=lambda row: row["skill"], default=None)
@@ -115,7 +115,7 @@ def next_checkpoint(findings: Findings) -> Answer:
         )
     linear = next(row for row in own if row["predictor"] == "linear")
     if best["predictor"] == "linear":
-        sentences = [_sentence(linear), f"None of the other {len(own) - 1} predictors asked does better."]
+        sentences = [_sentence(linear), f"None of the other {len(own) - 1} predictors does better."]
     else:
         others = f"the best of {len(own)} predictors on the same windows, {_words(best).rstrip(',')}, is"
         sentences = [f"{_sentence(linear).rstrip('.')}; {others} {_amount(best['skill'], against='')}."]

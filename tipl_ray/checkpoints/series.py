@@ -25,7 +25,7 @@ KNOWN_FILES = (
 )
 """What Hugging Face's libraries call the weights in a folder; the first that is there is taken."""
 NOT_CHECKPOINTS = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|trainer_state).*", re.IGNORECASE)
-"""Files that lie beside the weights and end as they do."""
+"""Files next to the weights with the same ending."""
 SHARD = re.compile(r"-\d+-of-\d+\.")
 SAMPLE_BYTES = 65536
 """Length of each of the three samples of a file that the series' digest is of."""
@@ -151,12 +151,12 @@ def number_names(names: Sequence[str], pattern: str | None, folder: Path) -> tup
     ordered = dict(sorted(numbers.items(), key=lambda item: item[1]))
     for (one, number), (other, same) in itertools.pairwise(ordered.items()):
         if number == same:
-            raise CheckpointError(f"{folder}: {one} and {other} both have the number {number}; say with --steps which")
+            raise CheckpointError(f"{folder}: {one} and {other} both have the number {number}; choose one with --steps")
     return ordered, unmatched
 
 
 def _numbers_that_differ(names: list[str], folder: Path) -> dict[str, int]:
-    way_out = "say which number counts, as in --steps 'step_(\\d+)'; names that it does not match are left out"
+    way_out = "choose the number with --steps, as in --steps 'step_(\\d+)'; names that it does not match are left out"
     words = {name: re.sub(r"\d+", "0", name) for name in names}
     if len(set(words.values())) > 1:
         if not any(re.search(r"\d", name) for name in names):
@@ -203,7 +203,7 @@ def _weights_in(folder: Path, selection: Selection) -> Path | None:
     if len(able) > 1:
         raise CheckpointError(
             f"{folder}: {', '.join(path.name for path in able[:3])}{', ...' * (len(able) > 3)} could all be its "
-            f"weights; say which with --file, as in --file {able[0].name}"
+            f"weights; choose one with --file, as in --file {able[0].name}"
         )
     return able[0] if able else None
 

@@ -1,6 +1,6 @@
 """Collect: every trial of an experiment on Ray, streamed to the trajectory store, and sealed as a data set.
 
-The store holds all that counts: a new driver finds the last commits there and goes on.
+Everything that matters is in the store: a new driver finds the last commits there and continues.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from tipl_ray.terminal import log_event
 
 
 class CollectionError(UserError):
-    """No trial came out of a collection: says why, and the way out."""
+    """A collection produced no trial: explains why, and what to do."""
 
 
 def pending_seeds(experiment: Experiment, store: TrajectoryStore, extension: Extension = NOTHING) -> list[int]:

@@ -1,6 +1,6 @@
 """The actors that run a collection's groups of trials, each called again and again for a slice of work.
 
-The store holds all that counts: where an actor dies, another finds the last commits there and goes on.
+Everything that matters is in the store: if an actor dies, another finds the last commits there and continues.
 """
 
 import math
@@ -42,7 +42,7 @@ def require_seat(experiment: Experiment, engine: str, per: str) -> None:
 
 
 def drive(placement: Placement, crew: "Crew", on_progress: Callable[[list[GroupProgress]], None]) -> None:
-    """Bring a placement's trials to their end, and what its actors say to the placement."""
+    """Run a placement's trials to their end, and pass its actors' reports to the placement."""
     try:
         while not placement.finished:
             if crew.looked_seconds_ago() >= LOOK_SECONDS:

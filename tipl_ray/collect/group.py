@@ -1,6 +1,6 @@
-"""One group of trials and their way to the data set: run, committed every few iterations, gone on with from there.
+"""One group of trials and their way to the data set: run, committed every few iterations, resumed from there.
 
-Works without Ray; where Ray is running, it is told how fast the group is.
+Works without Ray; where Ray is running, reports the group's speed to it.
 """
 
 import math
@@ -28,7 +28,7 @@ RECORDED = (
     *("policy_hidden", "critic_hidden", "epochs_per_snapshot", "iterations_per_commit", "total_env_steps"),
     *("algorithm", "task_options"),
 )
-"""Fields of `collect` that a trial's bits depend on, beside the task and the seed."""
+"""Fields of `collect` that a trial's bits depend on, besides the task and the seed."""
 
 
 def trial_header(experiment: Experiment, engine: str, extension: Extension = NOTHING) -> Header:
@@ -48,7 +48,7 @@ def trial_header(experiment: Experiment, engine: str, extension: Extension = NOT
 
 
 class GroupCollector:
-    """One group of trials and their writers: goes on from the last commits, commits every few iterations."""
+    """One group of trials and their writers: resumes from the last commits, commits every few iterations."""
 
     def __init__(self, experiment: Experiment, engine: str, seeds: Sequence[int] = (), extension: Extension = NOTHING):
         self._experiment, self._engine, self._extension = experiment, engine, extension

@@ -1,4 +1,4 @@
-"""Which trials run on which actor, while actors come and go: pure bookkeeping, told what happens, says what is next.
+"""Which trials run on which actor, while actors come and go: pure bookkeeping, from events to orders.
 
 A seat is a place for one actor on one CPU of the cluster. A group of trials moves from seat to seat at its commits, so
 that nothing is lost, or from its last commit where the seat is lost. Which seats there are does not show in the data: a
@@ -31,7 +31,7 @@ LOSSES = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GroupProgress:
-    """How far one group of trials is; all that an actor tells the driver."""
+    """Progress of one group of trials: all that an actor reports to the driver."""
 
     seeds: tuple[int, ...]
     env_steps: int
@@ -103,7 +103,7 @@ def split_into_groups(seeds: Sequence[int], trials_per_actor: int, num_cpus: int
 
 
 class Placement:
-    """Who runs what. Seats are numbers; the caller opens and closes actors for them and passes on what they say."""
+    """Who runs what. Seats are numbers; the caller opens and closes actors for them and passes on their reports."""
 
     def __init__(self, groups: Sequence[GroupProgress], *, divisible: bool, seats_ahead: int = SEATS_AHEAD) -> None:
         """`divisible` groups are divided when there are more seats than groups."""

@@ -9,7 +9,7 @@ from tipl_ray.config.experiment import (
     known_predictors,
 )
 from tipl_ray.config.fields import MOVED, validated
-from tipl_ray.config.jumps import Accelerate, Contender, Improve, Jump, OuterStep
+from tipl_ray.config.jumps import Accelerate, Contender, Improve, Jump, OuterStep, RunTask
 from tipl_ray.config.sections import Basis, Collect, Evaluate, Model, Ppo, Split, Sweep, Tracking, Train, Where
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Model",
     "OuterStep",
     "Ppo",
+    "RunTask",
     "Split",
     "Sweep",
     "Tracking",

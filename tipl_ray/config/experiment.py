@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from tipl_ray.config.fields import LARGEST, NO_IDENTITY, STRICT, check_limits, check_name
-from tipl_ray.config.jumps import Accelerate, Improve
+from tipl_ray.config.jumps import Accelerate, Improve, RunTask
 from tipl_ray.config.sections import Basis, Collect, Evaluate, Model, Ppo, Split, Sweep, Train, Where
 from tipl_ray.digest import as_table, flat, redacted
 from tipl_ray.errors import no_such
@@ -26,6 +26,10 @@ JOBS: dict[str, tuple[str, ...]] = {
     "collect": ("collect", "ppo", "where.trials_per_actor", "where.physics_threads"),
     "train": (*_LEARNING, "where.num_workers", "where.use_gpu"),
     "evaluate": (*_LEARNING, "evaluate"),
+    "cross_validate": (
+        *(*_LEARNING, "-split.validation_trials", "-split.test_trials", "-split.fold", "evaluate"),
+        *("where.num_workers", "where.use_gpu"),
+    ),
     "sweep": (
         *(*_LEARNING, "-train.num_seeds", "-train.data", "sweep"),
         *("where.trainer", "where.num_workers", "where.max_concurrent_trials"),
@@ -60,7 +64,7 @@ JOBS: dict[str, tuple[str, ...]] = {
 EVERY_JOB = ("name", "where.storage", "where.tracking")
 """What every job reads as well."""
 
-LEARNING = ("train", "evaluate", "sweep")
+LEARNING = ("train", "evaluate", "cross_validate", "sweep")
 """Jobs that split the trials in three and cut them into windows of the model's context."""
 
 
@@ -72,9 +76,10 @@ class Experiment:
     name: str = dataclasses.field(metadata=NO_IDENTITY)
     """Name of the experiment and of its folder in the default storage."""
     where: Where = dataclasses.field(default_factory=Where, metadata=NO_IDENTITY)
-    preset: Literal["causal", "paper"] = "paper"
-    """Set of defaults for basis, model and training: `paper` is the paper's Transformer on its Temporal SVD; `causal`
-    is ours, on the basis `window`. Sections [causal.train], [paper.train] and so on in the file apply to one of
+    preset: Literal["causal", "paper", "paper-residual"] = "paper"
+    """Set of defaults for basis, model and training: `paper` is the paper's Transformer on its Temporal SVD;
+    `paper-residual` is the same Transformer on the same tokens, predicting how each changes; `causal` is ours, on the
+    basis `window`. Sections [causal.train], [paper.train] and so on in the file apply to one of
     them."""
     collect: Collect = dataclasses.field(default_factory=Collect)
     ppo: Ppo = dataclasses.field(default_factory=Ppo)
@@ -147,7 +152,7 @@ class Experiment:
         self._check_trials(wanted)
         if set(wanted) & set(LEARNING):
             self._check_learning()
-        if "evaluate" in wanted and self.evaluate.run_policies_of:
+        if {"evaluate", "cross_validate"} & set(wanted) and self.evaluate.run_policies_of:
             self._check_policies_run()
         if "sweep" in wanted:
             metrics = ["skill", *(f"skill_h{step}" for step in self.evaluate.steps)]
@@ -180,8 +185,8 @@ class Experiment:
         steps = {f"collect.total_env_steps={self.collect.total_env_steps}": self.collect.total_env_steps}
         if "accelerate" in jobs:
             for field in ("tasks", "search_tasks"):
-                given = [task.partition("@") for task in getattr(self.accelerate, field)]
-                steps |= {f"accelerate.{field}={task}@{count}": int(count) for task, _, count in given if count}
+                given = {task: RunTask.read(task).env_steps for task in getattr(self.accelerate, field)}
+                steps |= {f"accelerate.{field}={task}": count for task, count in given.items() if count}
         for where, count in steps.items():
             if count < self.ppo.num_steps:
                 raise ValueError(f"{where} is less than one PPO iteration, ppo.num_steps={self.ppo.num_steps}")
@@ -202,7 +207,12 @@ class Experiment:
                 f"num_workers={self.where.num_workers} does not divide train.batch_size={self.train.batch_size}"
             )
         held_out = self.split.validation_trials + self.split.test_trials
-        if held_out >= self.collect.num_trials:
+        if self.split.folds > self.collect.num_trials:
+            raise ValueError(
+                f"split.folds={self.split.folds} exceeds the number of trials: "
+                f"collect.num_trials={self.collect.num_trials}"
+            )
+        if not self.split.folds and held_out >= self.collect.num_trials:
             raise ValueError(
                 f"split.validation_trials + split.test_trials = {held_out} leaves no trial to train on: "
                 f"collect.num_trials={self.collect.num_trials}"
@@ -304,7 +314,7 @@ def check_place(field: str, place: str) -> None:
 
 
 def _parts(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A configuration and every section in it, each with what stands before its fields' names in errors."""
+    """A configuration and every section in it, each with the prefix of its fields' names in errors."""
     yield prefix, part
     for field in dataclasses.fields(part):
         if dataclasses.is_dataclass(section := getattr(part, field.name)):

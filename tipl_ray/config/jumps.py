@@ -1,8 +1,9 @@
 """The sections of an experiment that are about jumps: contenders, and the tuning of jumps for return."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 import pydantic
 import tyro
@@ -22,7 +23,7 @@ from tipl_ray.config.fields import (
 from tipl_ray.config.sections import Ppo
 from tipl_ray.digest import as_table
 from tipl_ray.errors import no_such
-from tipl_ray.places import check_text, published_predictors
+from tipl_ray.places import check_text, published_rules
 from tipl_ray.registry import PREDICTORS
 
 if TYPE_CHECKING:
@@ -105,9 +106,7 @@ class Contender:
                 raise ValueError(f"ppo.{self.searched} is searched, and values are not given")
             if self.jump and len(self.jump.numbers) not in (0, 7 if self.jump.predictor == "return-rule" else 0):
                 raise ValueError(f"jump.numbers={list(self.jump.numbers)} are not the 7 of a return-rule")
-            if self.jump and self.jump.predictor not in (
-                known := (*PREDICTORS.names(), "tipl", *published_predictors())
-            ):
+            if self.jump and self.jump.predictor not in (known := (*PREDICTORS.names(), "tipl", *published_rules())):
                 raise no_such("jump.predictor", self.jump.predictor, known)
         except ValueError as error:
             raise ValueError(f"accelerate.contenders: {self.name!r}: {error}") from error
@@ -141,6 +140,29 @@ class Contender:
         return skipped // size
 
 
+class RunTask(NamedTuple):
+    """A task as accelerate.tasks names it: `Hopper-v4`, `Hopper-v4@150000`, `HalfCheetah-v4/256-256@300000`."""
+
+    task: str
+    """Gymnasium id."""
+    policy_hidden: tuple[int, int] | None
+    """Widths of the policy's hidden layers, where they are not the experiment's."""
+    env_steps: int | None
+    """Environment steps, where they are not the experiment's."""
+
+    @classmethod
+    def read(cls, text: str, field: str = "task") -> Self:
+        """Raises ValueError naming the field for a text that means something else."""
+        found = re.fullmatch(r"([^@]+?)(?:/(\d{1,9})-(\d{1,9}))?(?:@(\d{1,10}))?", text)
+        widths = found and found[2] and (int(found[2]), int(found[3]))
+        steps = found and found[4] and int(found[4])
+        if not found or (widths and not 1 <= min(widths) <= max(widths) <= 16_384):
+            raise ValueError(f"{field}: {text!r} is not TASK, TASK@STEPS or TASK/WIDTH-WIDTH, with widths up to 16384")
+        if found[4] and not 1 <= int(found[4]) <= LARGEST:
+            raise ValueError(f"{field}: {text!r} is not TASK@STEPS with environment steps from 1 to {LARGEST}")
+        return cls(found[1], widths or None, steps or None)
+
+
 def _with_jumps(epochs: int, predictors: Sequence[str]) -> tuple[Contender, ...]:
     ppo: dict[str, bool | int | float | str] = {"num_epochs": epochs}
     return tuple(Contender(name=f"{epochs}+{name}", ppo=ppo, jump=Jump(predictor=name)) for name in predictors)
@@ -152,7 +174,8 @@ class Accelerate:
     """PPO with and without jumps, side by side on the unseen seeds that `collect` names."""
 
     tasks: tuple[str, ...] = ("HalfCheetah-v4", "InvertedPendulum-v4", "Hopper-v4", "Walker2d-v4")
-    """Gymnasium ids; TASK@STEPS for other environment steps than collect.total_env_steps."""
+    """Gymnasium ids; TASK@STEPS for other environment steps than collect.total_env_steps, and TASK/WIDTH-WIDTH for
+    another policy than collect.policy_hidden."""
     contenders: Annotated[tuple[Contender, ...], tyro.conf.Suppress] = (
         Contender(name="10"),
         Contender(name="4", ppo={"num_epochs": 4}),
@@ -189,12 +212,7 @@ class Accelerate:
                 raise no_such("accelerate.only", name, names)
         for field in ("tasks", "search_tasks"):
             for task in getattr(self, field):
-                name, at, steps = task.partition("@")
-                if not name or (at and not (steps.isdecimal() and 1 <= int(steps) <= LARGEST)):
-                    raise ValueError(
-                        f"accelerate.{field}: {task!r} is not TASK or TASK@STEPS, with environment steps from 1 to "
-                        f"{LARGEST}"
-                    )
+                RunTask.read(task, f"accelerate.{field}")
         for contender in self.contenders:
             contender.check()
             if len(contender.values) not in (0, len(self.learning_rates)):
@@ -284,7 +302,7 @@ class Improve:
         for regime in self.regimes:
             regime.check()
             jump = regime.jump
-            if not (jump and (jump.numbers or jump.predictor in published_predictors())):
+            if not (jump and (jump.numbers or jump.predictor in published_rules())):
                 raise ValueError(
                     f"improve.regimes: {regime.name!r} has no jump by a return-rule's numbers or by a published one"
                 )

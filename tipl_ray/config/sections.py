@@ -162,8 +162,25 @@ class Split:
     test_trials: Count = 5
     """Test trials, which every number of the evaluation is computed on."""
 
+    folds: Annotated[int, Field(ge=0, le=100_000)] = dataclasses.field(default=0, metadata=LATER)
+    """Cross-validation: number of equal parts that the trials are cut into, in place of the two counts. One part has
+    the test trials, the next one the validation trials. 0 does not cut them; jobs/cross_validate.py tests on each part
+    in turn."""
+    fold: Natural = dataclasses.field(default=0, metadata=LATER)
+    """Which of the folds has the test trials, counted from 0."""
+
+    def check(self) -> None:
+        if self.folds in (1, 2):
+            raise ValueError(f"split.folds={self.folds} leaves no trial to train on: give 3 or more, or 0")
+        if self.fold >= max(1, self.folds):
+            raise ValueError(f"split.fold={self.fold} is not below split.folds={self.folds}")
+
     def cut(self, seeds: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Seeds of the training, validation and test trials."""
+        if self.folds:
+            parts = [seeds[fold :: self.folds] for fold in range(self.folds)]
+            validation, test = parts[(self.fold + 1) % self.folds], parts[self.fold]
+            return tuple(seed for seed in seeds if seed not in {*validation, *test}), validation, test
         first, second = len(seeds) - self.validation_trials - self.test_trials, len(seeds) - self.test_trials
         return seeds[: max(first, 0)], seeds[max(first, 0) : second], seeds[second:]
 
@@ -213,6 +230,10 @@ class Model:
     """Basis `window`: the model's input for training progress: none, the share of the trial's snapshots seen so far, or
     PPO's annealed learning rate."""
 
+    residual: bool = dataclasses.field(default=False, metadata=LATER)
+    """Bases of tokens: predict how a token changes, in units of what one snapshot changes it by, and show the model
+    each token's own change. Without it the model predicts whole tokens, as the paper's does."""
+
     def check(self) -> None:
         if self.embedding % self.heads:
             raise ValueError(f"model.heads={self.heads} does not divide model.embedding={self.embedding}")
@@ -243,8 +264,8 @@ class Train:
     """Precision of the matrix products in the Transformer's blocks during training; everything else, and validation, is
     float32. `bfloat16` halves the time on hardware that supports it and is slow elsewhere."""
     joined_windows: Share = 0.0
-    """Basis `window`: share of the windows in a batch that are joined with others, as augmentation: together they stand
-    in for one larger policy."""
+    """Basis `window`: share of the windows in a batch that are joined with others, as augmentation: together they
+    represent one larger policy."""
     seed: Natural = 0
     """Random seed of initialisation, batches and dropout."""
     num_seeds: Annotated[int, Field(ge=1, le=10_000)] = 1

@@ -41,7 +41,7 @@ class CommitRecord:
     part_sha256: _Sha256
     part_bytes: _Bytes
     state: str
-    """Name of the resume state's file, beside the record; deleted once the next commit is durable."""
+    """Name of the resume state's file, next to the record; deleted once the next commit is durable."""
     state_sha256: _Sha256
     rows: _Count
     first_snapshot: _Count
@@ -70,7 +70,7 @@ class CommitRecord:
 @pydantic.with_config(extra="forbid")
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """Where a trial stopped being finite, and so ended: diverged.json, beside its commit records."""
+    """Where a trial stopped being finite, and so ended: diverged.json, next to its commit records."""
 
     seed: _Count
     snapshot: _Count
@@ -159,12 +159,12 @@ def run_progress(seed: int, run: Run, num_snapshots: int | None) -> TrialProgres
 
 
 def part_name(first_snapshot: int, sha256: str) -> str:
-    """Name of a part, which says what is in it."""
+    """Name of a part, which describes its content."""
     return f"part-{first_snapshot:08d}-{sha256[:16]}.parquet"
 
 
 def state_name(commit: int, sha256: str) -> str:
-    """Name of a resume state, which says what is in it."""
+    """Name of a resume state, which describes its content."""
     return f"state-{commit}-{sha256[:16]}.safetensors"
 
 

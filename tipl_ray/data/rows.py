@@ -1,4 +1,4 @@
-"""A trajectory's weights, wherever they lie: an array, or what reads its parts from a store as they are asked for."""
+"""A trajectory's weights, wherever they are: an array, or an object that reads parts from a store on demand."""
 
 from typing import Any, Protocol
 

@@ -32,9 +32,9 @@ _MOST_DIFFERENCES = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PartialSnapshot:
-    """Flat weights at some point of any training, with what is known beside them; None is not known, or not yet.
+    """Flat weights at some point of any training, with what else is known; None is unknown, or not known yet.
 
-    Which columns a trial has, its header says: there the first snapshot and all others are given a value, but for those
+    The header lists a trial's columns: each of its snapshots has a value for them, except for those
     in NULLABLE, which may be None at times.
     """
 
@@ -96,7 +96,7 @@ class Snapshot(PartialSnapshot):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Trajectory:
-    """Trajectory: snapshots of one trial in order; a column that was not asked for, or is not there, has length 0."""
+    """Trajectory: snapshots of one trial in order; a column that was not requested, or does not exist, has length 0."""
 
     seed: int
     snapshots_T: NDArray[np.int32]
@@ -147,7 +147,7 @@ NULLABLE = ("episodic_return", "loss")
 STATISTICS = ("observation_mean", "observation_variance", "observation_count")
 """Columns of the observation statistics: all of them, or none."""
 ALWAYS = ("snapshot", "weights")
-"""Columns of every trial, beside its seed."""
+"""Columns of every trial, besides its seed."""
 PPO_COLUMNS = tuple(name for name in COLUMNS if name not in ("step", "loss"))
 """Columns of the trials that are collected here."""
 

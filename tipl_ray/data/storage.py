@@ -169,7 +169,7 @@ class Storage:
             )
 
     def delete(self, path: str) -> None:
-        """Delete a file, or find it gone. Raises StoreError."""
+        """Delete a file if it exists. Raises StoreError."""
         with self._refused(path), contextlib.suppress(FileNotFoundError):
             self._publisher.delete(path)
 

@@ -91,7 +91,8 @@ class TrajectoryStore:
         return seeds
 
     def committed(self) -> tuple[int, ...]:
-        """Seeds of the trials with at least one commit, ascending, whatever a seal says: where a collection goes on."""
+        """Seeds of the trials with at least one commit, ascending, whatever the seal contains: where a collection
+        resumes."""
         seeds = self._trial_seeds(COMMITS)
         listings = self.files.each(self.files.entries, [self.trial(seed).folder(COMMITS) for seed in seeds])
         return tuple(seed for seed, names in zip(seeds, listings, strict=True) if "commit-1.json" in names)
@@ -109,7 +110,7 @@ class TrajectoryStore:
         return StoreError(f"{self.files.show(COMMITS)}: there is no trial {seed}; {there}; collect it first")
 
     def progress(self, seed: int, num_snapshots: int | None = None) -> TrialProgress:
-        """How much of a trial is committed, of `num_snapshots` expected, whatever a seal says.
+        """How much of a trial is committed, of `num_snapshots` expected, whatever the seal contains.
 
         Raises StoreError for a damaged commit record and for a part that is missing or cut short.
         """
@@ -194,7 +195,7 @@ class TrajectoryStore:
         return Trajectory(seed=seed, **absent_column, **{COLUMNS[name]: array for name, array in arrays.items()})
 
     def weights(self, seed: int) -> "StoredWeights":
-        """The weights of a trial, read when they are asked for, and no more of them than asked.
+        """The weights of a trial, read on demand and only as far as requested.
 
         Raises StoreError as `trajectory` does.
         """
@@ -204,7 +205,7 @@ class TrajectoryStore:
         """Compare every digest, range, schema and number of a trial with its commit records; reads everything.
 
         A trial that is being written may be verified; what is committed meanwhile is too.
-        Raises StoreError naming the first file that is not what its record says, or that should not be there, or
+        Raises StoreError naming the first file that contradicts its record or should not be there, or
         the trial that is not as the data set was sealed, or that does not have `num_snapshots`, where given, and has
         not diverged, or any.
         """
@@ -239,7 +240,7 @@ class TrajectoryStore:
         """What no unbroken run of commit records names, of all trials or of some: names of the store's own kind.
 
         Raises StoreError for a commit record that cannot be read and, unless `lost`, for a trial whose commit records
-        seem to be lost, as parts lie there that only they can have named.
+        seem to be lost, as there are parts that only they can have named.
         """
         return self._garbage(self._runs(self.folders() if seeds is None else seeds), lost)
 
@@ -253,7 +254,7 @@ class TrajectoryStore:
     def digest(self, seeds: Sequence[int] | None = None) -> str:
         """Identity of the data set: digest of the seeds and their parts' SHA-256, in whatever order it was written.
 
-        Raises StoreError for a trial that is not there, and where a seal does not hold for what is asked about.
+        Raises StoreError for a trial that is not there, and where the seal does not match what is requested.
         """
         seal = self.seal()
         if seal and (seeds is None or set(seeds) == set(seal.seeds)):
@@ -265,9 +266,9 @@ class TrajectoryStore:
         return runs_digest(runs)
 
     def finish(self, seeds: Sequence[int], num_snapshots: int, verified: Collection[int] = ()) -> None:
-        """Seal the data set: verify every trial but those that the caller says were, sweep, write `_SUCCESS`.
+        """Seal the data set: verify every trial except those that the caller has verified, sweep, write `_SUCCESS`.
 
-        Trials that are there beside the expected ones are sealed with them, as other readers of the folder take them
+        Trials besides the expected ones are sealed with them, as other readers of the folder take them
         too. Raises StoreError as `verify` does, and for one of these that is not complete.
         """
         for seed in sorted(set(self.committed()) - set(seeds)):

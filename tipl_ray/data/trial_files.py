@@ -140,7 +140,7 @@ class TrialFiles:
         return record
 
     def footer(self, record: CommitRecord) -> pq.FileMetaData:
-        """The Parquet footer of a part, found to hold the columns, the header and the rows that its record says."""
+        """The Parquet footer of a part, checked for the columns, the header and the rows of its record."""
         path = self.part_path(record)
         with self.explained(path), self._files.open(path) as source:
             file = pq.ParquetFile(source)

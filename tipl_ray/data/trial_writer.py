@@ -1,4 +1,4 @@
-"""The one writer of a trial (Section 3.1): buffers snapshots, publishes them commit by commit, goes on after the last.
+"""The one writer of a trial (Section 3.1): buffers snapshots, publishes them commit by commit, resumes after the last.
 
 Above the trajectory store, which knows nothing of writers.
 """
@@ -33,13 +33,13 @@ from tipl_ray.data.trajectory_store import TrajectoryStore
 
 
 class TrialWriter:
-    """The one writer of a trial: goes on after the last commit, buffers snapshots, publishes them commit by commit."""
+    """The only writer of a trial: resumes after the last commit, buffers snapshots, publishes them commit by commit."""
 
     def __init__(self, store: TrajectoryStore, seed: int, header: Header) -> None:
         """Find the trial's unbroken run of commits; nothing is written.
 
-        Raises StoreError where the store cannot tell two writers apart, the trial was begun with another
-        configuration, its parts or last state are damaged, or a commit record lies beyond the run.
+        Raises StoreError where the store cannot tell two writers apart, the trial was started with another
+        configuration, its parts or last state are damaged, or a commit record is beyond the run.
         """
         self._store, self._files, self._trial = store, store.files, store.trial(seed)
         self._seed, self._header = seed, header
@@ -112,7 +112,7 @@ class TrialWriter:
         """Take the seal away before anything is there that it does not name; raise StoreError where the commit is.
 
         Whoever seals a data set has all its commits before. So a writer that finds a seal and not the commit that it is
-        about to make is the one who goes on, and one that slept while another went on leaves the other's seal alone.
+        about to make is the one that continues, and one that slept meanwhile leaves the other's seal alone.
         """
         if self._store.has_seal():
             if self._files.exists(self._trial.commit_path(record.commit)):

@@ -1,9 +1,9 @@
-"""Evaluate (Section 4): predicted weights against true ones, on the trials that nothing was fitted on.
+"""Evaluate (Section 4): predicted weights compared with true ones, on the test trials, which nothing was fitted on.
 
-First `fit_predictors`, on the trials to train and to choose. Then two kinds of work, each a plain function of one test
-trial and sent out as Ray tasks: `forecast_errors` compares weights at every window; `forecast_returns` runs the
+First `fit_predictors`, on the training and validation trials. Then two kinds of work, each a plain function of one test
+trial and sent out as Ray tasks: `forecast_errors` compares weights at every window; `forecast_returns` rolls out the
 policies of a few windows. Together they are the result table, one row per (trial, start, predictor, step), from which
-`metrics` computes WPE, skill and REPW.
+`metrics` computes WPE, skill and REPW. `reconstruction_rows` and `path_table` are for figures.
 
 T snapshots, B windows, H forward steps, P policy weights, E episodes, N policies.
 """
@@ -25,7 +25,7 @@ from tipl_ray.digest import digest, identity
 from tipl_ray.evaluate import metrics
 from tipl_ray.evaluate.metrics import Table
 from tipl_ray.pages import as_csv
-from tipl_ray.paper.temporal_svd import reconstruction_error
+from tipl_ray.paper.temporal_svd import fit_basis, reconstruction_error
 from tipl_ray.ppo.engines import choose_engine, make_learner
 from tipl_ray.ppo.returns import policy_returns
 from tipl_ray.ppo.trials import network_shape
@@ -42,20 +42,21 @@ from tipl_ray.terminal import say
 
 RECONSTRUCTION_RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 """SVD ranks whose reconstruction error is reported."""
-FITTED_FILE, RESULTS_FILE = "predictors.safetensors", "results.parquet"
+NUM_PATHS, FORECASTS_PER_PATH = 3, 8
+"""Test trials whose paths are drawn, and forecasts of TIPL on each."""
+FITTED_FILE, PATHS_FILE, RESULTS_FILE = "predictors.safetensors", "paths.parquet", "results.parquet"
 RECONSTRUCTION_FILE = "reconstruction.json"
 RECORD_FILE = "results.sha256"
-"""Digests of the three, as they were published."""
+"""Digests of the four, as they were published."""
 DISTANCE_COLUMNS = ("distance_true", "distance_predicted")
 RETURN_COLUMNS = ("return_true", "return_true_again", "return_predicted", "return_last")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What an evaluation found."""
+    """The findings of an evaluation."""
 
     folder: str
-    """Where it lies."""
     results: Table
     """One row per trial, start, predictor and step."""
     summary: list[dict]
@@ -66,6 +67,8 @@ class Evaluation:
     """One row per predictor that TIPL is compared with and step: TIPL's skill less the other's, window by window."""
     reconstruction: list[dict]
     """One row per trial and SVD rank: what the rank leaves out."""
+    paths: Table | None
+    """See `path_table`; None for an evaluation by an earlier version."""
 
 
 def window_starts(experiment: Experiment) -> np.ndarray:
@@ -97,7 +100,7 @@ def make_predictors(experiment: Experiment, model_folders: Sequence[str]) -> lis
     names = [one.name for one in (*own, *outside, *others, tipls[0], upper_bound)]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"evaluate.predictors: two predictors are called {name!r}; give yours another name")
+            raise ValueError(f"evaluate.predictors: two predictors are called {name!r}; rename yours")
     return [*own, *outside, *others, *tipls, upper_bound]
 
 
@@ -105,7 +108,7 @@ def make_predictors(experiment: Experiment, model_folders: Sequence[str]) -> lis
 def fit_predictors(experiment: Experiment, model_folders: Sequence[str]) -> bytes:
     """Fit every predictor on the training trials, its settings on the validation trials; for `load_fitted` to read.
 
-    Test trials are not opened.
+    Test trials are not read.
     """
     question, store = Question.of(experiment), TrajectoryStore(experiment.storage_path)
     predictors = make_predictors(experiment, model_folders)
@@ -123,8 +126,8 @@ def fit_predictors(experiment: Experiment, model_folders: Sequence[str]) -> byte
 
 @one_thread()
 def forecast_errors(experiment: Experiment, model_folders: Sequence[str], fitted: bytes, seed: int) -> Table:
-    """Squared errors of every predictor at every window of a trial, and how far apart the policies of the windows lie
-    that are run; the return columns are NaN."""
+    """Squared errors of every predictor at every window of a trial, and the distances between the policies of the
+    windows that are rolled out; the return columns are NaN."""
     question, starts_B = Question.of(experiment), window_starts(experiment)
     (weights_TP,) = _read_weights(experiment, [seed])
     trial = Trial(weights_TP=weights_TP, band=load_band(experiment.storage_path, seed, question))
@@ -243,8 +246,43 @@ def reconstruction_rows(experiment: Experiment, seed: int) -> list[dict]:
     ]
 
 
+@one_thread()
+def path_table(experiment: Experiment, model_folders: Sequence[str], fitted: bytes, seed: int) -> Table:
+    """A trial's snapshots in the plane of the first two singular directions of its centred trajectory, with TIPL's
+    forecasts in the same plane.
+
+    One row per point: `start` is -1 for the trial's own snapshots, else the last snapshot that a forecast is made from;
+    `share_x` and `share_y` are the shares of the trajectory's variance along both directions.
+    """
+    trajectory, question = TrajectoryStore(experiment.storage_path).trajectory(seed), Question.of(experiment)
+    weights_TP, returns_T = trajectory.weights_TP, trajectory.episodic_returns_T
+    basis = fit_basis(weights_TP, "trial", 2, centred=True)
+    energy = float(sum(np.square(row_P - basis.origin_P, dtype=np.float64).sum() for row_P in weights_TP))
+    trial = Trial(weights_TP=weights_TP, band=load_band(experiment.storage_path, seed, question))
+    tipl = next(one for one in _fitted_predictors(experiment, model_folders, fitted) if one.name == "tipl")
+    starts_B = window_starts(experiment)
+    starts_B = starts_B[np.linspace(0, len(starts_B) - 1, min(FORECASTS_PER_PATH, len(starts_B))).round().astype(int)]
+    forecasts_BHP = tipl.forecast(trial, starts_B)[:, : experiment.evaluate.horizon]
+    steps_H = np.asarray(question.steps[: experiment.evaluate.horizon])
+    points_TD = basis.coordinates_TD * basis.singular_values_D
+    forecast_ND = basis.encode(forecasts_BHP.reshape(-1, weights_TP.shape[1])) * basis.singular_values_D
+    x_N, y_N = np.concatenate([points_TD, forecast_ND]).T
+    share_D = np.square(basis.singular_values_D) / (energy or 1.0)
+    size = len(x_N)
+    return {
+        "trial": np.full(size, seed, dtype=np.int64),
+        "start": np.concatenate([np.full(len(points_TD), -1), np.repeat(starts_B, len(steps_H))]).astype(np.int32),
+        "snapshot": np.concatenate([np.arange(len(points_TD)), (starts_B[:, None] + steps_H).ravel()]).astype(np.int32),
+        "x": x_N.astype(np.float32),
+        "y": y_N.astype(np.float32),
+        "episodic_return": np.concatenate([returns_T, np.full(len(forecast_ND), np.nan)]).astype(np.float64),
+        "share_x": np.full(size, share_D[0]),
+        "share_y": np.full(size, share_D[1]),
+    }
+
+
 def evaluation_folder(experiment: Experiment, model_folders: Sequence[str]) -> str:
-    """Where the evaluation of models lies: a name made of all that its figures depend on."""
+    """Folder of the evaluation of models, named by a digest of all that its figures depend on."""
     models, evaluate = [last_name(folder) for folder in model_folders], identity(experiment.evaluate)
     sources = [PREDICTORS.source_digest(name) for name in experiment.evaluate.predictors]
     told = (models, evaluate, experiment.test_seeds, choose_engine("auto", experiment.ppo))
@@ -253,7 +291,7 @@ def evaluation_folder(experiment: Experiment, model_folders: Sequence[str]) -> s
 
 
 def is_evaluated(folder: str) -> bool:
-    """Whether an evaluation's folder has all that takes the cluster to find out."""
+    """Whether an evaluation's folder has all results that take the cluster to compute."""
     return _found(folder) is not None
 
 
@@ -262,17 +300,17 @@ def evaluate(
     model_folders: Sequence[str],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Judge trained models, one per seed, on the test trials, on a connected Ray cluster; at once if that was done
+    """Evaluate trained models, one per seed, on the test trials, on a connected Ray cluster; at once if that was done
     before.
 
-    `on_progress` is told the tasks that are done and their total.
+    `on_progress` is called with the number of finished tasks and their total.
     """
     folder = evaluation_folder(experiment, model_folders)
     make_predictors(experiment, model_folders)  # a damaged model is refused here, not in a task
     found = _found(folder)
     if found is None:
         if file_exists(folder, RECONSTRUCTION_FILE):
-            say(f"evaluate: the results in {folder} are damaged, and are computed again")
+            say(f"evaluate: the results in {folder} are damaged and are computed again")
         require_resources({"CPU": (1.0, "evaluate")}, "task")
         try:
             fitted = ray.get(ray.remote(fit_predictors).remote(experiment, model_folders))
@@ -284,7 +322,8 @@ def evaluate(
             results = _join(results, _concatenate(brought["returns"]))
         reconstruction = [row for of_trial in brought["reconstruction"] for row in of_trial]
         files = {RESULTS_FILE: _as_parquet(results), RECONSTRUCTION_FILE: json.dumps(reconstruction).encode()}
-        publish(folder, {FITTED_FILE: fitted, **files}, RECORD_FILE)
+        paths = _as_parquet(_concatenate(brought["paths"]))
+        publish(folder, {FITTED_FILE: fitted, PATHS_FILE: paths, **files}, RECORD_FILE)
         found = _from_parquet(files[RESULTS_FILE]), reconstruction
     results, reconstruction = found
     resampling = metrics.Resampling.of(experiment.evaluate)
@@ -297,6 +336,7 @@ def evaluate(
         groups=metrics.group_skills(results, resampling),
         comparisons=metrics.compare(results, "tipl", resampling),
         reconstruction=reconstruction,
+        paths=_found_paths(folder),
     )
     for name in ("summary", "groups", "comparisons"):
         write_file(folder, f"{name}.csv", as_csv(getattr(evaluation, name)))
@@ -304,7 +344,7 @@ def evaluate(
 
 
 def _send(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -> dict[ray.ObjectRef, str]:
-    """Every task, and what it brings: `errors`, `returns` or `reconstruction`."""
+    """Every task, and what it brings: `errors`, `returns`, `reconstruction` or `paths`."""
     sent: dict[ray.ObjectRef, str] = {}
     # Fitting a basis takes seconds at full scale, so a trial's windows are cut no finer than keeps the CPUs busy.
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
@@ -316,11 +356,13 @@ def _send(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -
             sent[ray.remote(forecast_returns).remote(experiment, model_folders, kept, seed, starts_B)] = "returns"
         sent[ray.remote(forecast_errors).remote(experiment, model_folders, kept, seed)] = "errors"
         sent[ray.remote(reconstruction_rows).remote(experiment, seed)] = "reconstruction"
+    for seed in test_seeds[:NUM_PATHS]:
+        sent[ray.remote(path_table).remote(experiment, model_folders, kept, seed)] = "paths"
     return sent
 
 
 def _gather(sent: dict[ray.ObjectRef, str], on_progress: Callable[[int, int], None]) -> dict[str, list]:
-    """What the tasks brought, by kind, in the order in which they were sent."""
+    """The tasks' results by kind, in the order in which they were sent."""
     waiting, brought = list(sent), {}
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
@@ -372,7 +414,7 @@ def _join(errors: Table, returns: Table) -> Table:
     filled = {name: errors[name].copy() for name in RETURN_COLUMNS}
     for name, column in filled.items():
         column[rows] = returns[name]
-    # The windows whose forecast is finite must not speak for a predictor that fails at others.
+    # A predictor that fails at some windows is not represented by the others.
     lines = [np.unique(errors[name], return_inverse=True)[1] for name in ("predictor", "predictor_seed", "step")]
     _, line_of_row = np.unique(np.stack(lines), axis=1, return_inverse=True)
     failed = np.bincount(line_of_row, ~np.isfinite(errors["squared_error"])) > 0
@@ -393,6 +435,14 @@ def _found(folder: str) -> tuple[Table, list[dict]] | None:
             for name in (RESULTS_FILE, RECONSTRUCTION_FILE)
         )
         return _from_parquet(results), json.loads(reconstruction)
+    except (StoreError, ValueError, OSError):
+        return None
+
+
+def _found_paths(folder: str) -> Table | None:
+    """The paths of an evaluation; None where there are none, or they are damaged."""
+    try:
+        return _from_parquet(read_published(folder, PATHS_FILE, RECORD_FILE, "it is left out"))
     except (StoreError, ValueError, OSError):
         return None
 

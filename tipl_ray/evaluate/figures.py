@@ -1,4 +1,4 @@
-"""Pictures of an experiment, drawn from plain tables: the paper's Figure 2, skill, learning curves, reconstruction.
+"""Pictures of an experiment, drawn from plain tables: the paper's Figure 2, skill, paths, learning curves and more.
 
 A table is a dict of equally long columns, as the evaluation's result table holds them; a summary is a list of dicts,
 one per predictor, basis and step h. Every function returns a matplotlib Figure of its own; see `drawing`.
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.collections import PathCollection
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -42,10 +43,10 @@ Curve = tuple[int, np.ndarray, np.ndarray]
 
 NAMES = {
     "tipl": "TIPL",
-    "copy-last": "copy last snapshot",
+    "copy-last": "copy the last snapshot",
     "ridge": "ridge by phase",
-    "context-ridge": "ridge on the context alone",
-    "ridge-elsewhere": "ridge of the tasks trained on",
+    "context-ridge": "ridge on the context only",
+    "ridge-elsewhere": "ridge of the training tasks",
     "linear": "linear extrapolation",
     "damped": "damped velocity",
     "window-linear": "line through the context",
@@ -53,11 +54,11 @@ NAMES = {
     "rank-1-from-last": "rank-1 from the last snapshot",
     "dmd": "dynamic modes",
     "mean-trajectory": "mean training trajectory",
-    "svd-floor": "upper bound (SVD basis)",
-    "window-floor": "upper bound (window basis)",
+    "svd-floor": "upper bound of the SVD basis",
+    "window-floor": "upper bound of the window basis",
 }
 
-# Okabe and Ito's palette, and beyond it: told apart with any colour vision, and kept from picture to picture.
+# Okabe and Ito's palette, and beyond it: distinguishable with any colour vision, and the same in every picture.
 COLOURS = {
     "tipl": "#0072B2",
     "copy-last": "#6b6b6b",
@@ -76,29 +77,36 @@ COLOURS = {
     "window-floor": "#009E73",
 }
 
-PHASE_COLOURS = ("#7f3b08", "#2d004b", "#1b7837", "#b2182b", *list(COLOURS.values())[2:])
-SCATTER_TITLES = {"tipl": "TIPL's predicted policies", "copy-last": "The last snapshot, copied"}
+PATH_COLOURS = LinearSegmentedColormap.from_list("returns", ["#f3d28b", "#e08a1e", "#b5260f", "#4a0a2b"])
+"""Returns from low to high, in colours that TIPL's stands out from."""
+PHASE_COLOURS = (
+    *("#7f3b08", "#2d004b", "#35978f", "#b2182b", "#4d4d4d", "#8e0152", "#bf812d", "#01665e", "#9970ab", "#d6604d"),
+)
+"""Of what is no predictor, such as phases: none of the predictors' own."""
+SCATTER_TITLES = {"tipl": "TIPL's policies", "copy-last": "Copies of the last snapshot"}
 GROUP_TITLES = {
-    "phase": "Skill by phase: snapshots into its PPO iteration where the context ends",
-    "third": "Skill by stage of the policy's training",
+    "phase": "Skill by phase: the context's last snapshot within its PPO iteration",
+    "third": "Skill by stage of training",
 }
 PANEL_TITLES = {
-    ("phase", 0): "phase 0: iteration closed",
+    ("phase", 0): "phase 0: iteration end",
     ("third", 0): "first third",
     ("third", 1): "second third",
     ("third", 2): "last third",
 }
 LINE_STYLES = ("-", "--", "-.", ":")
+STEP_LABEL = "forward step h [snapshots]"
+SKILL_LABEL = "skill (0: copying, 1: perfect)"
 SKILL_FLOOR = -0.6
-"""Skill below which only TIPL is followed; the others are said in words."""
+"""Skill below which only TIPL is followed; the others are described in words."""
 
 
 @as_shipped()
 def figure_2(table: Table, summary: Sequence[Row]) -> Figure:
     """The paper's Figure 2: WPE and REPW against forward step h, and true against predicted return.
 
-    TIPL's scatter has copy-last's beside it: snapshots a few epochs apart return nearly the same, so a scatter on the
-    diagonal says something only if it lies closer to it than copying does.
+    TIPL's scatter is next to copy-last's: snapshots a few epochs apart have nearly the same return, so points on the
+    diagonal mean something only if they are closer to it than copying's.
     """
     figure, (errors, tipl, copied) = new_figure(3, width=12, height=4.8, width_ratios=(1.4, 1, 1))
     outside = _draw_errors(errors, summary)
@@ -114,10 +122,10 @@ def skill_by_step(summary: Sequence[Row]) -> Figure:
     lines = {line: rows for line, rows in _lines(summary).items() if line[0] != "copy-last"}
     for line, rows in lines.items():
         step_H, skill_H, low_H, high_H = (numbers(rows, key) for key in ("step", "skill", "skill_low", "skill_high"))
-        look = _look(line[0]) | {"linestyle": _style(line, lines), "label": _label(rows, lines)}
+        look = line_look(line[0]) | {"linestyle": _style(line, lines), "label": _label(rows, lines)}
         axes.fill_between(step_H, low_H, high_H, color=look["color"], alpha=0.18, linewidth=0)
         axes.plot(step_H, skill_H, marker="o", **look)
-    dress(axes, "Skill against copying the last snapshot, per forward step", "forward step h [snapshots]", "skill")
+    dress(axes, "Skill by forward step, compared with copying the last snapshot", STEP_LABEL, SKILL_LABEL)
     _tick_steps(axes, (row["step"] for row in summary))
     drawn = {"tipl": ("skill", "skill_low")}  # of the others' bands, what is above the picture's edge
     named = [
@@ -131,7 +139,7 @@ def skill_by_step(summary: Sequence[Row]) -> Figure:
 
 @as_shipped()
 def skill_over_ridge(comparisons: Sequence[Row]) -> Figure:
-    """TIPL's skill less the ridge's on the same windows, overall and by phase, with the interval of the difference."""
+    """TIPL's skill minus the ridge's on the same windows, overall and by phase, with the interval of the difference."""
     rows = [row for row in comparisons if row["against"] == "ridge" and row["group"] in ("all", "phase")]
     figure, (axes,) = new_figure(1, width=8.5, height=4.4)
     phases = sorted({int(row["value"]) for row in rows if row["group"] == "phase"})
@@ -144,12 +152,12 @@ def skill_over_ridge(comparisons: Sequence[Row]) -> Figure:
         label = f"phase {value}" if value >= 0 else "all windows"
         axes.fill_between(step_H, low_H, high_H, color=colour, alpha=0.15, linewidth=0)
         axes.plot(step_H, gain_H, color=colour, marker="o", ms=4.5, lw=2.5 if value < 0 else 1.5, label=label)
-    axes.axhline(0, color=COLOURS["copy-last"], linewidth=2, zorder=1, label=f"as good as {_name('ridge')}")
-    dress(axes, f"What TIPL adds to {_name('ridge')}", "forward step h [snapshots]", "difference of skill")
+    axes.axhline(0, color=COLOURS["copy-last"], linewidth=2, zorder=1, label="no better than the ridge")
+    dress(axes, "What TIPL adds to the ridge by phase", STEP_LABEL, "TIPL's skill minus the ridge's")
     _tick_steps(axes, (row["step"] for row in rows))
     differences = numbers(rows, "skill_difference")
     if not np.isfinite(differences).any():
-        explain(axes, "The results hold no windows on which both TIPL and the ridge were asked")
+        explain(axes, "There are no windows on which both TIPL and the ridge were evaluated")
     finite = differences[np.isfinite(differences)]
     if np.abs(finite).max(initial=0) > 2:
         _frame(axes, float(finite.min(initial=0)), float(finite.max(initial=0)))
@@ -159,11 +167,11 @@ def skill_over_ridge(comparisons: Sequence[Row]) -> Figure:
 
 @as_shipped()
 def spread(summary: Sequence[Row]) -> Figure:
-    """How much predicted policies differ among each other: in returns, beside the true ones', and in weights."""
+    """How much predicted policies differ from each other, in returns and in weights, compared with the true ones."""
     figure, (returns, distances) = new_figure(2, width=10, height=4.2)
     lines = _lines([row for row in summary if math.isfinite(number(row, "returns_spread"))])
     for line, rows in lines.items():
-        look = _look(line[0]) | {"linestyle": _style(line, lines), "label": _label(rows, lines)}
+        look = line_look(line[0]) | {"linestyle": _style(line, lines), "label": _label(rows, lines)}
         step_H, spread_H = numbers(rows, "step"), numbers(rows, "returns_spread")
         returns.plot(step_H, spread_H, marker="o", **look)
         share_H = numbers(rows, "distance") / _positive(numbers(rows, "distance_true"))
@@ -174,13 +182,13 @@ def spread(summary: Sequence[Row]) -> Figure:
     )
     distances.axhline(1, color=INK, linestyle="--", linewidth=1.5)
     if not lines:
-        explain(returns, "No policies were run")
+        explain(returns, "No policies were rolled out")
     if not any(np.isfinite(line.get_ydata()).any() for line in distances.lines[:-1]):
         explain(distances, "There are no two windows of one trial to compare")
     returns.set_ylim(bottom=0)
     distances.set_ylim(0, max(1.1, 1.04 * distances.get_ylim()[1]))
-    dress(returns, "Spread of the policies' returns", "forward step h [snapshots]", "standard deviation")
-    dress(distances, "Distance between policies", "forward step h [snapshots]", "share of the true ones'")
+    dress(returns, "Spread of the policies' returns", STEP_LABEL, "standard deviation of returns")
+    dress(distances, "Distance between policies", STEP_LABEL, "distance relative to true policies'")
     for axes in (returns, distances):
         _tick_steps(axes, (row["step"] for row in summary))
     legend_below(figure, labelled(returns))
@@ -204,10 +212,10 @@ def skill_by_group(groups: Sequence[Row], column: str) -> Figure:
         for line, own in lines.items():
             skill_H = numbers(own, "skill")
             skills.append((line[0], _label(own, lines), skill_H))
-            look = _look(line[0]) | {"linestyle": _style(line, lines), "label": _label(own, lines)}
+            look = line_look(line[0]) | {"linestyle": _style(line, lines), "label": _label(own, lines)}
             axes.plot(numbers(own, "step"), skill_H, marker="o", **look)
         title = PANEL_TITLES.get((column, value), f"{column} {value}")
-        dress(axes, title, "forward step h", "skill" if is_first_in_line(axes) else "")
+        dress(axes, title, "forward step h", SKILL_LABEL if is_first_in_line(axes) else "")
         axes.title.set_fontsize(11)
         _tick_steps(axes, (row["step"] for row in rows), 5)
     title = wrapped(figure, GROUP_TITLES[column], 0.95 * figure.get_figwidth(), 13, "bold")
@@ -215,6 +223,71 @@ def skill_by_group(groups: Sequence[Row], column: str) -> Figure:
     outside = _frame_skill(panels, skills)
     legend_below(figure, labelled(panels[0]), outside)
     return figure
+
+
+@as_shipped()
+def paths(table: Table) -> Figure:
+    """Trials in the plane of the first two singular directions of their snapshots, with TIPL's forecasts: above the
+    whole path, below a close-up of an early forecast.
+
+    Rows are `evaluation.path_table`'s. Snapshots are coloured by return, or by progress where there are no returns.
+    """
+    trials = list(dict.fromkeys(table["trial"].tolist()))
+    figure, panels = new_figure(2 * len(trials), width=max(6.0, 4.2 * len(trials)), height=3.7, across=len(trials))
+    own = table["start"] < 0
+    has_returns = bool(np.isfinite(table["episodic_return"][own]).any())
+    values = np.where(np.isfinite(table["episodic_return"]), table["episodic_return"], np.nan)
+    values = values if has_returns else table["snapshot"].astype(np.float64)
+    norm = Normalize(*(np.nanmin(values[own]), np.nanmax(values[own])))
+    for place, trial in enumerate(trials):
+        rows = {name: column[table["trial"] == trial] for name, column in table.items()}
+        starts = sorted(set(rows["start"].tolist()) - {-1})
+        early, horizon = starts[len(starts) // 4], int((rows["snapshot"] - rows["start"])[rows["start"] >= 0].max())
+        close = np.arange(max(0, early - horizon), early + horizon + 1)
+        shown = _draw_path(panels[place], rows, values[table["trial"] == trial], norm, starts)
+        _draw_path(panels[len(trials) + place], rows, values[table["trial"] == trial], norm, [early], close)
+        shares = [f"{float(rows[name][0]):.0%} of variance" for name in ("share_x", "share_y")]
+        dress(panels[place], f"Trial {trial}", f"1st direction ({shares[0]})", f"2nd direction ({shares[1]})")
+        for axes in (panels[place], panels[len(trials) + place]):
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        dress(panels[len(trials) + place], f"Close-up at snapshot {early:,}", "1st direction", "2nd direction")
+    bar = figure.colorbar(shown, ax=panels, shrink=0.6)
+    bar.set_label("episodic return" if has_returns else "snapshot", fontsize=11, color=INK)
+    entries = [
+        Line2D([], [], color=SOFT, marker="o", ms=5, lw=0.8, label="snapshots of the trial"),
+        Line2D([], [], color=INK, marker="o", ms=7, mfc="none", lw=0, label="where a forecast starts"),
+        Line2D([], [], color=COLOURS["tipl"], lw=3, label="TIPL's forecast"),
+    ]
+    legend_below(figure, entries)
+    return figure
+
+
+def _draw_path(
+    axes: Axes,
+    rows: Table,
+    values: np.ndarray,
+    norm: Normalize,
+    starts: Sequence[int],
+    snapshots: np.ndarray | None = None,
+) -> PathCollection:
+    """A trial's snapshots, all or some, with the forecasts from some starts; the last value where one is missing."""
+    own = np.flatnonzero(rows["start"] < 0)
+    own = own if snapshots is None else own[snapshots]
+    x_T, y_T, value_T = rows["x"][own], rows["y"][own], values[rows["start"] < 0]
+    known_T = np.flatnonzero(np.isfinite(value_T))
+    last_T = known_T[np.maximum(np.searchsorted(known_T, np.arange(len(value_T)), side="right") - 1, 0)]
+    value_T = value_T[last_T] if snapshots is None else value_T[last_T][snapshots]
+    axes.plot(x_T, y_T, color=SOFT, linewidth=0.8, alpha=0.6, zorder=1)
+    size = 10 if snapshots is None else 34
+    shown = axes.scatter(x_T, y_T, c=value_T, cmap=PATH_COLOURS, norm=norm, s=size, zorder=2)
+    for start in starts:
+        at = rows["start"] == start
+        begin = np.flatnonzero((rows["start"] < 0) & (rows["snapshot"] == start))
+        x, y = (np.concatenate([rows[name][begin], rows[name][at]]) for name in ("x", "y"))
+        dots = "" if snapshots is None else "o"
+        axes.plot(x, y, color=COLOURS["tipl"], linewidth=2.6, marker=dots, ms=4.5, solid_capstyle="round", zorder=4)
+        axes.plot(x[0], y[0], "o", mec=INK, mfc="none", ms=5 if snapshots is None else 9, mew=1.4, zorder=5)
+    return shown
 
 
 @as_shipped()
@@ -229,10 +302,10 @@ def learning_curves(curves: Sequence[Curve], resampling: Resampling) -> Figure:
     figure, (axes,) = new_figure(1, width=8.5, height=4.2)
     for steps_T, returns_T in known:
         dots = "o" if len(steps_T) == 1 else ""
-        axes.plot(steps_T, returns_T, color=COLOURS["tipl"], linewidth=0.7, alpha=0.3, marker=dots)
-    shown = f"one trial ({len(known)} of {len(curves)}, as in the others no episode ended)"
+        axes.plot(steps_T, returns_T, color=SOFT, linewidth=0.8, alpha=0.35, marker=dots)
+    shown = f"one trial ({len(known)} of {len(curves)}; no episode ended in the others)"
     shown = f"one trial ({len(known)} shown)" if len(known) == len(curves) else shown
-    entries = [Line2D([], [], color=COLOURS["tipl"], linewidth=0.9, alpha=0.6, label=shown)] if known else []
+    entries = [Line2D([], [], color=SOFT, linewidth=0.9, alpha=0.6, label=shown)] if known else []
     low = max((steps_T[0] for steps_T, _ in known), default=0)
     high = min((steps_T[-1] for steps_T, _ in known), default=0)
     if len(known) > 1 and low < high:
@@ -241,15 +314,15 @@ def learning_curves(curves: Sequence[Curve], resampling: Resampling) -> Figure:
         label = "their mean"
         if len(known) >= MIN_TRIALS:
             band_2G = resampling.band(returns_NG, statistic=lambda runs: runs.mean(axis=-1))
-            axes.fill_between(grid_G, *band_2G, color=COLOURS["linear"], alpha=0.3, linewidth=0)
+            axes.fill_between(grid_G, *band_2G, color=INK, alpha=0.2, linewidth=0)
             label = f"mean and its {resampling.confidence:.0%} interval"
-        axes.plot(grid_G, returns_NG.mean(0), color=COLOURS["linear"], linewidth=2.2)
-        entries += [Line2D([], [], color=COLOURS["linear"], linewidth=2.2, label=label)]
-    dress(axes, "Episodic return of every PPO trial as it learns", "environment steps", "episodic return")
+        axes.plot(grid_G, returns_NG.mean(0), color=INK, linewidth=2.6)
+        entries += [Line2D([], [], color=INK, linewidth=2.6, label=label)]
+    dress(axes, "Learning curves of the PPO trials", "environment steps", "episodic return")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlim(0, max((steps_T[-1] for _, steps_T, _ in curves if len(steps_T)), default=0) or 1)
     if not known:
-        explain(axes, f"No episode ended in any of the {len(curves)} trials, so there are no returns to draw")
+        explain(axes, f"No episode ended in any of the {len(curves)} trials, so there are no returns")
     legend_below(figure, entries)
     return figure
 
@@ -264,8 +337,8 @@ def reconstruction(rows: Sequence[Row]) -> Figure:
     figure, panels = new_figure(2, width=10, height=4.0)
     ranks = sorted({int(row["rank"]) for row in rows})
     drawn = (
-        ("energy_outside", "Energy outside the basis", "share of squared norm"),
-        ("mse", "Squared error of restored weights", "mean squared error per weight"),
+        ("energy_outside", "Energy outside the basis", "share of the squared norm"),
+        ("mse", "Error of the restored weights", "mean squared error per weight"),
     )
     for axes, (key, title, unit) in zip(panels, drawn, strict=True):
         for trial in sorted({row["trial"] for row in rows}):
@@ -284,8 +357,8 @@ def reconstruction(rows: Sequence[Row]) -> Figure:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
         dress(axes, title, "SVD rank D", unit)
     entries = [
-        Line2D([], [], color=COLOURS["svd-floor"], linewidth=1.2, alpha=0.7, label="one held-out trial"),
-        Line2D([], [], color=INK, linewidth=2, marker="o", markersize=4.5, label="mean of held-out trials"),
+        Line2D([], [], color=COLOURS["svd-floor"], linewidth=1.2, alpha=0.7, label="one test trial"),
+        Line2D([], [], color=INK, linewidth=2, marker="o", markersize=4.5, label="mean of the test trials"),
     ]
     legend_below(figure, entries)
     return figure
@@ -301,7 +374,7 @@ def training_curves(history: Sequence[Row]) -> Figure:
     step_R, loss_R, validation_R = (numbers(history, key) for key in ("step", "loss", "validation_loss"))
     drawn: tuple[tuple[np.ndarray, str, dict[str, Any]], ...] = (
         (loss_R, COLOURS["copy-last"], {"linewidth": 1.3, "label": "training trials"}),
-        (validation_R, COLOURS["tipl"], {"linewidth": 2, "marker": "o", "label": "held-out validation trials"}),
+        (validation_R, COLOURS["tipl"], {"linewidth": 2, "marker": "o", "label": "validation trials"}),
     )
     for values_R, colour, look in drawn:
         seen = np.isfinite(values_R)
@@ -314,7 +387,7 @@ def training_curves(history: Sequence[Row]) -> Figure:
         log_scale(axes)
     if not len(finite):
         explain(axes, "No loss was recorded")
-    dress(axes, "The Transformer's loss as it trains", "optimisation steps", "loss")
+    dress(axes, "Loss of the Transformer during training", "optimisation steps", "loss")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     legend_below(figure, labelled(axes))
     return figure
@@ -323,30 +396,30 @@ def training_curves(history: Sequence[Row]) -> Figure:
 def _draw_errors(errors: Axes, summary: Sequence[Row]) -> list[str]:
     """WPE in the upper half, on the left axis; REPW in the lower half, on the right axis, with its noise floor.
 
-    Returns in words what falls out of the picture, if anything does.
+    Returns in words what is outside the picture, if anything is.
     """
     returns = errors.twinx()
     run = {row["predictor"] for row in summary if math.isfinite(number(row, "repw"))}
     lines = _lines([row for row in summary if not run or row["predictor"] in run])
     lower_half = Rectangle((0, 0), 1, 0.5, transform=returns.transAxes)
     for line, rows in lines.items():
-        look, style = _look(line[0]), _style(line, lines)
+        look, style = line_look(line[0]), _style(line, lines)
         step_H, wpe_H, repw_H, low_H, high_H = (
             numbers(rows, key) for key in ("step", "wpe", "repw", "repw_low", "repw_high")
         )
         errors.plot([], [], style, lw=2.5, label=_label(rows, lines), color=look["color"])
-        errors.plot(step_H, _positive(wpe_H), ":", marker="o", mfc="white", **look)
+        errors.plot(step_H, _positive(wpe_H), ":", marker="o", mfc="white", **look | {"lw": 0.7 * look["lw"]})
         band = returns.fill_between(step_H, low_H, high_H, color=look["color"], alpha=0.15, linewidth=0)
         (curve,) = returns.plot(step_H, repw_H, style, marker="s", **look)
         for drawn in (band, curve):
             drawn.set_clip_path(lower_half)
     floor_H = _noise_floor(summary)
     if floor_H:
-        errors.plot([], [], "--", color=INK, lw=1.3, label="noise floor of REPW")
-    returns.plot(list(floor_H), list(floor_H.values()), "--", color=INK, linewidth=1.3)
-    unit = "forward step h [snapshots]"
-    dress(errors, "Error of weights and of returns", unit, "WPE (squared error)")
-    dress(returns, "", "", "REPW (return)")
+        errors.plot([], [], "--", color=INK, lw=1.3, label="REPW of true policies (noise floor)")
+    (floor,) = returns.plot(list(floor_H), list(floor_H.values()), "--", color=INK, linewidth=1.3)
+    floor.set_clip_path(lower_half)
+    dress(errors, "Errors of predicted weights and returns", STEP_LABEL, "WPE: error per weight")
+    dress(returns, "", "", "REPW: return error")
     returns.grid(visible=False)
     returns.spines["right"].set_visible(True)
     _tick_steps(errors, (row["step"] for row in summary))
@@ -355,7 +428,7 @@ def _draw_errors(errors: Axes, summary: Sequence[Row]) -> list[str]:
     if not run:
         returns.set_yticks([])
         returns.text(
-            0.5, 0.25, "no policies were run", transform=returns.transAxes, ha="center", va="center", color=SOFT
+            0.5, 0.25, "no policies were rolled out", transform=returns.transAxes, ha="center", va="center", color=SOFT
         )
     highest = {_label(rows, lines): _most(numbers(rows, "repw")) for rows in lines.values()}
     outside = [f"REPW of {label} rises to {_short(value)}" for label, value in highest.items() if value > top]
@@ -367,7 +440,7 @@ def _without_band(summary: Sequence[Row], key: str) -> list[str]:
     trials = max((int(row.get("trials", MIN_TRIALS)) for row in summary), default=MIN_TRIALS)
     if trials >= MIN_TRIALS or np.isfinite(numbers(summary, key)).any():
         return []
-    return [f"{trials} test trial{'s' * (trials > 1)}: too few for intervals"]
+    return [f"{trials} test trial{'s' * (trials > 1)}: too few for confidence intervals"]
 
 
 def _repw_top(lines: Mapping[tuple[str, str], Sequence[Row]]) -> float:
@@ -416,16 +489,16 @@ def _draw_scatters(panels: Mapping[str, Axes], table: Table) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         notes = []
         if len(true_R):
-            notes += [f"mean difference {_short(np.abs(true_R - predicted_R).mean())}"]
+            notes += [f"mean absolute difference {_short(np.abs(true_R - predicted_R).mean())}"]
             at_top = np.minimum(true_R, predicted_R) >= high - 0.001 * (high - low)
             if at_top.mean() > 0.05:
                 notes += [f"{at_top.mean():.0%} of {len(true_R):,} points in the corner"]
         else:
-            explain(axes, "no policies were run")
+            explain(axes, "no policies were rolled out")
         if not len(both):
             axes.set(xticks=[], yticks=[])
-        dress(axes, SCATTER_TITLES[name], "\n".join(["return of predicted policy", *notes]), "")
-    panels["tipl"].set_ylabel("return of true policy", fontsize=11.5, color=INK)
+        dress(axes, SCATTER_TITLES[name], "\n".join(["return of the predicted policy", *notes]), "")
+    panels["tipl"].set_ylabel("return of the true policy", fontsize=11.5, color=INK)
     panels["copy-last"].tick_params(labelleft=False)
 
 
@@ -472,10 +545,11 @@ def colour_of(name: str) -> str:
     return to_hex(made)
 
 
-def _look(name: str) -> dict[str, Any]:
-    """A predictor's line: TIPL lies on top, thinner, so that what is under it shows; copying on top of the rest."""
-    size = {"lw": 1.7, "ms": 4} if name == "tipl" else {"lw": 2.5, "ms": 5.5}
-    return {"color": colour_of(name), "zorder": {"tipl": 4.0, "copy-last": 3.5}.get(name, 3.0), **size}
+def line_look(name: str) -> dict[str, Any]:
+    """A predictor's line: TIPL on top and thickest, the ridge right under it with markers that stick out."""
+    widths = {"tipl": (3.2, 5.0, 4.0), "ridge": (2.4, 7.5, 3.8), "copy-last": (2.0, 5.0, 3.5)}
+    width, marker, order = widths.get(name, (1.6, 4.0, 3.0))
+    return {"color": colour_of(name), "lw": width, "ms": marker, "zorder": order}
 
 
 def _noise_floor(summary: Sequence[Row]) -> dict[int, float]:
@@ -501,7 +575,7 @@ def _tick_steps(axes: Axes, steps: Iterable[int], num_ticks: int = 10) -> None:
 
 
 def _frame_skill(panels: Sequence[Axes], skills: Sequence[tuple[str, str, np.ndarray]]) -> list[str]:
-    """Draw copy-last's zero line, keep the axis where skill is of interest, and say in words what falls out of it.
+    """Draw copy-last's zero line, keep the axis where skill is of interest, and name in words what is outside of it.
 
     Skills come with their predictor's name and its label. TIPL itself never falls out, however far below copying it is.
     """
@@ -515,7 +589,7 @@ def _frame_skill(panels: Sequence[Axes], skills: Sequence[tuple[str, str, np.nda
     own = [float(skill[np.isfinite(skill)].min(initial=0)) for name, _, skill in skills if name == "tipl"]
     bottom = min([SKILL_FLOOR, *own])
     if not len(finite):
-        explain(panels[0], "There is no skill to draw: nothing moved, or every forecast diverged")
+        explain(panels[0], "There is no skill: no weights moved, or every forecast diverged")
     _frame(panels[0], max(bottom, float(finite.min(initial=0.0))), max(float(finite.max(initial=0.0)), 0.1))
     outside = [f"{label} {_fallen(low)}" for label, low in lowest.items() if low < bottom]
     return [f"Outside the picture: {', '.join(outside)}"] if outside else []

@@ -19,10 +19,10 @@ Table = dict[str, NDArray]
 Row = Mapping[str, Any]
 """A line of a summary."""
 Statistic = Callable[[NDArray], NDArray]
-"""What takes the last axis away, as a mean does."""
+"""A function that reduces the last axis, as a mean does."""
 
 GROUP = ("task", "predictor", "basis", "causal", "step")
-"""Columns whose values one summary row stands for."""
+"""Columns whose values identify a summary row."""
 MIN_TRIALS = 3
 """Fewest trials that an interval is made of: of two, a bootstrap knows no more than the two."""
 
@@ -55,7 +55,7 @@ class Resampling:
     def resample(self, *strata: NDArray, statistic: Statistic = interquartile_mean) -> NDArray[np.float64]:
         """A statistic over all runs, under resampling of runs within each stratum; (..., bootstrap).
 
-        A stratum's runs, such as those of one task, are along its last axis, which the statistic takes away. This is
+        A stratum's runs, such as those of one task, are along its last axis, which the statistic reduces. This is
         rliable's stratified bootstrap (arXiv 2108.13264).
         """
         random, sizes = np.random.default_rng(self.seed), [runs.shape[-1] for runs in strata]
@@ -64,7 +64,7 @@ class Resampling:
         return statistic(np.concatenate(drawn, axis=-1))
 
     def ends(self, statistics: NDArray[np.float64]) -> tuple[float, float]:
-        """Percentile interval of resampled statistics; (NaN, NaN) of none."""
+        """Percentile interval of resampled statistics; (NaN, NaN) without any."""
         if not len(statistics):
             return np.nan, np.nan
         tail = (1.0 - self.confidence) / 2.0

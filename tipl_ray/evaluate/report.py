@@ -73,6 +73,12 @@ CAPTIONS = {
         "TIPL's skill minus the ridge's on the same windows, overall and by phase: above 0 the Transformer has learned "
         "something that a linear regression per phase has not. Bands are confidence intervals of the difference.",
     ),
+    "paths": (
+        "The paths and TIPL's forecasts",
+        "Each test trial's snapshots in the plane of the first two singular directions of its centred trajectory: "
+        "above the whole path with some of TIPL's forecasts, below one of them close up. Where a blue line follows the "
+        "snapshots, TIPL predicts where training goes; a short line is a forecast that hardly moves.",
+    ),
     "skill_by_phase": (
         "Skill within a PPO iteration",
         "At phase 0 an iteration has just ended, and what follows depends on a rollout that has not been collected "
@@ -100,8 +106,8 @@ CAPTIONS = {
     "training_curves": (
         "Training the Transformer",
         "Loss on the training trials and on held-out validation trials; where they diverge, the model overfits. With "
-        "the paper's bases it is the squared error of tokens; with `window`, the share of the copy-last baseline's "
-        "squared error that remains: 1 is copying.",
+        "the paper's bases it is the squared error of tokens; with the window basis, the share of the copy-last "
+        "baseline's squared error that remains: 1 is copying.",
     ),
 }
 
@@ -117,9 +123,14 @@ class Answer:
     trials: int | None = None
 
     @property
+    def said(self) -> str:
+        """The verdict as a reader sees it."""
+        return "Unclear" if self.verdict == "unknown" else (self.verdict or "").capitalize()
+
+    @property
     def line(self) -> str:
         """The whole of it in one line."""
-        return " ".join([self.question, *([f"{self.verdict.capitalize()}."] if self.verdict else []), self.text])
+        return " ".join([self.question, *([f"{self.said}."] if self.verdict else []), self.text])
 
 
 def page(

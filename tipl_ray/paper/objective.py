@@ -22,7 +22,8 @@ from tipl_ray.predict.representation import TrainingData
 
 
 class NextToken(Objective):
-    """The paper's: mean squared error of normalised tokens, at every position of a window."""
+    """The paper's: mean squared error of normalised tokens, at every position of a window; of a residual model in units
+    of what one snapshot changes each number of a token by."""
 
     def __init__(self, size: config.Model, data: TrainingData, device: torch.device | str = "cpu"):
         self.normaliser = Normaliser.fit(data.train.coordinates_NTD)
@@ -32,13 +33,20 @@ class NextToken(Objective):
         self.model: CausalTransformer = CausalTransformer(
             size, self.segments.token_size, self.segments.num_snapshots
         ).to(device)
+        if size.residual:
+            self.model.change_D.copy_(self.segments.change_D())
         self._tokens: Tokens = data.validation
         self._shared, self._device = data.shared, device
 
     def loss(self, network: nn.Module, windows_B: NDArray[np.int64]) -> Tensor:
         """See `Objective.loss`."""
         batch = self.segments.gather(windows_B)
-        return functional.mse_loss(network(batch.tokens_BKD, batch.snapshots_BK), batch.targets_BKD)
+        return self._loss(network(batch.tokens_BKD, batch.snapshots_BK), batch.targets_BKD)
+
+    def _loss(self, predicted_BKD: Tensor, targets_BKD: Tensor) -> Tensor:
+        if self.model.size.residual:
+            return (predicted_BKD - targets_BKD).div(self.model.change_D).square().mean()
+        return functional.mse_loss(predicted_BKD, targets_BKD)
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
@@ -48,7 +56,7 @@ class NextToken(Objective):
         for windows_B in validation_windows(self.validation.num_windows):
             batch = self.validation.gather(windows_B)
             predicted_BKD = self.model(batch.tokens_BKD, batch.snapshots_BK)
-            loss += functional.mse_loss(predicted_BKD, batch.targets_BKD).item() * len(windows_B)
+            loss += self._loss(predicted_BKD, batch.targets_BKD).item() * len(windows_B)
             coordinates_BD = self.normaliser.restore(predicted_BKD[:, -1].cpu().numpy())
             trials_B, ends_B = self.validation.ends(windows_B)
             for trial in np.unique(trials_B):

@@ -1,4 +1,4 @@
-"""TIPL as in the paper (Section 3.3), and the floor of its basis.
+"""TIPL as in the paper (Section 3.3), and the upper bound of its basis.
 
 Shapes: T snapshots, P policy weights, D numbers per token, B starts, K tokens of context, F and H forward steps.
 """
@@ -66,7 +66,7 @@ class SvdFloor(Predictor):
         return _decode(fitted, fitted.coordinates_TD[future_BH])
 
     def squared_errors(self, trial: Trial, starts_B: Starts) -> NDArray[np.float64]:
-        """See `Predictor.squared_errors`: what lies outside the basis."""
+        """See `Predictor.squared_errors`: what is outside the basis."""
         return self.trial_basis.tokens(trial.weights_TP).outside_NT[0][self._future(trial, starts_B)]
 
     def _future(self, trial: Trial, starts_B: Starts) -> NDArray[np.int64]:

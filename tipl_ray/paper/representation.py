@@ -26,7 +26,7 @@ FOR_WINDOWS = "it is for basis.kind=window"
 
 
 class TokenRepresentation(Representation):
-    """Each snapshot is one token of D numbers. Those who inherit say how a trial's basis is fitted."""
+    """Each snapshot is one token of D numbers. Subclasses define how a trial's basis is fitted."""
 
     own_predictors = ("tipl", "svd-floor")
     not_learned_from = ("joined_windows",)

@@ -36,7 +36,7 @@ ACCURACY = 1e-7
 """Relative error of singular values that a subspace found in this way must promise, or a Gram matrix is made."""
 
 BASIS_FILE = "basis.safetensors"
-"""Beside a model: the basis that all its trials share, where they do; see `FittedBasis.to_bytes`."""
+"""Next to a model: the basis that all its trials share, if they do; see `FittedBasis.to_bytes`."""
 
 Array = NDArray[np.floating]
 
@@ -180,7 +180,7 @@ def _decompose(weights_TP: Rows, origin_P: NDArray, rank: int) -> tuple[NDArray,
     num_short = min(weights_TP.shape)
     if not 1 <= rank <= num_short:
         raise ValueError(
-            f"basis.rank={rank} exceeds 1 to {num_short}, the number of singular values of a trajectory of "
+            f"basis.rank={rank} is not between 1 and {num_short}, the number of singular values of a trajectory of "
             f"{weights_TP.shape[0]} snapshots of {weights_TP.shape[1]} weights"
         )
     size = rank + max(8, rank // 4)

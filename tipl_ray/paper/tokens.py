@@ -34,7 +34,7 @@ class Tokens:
     coordinates_NTD: NDArray[np.float32]
     """Each trial's coordinates in its own basis, not normalised."""
     singular_values_ND: NDArray[np.float64]
-    """Weights that a coordinate's unit stands for."""
+    """Weights per unit of a coordinate."""
     outside_NT: NDArray[np.float64]
     """Squared distance of each snapshot's weights from its basis."""
     displacement_NT: NDArray[np.float64]
@@ -56,7 +56,7 @@ class Tokens:
     def truncated(self, rank: int) -> "Tokens":
         """The same trials in the leading part of their bases, as if they had been reduced to that SVD rank.
 
-        What is left out stands at right angles to what stays, so its square adds to that of what was outside before.
+        What is left out is orthogonal to what stays, so its square adds to that of what was outside before.
         """
         left_out_NTd = self.coordinates_NTD[..., rank:] * self.singular_values_ND[:, None, rank:]
         return dataclasses.replace(
@@ -72,7 +72,7 @@ class Tokens:
         """||w_hat - w||^2 of coordinates that are forecast for some snapshots of the trial of this index; (B, H).
 
         Exact without the weights: inside the basis a coordinate counts with its singular value, and what the true
-        weights have outside the basis stands at right angles to it.
+        weights have outside the basis is orthogonal to it.
         """
         apart_BHD = coordinates_BHD - self.coordinates_NTD[trial][snapshots_BH]
         inside_BH = np.square(apart_BHD * self.singular_values_ND[trial]).sum(axis=-1)
@@ -139,6 +139,12 @@ class Segments:
         """Index of each window's trial, and of its last snapshot in that."""
         trials_B = windows_B // self.windows_per_trial
         return trials_B, windows_B - trials_B * self.windows_per_trial + self.context - 1
+
+    def change_D(self) -> Tensor:
+        """Root mean square of what one snapshot changes each normalised number of a token by; 1 where nothing does."""
+        tokens_NTD = self._tokens_SD.unflatten(0, (-1, self.num_snapshots))
+        change_D = tokens_NTD.diff(dim=1).square().mean(dim=(0, 1)).sqrt()
+        return torch.where(change_D > 0, change_D, 1.0)
 
     def _locate(self, windows_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         windows = torch.from_numpy(windows_B).to(self._offsets_K.device, non_blocking=True)

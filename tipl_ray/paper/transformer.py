@@ -58,25 +58,38 @@ class Normaliser:
 class CausalTransformer(SavedModel):
     """The causal Transformer (Section 3.3) for tokens of D numbers and trajectories of up to `max_snapshots`."""
 
+    change_D: Tensor
+    """Of a residual model: root mean square of what one snapshot changes each number of a token by."""
+
     def __init__(self, size: config.Model, token_size: int, max_snapshots: int):
         super().__init__()
         self.size, self.token_size, self.max_snapshots = size, token_size, max_snapshots
-        self.embed_token = nn.Linear(token_size, size.embedding, dtype=DTYPE)
+        self.embed_token = nn.Linear(token_size * (2 if size.residual else 1), size.embedding, dtype=DTYPE)
         self.embed_snapshot = nn.Embedding(max_snapshots, size.embedding, dtype=DTYPE)
         self.embedding_norm = nn.LayerNorm(size.embedding, dtype=DTYPE)
         self.blocks = Blocks(size)
         self.final_norm = nn.LayerNorm(size.embedding, dtype=DTYPE)
         self.predict = nn.Linear(size.embedding, token_size, dtype=DTYPE)
         self.apply(initialise)
+        if size.residual:
+            self.register_buffer("change_D", torch.ones(token_size, dtype=DTYPE))
+            # At the start nothing changes, which is the baseline that has to be beaten.
+            nn.init.zeros_(self.predict.weight)
 
     def forward(self, tokens_BKD: Tensor, snapshots_BK: Tensor) -> Tensor:
         """Predicted token of each position's next snapshot, from that position and those before; (B, K, D).
 
-        `snapshots_BK` are the snapshots' indices in their trajectory, int64, below `max_snapshots`.
+        `snapshots_BK` are the snapshots' indices in their trajectory, int64, below `max_snapshots`. Of a window's first
+        token the change is not known, and 0.
         """
-        embedded_BKE = self.embed_token(tokens_BKD) + self.embed_snapshot(snapshots_BK)
+        shown_BKD = tokens_BKD
+        if self.size.residual:
+            changes_BKD = torch.diff(tokens_BKD, dim=1, prepend=tokens_BKD[:, :1]) / self.change_D
+            shown_BKD = torch.cat((tokens_BKD, changes_BKD), dim=2)
+        embedded_BKE = self.embed_token(shown_BKD) + self.embed_snapshot(snapshots_BK)
         hidden_BKE = functional.dropout(self.embedding_norm(embedded_BKE), self.size.dropout, self.training)
-        return self.predict(self.final_norm(self.blocks(hidden_BKE)))
+        predicted_BKD = self.predict(self.final_norm(self.blocks(hidden_BKE)))
+        return tokens_BKD + self.change_D * predicted_BKD if self.size.residual else predicted_BKD
 
     @torch.no_grad()
     def forecast(self, tokens_BKD: Tensor, snapshots_BK: Tensor, horizon: int) -> Tensor:
@@ -97,5 +110,5 @@ class CausalTransformer(SavedModel):
 
     @classmethod
     def described_by(cls, about: Mapping[str, Any]) -> Self:
-        """An untrained model of the size that model.json says."""
+        """An untrained model of the size given in model.json."""
         return cls(config.Model(**about["model"]), about["token_size"], about["max_snapshots"])

@@ -1,1 +1,1 @@
-"""What every predictor is asked, the predictors that policies are compared by, and what a representation is."""
+"""The interface of predictors, the baselines, and the interface of representations."""

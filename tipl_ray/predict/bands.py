@@ -1,4 +1,4 @@
-"""Gram bands of a data set's trials, computed once and kept beside it."""
+"""Gram bands of a data set's trials, computed once and kept in its storage."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ def load_band(storage: str, seed: int, question: Question) -> GramBand:
     """The Gram band of a trial, wide enough for the question's windows.
 
     Learning rates that the trial does not know are taken for constant. Computed once per data set and width: the
-    products are kept in <storage>/grams, and made anew where what is there is not what was kept. Raises StoreError
+    products are kept in <storage>/grams, and computed again where the file there is damaged. Raises StoreError
     where the data set is damaged.
     """
     store = TrajectoryStore(storage)
@@ -44,7 +44,7 @@ def load_band(storage: str, seed: int, question: Question) -> GramBand:
 def snapshots_per_iteration(header: Header) -> int:
     """Snapshots per iteration of a data set's trials, those that jumps predicted included; 1 where there are no phases.
 
-    Raises KeyError naming what the header does not say.
+    Raises KeyError naming what is missing in the header.
     """
     made = header.config
     if "snapshots_per_iteration" in made:
@@ -58,7 +58,7 @@ def _kept_products(folder: str, name: str, shape: tuple[int, int]) -> NDArray[np
     try:
         if not file_exists(folder, f"{name}.sha256"):
             return None
-        content = read_published(folder, f"{name}.npy", f"{name}.sha256", "it is made anew")
+        content = read_published(folder, f"{name}.npy", f"{name}.sha256", "it is computed again")
         products_SW = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except (StoreError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""The predictors that TIPL is held against in every table, and the rules that jumps can be made by.
+"""The baselines that TIPL is compared with in every table, and the rules that jumps can use.
 
 Shapes: T snapshots, P policy weights, B starts, K displacements of context, F of future, N = K + F, H forward steps, Q
 phases of a PPO iteration, R rank of a decomposition, M knots of a mean trajectory.
@@ -52,7 +52,7 @@ class CopyLast(PhaseTable):
 
 
 class Linear(PhaseTable):
-    """The last displacement goes on: 2-point linear extrapolation."""
+    """The last displacement continues: 2-point linear extrapolation."""
 
     name = "linear"
 
@@ -62,7 +62,7 @@ class Linear(PhaseTable):
 
 
 class Damped(PhaseTable):
-    """The last displacement goes on and fades by the same share at every step; the share is fitted."""
+    """The last displacement continues and fades by the same factor at every step; the factor is fitted."""
 
     name = "damped"
 
@@ -79,7 +79,7 @@ class Damped(PhaseTable):
 
 
 class WindowLinear(PhaseTable):
-    """The least-squares line through the context goes on from the last snapshot."""
+    """The least-squares line through the context continues from the last snapshot."""
 
     name = "window-linear"
 
@@ -148,7 +148,7 @@ class RankOne(Combination):
     """Rank-1 extrapolation (RELEX, arXiv 2605.21468) on the context: SVD of the deltas from its first snapshot, the
     leading direction, a line through the snapshots' coordinates on it, continued.
 
-    As published the forecast lies on that direction, wherever the last snapshot is.
+    As published, the forecast is on that direction, wherever the last snapshot is.
     """
 
     name = "rank-1"
@@ -241,7 +241,7 @@ class MeanTrajectory(Predictor):
         self.fitted = {"knots_M": knots_M, "mean_MP": (sum_MP / count).astype(np.float32)}
 
     def forecast(self, trial: Trial, starts_B: Starts) -> Weights:
-        """Last snapshot + mean displacement; a trial longer than the training trials stands still at their end."""
+        """Last snapshot + mean displacement; beyond the length of the training trials it does not move."""
         check_starts(len(trial.weights_TP), starts_B, self.question.context, 0)
         ahead_BH = np.asarray(starts_B)[:, None] + np.asarray(self.question.steps)
         return trial.weights_TP[starts_B][:, None] + (self._mean(ahead_BH) - self._mean(starts_B)[:, None])

@@ -28,7 +28,7 @@ Array = NDArray[np.floating]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What every predictor is asked: from a context of displacements, the weights at some forward steps."""
+    """The question to every predictor: the weights at some forward steps, from a context of displacements."""
 
     context: int
     """Displacements K up to the last snapshot known."""
@@ -58,12 +58,12 @@ class Question:
 
 
 class Contexts(NamedTuple):
-    """What a causal predictor on the basis `window` is told of B windows; nothing of it comes after their starts."""
+    """The input of a causal predictor on the basis `window` for B windows; none of it comes after their starts."""
 
     grams_BKK: NDArray[np.float64]
     """Inner products of the K displacements that end at each start."""
     phases_B: NDArray[np.integer]
-    """Snapshots that the start lies into its PPO iteration; 0 where one has just closed."""
+    """Snapshots of the PPO iteration before the start; 0 where one has just ended."""
     progress_B: NDArray[np.float64]
     """Share of the trial that has passed, 0 to 1."""
     learning_rates_B: NDArray[np.float64]
@@ -72,7 +72,7 @@ class Contexts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GramBand:
-    """Inner products of the displacements of one trajectory that lie near each other, and its clocks."""
+    """Inner products of nearby displacements of one trajectory, and its clocks."""
 
     products_SW: NDArray[np.float64]
     """<d_s, d_{s+j}> in row s and column j; 0 where the trajectory has ended."""
@@ -102,7 +102,7 @@ class GramBand:
         return self.products_SW[firsts_B11 + row_NN, column_NN]
 
     def contexts(self, starts_B: NDArray[np.integer], context: int) -> Contexts:
-        """What a causal predictor is told of the windows that end at these starts. Raises as `windows` does."""
+        """The input of a causal predictor for the windows that end at these starts. Raises as `windows` does."""
         starts_B = np.asarray(starts_B, np.int64)
         return Contexts(
             grams_BKK=self.windows(starts_B, context, 0),
@@ -115,7 +115,7 @@ class GramBand:
 def make_band(
     weights_TP: Rows, width: int, *, snapshots_per_iteration: int = 1, learning_rates_T: Array | None = None
 ) -> GramBand:
-    """The band of a trajectory, asked for in parts; float64 throughout. Raises ValueError if a weight is not finite."""
+    """The band of a trajectory, read in parts; float64 throughout. Raises ValueError if a weight is not finite."""
     return GramBand(
         products_SW=banded_products(weights_TP, width),
         learning_rates_T=rate_shares(learning_rates_T, weights_TP.shape[0]),

@@ -24,7 +24,7 @@ WAY_OUT = "restore it from a copy (MLflow keeps one), or delete the folder and t
 
 
 class SavedModel(nn.Module, abc.ABC):
-    """A model that lies in a folder: its weights, and JSON that says what it is."""
+    """A model in a folder: its weights, and JSON that describes it."""
 
     blocks: Blocks
     """Its Transformer."""
@@ -36,12 +36,12 @@ class SavedModel(nn.Module, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def described_by(cls, about: Mapping[str, Any]) -> Self:
-        """An untrained model of the size that model.json says."""
+        """An untrained model of the size given in model.json."""
 
     def save(self, folder: str, about: dict[str, Any] | None = None, beside: Mapping[str, bytes] | None = None) -> None:
-        """Write the model, JSON that belongs to it, for `load_about`, and files beside it, for `read_model_file`.
+        """Write the model, JSON that belongs to it, for `load_about`, and further files, for `read_model_file`.
 
-        model.json is the last: where it stands, the model is whole.
+        model.json is written last: if it exists, the model is complete.
         """
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         described = {**(about or {}), **self.described(), "architecture": ARCHITECTURES.name_of(type(self))}
@@ -89,7 +89,8 @@ def understood(folder: str, name: str, way_out: str = WAY_OUT) -> Iterator[None]
 
 
 def load_about(folder: str) -> dict[str, Any]:
-    """What model.json says of the model in a folder. Raises StoreError where there is none, or it is damaged."""
+    """The description of the model in a folder, from model.json. Raises StoreError where there is none, or it is
+    damaged."""
     content = read_model_file(folder, ABOUT_FILE)
     with understood(folder, ABOUT_FILE):
         about = json.loads(content)
@@ -97,7 +98,7 @@ def load_about(folder: str) -> dict[str, Any]:
 
 
 def files_beside(folder: str) -> list[str]:
-    """Names of the files that were saved beside a model's own."""
+    """Names of the further files that were saved with a model."""
     own = (WEIGHTS_FILE, ABOUT_FILE, RECORD_FILE)
     return sorted(name for name in Storage(folder).sizes() if name not in own)
 

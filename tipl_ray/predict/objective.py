@@ -50,15 +50,15 @@ class Objective(abc.ABC):
     def validate(self) -> tuple[float, float]:
         """The validation trials' loss, which chooses the best model, and the one-step skill in weights.
 
-        The skill can be compared between bases. It is NaN for trajectories that stand still.
+        The skill can be compared between bases. It is NaN for trajectories that do not move.
         """
 
     def about(self) -> dict[str, Any]:
-        """What must be known beside the model's weights to use it, as JSON."""
+        """What is needed besides the model's weights to use it, as JSON."""
         return {}
 
     def beside(self) -> dict[str, bytes]:
-        """Files that belong beside the model's."""
+        """Further files of the model."""
         return {}
 
     @abc.abstractmethod

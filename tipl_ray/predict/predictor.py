@@ -1,6 +1,6 @@
-"""What every predictor is asked (Sections 3.3 and 4.2), and those that answer with coefficients.
+"""The interface of predictors (Sections 3.3 and 4.2), and those that answer with coefficients.
 
-A `Combination` is causal by construction: it is told the inner products of a context's displacements and answers with
+A `Combination` is causal by construction: its input is the inner products of a context's displacements, its output
 coefficients, so its forecast is the last snapshot plus a combination of displacements, and it is fitted and judged from
 banded Gram matrices without a look at the weights. The others read weights. Knows trajectories; knows nothing of seeds,
 of returns or of how a forecast is summed up.
@@ -39,14 +39,14 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Trials:
-    """Trajectories to fit on: their bands at hand, their weights one after the other where they are asked for."""
+    """Trajectories to fit on: their bands at hand, their weights one after the other on demand."""
 
     bands: Sequence[GramBand]
     weights: Callable[[], Iterable[Weights]]
 
 
 class Predictor(abc.ABC):
-    """Anything that says how policy weights go on."""
+    """Anything that predicts how policy weights continue."""
 
     name: ClassVar[str]
     """Name in the result table."""
@@ -129,7 +129,7 @@ class Combination(Predictor):
 
 
 class PhaseTable(Combination):
-    """Coefficients that depend on the phase alone; those who inherit say which."""
+    """Coefficients that depend only on the phase; subclasses define them."""
 
     def coefficients(self, contexts: Contexts) -> NDArray[np.float64]:
         """The table's row of each window's phase."""

@@ -2,7 +2,7 @@
 
 Training, evaluation, sweep and serving know representations by this interface alone, and never ask which one they have.
 This package has two, the tokens of `tipl_ray.paper` and the Gram windows of `tipl_ray.window`; one from outside is
-named as `module:Name`. Loads no torch until a model is asked for, so that what does not fit is refused at once.
+named as `module:Name`. Does not import torch until a model is loaded, so that errors in options are found at once.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Representation(abc.ABC):
         return {}
 
     def learned_steps(self, evaluate: config.Evaluate) -> tuple[int, ...]:
-        """Forward steps that training depends on; none where whatever is asked later is made of single steps."""
+        """Forward steps that training depends on; empty where later forecasts are made of single steps."""
         return ()
 
     def fit(self, storage: str, seeds: Sequence[int]) -> Any:
@@ -105,7 +105,7 @@ class Representation(abc.ABC):
 
     @abc.abstractmethod
     def load(self, folder: str, question: Question | None, device: torch.device | str = "cpu") -> Predictor:
-        """TIPL as training left it in a folder; by default it is asked what it was trained for.
+        """The trained TIPL in a folder; by default for the question that it was trained on.
 
         Raises StoreError where there is no model, or a damaged one.
         """
@@ -114,7 +114,7 @@ class Representation(abc.ABC):
     def companions(self, tipl: Predictor, *, elsewhere: bool) -> tuple[list[Predictor], Predictor]:
         """Predictors that a loaded TIPL brings, and its upper bound: the true future as well as this can express it.
 
-        `elsewhere` says that TIPL was trained on other data sets than those at hand.
+        `elsewhere`: TIPL was trained on other data sets than those at hand.
         """
 
 
@@ -134,7 +134,7 @@ def representation_in(folder: str) -> Representation:
 
 
 def load_tipl(folder: str, question: Question | None = None, device: torch.device | str = "cpu") -> Predictor:
-    """TIPL as training left it in a folder or under a URI, asked by default what it was trained for.
+    """The trained TIPL in a folder or under a URI, by default for the question that it was trained on.
 
     Raises StoreError where there is none, or a damaged one.
     """

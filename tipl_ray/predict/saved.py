@@ -45,7 +45,7 @@ def load_fitted(predictors: Sequence[Predictor], content: bytes) -> None:
 
 
 def combinations() -> tuple[str, ...]:
-    """Names of the predictors that jumps can be made by, beside TIPL: those that answer with coefficients."""
+    """Names of the predictors that jumps can use, besides TIPL: those that answer with coefficients."""
     return tuple(name for name in PREDICTORS.names() if issubclass(PREDICTORS.load(name), Combination))
 
 
@@ -103,7 +103,8 @@ def find_predictor(folder: str) -> str:
     found = (
         f"; of its {len(models)} models none answers with displacements (train with --preset causal)" if models else ""
     )
-    raise ValueError(f"{folder} contains neither a saved predictor nor a trained model that can jump{found}")
+    published = f"; published with this package: {', '.join(published_predictors())}" if "/" not in folder else ""
+    raise ValueError(f"{folder} contains neither a saved predictor nor a trained model that can jump{found}{published}")
 
 
 def _models_below(folder: str) -> list[str]:
@@ -129,7 +130,7 @@ def _differences(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def predictor_digest(folder: str) -> str:
-    """Digest of what a saved predictor's answers depend on, wherever it lies. Raises as `load_predictor` does."""
+    """Digest of what a saved predictor's answers depend on, wherever it is stored. Raises as `load_predictor` does."""
     load_predictor(folder)
     folder = find_predictor(folder)
     names = (ABOUT_PREDICTOR_FILE, PREDICTOR_FILE) if file_exists(folder, ABOUT_PREDICTOR_FILE) else MODEL_FILES

@@ -29,7 +29,7 @@ COMMIT_BYTES, COMMIT_SNAPSHOTS = 64 * 2**20, 100
 
 
 class Known(TypedDict, total=False):
-    """What may be known of a snapshot beside its step and its weights."""
+    """What may be known of a snapshot besides its step and its weights."""
 
     iteration: int
     """Iterations begun."""
@@ -59,7 +59,7 @@ class Recorder:
 
     What counts is committed every few snapshots, at `close`, and by `commit`. Open the recorder again on the same trial
     after a kill, and give it all again from the beginning, or, after `load_state_dict`, from a checkpoint on: snapshots
-    that are committed already are compared, bit for bit, and the others follow them. `tensors` says what is recorded.
+    that are committed already are compared, bit for bit, and the others follow them. `tensors` lists what is recorded.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Recorder:
     def record(self, step: int, **known: Unpack[Known]) -> None:
         """Take the module as it is now for the next snapshot, after `step` steps of whatever the training counts.
 
-        What is known beside it, see `Known`, is known with every snapshot from the first on; a return or a loss may be
+        What else is known, see `Known`, is given with every snapshot from the first on; a return or a loss may be
         None. Raises ValueError for what cannot be recorded, StoreError for what does not fit the trial: weights that
         are not finite, or, where they are committed already, others than before.
         """
@@ -176,14 +176,14 @@ class Recorder:
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *others: Any) -> None:
-        """Close, or after an exception abandon, so that a run that goes on leaves the bytes of an undisturbed one."""
+        """Close, or after an exception abandon, so that a resumed run leaves the bytes of an undisturbed one."""
         if exception is None:
             self.close()
         else:
             self.abandon()
 
     def abandon(self) -> None:
-        """Let the trial go as a kill would: what is not committed is lost, and recorded again by a run that goes on."""
+        """Abandon the trial as a kill would: what is not committed is lost, and recorded again by a resumed run."""
         if self._open is not None:
             self._open.close()
         self._open = None
@@ -237,7 +237,7 @@ class Recorder:
                 )
 
     def _read(self) -> NDArray[np.float32]:
-        """The recorded tensors. Raises ValueError where others have begun to change, or some are gone."""
+        """The recorded tensors. Raises ValueError where others have begun to change, or some are missing."""
         now = self._now()
         written = [name for name, times in now.versions().items() if times != self._versions[name]]
         # Written to is not changed: a checkpoint that was loaded has written the same values.
@@ -282,7 +282,7 @@ class Recorder:
         return values
 
     def _find_what_is_there(self) -> None:
-        """Begin the trial where the storage's trials say what its columns are. Raises StoreError for what differs."""
+        """Begin the trial with the columns of the storage's trials. Raises StoreError for what differs."""
         try:
             if others := self._store.committed():
                 self._begin(self._store.header(others[:1]).columns)

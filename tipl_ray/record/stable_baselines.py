@@ -1,4 +1,4 @@
-"""stable-baselines3's trainings as trials of the data set: a callback for `learn`, and legs that can be gone on with.
+"""stable-baselines3's trainings as trials of the data set: a callback for `learn`, and legs that can be resumed.
 
 The one place that imports stable-baselines3, an optional dependency: `pip install tipl_ray[stable-baselines3]`.
 """
@@ -108,7 +108,7 @@ class RecordPolicy(BaseCallback):
         epochs_per_snapshot: int | None = None,
         **recorder: Any,
     ):
-        """Say where to record; `task` is by default the environment's id, `recorder` whatever else `Recorder` takes.
+        """Where to record; `task` is by default the environment's id, `recorder` whatever else `Recorder` takes.
 
         Raises ValueError for settings without meaning.
         """
@@ -288,7 +288,7 @@ def learn_in_legs(
     seed: int,
     callback: BaseCallback,
 ) -> BaseAlgorithm:
-    """Learn in legs, each of which begins with the checkpoint of the one before; the same call goes on after a kill.
+    """Learn in legs, each of which begins with the checkpoint of the one before; the same call resumes after a kill.
 
     stable-baselines3's own checkpoints have neither environments nor random generators in them, so that what is loaded
     cannot go on as if nothing had been. Here every leg begins by `make`, the last checkpoint (model, replay buffer,
@@ -379,7 +379,7 @@ def _task_of(model: BaseAlgorithm) -> str:
 
 
 def _described(model: Any) -> dict[str, Any]:
-    """What makes a training what it is, as far as the model says it in plain values."""
+    """The settings that define a training, as far as the model has them as plain values."""
     settings = {name: getattr(model, name) for name in SETTINGS if hasattr(model, name)}
     vector = model.get_vec_normalize_env()
     return {

@@ -94,7 +94,7 @@ class Tensors:
 
     @property
     def state(self) -> dict[str, NDArray[np.uint8]]:
-        """What a commit's state says of the tensors that stay as they are; empty where there are none."""
+        """A commit state's record of the tensors that do not change; empty without any."""
         return {FROZEN: tensors_digest(self.still)} if self.still else {}
 
 
@@ -184,7 +184,7 @@ def _prefixes(module: nn.Module) -> set[str]:
 
 
 def _without(name: str, prefixes: set[str]) -> str:
-    """A tensor's name without the parts that only say that a wrapper is there."""
+    """A tensor's name without the parts added by wrappers."""
     parts = name.split(".")
     return ".".join(part for at, part in enumerate(parts) if ".".join(parts[: at + 1]) not in prefixes)
 

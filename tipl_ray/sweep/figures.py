@@ -38,10 +38,10 @@ from tipl_ray.evaluate.metrics import Row
 
 @as_shipped()
 def heat_map(cells: Sequence[Row], across: str, up: str, names: Mapping[str, str], metric: str = "skill") -> Figure:
-    """Skill over two fields of a sweep, and the ridge's in a row of its own; the best cell is framed.
+    """Skill over two fields of a sweep, with the ridge in a separate row; the best cell is framed.
 
-    A cell is one run: its fields' values, `skill`, `ridge` and, where it is known, `floor`, the skill of the true
-    future on the run's basis; where that is the same all along each line it has a column of its own. One scale of
+    A cell is one run: its fields' values, `skill`, `ridge` and, where it is known, `floor`, the upper bound of
+    the run's basis; if that is the same along each row it has a separate column. One scale of
     colours has them all: white is copying, blue is better, up to 1, and red is worse, by the decades of the error, down
     to the worst cell. Runs that no grid holds, as a random search makes them, are dots.
     """
@@ -74,9 +74,9 @@ def heat_map(cells: Sequence[Row], across: str, up: str, names: Mapping[str, str
         line, column = np.unravel_index(np.nanargmax(runs), runs.shape)
         corner = (column - 0.46, line + has_ridge - 0.44)
         axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor=INK, linewidth=2.5, zorder=3))
-    dress(axes, f"{metric} over {names[up]} and {names[across]}; the best framed", names[across], names[up])
+    dress(axes, f"{metric} by {names[up]} and {names[across]}; best framed", names[across], names[up])
     axes.grid(visible=False)
-    told = [*map(_value_text, columns), *(["true future\non the basis"] * has_floor)]
+    told = [*map(_value_text, columns), *(["upper bound\nof the basis"] * has_floor)]
     axes.set_xticks(range(means.shape[1]), [wrapped(figure, text, 1.6, 10.5) for text in told])
     told = [*(["ridge"] * has_ridge), *map(_value_text, lines)]
     axes.set_yticks(range(len(told)), [wrapped(figure, text, 1.6, 10.5) for text in told])
@@ -104,7 +104,7 @@ def _dots(cells: Sequence[Row], across: str, up: str, names: Mapping[str, str], 
         best = int(np.nanargmax(values))
         axes.plot(x[best], y[best], "o", ms=16, mfc="none", mec=INK, mew=2.5, zorder=3)
         axes.annotate(_skill_text(values[best]), (x[best], y[best]), (11, 9), textcoords="offset points", fontsize=11)
-    dress(axes, f"{metric} over {names[up]} and {names[across]}; the best ringed", names[across], names[up])
+    dress(axes, f"{metric} by {names[up]} and {names[across]}; best circled", names[across], names[up])
     if not known.all():
         entries = [Line2D([], [], color=SOFT, marker="x", linestyle="", label="run that diverged")]
         legend_below(figure, entries)
@@ -167,7 +167,7 @@ def _deviation(skills: Sequence[float]) -> float:
 
 
 def _colour_bar(figure: Figure, axes: Axes, shown: AxesImage | PathCollection, metric: str) -> None:
-    """What the colours stand for, from the worst value to the best that there can be."""
+    """The colour bar, from the worst value to the best possible one."""
     bar = figure.colorbar(shown, ax=axes)
     bar.ax.tick_params(labelsize=10)
     told = metric
@@ -208,12 +208,12 @@ def parallel_coordinates(cells: Sequence[Row], names: Mapping[str, str], metric:
     for index, line in enumerate(np.array(heights).T):
         share = index / max(1, len(cells) - 1)
         best = index == len(cells) - 1
-        colour = COLOURS["linear"] if best else COLOURS["tipl"]
+        colour = COLOURS["tipl"] if best else COLOURS["copy-last"]
         axes.plot(
             range(len(fields)), line, color=colour, alpha=1 if best else 0.15 + 0.6 * share, lw=3 if best else 1.6
         )
-    missing = f"; {lost} that diverged not drawn" if lost else ""
-    dress(axes, f"Every run: fields and {metric}; the best in red{missing}", "", "")
+    missing = f"; {lost} diverged and are not drawn" if lost else ""
+    dress(axes, f"Fields and {metric} of every run; best in blue{missing}", "", "")
     axes.grid(visible=False)
     if not cells:
         explain(axes, "Every run diverged" if lost else "There are no runs")
@@ -255,14 +255,14 @@ def curves(
     axes.plot(grid, drawn(middle), color=INK, linewidth=2, label="median")
     axes.plot(best[0], drawn(best[1]), color=COLOURS["tipl"], lw=2.5, marker="o", ms=4.5, label=f"best: {name}")
     if math.isfinite(ridge):
-        label = "ridge at the best run's context"
+        label = "ridge with the best run's context"
         axes.axhline(float(drawn([ridge])[0]), color=COLOURS["ridge"], lw=2, ls="--", label=label)
     if far:
         log_scale(axes)
     if not np.isfinite(everything).any():
         explain(axes, "Every run diverged" if len(everything) else "There are no runs")
-    up = f"1 - {metric}: squared error left" if far else metric
-    dress(axes, f"Every run as it trained: {metric} of the model kept so far", "optimisation steps", up)
+    up = f"1 - {metric}: squared error relative to copying" if far else metric
+    dress(axes, f"{metric} of the best model so far, for every run", "optimisation steps", up)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     legend_below(figure, labelled(axes))
     return figure

@@ -9,6 +9,7 @@ that whatever is killed, the same command continues and no point is logged twice
     <storage>/models/<run digest>/      models of the runs that trained to their end, as of jobs/train.py
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -46,7 +47,7 @@ from tipl_ray.stages import REPORT_FILE, data_digest, essence, log_data, run_tag
 from tipl_ray.sweep import comparison
 from tipl_ray.sweep.judge import Judge
 from tipl_ray.sweep.space import Candidate, Range, Space, corners, describe, make_space, short_names, with_fields
-from tipl_ray.terminal import ProgressView, duration, say, say_rows
+from tipl_ray.terminal import ProgressView, duration, say, say_rows, waiting
 from tipl_ray.tracking import KEY_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder, run_digest
 from tipl_ray.train.ray_train import make_trainer, publish_model, worker_training
@@ -116,9 +117,10 @@ class Reduced:
 
 def run_sweep(experiment: config.Experiment) -> None:
     """The whole of jobs/sweep.py. Raises what `jobs.exit_status` prints for the user."""
-    check_job(experiment)
-    plan = make_plan(experiment)
-    tracker = open_tracker(experiment)
+    with waiting("sweep: checking the experiment and opening MLflow"):
+        check_job(experiment)
+        plan = make_plan(experiment)
+        tracker = open_tracker(experiment)
     key = f"sweep-{plan.digest}"
     found = tracker.find(key)
     if found and found.status == "FINISHED":
@@ -127,7 +129,9 @@ def run_sweep(experiment: config.Experiment) -> None:
         _show(plan, children)
         _say_findings(plan, tracker, children)
     else:
-        with only_one(experiment.storage_path, key, "running this sweep"), connected_to_ray():
+        with only_one(experiment.storage_path, key, "running this sweep"), contextlib.ExitStack() as until_the_end:
+            with waiting("sweep: starting Ray"):
+                until_the_end.enter_context(connected_to_ray())
             _require_children(experiment)
             with tracker.run(plan.name, key, tags=run_tags(experiment)) as parent:
                 _sweep(plan, tracker, parent)
@@ -183,7 +187,8 @@ def _sweep(plan: Plan, tracker: Tracker, parent: Run) -> None:
     log_data(experiment, parent)
     begin = time.monotonic()
     data = {_origin(child): child for child in plan.children}
-    reduced = {origin: _reduce(plan, child) for origin, child in data.items()}
+    with waiting("sweep: reducing the trials"):
+        reduced = {origin: _reduce(plan, child) for origin, child in data.items()}
     say(f"sweep: trials reduced, once for all runs, in {duration(time.monotonic() - begin)}")
     with ProgressView() as view, parent.system_metrics(tracker.uri):
         log = SweepLog(plan, tracker, parent, view)
@@ -438,11 +443,11 @@ class SweepLog(tune.Callback):
             self._show(trials)
 
     def status(self, trial: Trial) -> str:
-        """As Tune has it, but for children that were running when it was interrupted: these it calls ended."""
+        """Tune's status, except for runs that were running when it was interrupted: Tune calls these ended."""
         return Trial.RUNNING if trial.trial_id in self._running else trial.status
 
     def end(self, trial: Trial, trials: list[Trial], status: str) -> None:
-        """Log all that is known of a child and end its run as Tune's status says; again changes nothing."""
+        """Log all that is known of a run and end it with Tune's status; calling it again changes nothing."""
         found = self.tracker.find(child_key(self.plan, trial, trials))
         if found is None or found.status == "FINISHED":
             return

@@ -106,7 +106,7 @@ def training_digest(experiment: config.Experiment) -> str:
 
 
 def run_digest(experiment: config.Experiment, data_digest: str) -> str:
-    """What a trained model depends on, and nothing that only says where it is trained."""
+    """What a trained model depends on, without where it is trained."""
     made_of = _made_of(experiment)
     steps = representation_of(experiment.basis).learned_steps(experiment.evaluate)
     source = REPRESENTATIONS.source_digest(experiment.basis.kind)
@@ -150,7 +150,7 @@ def _few(fields: list[str]) -> str:
 
 
 def _differences(experiment: config.Experiment, data_digest: str, folder: str) -> list[str]:
-    """In which fields the model of a folder differs from the one that is asked for; none where that is not known."""
+    """The fields in which a folder's model differs from the requested one; empty where that is unknown."""
     try:
         about = json.loads(read_file(folder, ABOUT_FILE))
         made_by = from_table(about["experiment"])

@@ -57,7 +57,7 @@ def train(
 ) -> str:
     """Train the causal Transformer (Section 3.3) on the experiment's data set; the folder of the trained model.
 
-    Goes on where an interrupted run stopped; a finished one is found and nothing is done. `on_metrics` is called in
+    Continues where an interrupted run stopped; a finished one is found and nothing is done. `on_metrics` is called in
     the caller's thread, once per iteration of this run (`load_history` has those of interrupted runs too), `say` with
     one line for each; `on_phase` is called about twice a second with what is being done. An exception out of any of
     them ends the run. Raises StoreError or ValueError for data that cannot be used, StoreError where checkpoints cannot
@@ -85,7 +85,7 @@ def train(
 
 
 def publish_model(checkpoint_folder: str, folder: str, experiment: config.Experiment, data_digest: str) -> None:
-    """Put the best model of a training that has ended where `model_folder` says, its history beside it."""
+    """Put the best model of a finished training and its history into `model_folder`."""
     history = json.loads(read_file(checkpoint_folder, PROGRESS_FILE))["history"]
     beside = {HISTORY_FILE: json.dumps(history, indent=1).encode()}
     about = load_about(f"{checkpoint_folder}/model") | {"data_digest": data_digest}
@@ -132,7 +132,7 @@ def _resumed(folder: str, say: Callable[[str], None]) -> tuple[ray.train.Checkpo
 
 @contextlib.contextmanager
 def _explained(folder: str) -> Iterator[None]:
-    """What Ray Train failed of, if a user can mend it, in place of Ray Train's own exception."""
+    """The cause of Ray Train's failure, if a user can fix it, in place of Ray Train's own exception."""
     try:
         yield
     except (OSError, ray.train.TrainingFailedError) as error:
@@ -259,7 +259,7 @@ def make_trainer(
     gpus_per_worker: float,
     callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> ray.train.torch.TorchTrainer:
-    """Ray Train over a loop: built again under the same name and path, it goes on from the last checkpoint."""
+    """Ray Train over a loop: built again under the same name and path, it continues from the last checkpoint."""
     # A report waits until the controller has looked after the one before, by default every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     # Ray would find the folder, and endpoints that the environment names, by itself; all endpoints only we know.

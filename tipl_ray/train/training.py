@@ -65,7 +65,7 @@ class Training:
         self.history: list[Metrics] = []
 
     def iterations(self) -> Iterator[Metrics]:
-        """Train on from where the state stands; yields after each iteration's validation.
+        """Train from the current state on; yields after each iteration's validation.
 
         Raises TrainingError if the loss is no longer finite.
         """

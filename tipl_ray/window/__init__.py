@@ -1,1 +1,1 @@
-"""Our representation: the displacements of a window, known by their inner products alone."""
+"""Our representation: the displacements of a window, through their inner products."""

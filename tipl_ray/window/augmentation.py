@@ -1,4 +1,4 @@
-"""Windows put beside others, so that they stand for policies that are not in the data.
+"""Windows joined with others, so that they represent policies that are not in the data.
 
 Shapes: B windows, K displacements of context, F of future, N = K + F, H forward steps, Q phases of a PPO iteration.
 """
@@ -16,7 +16,7 @@ MOST_CONTRAST = 8.0
 
 
 def side_by_side(batch: WindowBatch, steps_H: Sequence[int], num_phases: int, share: float) -> WindowBatch:
-    """Put some of a batch's windows beside others, and beside made-up ones, so that they stand for other policies.
+    """Join some of a batch's windows with others, and with made-up ones, so that they represent other policies.
 
     The weights of several policies, each at a scale of its own, are the weights of a larger one, whose displacements'
     inner products are the sum of theirs. Partners are of the same phase. The made-up ones repeat themselves with PPO's

@@ -27,7 +27,7 @@ class WindowError(Objective):
 
     The loss is 1 - skill, mean over forward steps: windows count by how far they move, as in the figure that is
     reported. As early windows move a hundred times as far as late ones, they are drawn more often instead of weighed
-    more, which tells the same to less noise. The ridge that the model corrects is fitted here.
+    more, which is equivalent with less noise. The ridge that the model corrects is fitted here.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""TIPL on the basis `window`, the floor of what it could answer, and the ridge that it carries.
+"""TIPL on the basis `window`, its upper bound, and the ridge regression that it contains.
 
 Shapes: T snapshots, P policy weights, B starts, K displacements of context, F of future, N = K + F, H forward steps, Q
 phases of a PPO iteration.
@@ -17,7 +17,7 @@ from tipl_ray.window.transformer import WindowTransformer
 
 
 class RidgeElsewhere(PhaseTable):
-    """The ridge regression that a model carries: fitted on what the model was trained on, which is not this task."""
+    """The ridge regression inside a model: fitted on what the model was trained on, which is not this task."""
 
     name = "ridge-elsewhere"
 
@@ -31,7 +31,8 @@ class RidgeElsewhere(PhaseTable):
 
 
 class WindowFloor(Predictor):
-    """The true future, projected on the span of the context's displacements: the floor of every `Combination`."""
+    """The true future, projected onto the span of the context's displacements: the upper bound of every
+    `Combination`."""
 
     name, basis, causal = "window-floor", "window", False
 
@@ -68,7 +69,7 @@ class WindowTipl(Combination):
         if (model.size.context, model.steps, model.num_phases) != dataclasses.astuple(question):
             raise ValueError(
                 f"the model answers for context {model.size.context}, steps {model.steps} and {model.num_phases} "
-                f"phases; asked is {question}"
+                f"phases, not for {question}"
             )
         self.model, self.device = model.to(device).eval(), device
 

@@ -1,4 +1,4 @@
-"""Our representation: a context is its displacements, known by their inner products alone; causal."""
+"""Our representation: a context is its displacements, through their inner products; causal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class Window(Representation):
 
     def without_effect(self) -> dict[str, str]:
         """See `Representation.without_effect`."""
-        return dict.fromkeys(("basis.rank", "basis.centred", "basis.deltas"), "basis.kind=window fits no Temporal SVD")
+        without_svd = dict.fromkeys(
+            ("basis.rank", "basis.centred", "basis.deltas"), "basis.kind=window fits no Temporal SVD"
+        )
+        return {**without_svd, "model.residual": "it is for bases of tokens"}
 
     def learned_steps(self, evaluate: config.Evaluate) -> tuple[int, ...]:
         """All of them: they are learned at once."""

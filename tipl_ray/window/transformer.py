@@ -30,7 +30,7 @@ class WindowTransformer(SavedModel):
     """TIPL on the basis `window`: each displacement of the context is a token, answered with H coefficients.
 
     A token holds nothing but the displacement's cosines with the context's others and its length against theirs, the
-    phase in which it was made and, if `size.clock` says so, how far the trial has come: neither the number of weights
+    phase in which it was made and, depending on `size.clock`, the trial's progress: neither the number of weights
     nor their scale. The model weighs two kinds of ridge regression against each other, one that other trials were
     fitted on, by phase, which it is given, and `ContextRidge`, and corrects their coefficients.
     """
@@ -81,7 +81,7 @@ class WindowTransformer(SavedModel):
 
     @property
     def question(self) -> Question:
-        """What it was trained to be asked."""
+        """The question that it was trained for."""
         return Question(context=self.size.context, steps=self.steps, snapshots_per_iteration=self.num_phases)
 
     def described(self) -> dict[str, Any]:
@@ -90,10 +90,10 @@ class WindowTransformer(SavedModel):
 
     @classmethod
     def described_by(cls, about: Mapping[str, Any]) -> Self:
-        """An untrained model of the size that model.json says."""
+        """An untrained model of the size given in model.json."""
         return cls(config.Model(**about["model"]), tuple(about["steps"]), about["num_phases"])
 
 
 def _clock_features(clock_B: Tensor) -> Tensor:
-    """A share of the trial, seen so that its beginning, where most happens, is told apart finely; (B, CLOCK_SIZE)."""
+    """A share of the trial, scaled so that its beginning, where most happens, is resolved finely; (B, CLOCK_SIZE)."""
     return torch.stack((clock_B, clock_B**2, torch.exp(-10 * clock_B), torch.exp(-50 * clock_B)), dim=1)
