@@ -18,6 +18,8 @@ from tipl_ray.drawing import png
 from tipl_ray.predict.saved import load_predictor, predictor_digest
 
 REPORT_FILE, RECORD = "report.html", "predictability.sha256"
+DEFAULT = Asking()
+"""What is asked where nothing is said."""
 
 
 def choose_series(storage: str, names: Sequence[str]) -> list[ImportedSeries]:
@@ -44,7 +46,9 @@ def choose_series(storage: str, names: Sequence[str]) -> list[ImportedSeries]:
     return load_all(storage, list({one.digest: one for one in chosen or known}.values()))
 
 
-def answer(storage: str, names: Sequence[str], asking: Asking, predictor: str | None) -> tuple[str, Findings]:
+def answer(
+    storage: str, names: Sequence[str] = (), asking: Asking = DEFAULT, predictor: str | None = None
+) -> tuple[str, Findings]:
     """Analyse series, and publish the page, pictures and tables; their folder, and the findings.
 
     `predictor` is a folder or URI that `load_predictor` takes. Raises as `choose_series` and `ask` do.
@@ -61,7 +65,7 @@ def answer(storage: str, names: Sequence[str], asking: Asking, predictor: str | 
         predictor_digest(predictor) if predictor is not None else None,
     )
     options = [storage, *(["--series", *(one.digest for one in series)] if names else [])]
-    options += ["--steps", *map(str, asking.steps)] if asking.steps != Asking().steps else []
+    options += ["--steps", *map(str, asking.steps)] if asking.steps != DEFAULT.steps else []
     options += ["--context", str(asking.context)] if asking.context is not None else []
     options += ["--per-iteration", str(asking.per_iteration)] if asking.per_iteration is not None else []
     options += ["--leave-out", *map(shlex.quote, asking.leave_out)] if asking.leave_out else []
