@@ -9,7 +9,8 @@ TIPL (Transformer as Implicit Policy Learner) predicts the weights of a policy d
 of the squared error of copying the last snapshot that it removes: 1 is perfect, 0 is copying. With the last few trials
 as test trials, as jobs/evaluate.py has it, the figures are those of these trials; here they rest on all of them.
 
-Needs the trials that jobs/collect.py left in the storage. The same command again goes on where it stopped.
+Needs the trials that jobs/collect.py has put into the storage. Running the same command again continues where it
+stopped.
 """
 
 import sys

@@ -157,7 +157,7 @@ def test_the_order_is_that_of_the_number_in_which_names_differ(
     ("names", "pattern", "complaint"),
     [
         (["step_1", "step_2", "final"], None, "final and step_. are named too differently to order"),
-        (["e=1-loss=7", "e=2-loss=3"], None, "order them in 2 ways; say which number counts"),
+        (["e=1-loss=7", "e=2-loss=3"], None, "order them in 2 ways; choose the number with --steps"),
         (["step_01", "step_1"], None, "step_01 and step_1 both have the number 1"),
         (["a_1_x", "b_1_x"], r"_(\d)_", "a_1_x and b_1_x both have the number 1"),
         (["a", "b"], r"step_(\d+)", "matches none of 2 checkpoints, such as a"),
@@ -268,7 +268,7 @@ def test_a_missing_shard_and_an_ambiguous_folder_are_refused(tmp_path: Path) -> 
         (tmp_path / "two" / f"{step}").mkdir(parents=True)
         for name in ("actor.pt", "critic.pt"):
             torch.save({name: torch.full((3,), float(step))}, tmp_path / "two" / f"{step}" / name)
-    with pytest.raises(CheckpointError, match=r"actor.pt, critic.pt could all be its weights; say which with --file"):
+    with pytest.raises(CheckpointError, match=r"actor.pt, critic.pt could all be its weights; choose one with --file"):
         find_series(tmp_path / "two", Selection())
     assert set(find_series(tmp_path / "two", Selection(file="actor.pt")).tensors) == {"actor.pt"}
 

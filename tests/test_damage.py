@@ -647,7 +647,10 @@ CASES = [
         names="commits/trial=9",
     ),
     Case(
-        what="The seal is empty", attempt=in_sealed(edit_seal(lambda text: ""), is_sealed), says="no seal", names=SEAL
+        what="The seal is empty",
+        attempt=in_sealed(edit_seal(lambda text: ""), is_sealed),
+        says="is not a seal",
+        names=SEAL,
     ),
     Case(
         what="The seal is cut short",

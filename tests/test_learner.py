@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tipl_ray.config import Collect, Experiment, Ppo
-from tipl_ray.ppo.compiled_learner import CompiledLearner
+from tipl_ray.ppo import compiled_learner
+from tipl_ray.ppo.compiled_learner import CompiledLearner, has_bfloat16
 from tipl_ray.ppo.engines import choose_engine, make_learner
 from tipl_ray.ppo.generators import action_noise
 from tipl_ray.ppo.learner import Learner, Rollouts
@@ -364,3 +365,68 @@ def test_a_compiler_that_fails_is_named_and_auto_goes_on_without_it(
     ) as told:
         choose_engine("compiled", Ppo())
     assert "\n" not in str(told.value)
+
+
+def in_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Rounded by torch, as float64."""
+    return torch.from_numpy(values.astype(np.float32)).to(torch.bfloat16).double().numpy()
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    shutil.which("g++") is None or not has_bfloat16(), reason="no g++, or no AVX512_BF16"
+)
+NARROW = dataclasses.replace(PPO, precision="bfloat16")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH, POLE])
+def test_in_bfloat16_the_factors_of_products_are_rounded_and_nothing_else(shape: NetworkShape) -> None:
+    """The critic's values, against numpy in float64 with factors that torch has rounded."""
+    parameters, rollouts = some_parameters(shape), some_rollouts(shape)
+    CompiledLearner(shape, NARROW).advantages(parameters, rollouts)
+    found_S, hidden_SE = rollouts.values_KS[0].copy(), rollouts.observations_KSO[0, :-1].astype(np.float64)
+    layers = [
+        (parameters[0, offset : offset + int(np.prod(sizes))].reshape(sizes))
+        for name, sizes, offset in shape.layout
+        if name.startswith("critic")
+    ]
+    for weights_IO, biases_O in zip(layers[::2], layers[1::2], strict=True):
+        hidden_SE = in_bfloat16(hidden_SE) @ in_bfloat16(weights_IO) + biases_O
+        hidden_SE = np.tanh(hidden_SE) if len(biases_O) > 1 else hidden_SE
+    expected_S = hidden_SE[:, 0]
+    # A float32 sum may round an activation to the other side: a bfloat16 step of one factor of many.
+    np.testing.assert_allclose(found_S, expected_S, atol=2e-3 * np.abs(expected_S).max())
+    CompiledLearner(shape, PPO).advantages(parameters, rollouts)
+    near, far = (np.abs(found_S - other).max() for other in (expected_S, rollouts.values_KS[0]))
+    assert near < 0.2 * far
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("shape", [PENDULUM, ODD, CHEETAH, POLE])
+def test_gradients_in_bfloat16_are_as_near_as_bfloat16_allows(shape: NetworkShape) -> None:
+    parameters, rollouts = prepared(shape)
+    indices = np.random.default_rng(7).permutation(STEPS)[: PPO.minibatch_size]
+    expected = autograd_gradient(shape, parameters, rollouts, 1, indices)
+    gradient = CompiledLearner(shape, NARROW).gradient(parameters[1], rollouts, 1, indices)
+    assert 1e-4 < np.linalg.norm(gradient - expected) / np.linalg.norm(expected) < 0.03
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("size", [16, 48, 64])
+def test_minibatches_of_any_size_have_their_gradients_in_bfloat16(size: int) -> None:
+    ppo = dataclasses.replace(NARROW, num_steps=4 * size)
+    parameters, rollouts = prepared(ODD)
+    indices = np.random.default_rng(7).permutation(STEPS)[:size]
+    expected = autograd_gradient(ODD, parameters, rollouts, 1, indices)
+    gradient = CompiledLearner(ODD, ppo).gradient(parameters[1], rollouts, 1, indices)
+    assert np.linalg.norm(gradient - expected) / np.linalg.norm(expected) < 0.03
+
+
+@needs_compiler
+def test_bfloat16_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"is for the compiled engine, and collect\.engine='torch'"):
+        choose_engine("torch", NARROW)
+    monkeypatch.setattr(compiled_learner, "has_bfloat16", lambda: False)
+    with pytest.raises(ValueError, match="this processor has no AVX512_BF16"):
+        choose_engine("auto", NARROW)
+    assert choose_engine("auto", PPO) == "compiled"

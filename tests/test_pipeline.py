@@ -257,7 +257,7 @@ def test_a_submitted_job_without_storage_is_refused_before_its_data_can_be_lost(
     environment = {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
     result = subprocess.run(job, capture_output=True, text=True, timeout=200, env=environment)
     assert result.returncode == 1
-    assert "give --storage" in result.stderr
+    assert "set --storage to a folder" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -62,7 +62,7 @@ def test_where_the_cluster_can_grow_a_line_now_and_then_says_what_is_waited_for(
     time.sleep(1.0)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) >= 2
-    assert "waiting for the cluster to grow, 0 s so far: a.threads=64 needs 64 CPUs per actor" in lines[0]
+    assert "waiting for the cluster to grow, 0 s elapsed: a.threads=64 needs 64 CPUs per actor" in lines[0]
 
 
 def test_a_cluster_whose_nodes_have_types_can_grow(monkeypatch: pytest.MonkeyPatch) -> None:

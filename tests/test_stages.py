@@ -127,7 +127,7 @@ def test_a_model_that_is_missing_is_refused_and_those_that_are_there_are_named(
         settings, "evaluate", capsys=capsys
     )
     write_model(tmp_path, "0123", experiment(tmp_path, seed=5), stages.data_digest(settings))
-    assert "There are 0123 with train.seed=5, not 0. Ask" in refused(settings, "evaluate", capsys=capsys)
+    assert "Found 0123 with train.seed=5, not 0. Ask" in refused(settings, "evaluate", capsys=capsys)
 
 
 @pytest.mark.parametrize("stage", ["collect", "pipeline"])
@@ -216,7 +216,7 @@ def test_a_figure_without_data_is_left_out_with_a_word_why(capsys: pytest.Captur
         raise ValueError("no curve has two returns")
 
     assert stages._those_with_data("collect", {"curves": nothing_to_draw}) == {}  # type: ignore[dict-item]
-    assert capsys.readouterr().out == "collect: no picture 'curves': no curve has two returns\n"
+    assert capsys.readouterr().out == "collect: no figure 'curves': no curve has two returns\n"
 
 
 @pytest.mark.parametrize(

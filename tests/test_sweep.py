@@ -164,7 +164,12 @@ def test_children_are_left_where_jobs_train_and_evaluate_look_for_them(finished:
 def test_a_finished_sweep_is_found_and_nothing_is_done(finished: Path, capsys: pytest.CaptureFixture) -> None:
     before = sweep_of(finished)[1:]
     sweep.run_sweep(experiment(finished, where=Where(max_concurrent_trials=1)))
-    assert "already finished, 4 runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "already finished, 4 runs" in said
+    assert re.search(r"^Does it beat the ridge regression\? .*, on 1 validation trial\. Skill ", said, re.MULTILINE)
+    (report,) = finished.glob("sweeps/*/report.html")
+    assert f"report: {report.as_uri()}" in said
+    assert (finished / "latest" / "report.html").samefile(report)
     assert sweep_of(finished)[1:] == before
 
 

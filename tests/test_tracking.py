@@ -330,7 +330,7 @@ def test_a_storage_that_carries_credentials_is_refused_without_quoting_them(uri)
         dataclasses.replace(smoke, where=config.Where(predictors_storage=uri)),
         dataclasses.replace(smoke, train=config.Train(data=("/data", uri)), basis=config.Basis(kind="window")),
     ):
-        with pytest.raises(ValueError, match="carries credentials") as refused:
+        with pytest.raises(ValueError, match="contains credentials") as refused:
             changed.check()
         assert "S3CRET" not in str(refused.value)
     with pytest.raises(StoreError) as not_opened:

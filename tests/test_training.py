@@ -266,7 +266,7 @@ def test_a_missing_model_is_told_by_what_differs_in_those_that_are_there(tmp_pat
     write_model(tmp_path, "foreign", asked)
     (tmp_path / "models" / "foreign" / "model.json").write_text("[]")
     said = str(data_sets.missing_model(asked, "data"))
-    assert "There are near with train.seed=7, not 0; other with other data, train.seed=7, not 0; far with " in said
+    assert "Found near with train.seed=7, not 0; other with other data, train.seed=7, not 0; far with " in said
     assert "and 2 more different fields. Ask for one of these" in said
     assert "begun" not in said
     assert "\n" not in said

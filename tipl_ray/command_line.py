@@ -1,7 +1,10 @@
 """From a command line to an experiment: read it, check it for these jobs, and refuse it in one line if it is wrong."""
 
+import ast
 import contextlib
 import dataclasses
+import inspect
+import itertools
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from typing_extensions import Doc
 
 from tipl_ray.config import JOBS, MOVED, Experiment, RunTask, check_place, every_field, fields_read
 from tipl_ray.digest import redacted
@@ -63,7 +67,7 @@ class CommandLine:
             check_places(parsed.storage_path)
         if self.memory:
             taken = ", ".join(self._taken(parsed, {*sections, *(["preset"] if self.memory.preset else [])}))
-            say(f"{_named(self.jobs)}: {taken} read from storage {redacted(parsed.storage_path)}")
+            say(f"{_named(self.jobs)}: {taken} from storage {redacted(parsed.storage_path)}")
         return parsed
 
     def _usage(self) -> str:
@@ -155,6 +159,7 @@ def _shown(part: Any, read: Collection[str], prefix: str = "") -> Any:
     """A section, in a subclass whose other fields tyro neither shows nor sets."""
     fields: list[Any] = []
     values: dict[str, Any] = {}
+    docs = _field_docs(type(part))
     for field in dataclasses.fields(part):
         name, value = f"{prefix}{field.name}", getattr(part, field.name)
         if any(one.startswith(f"{name}.") for one in read):
@@ -164,12 +169,25 @@ def _shown(part: Any, read: Collection[str], prefix: str = "") -> Any:
             fields.append((field.name, kind))
         elif name not in read:
             fields.append((field.name, Annotated[field.type, tyro.conf.Suppress, tyro.conf.Fixed]))
+        elif field.name in docs:
+            fields.append((field.name, Annotated[field.type, Doc(docs[field.name])]))
         values[field.name] = value
-    known = {"__doc__": type(part).__doc__}
+    known = {"__doc__": " ".join((type(part).__doc__ or "").split())}
     made = dataclasses.make_dataclass(
         type(part).__name__, fields, bases=(type(part),), namespace=known, frozen=True, kw_only=True
     )
     return made(**values)
+
+
+def _field_docs(section: type) -> dict[str, str]:
+    """The docstrings under a section's fields, each in one line, of which tyro would keep the line breaks."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(section)).body if isinstance(node, ast.ClassDef))
+    docs = {}
+    for field, below in itertools.pairwise(body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
 
 
 def _plain(shown: Any, loaded: Any) -> Any:

@@ -84,6 +84,9 @@ class Ppo:
     initialisation: Literal["orthogonal", "uniform"] = dataclasses.field(default="orthogonal", metadata=LATER)
     """Initialisation of the networks: `orthogonal`, as in CleanRL, or `uniform`, torch's default: within
     1 / sqrt(inputs)."""
+    precision: Literal["float32", "bfloat16"] = dataclasses.field(default="float32", metadata=LATER)
+    """Precision of the factors in the update epochs' matrix products; sums, weights and Adam stay float32. `bfloat16`
+    needs the compiled engine and a processor with AVX512_BF16; its bits are those of one family of processors."""
     initial_log_std: Annotated[float, Field(ge=-20, le=10)] = dataclasses.field(default=0.0, metadata=LATER)
     """Initial log standard deviation of the policy's actions."""
 

@@ -80,7 +80,7 @@ COLOURS = {
 PATH_COLOURS = LinearSegmentedColormap.from_list("returns", ["#f3d28b", "#e08a1e", "#b5260f", "#4a0a2b"])
 """Returns from low to high, in colours that TIPL's stands out from."""
 PHASE_COLOURS = (
-    *("#7f3b08", "#2d004b", "#35978f", "#b2182b", "#4d4d4d", "#8e0152", "#bf812d", "#01665e", "#9970ab", "#d6604d"),
+    *("#7f3b08", "#2d004b", "#35978f", "#b2182b", "#8e0152", "#4d4d4d", "#bf812d", "#01665e", "#9970ab", "#d6604d"),
 )
 """Of what is no predictor, such as phases: none of the predictors' own."""
 SCATTER_TITLES = {"tipl": "TIPL's policies", "copy-last": "Copies of the last snapshot"}

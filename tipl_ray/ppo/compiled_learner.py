@@ -6,7 +6,9 @@ K trials, S steps of a rollout, O observation values, A action values, N paramet
 import ctypes
 import dataclasses
 import functools
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +23,21 @@ LANES = 16
 """The compiled learner's vector width, whose multiples its minibatches must be."""
 
 
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether g++ compiles for a processor that multiplies in bfloat16, which is this one."""
+    asked = ["g++", "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    return b"__AVX512BF16__" in subprocess.run(asked, capture_output=True, check=False).stdout
+
+
 def why_not_compiled(ppo: Ppo) -> str | None:
     """Why the compiled learner cannot be had here; None where it can."""
     if shutil.which("g++") is None:
         return "there is no g++ on the PATH"
     if ppo.minibatch_size % LANES:
         return f"the minibatch size {ppo.minibatch_size} is not a multiple of {LANES}"
+    if ppo.precision == "bfloat16" and not has_bfloat16():
+        return "this processor has no AVX512_BF16, which ppo.precision='bfloat16' needs"
     try:
         # What the environments build too, in a second: it tells whether the compiler works.
         shared_library("wrappers.cpp", "-ffp-contract=off")
@@ -183,6 +194,7 @@ def _library(shape: NetworkShape, ppo: Ppo, precision: type, march: str) -> ctyp
         "CLIP_VALUES": int(ppo.clip_values),
         "DPO": int(ppo.drift == "dpo"),
         "DISCRETE": int(shape.discrete),
+        "BFLOAT16": int(ppo.precision == "bfloat16" and precision is np.float32),
     }
     options = [f"-D{name}={value}" for name, value in macros.items()]
     return ctypes.CDLL(str(shared_library("learner.cpp", *options, march=march)))

@@ -16,6 +16,9 @@ def choose_engine(engine: str, ppo: Ppo) -> Literal["compiled", "torch", "cuda"]
     reason = None if engine in ("cuda", "torch") else why_not_compiled(ppo)
     if engine == "compiled" and reason:
         raise ValueError(f"collect.engine='compiled' cannot be had: {reason}; 'torch' runs without")
+    if ppo.precision == "bfloat16" and (engine in ("cuda", "torch") or reason):
+        other = reason or f"collect.engine={engine!r}"
+        raise ValueError(f"ppo.precision='bfloat16' is for the compiled engine, and {other}; leave one of them out")
     if engine == "cuda":
         return "cuda"
     if engine == "torch" or reason:

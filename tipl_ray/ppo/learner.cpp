@@ -3,7 +3,9 @@
 // Compiled by compiled_learner.py for the shapes of one experiment: OBSERVATION, ACTION, POLICY_1, POLICY_2, CRITIC_1,
 // CRITIC_2 (widths), BATCH (samples per minibatch, a multiple of 16) and REAL (float; double in tests) are macros, and so
 // are RELU (else tanh), CLIP_VALUES, DPO (else PPO's clipping) and DISCRETE, each 0 or 1. With DISCRETE the actor's outputs
-// are logits of ACTION choices, an action is 1 in its choice and 0 elsewhere, and there is no log_std.
+// are logits of ACTION choices, an action is 1 in its choice and 0 elsewhere, and there is no log_std. With BFLOAT16 the
+// factors of the minibatches' matrix products are rounded to bfloat16, two of which the processor multiplies and adds to
+// a float at once; sums, activations, weights and Adam stay float.
 //
 // Activations are feature-major: a layer's output is (features, BATCH), with the samples of the minibatch along the
 // vector lanes. Weights are (inputs, outputs). Every sum runs in an order that the source fixes, lane by lane of 16,
@@ -13,6 +15,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if BFLOAT16
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -171,12 +176,151 @@ INLINE void weight_gradient_rows(const REAL *x, const REAL *dy, REAL *gradient) 
   }
 }
 
+#if BFLOAT16
+// The same in bfloat16: 32 bits of `low` and, above it, `high`, each rounded to the nearest, ties to even.
+INLINE Integers pair(Vector low, Vector high) {
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const __m512i order = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008,
+                                         0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+  return (Integers)_mm512_permutexvar_epi16(order, (__m512i)both);
+}
+
+// The first floats of a row, as many as there are; 0 for the others.
+INLINE Vector some(const REAL *row, int lanes) {
+  const __mmask16 mask = lanes >= LANES ? 0xffff : lanes > 0 ? (1 << lanes) - 1 : 0;
+  return (Vector)_mm512_maskz_loadu_ps(mask, row);
+}
+
+// sum + low x low + high x high, lane by lane.
+INLINE Vector dot(Vector sum, Integers x, Integers y) {
+  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+}
+
+INLINE Integers everywhere(int32_t pair) { return Integers{} + pair; }
+
+constexpr int halved(int size) { return (size + 1) / 2; }
+
+// Neighbouring rows of x as pairs; a last one alone has 0 beside it.
+template <int ROWS_OF_X, int COLUMNS>
+INLINE void pair_rows(const Vector *x, Integers *pairs) {
+  for (int k = 0; k < ROWS_OF_X; k += 2)
+    for (int v = 0; v < COLUMNS; ++v)
+      pairs[k / 2 * COLUMNS + v] = pair(x[k * COLUMNS + v], k + 1 < ROWS_OF_X ? x[(k + 1) * COLUMNS + v] : Vector{});
+}
+
+// Neighbours within a row as pairs: `length` floats become halved(length) pairs, padded to whole vectors of them.
+template <int LENGTH>
+INLINE void pair_within(const REAL *row, int32_t *pairs) {
+  for (int j = 0; j < LENGTH; j += 2 * LANES) {
+    const Vector low = some(row + j, LENGTH - j), high = some(row + j + LANES, LENGTH - j - LANES);
+    const __m512bh narrow = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    std::memcpy(pairs + j / 2, &narrow, sizeof(narrow));
+  }
+}
+
+template <int R, int PAIRS, int K_STRIDE, int R_STRIDE>
+INLINE void pair_product_rows(const int32_t *__restrict scalars, const REAL *start, const Integers *__restrict x,
+                              Vector *__restrict y) {
+  Vector sums[R][NV];
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = Vector{} + (start ? start[r] : REAL(0));
+  for (int k = 0; k < PAIRS; ++k) {
+    UNROLL for (int r = 0; r < R; ++r) {
+      const Integers scalar = everywhere(scalars[k * K_STRIDE + r * R_STRIDE]);
+      UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = dot(sums[r][v], scalar, x[k * NV + v]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int v = 0; v < NV; ++v) y[r * NV + v] = sums[r][v];
+}
+
+template <int OUTER, int PAIRS, int K_STRIDE, int R_STRIDE>
+void pair_product(const int32_t *scalars, const REAL *start, const Integers *x, Vector *y) {
+  int r = 0;
+  for (; r + ROWS <= OUTER; r += ROWS)
+    pair_product_rows<ROWS, PAIRS, K_STRIDE, R_STRIDE>(scalars + r * R_STRIDE, start ? start + r : nullptr, x,
+                                                       y + r * NV);
+  constexpr int REST = OUTER % ROWS;
+  if constexpr (REST > 0)
+    pair_product_rows<REST, PAIRS, K_STRIDE, R_STRIDE>(scalars + r * R_STRIDE, start ? start + r : nullptr, x,
+                                                       y + r * NV);
+}
+
+// R rows of dW over C vectors of outputs: x as pairs of neighbouring samples, dy as pairs of neighbouring samples' rows.
+template <int R, int C, int OUT, int WIDTH>
+INLINE void pair_weight_gradient(const int32_t *__restrict x, const Integers *__restrict dy, REAL *__restrict gradient) {
+  Vector sums[R][C] = {};
+  for (int b = 0; b < B / 2; ++b) {
+    UNROLL for (int r = 0; r < R; ++r) {
+      const Integers scalar = everywhere(x[r * (B / 2) + b]);
+      UNROLL for (int c = 0; c < C; ++c) sums[r][c] = dot(sums[r][c], scalar, dy[b * (padded(OUT) / LANES) + c]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int c = 0; c < C; ++c) {
+      if constexpr (WIDTH == LANES) {
+        *reinterpret_cast<Unaligned *>(gradient + r * OUT + c * LANES) = sums[r][c];
+      } else {
+        for (int o = 0; o < WIDTH; ++o) gradient[r * OUT + o] = sums[r][c][o];
+      }
+    }
+}
+
+template <int R, int OUT>
+INLINE void pair_weight_gradient_rows(const int32_t *x, const Integers *dy, REAL *gradient) {
+  constexpr int WHOLE = OUT / LANES, FOURS = WHOLE / 4 * 4, REST = OUT % LANES;
+  for (int c = 0; c < FOURS; c += 4) pair_weight_gradient<R, 4, OUT, LANES>(x, dy + c, gradient + c * LANES);
+  for (int c = FOURS; c < WHOLE; ++c) pair_weight_gradient<R, 1, OUT, LANES>(x, dy + c, gradient + c * LANES);
+  if constexpr (REST > 0) pair_weight_gradient<R, 1, OUT, REST>(x, dy + WHOLE, gradient + WHOLE * LANES);
+}
+#endif
+
 // Layers ------------------------------------------------------------------------------------------------------------
 
 template <int IN, int OUT>
 struct Layer {
   static constexpr int SIZE = IN * OUT + OUT;
 
+#if BFLOAT16
+  static void forward(const REAL *weights, const Vector *x, Vector *y) {
+    alignas(64) int32_t scalars[halved(IN) * padded(OUT)];
+    Integers pairs[halved(IN) * NV];
+    for (int i = 0; i < IN; i += 2)
+      for (int o = 0; o < OUT; o += LANES) {
+        const int lanes = OUT - o < LANES ? OUT - o : LANES;
+        const Vector low = some(weights + i * OUT + o, lanes), high = i + 1 < IN ? some(weights + (i + 1) * OUT + o, lanes) : Vector{};
+        *reinterpret_cast<Integers *>(scalars + i / 2 * padded(OUT) + o) = pair(low, high);
+      }
+    pair_rows<IN, NV>(x, pairs);
+    pair_product<OUT, halved(IN), padded(OUT), 1>(scalars, weights + IN * OUT, pairs, y);
+  }
+
+  static void input_gradient(const REAL *weights, const Vector *dy, Vector *dx) {
+    constexpr int PAIRS = halved(OUT), STRIDE = padded(PAIRS);
+    alignas(64) int32_t scalars[IN * STRIDE];
+    Integers pairs[PAIRS * NV];
+    for (int i = 0; i < IN; ++i) pair_within<OUT>(weights + i * OUT, scalars + i * STRIDE);
+    pair_rows<OUT, NV>(dy, pairs);
+    pair_product<IN, PAIRS, 1, STRIDE>(scalars, nullptr, pairs, dx);
+  }
+
+  static void weight_gradient(const Vector *x, const Vector *dy, REAL *gradient) {
+    // Pairs of neighbouring samples: of x as scalars, of dy with the outputs along the lanes.
+    alignas(64) int32_t scalars[IN * (B / 2) + LANES], rows[OUT * (B / 2) + LANES];
+    alignas(64) int32_t columns[B / 2 * padded(OUT)];
+    pair_within<IN * B>(reinterpret_cast<const REAL *>(x), scalars);
+    pair_within<OUT * B>(reinterpret_cast<const REAL *>(dy), rows);
+    for (int b0 = 0; b0 < B / 2; b0 += LANES / 2)
+      for (int o = 0; o < padded(OUT); ++o)
+        for (int b = b0; b < b0 + LANES / 2; ++b) columns[b * padded(OUT) + o] = o < OUT ? rows[o * (B / 2) + b] : 0;
+    const Integers *pairs = reinterpret_cast<const Integers *>(columns);
+    int i = 0;
+    for (; i + 6 <= IN; i += 6) pair_weight_gradient_rows<6, OUT>(scalars + i * (B / 2), pairs, gradient + i * OUT);
+    if constexpr (IN % 6 > 0)
+      pair_weight_gradient_rows<IN % 6, OUT>(scalars + i * (B / 2), pairs, gradient + i * OUT);
+    bias_gradient(dy, gradient);
+  }
+#else
   static void forward(const REAL *weights, const Vector *x, Vector *y) {
     product<OUT, IN, OUT, 1>(weights, weights + IN * OUT, x, y);
   }
@@ -195,6 +339,11 @@ struct Layer {
     int i = 0;
     for (; i + 6 <= IN; i += 6) weight_gradient_rows<6, IN, OUT>(x_scalars + i * B, samples, gradient + i * OUT);
     if constexpr (IN % 6 > 0) weight_gradient_rows<IN % 6, IN, OUT>(x_scalars + i * B, samples, gradient + i * OUT);
+    bias_gradient(dy, gradient);
+  }
+#endif
+
+  static INLINE void bias_gradient(const Vector *dy, REAL *gradient) {
     for (int o = 0; o < OUT; ++o) {
       Vector total = dy[o * NV];
       UNROLL for (int v = 1; v < NV; ++v) total += dy[o * NV + v];

@@ -166,7 +166,7 @@ def table(rows: Sequence[Row], metric: str) -> list[dict[str, str]]:
     fields = varied(rows)
     names = short_names(fields)
     others = {f"ridge_{metric}": "ridge", f"floor_{metric}": "upper bound"}
-    others |= {"validation_loss": "validation loss", "training_seconds": "seconds"}
+    others |= {"validation_loss": "loss", "training_seconds": "seconds"}
     shown = {name: told for name, told in others.items() if any(name in row.metrics for row in rows)}
     told = all("=" in row.name for row in rows)  # a child's name is made of its fields
     return [
@@ -202,7 +202,7 @@ def findings(rows: Sequence[Row], metric: str, num_trials: int) -> list[Answer]:
             verdict=None,
             text=f"{first.name}, with {metric} {number(first.metrics[metric])} {on}.",
         ),
-        _beaten("Does it beat copying the last snapshot?", skills, dict.fromkeys(steps, 0.0), on),
+        _beaten("Does it beat copying the last snapshot?", skills, None, on),
         _beaten("Does it beat the ridge regression?", skills, ridges, on),
         Answer(
             question="And in returns?",
@@ -218,18 +218,20 @@ def findings(rows: Sequence[Row], metric: str, num_trials: int) -> list[Answer]:
     ]
 
 
-def _beaten(question: str, skills: Mapping[int, float], others: Mapping[int, float], on: str) -> Answer:
-    """At which forward steps the skill is above another's, and both at the first and the last."""
-    known = [step for step in skills if math.isfinite(others[step])]
+def _beaten(question: str, skills: Mapping[int, float], others: Mapping[int, float] | None, on: str) -> Answer:
+    """At which forward steps the skill is above others, or above 0, and the figures at the first and the last."""
+    limits = dict.fromkeys(skills, 0.0) if others is None else others
+    known = [step for step in skills if math.isfinite(limits[step])]
     if not known:
         return Answer(question=question, verdict="unknown", text="The runs have no skill to compare with.")
-    above = [step for step in known if skills[step] > others[step]]
+    above = [step for step in known if skills[step] > limits[step]]
+
+    def against(step: int) -> str:
+        return "" if others is None else f" against {number(others[step])}"
+
     verdict: Verdict = "no" if not above else "yes" if above == known else "partly"
-    ends = [
-        f"{number(skills[step])} against {number(others[step])} at h = {step}"
-        for step in dict.fromkeys((known[0], known[-1]))
-    ]
-    where = f"Above it at {steps_text(above)}" if above else "Above it at no forward step"
+    ends = [f"{number(skills[step])}{against(step)} at h = {step}" for step in dict.fromkeys((known[0], known[-1]))]
+    where = f"Better at {steps_text(above)}" if above else "Better at no forward step"
     return Answer(question=question, verdict=verdict, text=f"{where}, {on}. Skill {' and '.join(ends)}.")
 
 
