@@ -3,8 +3,10 @@
 A hook of mkdocs. Pages are written with links that work in the repository; here these are changed to the site's own.
 """
 
+import json
 import posixpath
 import re
+import textwrap
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,14 +28,24 @@ def on_files(files: Files, config: Any) -> Files:
         for _, target, _ in LINK.findall((ROOT / path).read_text(encoding="utf-8")):
             linked = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
             if "://" not in target and in_site(linked) not in files.src_uris and (ROOT / linked).is_file():
-                text = (ROOT / linked).read_text(encoding="utf-8")
-                language = {".py": "python", ".yaml": "yaml", ".sh": "sh", ".json": "json"}.get(
+                text = source_text(ROOT / linked)
+                language = {".py": "python", ".ipynb": "python", ".yaml": "yaml", ".sh": "sh", ".json": "json"}.get(
                     Path(linked).suffix, "text"
                 )
                 head = "---\nsearch: {exclude: true}\n---\n"
                 content = f"{head}# {posixpath.basename(linked)}\n\n`{linked}`\n\n````{language}\n{text}````\n"
                 files.append(File.generated(config, in_site(linked), content=content))
     return files
+
+
+def source_text(path: Path) -> str:
+    """A source file; of a notebook the cells, those that are not code as comments."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    parts = [cell if kind == "code" else textwrap.indent(cell, "# ", lambda line: True) for kind, cell in cells]
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -5,11 +5,13 @@
     python jobs/data.py export storage/demo 7 trial-7.safetensors --columns weights episodic_return --stop 100
     python jobs/data.py import runs/model --storage storage/model
     python jobs/data.py ask storage/model
+    python jobs/data.py watch storage/demo 1
 
 STORAGE is the folder or URI of the experiment. A trajectory is one training run's snapshots: the flat policy weights
 after every few update epochs. Each command has its own --help."""
 
 import contextlib
+import os
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -226,22 +228,33 @@ def import_checkpoints(
 @app.command
 def ask(
     storage: Root,
-    series: Annotated[tuple[str, ...], tyro.conf.arg(help="names or digests of imported series (default: all)")] = (),
+    series: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help="recorded trials, such as trial-1, and names or digests of imported series (default: all)"),
+    ] = (),
     steps: Annotated[tuple[int, ...], tyro.conf.arg(help="checkpoints ahead")] = (1, 2, 5, 10),
     context: Annotated[
         int | None, tyro.conf.arg(help="displacements in a forecast's context (default: a quarter of all, 2 to 20)")
     ] = None,
     per_iteration: Annotated[
-        int, tyro.conf.arg(help="checkpoints per iteration of an algorithm that reuses its data, as PPO does")
-    ] = 1,
+        int | None,
+        tyro.conf.arg(
+            help="checkpoints per iteration of an algorithm that reuses its data, as PPO does (default: what recorded "
+            "trials say, else 1)"
+        ),
+    ] = None,
+    leave_out: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="layers to leave out, such as 'running statistics' or 'layer1.*'")
+    ] = (),
     predictor: Annotated[
         str | None,
         tyro.conf.arg(
-            help="folder of a trained model or saved predictor to evaluate as well, without further training"
+            help="trained model or saved predictor to evaluate as well, without further training: its folder, or the "
+            "name of one that this package brings along"
         ),
     ] = None,
 ) -> int:
-    """Report how predictable imported series are, with tables and figures.
+    """Report how predictable training runs are, recorded trials and imported checkpoints, with tables and figures.
 
     Skill is the share of the squared error of copying the last checkpoint that a forecast removes: 1 is perfect, 0 is
     no better than copying."""
@@ -249,12 +262,66 @@ def ask(
     from tipl_ray.checkpoints.predictability import Asking
     from tipl_ray.checkpoints.report import answers, skill_table
 
-    asking = Asking(context=context, steps=steps, per_iteration=per_iteration)
+    asking = Asking(context=context, steps=steps, per_iteration=per_iteration, leave_out=leave_out)
     folder, findings = answer(storage, series, asking, predictor)
     for one in answers(findings):
         say_sentence(one.line)
     say_rows(skill_table(findings), title="Skill against copying the last checkpoint")
     say(f"{join(folder, REPORT_FILE)}")
+    return 0
+
+
+@app.command
+def watch(
+    storage: Root,
+    trial: Annotated[int, tyro.conf.Positional, tyro.conf.arg(help="seed of the trial")],
+    snapshot: Annotated[int, tyro.conf.arg(help="snapshot to run; negative ones count from the end")] = -1,
+    predictor: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="run what this predictor forecasts for the snapshot instead: a folder or name as for `ask`, or a "
+            "baseline that needs no fitting, such as copy-last, linear or rank-1"
+        ),
+    ] = None,
+    ahead: Annotated[int, tyro.conf.arg(help="snapshots between the last one that the predictor sees and this")] = 1,
+    episode_seed: Annotated[int, tyro.conf.arg(help="seed of the episode")] = 0,
+    frames: Annotated[int, tyro.conf.arg(help="frames of the video at most; the episode is run to its end")] = 500,
+    output: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            help="video, .mp4 or .gif (default: in the working directory, mp4 if imageio-ffmpeg is installed)"
+        ),
+    ] = None,
+) -> int:
+    """Run a recorded policy for an episode, print its return and write a video.
+
+    For trials of gymnasium's tasks, ours or stable-baselines3's. Actions are the policy's mean or likeliest ones.
+    """
+    from tipl_ray.watch.backends import offscreen_backend
+
+    if "MUJOCO_GL" in os.environ:
+        offscreen_backend()
+    from tipl_ray.watch.watching import watch as watch_one
+
+    watched = watch_one(
+        storage,
+        trial,
+        snapshot,
+        predictor=predictor,
+        ahead=ahead,
+        episode_seed=episode_seed,
+        num_frames=frames,
+        output=output,
+    )
+    what = f"snapshot {watched.snapshot} of trial {watched.trial}"
+    if predictor is not None:
+        what += f" as {predictor} forecasts it {ahead} ahead"
+    say(f"{what}: return {watched.episode_return:,.1f} in {watched.num_steps:,} steps")
+    if watched.true_return is not None:
+        say(f"the true snapshot in the same episode: return {watched.true_return:,.1f}")
+    shown = f"the first {watched.num_frames:,} of {watched.num_steps:,} steps"
+    shown = shown if watched.num_frames < watched.num_steps else "the whole episode"
+    say(f"{watched.video}: {watched.video.suffix.removeprefix('.')}, {shown}")
     return 0
 
 

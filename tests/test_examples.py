@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from trajectories import write_trials
 
-from tipl_ray import config
+from tipl_ray import config, tipl
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.window.transformer import WindowTransformer
 
@@ -90,12 +90,27 @@ def test_the_page_on_recording_is_carried_out(
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recording.md").read_text(), flags=re.S):
         exec(code, names)
-    said = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in said[:5]] == ["linear", "damped", "rank-1-from-last", "dmd", "ridge"]
-    assert said[5].startswith("150 0.")
+    assert capsys.readouterr().out.startswith("150 0.")
     assert Path("sine.safetensors").exists()
     assert TrajectoryStore("storage/sine").verify(3).num_snapshots == 61
     assert TrajectoryStore("storage/pendulum").verify(1).num_snapshots == 21
+    for storage, fitted in (("storage/sine", "other series"), ("storage/pendulum", "first half")):
+        assert tipl.load("data").main(["ask", storage]) == 0
+        assert fitted in capsys.readouterr().out
+
+
+def test_a_small_resnet_is_recorded_and_asked(tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "resnet_on_digits.py")
+    command = [sys.executable, script, "--folder", str(tmp_path), "--epochs", "1", "--every", "1", "--seeds", "1", "2"]
+    ran = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("Can the next checkpoint be forecast?") == 2
+    assert TrajectoryStore(str(tmp_path / "storage")).verify(2).num_snapshots == 12
+    rows = (tmp_path / "digits.csv").read_text().splitlines()
+    kept = (ROOT / "docs" / "results" / "resnet_on_digits.csv").read_text().splitlines()
+    assert rows[0] == kept[0]
+    assert len({line.split(",")[0] for line in rows[1:]}) == 2
+    assert (tmp_path / "digits.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("page", ["start", "data", "install", "reference"])

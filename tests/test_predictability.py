@@ -158,7 +158,7 @@ def test_a_published_model_is_asked_as_it_is_with_its_own_context(tmp_path: Path
     error = np.square(forecast_BP - weights_TP[starts_B + 1]).sum()
     copied = np.square(weights_TP[starts_B].astype(np.float64) - weights_TP[starts_B + 1]).sum()
     assert skills(findings)["tipl", 1] == pytest.approx(1 - error / copied, abs=1e-4)
-    assert "TIPL, which has never seen such a run" in (Path(folder) / "report.html").read_text()
+    assert "TIPL, without further training" in (Path(folder) / "report.html").read_text()
     with pytest.raises(ValueError, match="context=5, but the predictor was trained on 20"):
         answer(str(tmp_path / "storage"), (), Asking(context=5), str(tmp_path / "model"))
     short = imported(tmp_path, bend(20), "short")
@@ -222,7 +222,7 @@ def test_what_little_there_is_to_say_is_said(tmp_path: Path, weights_TP: np.ndar
 
 def test_what_cannot_be_asked_is_refused_in_one_line(tmp_path: Path) -> None:
     storage = str(tmp_path / "storage")
-    with pytest.raises(CheckpointError, match="there are no series; import a folder of checkpoints first"):
+    with pytest.raises(CheckpointError, match="there are no trials and no series; record a run or import a folder"):
         choose_series(storage, ())
     series = imported(tmp_path, bend(24))
     with pytest.raises(CheckpointError, match="no series is called other; choose one by its digest: "):

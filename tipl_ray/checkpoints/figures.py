@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from tipl_ray.checkpoints.predictability import BOUND, SECOND_HALF, Findings, energies, shared_windows
+from tipl_ray.checkpoints.predictability import BOUND, SECOND_HALF, Findings, energies, random_walk, shared_windows
 from tipl_ray.checkpoints.records import ImportedSeries
 from tipl_ray.drawing import SOFT, as_shipped, dress, explain, labelled, legend_below, new_figure
 from tipl_ray.evaluate.figures import COLOURS, NAMES, PHASE_COLOURS, SKILL_LABEL, line_look
@@ -45,6 +45,27 @@ def skill(findings: Findings) -> Figure:
 
 
 @as_shipped()
+def phases(findings: Findings) -> Figure:
+    """Skill at the nearest step against the place of the start in its iteration, of all predictors."""
+    figure, (axes,) = new_figure(1, width=8.5, height=4.4)
+    step, below = min(row["step"] for row in findings.phases), []
+    for name in dict.fromkeys(row["predictor"] for row in findings.phases if row["predictor"] != "copy-last"):
+        own = [row for row in findings.phases if (row["predictor"], row["step"]) == (name, step)]
+        known = sorted((row["phase"], row["skill"]) for row in own if row["skill"] is not None)
+        label = NAMES.get(name, name)
+        axes.plot(*zip(*known, strict=True), marker="o", color=COLOURS.get(name, SOFT), linewidth=1.8, label=label)
+        if known and (lowest := min(value for _, value in known)) < LOWEST:
+            below.append(f"{label} falls to {lowest:,.1f}")
+    axes.axhline(0, color=COLOURS["copy-last"], linewidth=2, zorder=1, label=NAMES["copy-last"])
+    axes.set_ylim(max(LOWEST, min(axes.get_ylim()[0], -0.05)), 1.03)
+    ahead = "one checkpoint ahead" if step == 1 else f"{step} checkpoints ahead"
+    dress(axes, f"Skill by phase, {ahead}", "checkpoints into the iteration (0: it has just ended)", "skill")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_below(figure, labelled(axes), ["; ".join(below)] if below else [])
+    return figure
+
+
+@as_shipped()
 def path(series: Sequence[ImportedSeries]) -> Figure:
     """Energy of the path by SVD rank, and the cosines between the first series' displacements."""
     figure, (energy, cosines) = new_figure(2, width=11, height=4.6, width_ratios=(1.2, 1))
@@ -54,7 +75,7 @@ def path(series: Sequence[ImportedSeries]) -> Figure:
         longest = max(longest, len(kept_R))
         colour = SERIES_COLOURS[index]
         energy.plot(np.arange(1, len(kept_R) + 1), kept_R, marker="o", markersize=4, color=colour, label=one.name)
-    walk_R = energies(np.eye(max(one.num_displacements for one in series)))[:longest]
+    walk_R = random_walk(max(one.num_displacements for one in series))[:longest]
     energy.plot(np.arange(1, len(walk_R) + 1), walk_R, "--", color=SOFT, label="a random walk of as many steps")
     energy.set_ylim(top=1.01)
     energy.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,12 +1,17 @@
 """What a storage keeps of a series of checkpoints: the inner products of its displacements, never its weights.
 
+A series is a folder of checkpoints that was imported, or a recorded trial, whose snapshots are its checkpoints: see
+`trials`.
+
     <storage>/series/<digest>/    series.json, products.safetensors, series.sha256
 
 The folder counts once series.json is there; a killed import leaves none, and begins again. Shapes: see `products`.
 """
 
 import dataclasses
+import fnmatch
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,7 @@ class ImportedSeries:
     """Of the folder that it was read from."""
     folder: str
     digest: str
-    """See `series.find_series`."""
+    """See `series.find_series`; of a trial, that of its data."""
     checkpoints: tuple[str, ...]
     """Names of the T checkpoints."""
     steps: tuple[int, ...]
@@ -47,6 +52,10 @@ class ImportedSeries:
     left_out: dict[str, list[str]]
     """Why -> names of entries and tensors."""
     products: Products
+    snapshots_per_iteration: int | None = None
+    """Checkpoints per iteration of an algorithm that reuses its data; None where it is not known."""
+    learning_rates: tuple[float, ...] | None = None
+    """The optimiser's at each checkpoint; None where they are not known."""
 
     @property
     def num_displacements(self) -> int:
@@ -72,13 +81,22 @@ def import_series(folder: Path, storage: str, selection: Selection) -> tuple[Imp
 
             products = multiply(series, report)
         imported = _imported(series, products)
-        publish(place, _files(imported), RECORD)
+        keep(imported, place)
     return imported, False
 
 
 def load_series(storage: str, digest: str) -> ImportedSeries:
-    """A series of a storage. Raises StoreError where it is missing or damaged."""
-    place = join(storage, SERIES, digest)
+    """An imported series of a storage. Raises StoreError where it is missing or damaged."""
+    return load_kept(join(storage, SERIES, digest))
+
+
+def keep(series: ImportedSeries, place: str) -> None:
+    """Write a series into a folder of its own. Raises StoreError where that cannot be."""
+    publish(place, _files(series), RECORD)
+
+
+def load_kept(place: str) -> ImportedSeries:
+    """The series in a folder. Raises StoreError where it is missing or damaged."""
     try:
         about = json.loads(read_published(place, ABOUT_FILE, RECORD, WAY_OUT))
         arrays = safetensors.numpy.load(read_published(place, PRODUCTS_FILE, RECORD, WAY_OUT))
@@ -89,16 +107,40 @@ def load_series(storage: str, digest: str) -> ImportedSeries:
             grams_GSS=arrays["groups"],
         )
         about |= {name: tuple(about[name]) for name in ("checkpoints", "steps")}
+        about |= {name: tuple(about[name]) for name in ("learning_rates",) if about.get(name) is not None}
         return ImportedSeries(**about, products=products)
     except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise StoreError(f"{Storage(place).show(ABOUT_FILE)}: is not understood: {error}; {WAY_OUT}") from error
 
 
 def all_series(storage: str) -> list[ImportedSeries]:
-    """Every series of a storage, by name and then number of checkpoints. Raises StoreError for a damaged one."""
+    """Imported series of a storage, by name and then number of checkpoints. Raises StoreError for a damaged one."""
     names = [name for name in Storage(storage).folders(SERIES) if file_exists(join(storage, SERIES, name), ABOUT_FILE)]
     found = [load_series(storage, name) for name in names]
     return sorted(found, key=lambda one: (one.name, len(one.steps), one.digest))
+
+
+def without_layers(series: ImportedSeries, patterns: Sequence[str]) -> ImportedSeries:
+    """The series without the layers whose names one of the patterns matches, such as `head` or `layer1.*`.
+
+    Raises ValueError for a pattern that matches none of them, and where nothing would be left.
+    """
+    products = series.products
+    left_out = [any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) for name in products.groups]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in products.groups):
+            layers = f"its layers are {', '.join(products.groups)}" if products.groups else "its layers are not known"
+            raise ValueError(f"leave_out={pattern!r} matches no layer of {series.name}; {layers}")
+    if patterns and all(left_out):
+        raise ValueError(f"leave_out={list(patterns)} leaves nothing of {series.name}")
+    kept_G = ~np.array(left_out, dtype=bool)
+    rest = Products(
+        gram_SS=products.grams_GSS[kept_G].sum(axis=0),
+        groups=tuple(name for name, out in zip(products.groups, left_out, strict=True) if not out),
+        weights_G=products.weights_G[kept_G],
+        grams_GSS=products.grams_GSS[kept_G],
+    )
+    return dataclasses.replace(series, products=rest, num_weights=int(rest.weights_G.sum())) if patterns else series
 
 
 def _imported(series: Series, products: Products) -> ImportedSeries:

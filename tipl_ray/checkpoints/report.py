@@ -8,10 +8,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tipl_ray import pages
-from tipl_ray.checkpoints.predictability import ALL, BOUND, FITTED, SECOND_HALF, Asking, Findings, Row, shared_windows
+from tipl_ray.checkpoints.predictability import (
+    ALL,
+    BOUND,
+    FITTED,
+    LEARNED,
+    SECOND_HALF,
+    Asking,
+    Findings,
+    Row,
+    shared_windows,
+)
+from tipl_ray.checkpoints.products import RUNNING
 from tipl_ray.checkpoints.records import ImportedSeries
 from tipl_ray.evaluate.metrics import MIN_TRIALS
 from tipl_ray.evaluate.report import CLEAR, Answer, Verdict
+from tipl_ray.record.tensors import listed
 from tipl_ray.terminal import size_text
 
 COPY = "copying the last one"
@@ -23,7 +35,8 @@ WORDS = {
     "rank-1-from-last": "rank-1 extrapolation from the last checkpoint",
     "dmd": "dynamic mode decomposition",
     "context-ridge": "a ridge regression on the context",
-    "tipl": "TIPL, which has never seen such a run,",
+    "ridge": "a ridge regression learned on the other runs",
+    "tipl": "TIPL, without further training,",
 }
 """Predictors as a sentence names them."""
 STRAIGHT = 0.9
@@ -32,12 +45,19 @@ HELD = 0.9
 """Share of the next displacement's square in the span of the context's from which on the context contains it."""
 LINE = 0.95
 """Energy of a rank-1 SVD from which on a path is called a line."""
+MANY = 3
+"""Series from which on their paths share a sentence."""
 CAPTIONS = {
     "skill": (
         "Skill per number of checkpoints ahead",
         "Skill is the share of the copy-last baseline's squared error that a predictor removes: 1 is perfect, 0 is no "
         "better than copying the last checkpoint, below 0 is worse. The upper bound knows the future: no combination "
         "of the context's displacements can be better.",
+    ),
+    "phases": (
+        "Skill by phase",
+        "Where a forecast starts in its iteration. The checkpoint after the end of an iteration (0) depends on data "
+        "that has not been collected yet; the others only on data that the last checkpoint was already trained on.",
     ),
     "path": (
         "The path",
@@ -62,6 +82,7 @@ def page(
         notes=notes(series, findings, asking),
         pictures=[(*CAPTIONS[name], pages.embedded(png)) for name, png in pictures.items()],
         skills=skill_table(findings),
+        phases=phase_table(findings),
         spectra=[_rounded(row, without=("digest",)) for row in findings.spectra],
         groups=[_rounded(row, without=("digest",)) for row in findings.groups],
         series=[(one.name, f"{one.folder}, digest {one.digest}") for one in series],
@@ -71,7 +92,10 @@ def page(
 
 def answers(findings: Findings) -> list[Answer]:
     """The findings as answers, the most asked question first."""
-    found = [next_checkpoint(findings), further_ahead(findings), at_best(findings)]
+    found = [next_checkpoint(findings), further_ahead(findings)]
+    if findings.phases:
+        found.append(by_phase(findings))
+    found.append(at_best(findings))
     if any(row["predictor"] == "tipl" for row in findings.means):
         found.append(zero_shot(findings))
     found += [straight(findings), one_dimensional(findings)]
@@ -121,6 +145,30 @@ def further_ahead(findings: Findings) -> Answer:
     return Answer(question=question, verdict=verdict, text=" ".join(sentences))
 
 
+def by_phase(findings: Findings) -> Answer:
+    """The best predictor of the nearest step where an iteration has ended, and within iterations."""
+    step = min(row["step"] for row in findings.phases)
+    question = "Does that hold at the end of an iteration?"
+    own = _at(findings, step)
+    if not own:
+        return Answer(question=question, verdict="unknown", text="Nothing moved, so there is nothing to forecast.")
+    best = max(own, key=lambda row: row["skill"])
+    skills = {
+        row["phase"]: row["skill"]
+        for row in findings.phases
+        if (row["predictor"], row["step"]) == (best["predictor"], step) and row["skill"] is not None
+    }
+    within = [skill for phase, skill in skills.items() if phase]
+    if 0 not in skills or not within:
+        return Answer(question=question, verdict="unknown", text="There are too few windows to say.")
+    text = (
+        f"Where an iteration has just ended, {_words(best).rstrip(',')} is {_amount(skills[0])}, {_ahead(step)}; "
+        f"within iterations it is between {_amount(min(within), against='')} and {_amount(max(within), against='')}. "
+        "What follows the end of an iteration depends on data that has not been collected yet."
+    )
+    return Answer(question=question, verdict=_verdict({**best, "skill": skills[0], "skill_low": None}), text=text)
+
+
 def at_best(findings: Findings) -> Answer:
     """The upper bound of any combination of the context's displacements."""
     rows = [
@@ -164,7 +212,7 @@ def zero_shot(findings: Findings) -> Answer:
         sentences.append(f"{_sentence(row).rstrip('.')}; {theirs}.")
         sides.append(row["skill"] > best["skill"])
     verdict: Verdict = "unknown" if not sides else "yes" if all(sides) else "partly" if any(sides) else "no"
-    question = "Does the trained Transformer do better without having seen such a run?"
+    question = "Does the trained Transformer do better, without further training?"
     return Answer(question=question, verdict=verdict, text=" ".join(sentences) or "It was not evaluated at any step.")
 
 
@@ -175,7 +223,15 @@ def straight(findings: Findings) -> Answer:
     if not rows:
         return Answer(question=question, verdict="unknown", text="Nothing moved.")
     sentences = []
-    for row in rows:
+    if len(rows) >= MANY:
+        shares, cosines = ([row[name] for row in rows] for name in ("straightness", "mean_cosine"))
+        sentences.append(
+            f"The distance from the first checkpoint to the last is {_span(shares)} of the path's length in "
+            f"{len(rows)} series; for a random walk of as many steps it would be "
+            f"{_span([row['straightness_random_walk'] for row in rows])}; successive displacements have a mean cosine "
+            f"of {_span([one for one in cosines if one is not None], '.2f')}."
+        )
+    for row in rows if len(rows) < MANY else ():
         cosine = (
             ""
             if row["mean_cosine"] is None
@@ -200,12 +256,19 @@ def one_dimensional(findings: Findings) -> Answer:
     if not rows:
         return Answer(question=question, verdict="unknown", text="Nothing moved.")
     ranks = {row["digest"]: row["rank_99"] for row in findings.paths}
-    sentences = [
-        f"{_of(findings, row)}One direction explains {row['path']:.0%} of the squared distances from the first "
-        f"checkpoint; for a random walk of as many steps it would be {row['random_walk']:.0%}. 99% take "
-        f"{ranks[row['digest']]} direction{'s' * (ranks[row['digest']] != 1)}."
-        for row in rows
-    ]
+    if len(rows) >= MANY:
+        sentences = [
+            f"One direction explains {_span([row['path'] for row in rows])} of the squared distances from the first "
+            f"checkpoint in {len(rows)} series; for a random walk of as many steps it would be "
+            f"{_span([row['random_walk'] for row in rows])}. 99% take {_span(list(ranks.values()), 'd')} directions."
+        ]
+    else:
+        sentences = [
+            f"{_of(findings, row)}One direction explains {row['path']:.0%} of the squared distances from the first "
+            f"checkpoint; for a random walk of as many steps it would be {row['random_walk']:.0%}. 99% take "
+            f"{ranks[row['digest']]} direction{'s' * (ranks[row['digest']] != 1)}."
+            for row in rows
+        ]
     return Answer(
         question=question,
         verdict=_all([_shape(row["path"], LINE, row["random_walk"]) for row in rows]),
@@ -239,7 +302,16 @@ def notes(series: Sequence[ImportedSeries], findings: Findings, asking: Asking) 
             "half of the series, and all predictors are compared on windows that start in the second half."
         )
     if "other series" in fitted:
-        said.append("damped, dmd and context-ridge choose their one setting on the series of the other folders.")
+        said.append("damped, dmd and context-ridge choose their one setting on the other series.")
+    if LEARNED in {row["predictor"] for row in findings.means}:
+        said.append(
+            "ridge learns its coefficients, one set per phase, on all other series but the last, which chooses its "
+            "penalty."
+        )
+    if "tipl" in {row["predictor"] for row in findings.means}:
+        said.append("TIPL is evaluated as it was saved; whether it was trained on these very runs is not checked.")
+    if findings.phases:
+        said.append("By phase, skills are those of starts at the same place in their iterations.")
     asked = {row["step"] for row in findings.means}
     if late := sorted(asked - {row["step"] for row in findings.means if row["predictor"] in FITTED}):
         said.append(
@@ -247,14 +319,18 @@ def notes(series: Sequence[ImportedSeries], findings: Findings, asking: Asking) 
             "their setting on is too short."
         )
     said.append("The best predictor is chosen on the windows that it is evaluated on, so its lead is optimistic.")
+    if moving := [row for row in findings.groups if row["group"] == RUNNING]:
+        said.append(
+            f"{_span([row['share_of_movement'] for row in moving])} of the movement is in running statistics of "
+            f"normalisation layers, which follow the data and no gradient; --leave-out '{RUNNING}' leaves them out."
+        )
     longest = max(row["step"] for row in findings.means)
     if missing := [step for step in asking.steps if step > longest]:
         said.append(f"No series is long enough for h = {', '.join(map(str, missing))}.")
-    said += [
-        f"{row['series']}: its checkpoints are not evenly spaced; forecasts count checkpoints, not training steps."
-        for row in findings.paths
-        if not row["even_steps"]
-    ]
+    if uneven := [row["series"] for row in findings.paths if not row["even_steps"]]:
+        said.append(
+            f"{listed(uneven)}: checkpoints are not evenly spaced; forecasts count checkpoints, not training steps."
+        )
     for one in series:
         said += [
             f"{one.name}: left out {why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}."
@@ -286,6 +362,24 @@ def skill_table(findings: Findings) -> list[dict[str, str]]:
             **{f"h = {step}": _cell(cells.get((predictor, windows, step))) for step in steps},
         }
         for predictor, windows, fitted_on in order
+    ]
+
+
+def phase_table(findings: Findings) -> list[dict[str, str]]:
+    """Cells of the skill at the nearest step by phase; no rows where there are no phases."""
+    if not findings.phases:
+        return []
+    step = min(row["step"] for row in findings.phases)
+    rows = [row for row in findings.phases if row["step"] == step]
+    cells = {(row["predictor"], row["phase"]): row for row in rows}
+    phases = sorted({row["phase"] for row in rows})
+    return [
+        {
+            "predictor": predictor,
+            "h": str(step),
+            **{f"{phase} into the iteration": _cell(cells.get((predictor, phase))) for phase in phases},
+        }
+        for predictor in dict.fromkeys(row["predictor"] for row in rows)
     ]
 
 
@@ -387,6 +481,12 @@ def _range(values: Sequence[int]) -> str:
     return f"{min(values):,}" if len(set(values)) == 1 else f"{min(values):,} to {max(values):,}"
 
 
+def _span(values: Sequence[float], as_: str = ".0%") -> str:
+    """The least and the most of some values."""
+    least, most = (f"{end(values):{as_}}" for end in (min, max)) if values else ("-", "-")
+    return least if least == most else f"{least} to {most}"
+
+
 def _rounded(row: Row, without: Sequence[str]) -> dict[str, str]:
     def text(value: Any) -> str:
         if value is None:
@@ -401,5 +501,5 @@ def as_tables(findings: Findings) -> dict[str, bytes]:
     return {
         f"{field.name}.csv": pages.as_csv(rows)
         for field in dataclasses.fields(findings)
-        if isinstance(rows := getattr(findings, field.name), list)
+        if isinstance(rows := getattr(findings, field.name), list) and rows
     }

@@ -378,6 +378,13 @@ def _task_of(model: BaseAlgorithm) -> str:
     return spec.id
 
 
+def _activation(model: Any) -> dict[str, str]:
+    """The activation of a model's networks, where it is another than that of its kind of policy."""
+    used = getattr(model.policy, "activation_fn", None)
+    usual = torch.nn.Tanh if isinstance(model, OnPolicyAlgorithm) else torch.nn.ReLU
+    return {} if used in (None, usual) else {"activation": used.__name__.lower()}
+
+
 def _described(model: Any) -> dict[str, Any]:
     """The settings that define a training, as far as the model has them as plain values."""
     settings = {name: getattr(model, name) for name in SETTINGS if hasattr(model, name)}
@@ -386,5 +393,6 @@ def _described(model: Any) -> dict[str, Any]:
         "algorithm": type(model).__name__,
         "num_environments": model.n_envs,
         **{name: value for name, value in settings.items() if isinstance(value, int | float | str)},
+        **_activation(model),
         **({"clip_observations": vector.clip_obs, "epsilon": vector.epsilon} if vector and vector.norm_obs else {}),
     }

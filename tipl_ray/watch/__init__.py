@@ -1,0 +1,1 @@
+"""A recorded policy at work: an episode, its return, and a video of it."""
