@@ -119,7 +119,7 @@ def test_columns_that_make_no_sense_together_are_no_header() -> None:
             ("snapshot", "weights", "step"),
             r"columns=\['snapshot', 'weights', 'step'\] must be some of snapshot, step, iter",
         ),
-        (("weights",), r"are not of snapshot"),
+        (("weights",), r"must be some of snapshot"),
         (
             ("snapshot", "weights", "observation_mean"),
             r"contain only some of observation_mean, observation_variance, observ",
