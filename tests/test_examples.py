@@ -31,9 +31,8 @@ def demo(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_pages_lines_jump_in_a_loop_of_ones_own(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
-    monkeypatch.chdir(demo)
+def test_the_pages_lines_jump_in_a_loop_of_ones_own_and_in_stable_baselines3() -> None:
+    code, theirs = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
     torch.manual_seed(0)
     policy = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
@@ -48,10 +47,14 @@ def test_the_pages_lines_jump_in_a_loop_of_ones_own(demo: Path, monkeypatch: pyt
     exec(code, names)
     jumps = names["jumps"]
     assert (jumps.taken, jumps.refused) == (3, 0)  # type: ignore[attr-defined]
+    torch.set_num_threads(1)
+    exec(theirs, names)
+    assert names["jumping"].jumps.taken == 2  # type: ignore[attr-defined]
 
 
-def test_the_pages_command_trains_a_plain_ppo_with_jumps(demo: Path) -> None:
-    (command,) = (line.strip() for line in PAGE.splitlines() if line.strip().startswith("python") and "--pred" in line)
+@pytest.mark.parametrize("predictor", ["return-rule-v1", "storage/demo"])
+def test_the_pages_command_trains_a_plain_ppo_with_jumps(predictor: str, demo: Path) -> None:
+    (command,) = (line for line in PAGE.splitlines() if line.startswith("python") and line.endswith(predictor))
     shorter = command.replace("python", sys.executable, 1).replace("examples/", f"{ROOT}/examples/")
     ran = subprocess.run(
         f"{shorter} --iterations 3 --steps 256",

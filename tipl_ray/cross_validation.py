@@ -19,14 +19,14 @@ from tipl_ray.config import Experiment
 from tipl_ray.data.storage import join, last_name, write_file
 from tipl_ray.digest import digest
 from tipl_ray.drawing import png
-from tipl_ray.evaluate import figures, metrics
+from tipl_ray.evaluate import figures, metrics, report
 from tipl_ray.evaluate.evaluation import Evaluation, evaluate
 from tipl_ray.evaluate.metrics import Table
 from tipl_ray.jobs import check_job, exit_status
 from tipl_ray.pages import as_csv
 from tipl_ray.predict.models import load_about
 from tipl_ray.stages import STAGES, Context, run_train, trained_models
-from tipl_ray.terminal import ProgressView, duration, say
+from tipl_ray.terminal import ProgressView, duration, say, say_sentence
 from tipl_ray.tracking import ui_command
 
 FOLDS = 10
@@ -76,7 +76,11 @@ def run_cross_validation(experiment: Experiment) -> None:
                 run.log_figure(picture, "skill")
                 write_file(folder, "skill.png", picture)
             tracker = context.tracker
-        _say_skills(tables["summary"])
+        answers = report.headline(
+            tables["summary"], experiment.evaluate.confidence, tables["comparisons"], tables["groups"]
+        )
+        for answer in answers:
+            say_sentence(answer.line)
         say(f"cross_validate: tables in {folder}, {duration(time.monotonic() - begin)}")
         say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
@@ -97,14 +101,3 @@ def summarise(experiment: Experiment, results: Sequence[Table], trained_on: str)
         "comparisons": metrics.compare(table, "tipl", resampling),
         "groups": metrics.group_skills(table, resampling),
     }
-
-
-def _say_skills(summary: Sequence[dict[str, Any]]) -> None:
-    """TIPL and the ridge at the first and the last step, with the trials that they rest on."""
-    steps = sorted({row["step"] for row in summary})
-    for row in summary:
-        if row["predictor"] in ("tipl", "ridge") and row["step"] in (steps[0], steps[-1]):
-            say(
-                f"{row['predictor']}, h = {row['step']}: skill {row['skill']:.3f} "
-                f"[{row['skill_low']:.3f}, {row['skill_high']:.3f}] over {row['trials']} trials"
-            )
