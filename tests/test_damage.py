@@ -465,12 +465,17 @@ CASES = [
         says="commit records of it seem to be lost",
         names=STATE,
     ),
-    Case(what="A commit record is empty", attempt=damage(RECORD, empty, read), says="no commit record", names=RECORD),
+    Case(
+        what="A commit record is empty",
+        attempt=damage(RECORD, empty, read),
+        says="is not a commit record",
+        names=RECORD,
+    ),
     Case(what="A commit record is cut short", attempt=damage(RECORD, truncate, read), says="EOF", names=RECORD),
     Case(
         what="A commit record is nested 100,000 deep",
         attempt=damage(RECORD, lambda path: path.write_text("[" * 100_000), read),
-        says="no commit record",
+        says="is not a commit record",
         names=RECORD,
     ),
     Case(
@@ -482,11 +487,16 @@ CASES = [
     Case(what="A record has a field too many", attempt=record(owner="me"), says="owner: Unexpected", names=RECORD),
     Case(what="A record has a number as text", attempt=record(rows="3"), says="rows: Input should be", names=RECORD),
     Case(what="A record has a number of 31 digits", attempt=record(rows=10**30), says="rows: ", names=RECORD),
-    Case(what="A record counts otherwise than it ranges", attempt=record(rows=4), says="rows=4 is not 3", names=RECORD),
+    Case(
+        what="A record counts otherwise than it ranges",
+        attempt=record(rows=4),
+        says="rows=4 contradicts its other fields",
+        names=RECORD,
+    ),
     Case(
         what="A record leads out of the storage",
         attempt=record(part="../../../../etc/passwd"),
-        says="part='../../../../etc/passwd' is not",
+        says="part='../../../../etc/passwd' contradicts its other fields",
         names=RECORD,
     ),
     Case(

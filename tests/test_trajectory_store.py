@@ -115,8 +115,11 @@ def test_the_header_and_the_records_of_our_own_trials_are_the_bytes_that_they_al
 
 def test_columns_that_make_no_sense_together_are_no_header() -> None:
     for columns, words in (
-        (("snapshot", "weights", "step"), r"columns=\['snapshot', 'weights', 'step'\] are not of snapshot, step, iter"),
-        (("weights",), r"are not of snapshot"),
+        (
+            ("snapshot", "weights", "step"),
+            r"columns=\['snapshot', 'weights', 'step'\] must be some of snapshot, step, iter",
+        ),
+        (("weights",), r"must be some of snapshot"),
         (
             ("snapshot", "weights", "observation_mean"),
             r"contain only some of observation_mean, observation_variance, observ",
