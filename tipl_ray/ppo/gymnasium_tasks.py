@@ -6,9 +6,10 @@ the generator at the beginning of its episode and every action since, which are 
 K simulations, O observation values, A action values, S values of a simulation's state.
 """
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import gymnasium
@@ -137,8 +138,19 @@ INTEGRATION = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
 def _make(task: str, options: Mapping[str, Any]) -> gymnasium.Env:
-    with warnings.catch_warnings(action="ignore"):  # of newer versions, and of what gymnasium's files deprecate
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning), _without_deprecations():
         return gymnasium.make(task, max_episode_steps=-1, disable_env_checker=True, **options)
+
+
+@contextlib.contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """MuJoCo does not print what it deprecates in gymnasium's own files, which no user can mend."""
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else warnings.warn(text, stacklevel=2))
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 def _mujoco(environment: gymnasium.Env) -> MujocoEnv:
