@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--every", type=int, default=2, help="steps between two snapshots")
     parser.add_argument("--momentum", type=float, default=0.9)
+    parser.add_argument("--predictor", help="trained model to evaluate as well, such as tipl-inverted-pendulum-v1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     arguments = parser.parse_args()
     if (num_snapshots := arguments.epochs * (NUM_TRAINING // BATCH) // arguments.every) < 5:
@@ -117,7 +118,7 @@ def main() -> None:
         accuracy = train(storage, seed, arguments.epochs, arguments.every, arguments.momentum)
         print(f"seed {seed}: {accuracy:.1%} of the images not trained on are right")
     for name, leave_out in (("everything", ()), ("without running statistics", (RUNNING,))):
-        place, findings = answer(storage, (), Asking(leave_out=leave_out), None)
+        place, findings = answer(storage, (), Asking(leave_out=leave_out), arguments.predictor)
         print(f"\n{name}:")
         for one in answers(findings):
             print(f"{one.question} {one.text}")

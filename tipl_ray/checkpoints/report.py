@@ -162,7 +162,7 @@ def by_phase(findings: Findings) -> Answer:
     if 0 not in skills or not within:
         return Answer(question=question, verdict="unknown", text="There are too few windows to say.")
     text = (
-        f"Where an iteration has just ended, {_words(best).rstrip(',')} is {_amount(skills[0])}, {_ahead(step)}; "
+        f"Where an iteration has just ended, {_words(best)} is {_amount(skills[0])}, {_ahead(step)}; "
         f"within iterations it is between {_amount(min(within), against='')} and {_amount(max(within), against='')}. "
         "What follows the end of an iteration depends on data that has not been collected yet."
     )
