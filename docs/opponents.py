@@ -50,6 +50,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
         rows.append(whole | {"gradient_steps": f"{steps}%", "held_out": row["scope"] == "held-out tasks"})
     for row in rows:
         row["gradient_steps"] = str(row["gradient_steps"])
+        row |= {name: round(value, 3) for name, value in row.items() if isinstance(value, float)}
     return [{RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     (DOCS / "results" / f"{arguments.name}.csv").write_bytes(as_csv(table(arguments.folder)))
     for picture in (arguments.folder / "figures").glob("*.png"):
-        shutil.copy(picture, DOCS / "pictures" / f"{arguments.name}_{picture.name}")
+        shutil.copy(picture, DOCS / "pictures" / f"{arguments.name}_{picture.name.removeprefix('acceleration_')}")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,18 @@ Shape suffixes: S trials of a contender, I PPO iterations.
 import math
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from tipl_ray.drawing import INK, SOFT, as_shipped, dress, explain, is_first_in_line, legend_below, new_figure, wrapped
-from tipl_ray.evaluate.figures import COLOURS, colour_of
+from tipl_ray.evaluate.figures import colour_of
 from tipl_ray.evaluate.metrics import MIN_TRIALS, Resampling, Row, interquartile_mean, numbers
 
+EPOCH_COLOURS = matplotlib.colormaps["viridis"]
 MOST_CURVES = 9
 """Contenders whose learning curves one picture holds."""
 
@@ -150,12 +153,15 @@ def _said(name: str) -> str:
     epochs, _, jumps = name.partition("+")
     if not epochs.isdecimal():
         return name
-    return f"{epochs} epochs" + (f", jumps by {jumps}" if jumps else "")
+    return f"{epochs} epoch{'s' * (epochs != '1')}" + (f", jumps by {jumps}" if jumps else "")
 
 
 def _contender_colour(name: str, first: bool) -> str:
-    """The first contender is black, other numbers of epochs grey; jumps have their predictor's colour."""
+    """The first contender is black, other numbers of epochs go from purple (1) to yellow (20 and more); jumps have
+    their predictor's colour."""
     jumps = name.partition("+")[2]
-    if first or name.isdecimal():
-        return INK if first else COLOURS["copy-last"]
+    if first:
+        return INK
+    if name.isdecimal():
+        return to_hex(EPOCH_COLOURS(0.95 * min(1.0, math.log(max(1, int(name))) / math.log(20))))
     return colour_of(jumps or name)
