@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=50, help="rollouts, each with updates (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2048, help="environment steps a rollout (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="Adam's first, annealed to 0 (default: 3e-4)")
+    parser.add_argument("--goal", type=float, default=np.inf, help="stop at this mean return of the last 20 episodes")
     parser.add_argument("--seed", type=int, default=1, help="of networks, noise and task (default: %(default)s)")
     settings = parser.parse_args()
 
@@ -132,13 +133,15 @@ def main() -> None:
             jumps.jump(iteration / settings.iterations, divergence=partial(divergence, policy, *rollout))  # J
 
         now, done = time.monotonic(), iteration + 1
-        if done == 1 or done == settings.iterations or now - said > SECONDS_PER_LINE:
+        mean_return = np.nanmean(returns[-20:]) if len(returns) > 1 else np.nan
+        if done in (1, settings.iterations) or now - said > SECONDS_PER_LINE or mean_return >= settings.goal:
             said = now
             taken = f", {done * settings.epochs * NUM_MINIBATCHES:,} gradient steps"
             taken += f", {jumps.taken} jumps taken, {jumps.refused} refused" if jumps else ""
             left = (now - begin) / done * (settings.iterations - done)
-            mean_return = np.nanmean(returns[-20:]) if len(returns) > 1 else np.nan
             print(f"{done * steps:,} env steps: mean return {mean_return:.1f}{taken}, {left:.0f} s left", flush=True)
+        if mean_return >= settings.goal:
+            break
 
 
 if __name__ == "__main__":
