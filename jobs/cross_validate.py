@@ -1,4 +1,4 @@
-"""Cross-validate: train and evaluate once per fold of the trials, so that every trial is a test trial once.
+"""Train and evaluate once per fold of the trials, so that every trial is a test trial once.
 
     python jobs/cross_validate.py --experiment jobs/experiments/inverted_pendulum.toml --preset causal
     python jobs/cross_validate.py --split.folds 5 --evaluate.run-policies-of

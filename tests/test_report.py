@@ -8,7 +8,7 @@ import pytest
 
 from tipl_ray import pages
 from tipl_ray.evaluate import report
-from tipl_ray.places import CHECKOUT
+from tipl_ray.places import CHECKOUT, PUBLISHED_FOLDER
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -445,10 +445,11 @@ def test_a_page_that_lacks_a_value_is_refused():
         pages.page("comparison.html", **COMPARED)
 
 
-def test_every_template_is_packaged():
+def test_every_template_and_published_predictor_is_packaged():
     declared = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     packaged = {path for pattern in declared["tipl_ray"] for path in (CHECKOUT / "tipl_ray").glob(pattern)}
-    assert {path for path in pages.TEMPLATES.rglob("*") if path.is_file()} == packaged
+    wanted = [*pages.TEMPLATES.rglob("*"), *PUBLISHED_FOLDER.rglob("*")]
+    assert {path for path in wanted if path.is_file()} == packaged
 
 
 def test_a_table_is_written_in_full_and_what_is_none_is_empty():

@@ -274,7 +274,7 @@ def test_what_compare_could_not_write_or_keep_is_refused_at_once(tmp_path: Path)
     job = [sys.executable, "jobs/compare.py", "--storage", str(tmp_path)]
     for options, words in {
         ("--best", "-1"): "error: --best -1 is below 0",
-        ("--output", str(tmp_path / "none" / "a.html")): f"cannot be created: {tmp_path / 'none'} is no folder",
+        ("--output", str(tmp_path / "none" / "a.html")): f"cannot be created: {tmp_path / 'none'} is not a folder",
         ("--csv", str(tmp_path)): "is a folder; name a file",
     }.items():
         said = subprocess.run([*job, *options], capture_output=True, text=True, timeout=300)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tipl_ray.accelerate.jumps import ModuleJumps as ModuleJumps
-    from tipl_ray.config import Experiment as Experiment
+    from tipl_ray.config.experiment import Experiment as Experiment
     from tipl_ray.data.trajectory_store import TrajectoryStore as TrajectoryStore
     from tipl_ray.experiments import load_experiment as load_experiment
     from tipl_ray.predict.saved import load_predictor as load_predictor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 EXPORTS = {
-    "Experiment": "tipl_ray.config",
+    "Experiment": "tipl_ray.config.experiment",
     "ModuleJumps": "tipl_ray.accelerate.jumps",
     "Recorder": "tipl_ray.record.recorder",
     "TrajectoryStore": "tipl_ray.data.trajectory_store",

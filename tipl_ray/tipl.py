@@ -58,7 +58,7 @@ def main() -> int | None:
 
 def overview() -> str:
     """What `tipl --help` shows: a line for each job."""
-    lines = [f"  {name:<12}{_first_line(name)}" for name in NAMES]
+    lines = [f"  {name:<15}{_first_line(name)}" for name in NAMES]
     return "\n".join(
         [
             "usage: tipl JOB [OPTIONS]",
