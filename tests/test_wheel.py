@@ -16,7 +16,7 @@ import tipl_ray
 from tipl_ray import tipl
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.experiments import named_experiments
-from tipl_ray.places import CHECKOUT
+from tipl_ray.places import CHECKOUT, published_predictors
 
 SOURCES = ("tipl_ray", "jobs", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 SHRUNK = "collect.num-trials=3 collect.total-env-steps=16384 split.validation-trials=1 split.test-trials=1"
@@ -79,6 +79,12 @@ def test_a_wheel_is_what_an_environment_imports_and_has_every_experiment(program
     place, *names = run(programs / "python", "-c", ask, cwd=tmp_path).split()
     assert Path(place).is_relative_to(programs.parent)
     assert set(names) >= {path.stem for path in (CHECKOUT / "jobs" / "experiments").glob("*.toml")}
+
+
+def test_a_wheel_loads_every_published_predictor_by_its_name(programs: Path, tmp_path: Path) -> None:
+    ask = "import sys, tipl_ray; print(*(tipl_ray.load_predictor(name).name for name in sys.argv[1:]))"
+    loaded = run(programs / "python", "-c", ask, *published_predictors(), cwd=tmp_path).split()
+    assert len(loaded) == len(published_predictors()) > 0
 
 
 def test_a_script_beside_the_clone_imports_the_package_whatever_the_clone_is_called(tmp_path: Path) -> None:
