@@ -100,7 +100,7 @@ def main() -> None:
     )
     times: dict[str, list[float]] = {"fit_basis": [], "numpy": []}
     for _ in range(arguments.rounds):
-        seconds, fitted = seconds_of(lambda: fit_basis(weights_TP, "trial", RANK))
+        seconds, fitted = seconds_of(lambda: fit_basis(weights_TP, RANK))
         times["fit_basis"].append(seconds)
         times["numpy"].append(seconds_of(lambda: np.linalg.svd(weights_TP, full_matrices=False))[0])
     exact_D = np.linalg.svd(weights_TP.astype(np.float64), compute_uv=False)[:RANK]

@@ -288,9 +288,9 @@ def test_a_predictor_keeps_its_colour_from_picture_to_picture():
 
 
 def test_two_bases_of_one_predictor_are_told_apart():
-    rows = summary(names=("tipl",)) + [{**row, "basis": "raw"} for row in summary(names=("tipl",))]
+    rows = summary(names=("tipl",)) + [{**row, "basis": "shared"} for row in summary(names=("tipl",))]
     figure = figures.skill_by_step(rows)
-    assert legend(figure)[:2] == ["TIPL, basis raw", "TIPL, basis trial"]
+    assert legend(figure)[:2] == ["TIPL, basis shared", "TIPL, basis trial"]
     assert len({line.get_linestyle() for line in drawn(figure.axes[0])}) == 2
 
 

@@ -84,14 +84,15 @@ def trials(*seeds: int) -> Trials:
 def trial_basis_of(basis: config.Basis) -> TrialBasis:
     representation = representation_of(basis)
     assert isinstance(representation, TokenRepresentation)
-    return TrialBasis(representation)
+    others = [trajectory(seed) for seed in (1, 2, 3)]
+    return TrialBasis(representation, fit_shared_basis(others, basis.rank) if basis.kind == "shared" else None)
 
 
 def tipl(basis: config.Basis, token_size: int, num_snapshots: int = 40) -> Tipl:
     torch.manual_seed(0)
-    trial_basis = trial_basis_of(dataclasses.replace(basis, centred=False, deltas=False))
+    trial_basis = trial_basis_of(basis)
     normaliser = Normaliser.fit(trial_basis.of(trajectory(9)).coordinates_TD[None])
-    return Tipl(QUESTION, CausalTransformer(SIZE, token_size, num_snapshots), trial_basis_of(basis), normaliser)
+    return Tipl(QUESTION, CausalTransformer(SIZE, token_size, num_snapshots), trial_basis, normaliser)
 
 
 def window_tipl() -> WindowTipl:
@@ -105,8 +106,7 @@ def predictors() -> list[Predictor]:
         WindowFloor(QUESTION),
         SvdFloor(QUESTION, trial_basis_of(config.Basis(rank=4))),
         tipl(config.Basis(rank=4), 4),
-        tipl(config.Basis(kind="raw"), 31),
-        tipl(config.Basis(kind="raw", deltas=True), 31),
+        tipl(config.Basis(kind="shared", rank=4), 4),
         window_tipl(),
     ]
     for predictor in made:
@@ -154,13 +154,7 @@ def test_a_predictor_is_causal_exactly_if_it_says_so(predictor):
     assert np.array_equal(before, after) == predictor.causal
 
 
-def counts_from_the_first(predictor: Predictor) -> bool:
-    return isinstance(predictor, Tipl) and predictor.trial_basis.representation.basis.deltas
-
-
-@pytest.mark.parametrize(
-    "predictor", [one for one in MADE if one.causal and not counts_from_the_first(one)], ids=lambda one: one.name
-)
+@pytest.mark.parametrize("predictor", [one for one in MADE if one.causal], ids=lambda one: one.name)
 def test_a_causal_predictor_sees_its_context_alone(predictor):
     weights_TP = trajectory()
     poisoned_TP = weights_TP.copy()
@@ -350,7 +344,7 @@ def test_no_point_of_the_basis_is_nearer_to_the_truth_than_the_svd_floor():
 
 def test_tipl_decodes_what_the_model_predicts_at_the_steps_asked_for():
     weights_TP = trajectory()
-    predictor = tipl(config.Basis(rank=4, centred=True), 4)
+    predictor = tipl(config.Basis(rank=4), 4)
     fitted = predictor.trial_basis.of(weights_TP)
     tokens_BKD = predictor.normaliser.normalise(fitted.coordinates_TD[STARTS[:, None] + np.arange(-5, 1)])
     rolled_BFD = predictor.model.forecast(
@@ -401,7 +395,7 @@ def save_tipl(folder: Path, basis: config.Basis) -> Tipl | WindowTipl:
     return predictor
 
 
-@pytest.mark.parametrize("basis", [config.Basis(rank=4, deltas=True), config.Basis(kind="window")])
+@pytest.mark.parametrize("basis", [config.Basis(rank=4), config.Basis(kind="window")])
 def test_saved_tipl_forecasts_the_same_when_loaded(tmp_path: Path, basis: config.Basis):
     saved = save_tipl(tmp_path, basis)
     loaded = load_tipl(str(tmp_path), QUESTION)

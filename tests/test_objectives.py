@@ -32,7 +32,7 @@ def trajectory(seed: int) -> np.ndarray:
 
 def tokens(*seeds: int) -> Tokens:
     trajectories = {seed: trajectory(seed) for seed in seeds}
-    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, "trial", 4)) for seed, w_TP in trajectories.items()])
+    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, 4)) for seed, w_TP in trajectories.items()])
 
 
 def bands(*seeds: int) -> list[GramBand]:
@@ -48,7 +48,7 @@ def test_next_tokens_validation_skill_is_that_of_the_decoded_weights():
     torch.manual_seed(0)
     objective = NextToken(SIZE, TrainingData(train=tokens(3, 4), validation=tokens(5)))
     _, skill = objective.validate()
-    weights_TP, fitted = trajectory(5), fit_basis(trajectory(5), "trial", 4)
+    weights_TP, fitted = trajectory(5), fit_basis(trajectory(5), 4)
     normalised_TD = torch.from_numpy(objective.normaliser.normalise(fitted.coordinates_TD))
     windows_BK = np.arange(35)[:, None] + np.arange(6)
     with torch.no_grad():

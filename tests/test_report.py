@@ -73,7 +73,7 @@ def test_skill_below_zero_is_said_to_be_worse():
 
 def test_a_basis_that_saw_the_future_is_named_wherever_skill_is_claimed():
     assert "the future included" in report.beats_copying(rows("tipl", 0.4)).text
-    assert "the future included" not in report.beats_copying(rows("tipl", 0.4, basis="raw", causal=True)).text
+    assert "the future included" not in report.beats_copying(rows("tipl", 0.4, basis="shared", causal=True)).text
 
 
 def few(predictor, *skills, trials=2, **rest):

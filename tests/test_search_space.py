@@ -18,11 +18,11 @@ def demo(over: dict[str, Any], preset: str = "paper", **sweep: Any) -> Experimen
 
 
 def test_values_from_the_command_line_get_their_fields_types() -> None:
-    over = parse_over(["basis.rank=8, 16", "model.dropout=0,0.1", "basis.centred=true,false", "train.schedule=cosine"])
+    over = parse_over(["basis.rank=8, 16", "model.dropout=0,0.1", "model.residual=true,false", "train.schedule=cosine"])
     assert make_space(demo(over)) == {
         "basis.rank": (8, 16),
         "model.dropout": (0.0, 0.1),
-        "basis.centred": (True, False),
+        "model.residual": (True, False),
         "train.schedule": ("cosine",),
     }
 
@@ -61,7 +61,7 @@ def test_corners_are_every_combination_of_values_and_limits() -> None:
         ({"basis.rank": [8, 8]}, "contains a value twice"),
         ({"basis.rank": [8.5]}, "basis.rank=8.5 is not of the field's type, int"),
         ({"basis.rank": ["many"]}, "basis.rank='many' is not of the field's type, int"),
-        ({"basis.centred": [1]}, "basis.centred=1 is not of the field's type, bool"),
+        ({"model.residual": [1]}, "model.residual=1 is not of the field's type, bool"),
         ({"basis.kind": ["fourier"]}, "basis.kind='fourier'"),
         ({"basis.rank": [8, 300]}, "basis.rank=300 exceeds the 251 snapshots of a trial"),
         (

@@ -31,7 +31,7 @@ def trajectory(seed: int, num_snapshots: int = 15, num_weights: int = 11) -> np.
 
 def tokens(seeds: range, num_snapshots: int = 15) -> Tokens:
     trajectories = {seed: trajectory(seed, num_snapshots) for seed in seeds}
-    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, "trial", 4)) for seed, w_TP in trajectories.items()])
+    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, 4)) for seed, w_TP in trajectories.items()])
 
 
 def test_windows_are_the_tokens_of_neighbouring_snapshots_and_targets_the_next():
@@ -76,10 +76,9 @@ def test_every_window_is_drawn_about_as_often():
     np.testing.assert_allclose(np.bincount(draws, minlength=10), 1000, rtol=0.15)
 
 
-@pytest.mark.parametrize("kind", ["trial", "raw"])
-def test_squared_errors_are_those_of_the_decoded_weights(kind):
+def test_squared_errors_are_those_of_the_decoded_weights():
     weights_TP = trajectory(5)
-    fitted = fit_basis(weights_TP, kind, 4)
+    fitted = fit_basis(weights_TP, 4)
     one = tokens_of(5, weights_TP, fitted)
     forecast_BD = np.random.default_rng(0).standard_normal((10, fitted.rank))
     apart_BP = fitted.decode(forecast_BD) - weights_TP[5:]
@@ -105,7 +104,7 @@ def test_tokens_come_from_the_store_one_basis_per_trial(tmp_path: Path):
     loaded = trial_tokens.gather([[trial_tokens.read(str(tmp_path), seed, QUESTION) for seed in (3, 5)]])
     assert loaded.seeds == (3, 5)
     for index, seed in enumerate(loaded.seeds):
-        fitted = fit_basis(trajectories[seed], "trial", 4)
+        fitted = fit_basis(trajectories[seed], 4)
         np.testing.assert_array_equal(loaded.coordinates_NTD[index], fitted.coordinates_TD)
         np.testing.assert_array_equal(loaded.singular_values_ND[index], fitted.singular_values_D)
 
@@ -293,8 +292,9 @@ def test_a_trial_reduced_from_the_store_is_reduced_as_from_memory(
         weights_TP = trajectory(3, *shape)
         storage = str(tmp_path / str(shape))
         write_trials(Path(storage), {3: weights_TP})
-        for basis in (BASIS, config.Basis(rank=4, centred=True), config.Basis(rank=4, deltas=True)):
-            found = TrialTokens(basis).read(storage, 3, QUESTION)
-            expected = tokens_of(3, weights_TP, fit_basis(weights_TP, "trial", 4, basis.centred, basis.deltas))
-            for field in ("coordinates_NTD", "singular_values_ND", "outside_NT", "displacement_NT"):
-                np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
+        found, expected = (
+            TrialTokens(BASIS).read(storage, 3, QUESTION),
+            tokens_of(3, weights_TP, fit_basis(weights_TP, 4)),
+        )
+        for field in ("coordinates_NTD", "singular_values_ND", "outside_NT", "displacement_NT"):
+            np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))

@@ -64,7 +64,7 @@ def trajectory(seed: int) -> np.ndarray:
 
 def tokens(*seeds: int) -> Tokens:
     trajectories = {seed: trajectory(seed) for seed in seeds}
-    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, "trial", 4)) for seed, w_TP in trajectories.items()])
+    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, 4)) for seed, w_TP in trajectories.items()])
 
 
 def bands(*seeds: int) -> list[GramBand]:

@@ -78,7 +78,7 @@ def test_starts_are_the_same_for_every_context_and_leave_room_for_the_longest() 
 @pytest.mark.parametrize("rank", [3, 8])
 def test_the_papers_model_is_judged_as_its_decoded_weights_are(rank: int) -> None:
     torch.manual_seed(0)
-    at_most = [tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, "trial", 8)) for i, one in enumerate(TRIALS)]
+    at_most = [tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, 8)) for i, one in enumerate(TRIALS)]
     tokens = Tokens.stack(at_most).truncated(rank)
     objective = NextToken(
         config.Model(context=6, embedding=16, layers=1), TrainingData(train=tokens, validation=tokens)
@@ -90,7 +90,7 @@ def test_the_papers_model_is_judged_as_its_decoded_weights_are(rank: int) -> Non
 
 def test_truncated_tokens_are_those_of_the_lower_rank() -> None:
     weights_TP = TRIALS[0].weights_TP
-    lower, higher = (tokens_of(1, weights_TP, fit_basis(weights_TP, "trial", rank)) for rank in (3, 8))
+    lower, higher = (tokens_of(1, weights_TP, fit_basis(weights_TP, rank)) for rank in (3, 8))
     for name in ("coordinates_NTD", "singular_values_ND", "outside_NT", "displacement_NT"):
         np.testing.assert_allclose(getattr(higher.truncated(3), name), getattr(lower, name), rtol=1e-3, atol=1e-4)
 
@@ -108,9 +108,7 @@ def test_the_window_model_and_the_ridge_are_judged_as_their_weights_are() -> Non
 
 
 def test_no_model_has_more_skill_than_the_true_future_on_its_basis() -> None:
-    tokens = Tokens.stack(
-        [tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, "trial", 13)) for i, one in enumerate(TRIALS)]
-    )
+    tokens = Tokens.stack([tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, 13)) for i, one in enumerate(TRIALS)])
     floor = SvdFloor(question(6), TrialBasis(TrialTokens(config.Basis(rank=3))))
     np.testing.assert_allclose(
         1 - bound_H(tokens.truncated(3)), 1 - skill_from_weights(DecodedAlone(floor), 6), rtol=1e-3

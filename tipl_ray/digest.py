@@ -19,8 +19,9 @@ def identity(config: Any) -> dict[str, Any]:
 
     Left out are fields whose metadata say {"identity": False}, as what something is called and where it runs, and those
     that say {"later": True} while they have their default: what was made before there was such a field is still found.
+    For the same reason a configuration's `REMOVED` fields are added, at the values that they had by default.
     """
-    table = as_table(config)
+    table = as_table(config) | getattr(config, "REMOVED", {})
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         factory = field.default_factory

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from tipl_ray.config import MOVED, Experiment, validated
+from tipl_ray.config import MOVED, Basis, Experiment, validated
 from tipl_ray.errors import nearest, no_such
 from tipl_ray.places import JOBS_FOLDER
 
@@ -136,4 +136,5 @@ def _upgraded(table: dict[str, Any]) -> dict[str, Any]:
         part = table.get(section, {}) if section else table
         if field in part:
             where[field] = part.pop(field)
+    table["basis"] = Basis.upgraded(table.get("basis", {}))
     return table

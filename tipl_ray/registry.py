@@ -114,7 +114,6 @@ REPRESENTATIONS = Registry(
     "tipl_ray.representations",
     {
         "trial": "tipl_ray.paper.representation:TrialTokens",
-        "raw": "tipl_ray.paper.representation:RawTokens",
         "shared": "tipl_ray.paper.representation:SharedTokens",
         "window": "tipl_ray.window.representation:Window",
     },

@@ -4,7 +4,7 @@ Defaults are the paper's (Section 4.1); where the paper is silent, docs/declared
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import tyro
@@ -193,22 +193,29 @@ class Split:
 class Basis:
     """How snapshots of the weights become tokens, and tokens become weights again (Section 3.2)."""
 
+    REMOVED: ClassVar[dict[str, bool]] = {"centred": False, "deltas": False}
+    """Fields of earlier versions, at the only values that are left. They stay part of the digests, so that models that
+    were trained before are found."""
+
     kind: str = "trial"
     """`trial`: Temporal SVD of the trial's whole trajectory, as in the paper; not causal, since it includes the future.
-    `raw`: the weights themselves. `shared`: one Temporal SVD of all training trials; causal. `window`: inner products
-    of the displacements in the context; causal and independent of the network's size. Or `module:Name`, your own
-    representation (docs/extending.md)."""
+    `shared`: one Temporal SVD of all training trials; causal. `window`: inner products of the displacements in the
+    context; causal and independent of the network's size. Or `module:Name`, your own representation
+    (docs/extending.md)."""
     rank: Count = 32
     """SVD rank D, for `trial` and `shared`."""
-    centred: bool = False
-    """Subtract the trajectory's mean before the SVD."""
-    deltas: bool = False
-    """Subtract the trajectory's first snapshot before the SVD."""
 
     def check(self) -> None:
         REPRESENTATIONS.check("basis.kind", self.kind)
-        if self.centred and self.deltas:
-            raise ValueError("basis.centred=True and basis.deltas=True are mutually exclusive; choose one origin")
+
+    @classmethod
+    def upgraded(cls, table: dict[str, Any]) -> dict[str, Any]:
+        """A table that any version wrote, without the fields that were removed. Raises ValueError where one of them had
+        another value than its default."""
+        for field, default in cls.REMOVED.items():
+            if table.get(field, default) != default:
+                raise ValueError(f"basis.{field}: this version only reads models with basis.{field}={default}")
+        return {field: value for field, value in table.items() if field not in cls.REMOVED}
 
 
 @pydantic.with_config(STRICT)

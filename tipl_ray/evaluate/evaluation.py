@@ -239,7 +239,7 @@ def reconstruction_rows(experiment: Experiment, seed: int) -> list[dict]:
     """What each SVD rank leaves out of a trial."""
     weights_TP = TrajectoryStore(experiment.storage_path).trajectory(seed, columns=["weights"]).weights_TP
     ranks = [rank for rank in RECONSTRUCTION_RANKS if rank <= min(weights_TP.shape)]
-    errors = reconstruction_error(weights_TP, ranks, experiment.basis.centred, experiment.basis.deltas)
+    errors = reconstruction_error(weights_TP, ranks)
     return [
         {"trial": seed, "rank": int(rank), "energy_outside": float(energy), "mse": float(mse)}
         for rank, energy, mse in zip(*errors.values(), strict=True)
@@ -256,7 +256,7 @@ def path_table(experiment: Experiment, model_folders: Sequence[str], fitted: byt
     """
     trajectory, question = TrajectoryStore(experiment.storage_path).trajectory(seed), Question.of(experiment)
     weights_TP, returns_T = trajectory.weights_TP, trajectory.episodic_returns_T
-    basis = fit_basis(weights_TP, "trial", 2, centred=True)
+    basis = fit_basis(weights_TP, 2, centred=True)
     energy = float(sum(np.square(row_P - basis.origin_P, dtype=np.float64).sum() for row_P in weights_TP))
     trial = Trial(weights_TP=weights_TP, band=load_band(experiment.storage_path, seed, question))
     tipl = next(one for one in _fitted_predictors(experiment, model_folders, fitted) if one.name == "tipl")

@@ -1,10 +1,10 @@
-"""The paper's representation (Section 3.2): snapshots as tokens, by a Temporal SVD or as they are."""
+"""The paper's representation (Section 3.2): snapshots as tokens of a Temporal SVD."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tipl_ray import config
 from tipl_ray.data.rows import Rows
@@ -31,10 +31,8 @@ class TokenRepresentation(Representation):
     own_predictors = ("tipl", "svd-floor")
     not_learned_from = ("joined_windows",)
 
-    @property
-    @abc.abstractmethod
-    def causal(self) -> bool:
-        """Whether a token depends on nothing of its trial that comes later."""
+    causal: ClassVar[bool]
+    """Whether a token depends on nothing of its trial that comes later."""
 
     @abc.abstractmethod
     def fit_trial(self, weights_TP: Rows, shared: FittedBasis | None) -> FittedBasis:
@@ -121,7 +119,7 @@ class TrialTokens(TokenRepresentation):
         """See `TokenRepresentation.fit_trial`."""
         from tipl_ray.paper.temporal_svd import fit_basis
 
-        return fit_basis(weights_TP, "trial", self.basis.rank, self.basis.centred, self.basis.deltas)
+        return fit_basis(weights_TP, self.basis.rank)
 
     def narrowed(self, data: TrainingData) -> TrainingData:
         """Tokens of a lower SVD rank; see `Tokens.truncated`."""
@@ -139,16 +137,14 @@ class SharedTokens(TrialTokens):
     causal = shares = True
 
     def check(self, experiment: config.Experiment) -> None:
-        """See `Representation.check`."""
-        if self.basis.deltas:
-            raise ValueError("basis.deltas=True is not for basis.kind=shared, whose origin is that of all trials")
+        """See `Representation.check`: many trials have more snapshots than one, whatever the rank."""
 
     def fit(self, storage: str, seeds: Sequence[int]) -> FittedBasis:
         """The basis itself."""
         from tipl_ray.paper.temporal_svd import fit_shared_basis
 
         store = TrajectoryStore(storage)
-        return fit_shared_basis([store.weights(seed) for seed in seeds], self.basis.rank, self.basis.centred)
+        return fit_shared_basis([store.weights(seed) for seed in seeds], self.basis.rank)
 
     def fit_trial(self, weights_TP: Rows, shared: FittedBasis | None) -> FittedBasis:
         """See `TokenRepresentation.fit_trial`."""
@@ -162,22 +158,3 @@ class SharedTokens(TrialTokens):
         content = read_model_file(folder, BASIS_FILE)
         with understood(folder, BASIS_FILE):
             return FittedBasis.from_bytes(content)
-
-
-class RawTokens(TokenRepresentation):
-    """The weights themselves."""
-
-    @property
-    def causal(self) -> bool:
-        """See `TokenRepresentation.causal`."""
-        return not self.basis.centred
-
-    def without_effect(self) -> dict[str, str]:
-        """See `Representation.without_effect`."""
-        return {**super().without_effect(), "basis.rank": "basis.kind=raw fits no Temporal SVD"}
-
-    def fit_trial(self, weights_TP: Rows, shared: FittedBasis | None) -> FittedBasis:
-        """See `TokenRepresentation.fit_trial`."""
-        from tipl_ray.paper.temporal_svd import fit_basis
-
-        return fit_basis(weights_TP, "raw", self.basis.rank, self.basis.centred, self.basis.deltas)

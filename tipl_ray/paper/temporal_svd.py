@@ -9,7 +9,7 @@ than D, and K columns of the Krylov space from which they are chosen.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import safetensors.numpy
@@ -46,30 +46,25 @@ class FittedBasis:
     """The basis of one trajectory: W = origin + U S V^T, with the first D columns of U as tokens."""
 
     rank: int
-    """SVD rank D; P where the weights themselves are the tokens."""
+    """SVD rank D."""
     coordinates_TD: NDArray[np.float32]
     """Tokens of the trajectory itself: U[:, :D]."""
     singular_values_D: NDArray[np.float64]
-    """Leading singular values, falling; ones where the weights themselves are the tokens."""
-    basis_PD: NDArray[np.float32] | None
-    """Right singular vectors, of which the entry with the largest absolute value is positive; none stands for the
-    identity."""
+    """Leading singular values, falling."""
+    basis_PD: NDArray[np.float32]
+    """Right singular vectors, of which the entry with the largest absolute value is positive."""
     origin_P: NDArray[np.float32]
-    """What was subtracted from every snapshot: zeros, the mean or the first snapshot."""
+    """What was subtracted from every snapshot: zeros or the mean."""
 
     def encode(self, weights_BP: Array) -> NDArray[np.float32]:
         """Tokens of any snapshots; (B, D). A direction that the trajectory never took has coordinate 0."""
         centred_BP = np.asarray(weights_BP, np.float64) - self.origin_P
-        if self.basis_PD is None:
-            return centred_BP.astype(np.float32)
         taken_D = self.singular_values_D > 0
         inverse_D = np.divide(1.0, self.singular_values_D, out=np.zeros(self.rank), where=taken_D)
         return (centred_BP @ self.basis_PD * inverse_D).astype(np.float32)
 
     def decode(self, coordinates_BD: Array) -> NDArray[np.float32]:
         """Weights of tokens: U_D S_D V_D^T + origin; (B, P)."""
-        if self.basis_PD is None:
-            return (coordinates_BD + self.origin_P).astype(np.float32, copy=False)
         scaled_BD = (coordinates_BD * self.singular_values_D).astype(np.float32)
         return scaled_BD @ self.basis_PD.T + self.origin_P
 
@@ -81,7 +76,6 @@ class FittedBasis:
 
     def truncated(self, rank: int) -> Self:
         """The leading part of the basis, as if it had been fitted with that SVD rank."""
-        assert self.basis_PD is not None, "the identity has no rank"
         return dataclasses.replace(
             self,
             rank=rank,
@@ -92,7 +86,6 @@ class FittedBasis:
 
     def to_bytes(self) -> bytes:
         """The basis without the trajectory's own tokens, as safetensors."""
-        assert self.basis_PD is not None, "the identity is not kept"
         arrays = {"singular_values": self.singular_values_D, "basis": self.basis_PD, "origin": self.origin_P}
         return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
@@ -109,27 +102,13 @@ class FittedBasis:
         )
 
 
-def fit_basis(
-    weights_TP: Rows, kind: Literal["trial", "raw"], rank: int, centred: bool = False, deltas: bool = False
-) -> FittedBasis:
-    """Temporal SVD (Section 3.2) of one trajectory, or the identity for `raw`, which ignores the rank.
+def fit_basis(weights_TP: Rows, rank: int, centred: bool = False) -> FittedBasis:
+    """Temporal SVD (Section 3.2) of one trajectory; with `centred` its mean is subtracted first.
 
-    With `centred` the trajectory's mean is subtracted first, with `deltas` its first snapshot. Asks for the trajectory
-    in parts, so that one which is read from a store takes a bounded memory.
-    Raises ValueError if the rank exceeds T or P, or a weight is not finite.
+    Reads the trajectory in parts, so that one that is read from a store takes bounded memory. Raises ValueError if the
+    rank exceeds T or P, or a weight is not finite.
     """
-    origin_P = _origin(weights_TP, centred, deltas)
-    if kind == "raw":
-        weights_TP = weights_TP[:]
-        if not np.isfinite(weights_TP).all():
-            raise ValueError("weights_TP has entries that are NaN or infinite: there is no basis for them")
-        return FittedBasis(
-            rank=weights_TP.shape[1],
-            coordinates_TD=np.asarray(weights_TP - origin_P if centred or deltas else weights_TP, np.float32),
-            singular_values_D=np.ones(weights_TP.shape[1]),
-            basis_PD=None,
-            origin_P=origin_P,
-        )
+    origin_P = _mean(weights_TP) if centred else np.zeros(weights_TP.shape[1], np.float32)
     singular_values_D, left_TD, right_PD = _decompose(weights_TP, origin_P, rank)
     largest_D = right_PD[np.abs(right_PD).argmax(axis=0), np.arange(rank)]
     signs_D = np.where(largest_D < 0, -1.0, 1.0)
@@ -142,7 +121,7 @@ def fit_basis(
     )
 
 
-def fit_shared_basis(trajectories: Sequence[Rows], rank: int, centred: bool = False) -> FittedBasis:
+def fit_shared_basis(trajectories: Sequence[Rows], rank: int) -> FittedBasis:
     """One Temporal SVD of several trajectories together, of snapshots evenly spaced over each; it has no tokens yet.
 
     Raises ValueError as `fit_basis` does.
@@ -152,19 +131,17 @@ def fit_shared_basis(trajectories: Sequence[Rows], rank: int, centred: bool = Fa
         np.linspace(0, len_T - 1, min(each, len_T)).astype(int) for len_T, _ in (one.shape for one in trajectories)
     ]
     parts = [one[row : row + 1] for one, rows in zip(trajectories, chosen, strict=True) for row in rows]
-    fitted = fit_basis(np.concatenate(parts), "trial", rank, centred)
+    fitted = fit_basis(np.concatenate(parts), rank)
     return dataclasses.replace(fitted, coordinates_TD=np.empty((0, rank), np.float32))
 
 
-def reconstruction_error(
-    weights_TP: Rows, ranks: Sequence[int], centred: bool = False, deltas: bool = False
-) -> dict[str, NDArray]:
+def reconstruction_error(weights_TP: Rows, ranks: Sequence[int]) -> dict[str, NDArray]:
     """What each SVD rank leaves out of one trajectory, from singular values and total energy alone.
 
     Columns, one entry per rank: `rank`; `energy_outside`, 1 - sum of sigma^2 / total, in [0, 1] (0 for a trajectory
-    that never leaves its origin); `mean_squared_error` per weight. Raises ValueError as `fit_basis` does.
+    of zeros); `mean_squared_error` per weight. Raises ValueError as `fit_basis` does.
     """
-    origin_P = _origin(weights_TP, centred, deltas)
+    origin_P = np.zeros(weights_TP.shape[1], np.float32)
     singular_values_D, _, _ = _decompose(weights_TP, origin_P, max(ranks))
     energy = sum(float(np.vdot(block_BP, block_BP)) for _, block_BP in _row_blocks(weights_TP, origin_P))
     outside = np.maximum(energy - np.cumsum(singular_values_D**2)[np.asarray(ranks) - 1], 0.0)
@@ -275,13 +252,10 @@ def _onto_snapshots(weights_TP: Rows, origin_P: NDArray, columns_PS: NDArray) ->
     )
 
 
-def _origin(weights_TP: Rows, centred: bool, deltas: bool) -> NDArray[np.float32]:
+def _mean(weights_TP: Rows) -> NDArray[np.float32]:
     num_snapshots, num_weights = weights_TP.shape
-    zeros_P = np.zeros(num_weights, np.float32)
-    if centred:
-        sums = (block_BP.sum(axis=0) for _, block_BP in _row_blocks(weights_TP, zeros_P))
-        return (sum(sums, np.zeros(num_weights)) / num_snapshots).astype(np.float32)
-    return weights_TP[:1][0].astype(np.float32) if deltas else zeros_P
+    sums = (block_BP.sum(axis=0) for _, block_BP in _row_blocks(weights_TP, np.zeros(num_weights, np.float32)))
+    return (sum(sums, np.zeros(num_weights)) / num_snapshots).astype(np.float32)
 
 
 def _row_blocks(weights_TP: Rows, origin_P: NDArray, dtype: DTypeLike = np.float64) -> Iterator[tuple[slice, NDArray]]:

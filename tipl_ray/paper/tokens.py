@@ -87,9 +87,8 @@ def tokens_of(seed: int, weights_TP: Rows, fitted: FittedBasis) -> Tokens:
         part, before = slice(start, start + SNAPSHOTS_AT_ONCE), min(start, 1)
         some_TP = weights_TP[start - before : part.stop].astype(np.float64)
         displacement_T[start + 1 - before : part.stop] = np.square(np.diff(some_TP, axis=0)).sum(axis=1)
-        if fitted.basis_PD is not None:
-            outside_TP = some_TP[before:] - fitted.decode(fitted.coordinates_TD[part])
-            outside_T[part] = np.square(outside_TP).sum(axis=1)
+        outside_TP = some_TP[before:] - fitted.decode(fitted.coordinates_TD[part])
+        outside_T[part] = np.square(outside_TP).sum(axis=1)
     return Tokens(
         seeds=(seed,),
         coordinates_NTD=fitted.coordinates_TD[None],

@@ -130,7 +130,7 @@ def representation_in(folder: str) -> Representation:
 
     about = load_about(folder)
     with understood(folder, ABOUT_FILE):
-        return representation_of(config.Basis(**about["basis"]))
+        return representation_of(config.Basis(**config.Basis.upgraded(about["basis"])))
 
 
 def load_tipl(folder: str, question: Question | None = None, device: torch.device | str = "cpu") -> Predictor:

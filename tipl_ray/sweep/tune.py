@@ -248,8 +248,7 @@ def _reduce(plan: Plan, child: config.Experiment) -> Reduced:
 
 def _origin(experiment: config.Experiment) -> str:
     """What a reduction depends on, besides the rank."""
-    basis = experiment.basis
-    return f"{basis.kind} centred={basis.centred} deltas={basis.deltas}"
+    return experiment.basis.kind
 
 
 def _tune(plan: Plan, reduced: Mapping[str, Reduced], log: tune.Callback) -> list[Trial]:

@@ -27,9 +27,7 @@ class Window(Representation):
 
     def without_effect(self) -> dict[str, str]:
         """See `Representation.without_effect`."""
-        without_svd = dict.fromkeys(
-            ("basis.rank", "basis.centred", "basis.deltas"), "basis.kind=window fits no Temporal SVD"
-        )
+        without_svd = dict.fromkeys(("basis.rank",), "basis.kind=window fits no Temporal SVD")
         return {**without_svd, "model.residual": "it is for bases of tokens"}
 
     def learned_steps(self, evaluate: config.Evaluate) -> tuple[int, ...]:
