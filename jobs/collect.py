@@ -7,9 +7,8 @@
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
-The output is the data set for TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074): one trajectory of
-snapshots per trial, where a snapshot is the policy's flat weights after every few update epochs, with the observation
-statistics of that moment. Running the same command again continues where it stopped.
+The output is the data set that TIPL is trained on: one trajectory of snapshots per trial. Running the same command
+again continues where it stopped.
 """
 
 import sys

@@ -1,13 +1,14 @@
 """Compare runs in MLflow: a table in the terminal, and table and figures in one HTML file.
 
-    python jobs/compare.py --storage storage/demo                       the runs of the newest sweep
+    python jobs/compare.py --storage storage/demo
     python jobs/compare.py --storage storage/demo --best 5 --by skill_h10
-    python jobs/compare.py --uri http://mlflow:5000 --runs 3f2a... 77b1... --output mine.html
+    python jobs/compare.py --uri http://mlflow:5000 --runs 3f2a... 77b1...
 
 Needs only MLflow, whatever made the runs. Compares those of --runs, else the runs nested under --parent, else the
 finished ones that --query finds and that have the metric, else those of the newest sweep. A higher metric is better,
 or, with --less, a lower one. The metric `skill` is the share of the squared error of copying the last snapshot of the
-weights that a model removes: 1 is perfect, 0 is no better than copying."""
+weights that a model removes: 1 is perfect, 0 is no better than copying.
+"""
 
 import dataclasses
 import sys
@@ -15,8 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import tyro
-
+from tipl_ray.command_line import read_options
 from tipl_ray.places import absolute_storage, default_storage
 from tipl_ray.terminal import say, say_rows, waiting
 
@@ -58,7 +58,7 @@ class Comparison:
 
 def main() -> None:
     """Read the runs, compare them, write the page."""
-    chosen = tyro.cli(Comparison, description=__doc__)
+    chosen = read_options(Comparison, __doc__)
     try:
         chosen.check()
     except ValueError as error:

@@ -2,13 +2,14 @@
 
     python jobs/data.py describe storage/demo
     python jobs/data.py verify s3://bucket/experiment
-    python jobs/data.py export storage/demo 7 trial-7.safetensors --columns weights episodic_return --stop 100
+    python jobs/data.py export storage/demo 7 trial-7.safetensors --stop 100
     python jobs/data.py import runs/model --storage storage/model
     python jobs/data.py ask storage/model
     python jobs/data.py watch storage/demo 1
 
 STORAGE is the folder or URI of the experiment. A trajectory is one training run's snapshots: the flat policy weights
-after every few update epochs. Each command has its own --help."""
+after every few update epochs. Each command has its own --help.
+"""
 
 import contextlib
 import os
@@ -24,6 +25,7 @@ import numpy as np
 import safetensors.numpy
 import tyro
 
+from tipl_ray.command_line import read_options
 from tipl_ray.data.commits import TrialProgress
 from tipl_ray.data.snapshots import COLUMNS, Header, as_json
 from tipl_ray.data.storage import TEMPORARY, Storage, StoreError, join
@@ -328,7 +330,7 @@ def watch(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that the user can fix are printed in one line."""
     try:
-        return app.cli(description=__doc__, args=arguments)
+        return read_options(app, __doc__, args=arguments)
     except (UserError, ValueError) as error:
         return _tell([str(error)])
 

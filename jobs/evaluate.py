@@ -6,15 +6,9 @@
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
-TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074) predicts the next snapshots of a policy's weights during
-PPO training from the last ones. It is compared with simple baselines by
-  WPE    weight prediction error: the mean squared error per weight
-  skill  the share of the squared error of copying the last snapshot that is removed: 1 is perfect, 0 is copying
-  REPW   return error of the predicted weights: mean absolute difference between the returns of the predicted policy and
-         of the true one
-
-Without --experiment, the storage's own is used; without --preset, every preset that was trained there is evaluated.
-Running the same command again continues where it stopped. <storage>/latest links to the newest report.
+TIPL is compared with simple baselines by WPE, skill and REPW. Without --experiment, the storage's own is used; without
+--preset, every preset that was trained there is evaluated. Running the same command again continues where it stopped.
+<storage>/latest links to the newest report.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Find a rule: search for the few parameters of a jump rule that lead to higher returns, by CMA-ES on Ray Tune.
+"""Find a rule: tune the few parameters of a jump rule for return, with CMA-ES on Ray Tune.
 
     python jobs/find_rule.py
     python jobs/find_rule.py --improve.generations 3 --improve.searches 1 \\
@@ -6,8 +6,9 @@
     ray job submit --working-dir . -- python jobs/find_rule.py \\
         --storage s3://bucket/improve --tracking.uri http://mlflow:5000
 
-A jump extrapolates the policy's weights within a PPO iteration. Each search prints its rule as a formula. Running the
-same command again continues where it stopped, or prints what was found.
+A jump extrapolates the policy's weights at the end of a PPO iteration. Prints the rule that each search finds, and
+their mean, as formulas. Running the same command again continues where it stopped; once the searches are done,
+it prints the rules again.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""Fork: continue states of ordinary PPO trials under many different jumps with the same random numbers.
+"""Fork: continue PPO trials from saved states with many different jumps but the same random numbers.
 
     python jobs/fork.py
     python jobs/fork.py --improve.tasks Hopper-v4 --improve.stages 3
     ray job submit --working-dir . -- python jobs/fork.py \\
         --storage s3://bucket/improve --tracking.uri http://mlflow:5000
 
-A jump extrapolates the policy's weights within a PPO iteration. The forks show which jumps are followed by higher
-returns, and are the data that jumps are tuned on. Running the same command again continues where it stopped.
+A jump extrapolates the policy's weights at the end of a PPO iteration. The forks show which jumps lead to higher
+returns; jobs/learn_jumps.py trains on them. Running the same command again continues where it stopped.
 """
 
 import sys

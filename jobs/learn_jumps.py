@@ -1,14 +1,13 @@
-"""Learn jumps: train TIPL on forks to predict which change of a rule's jump leads to higher returns.
+"""Learn jumps: train TIPL on forks to predict which change to a rule's jumps leads to higher returns.
 
     python jobs/learn_jumps.py
     python jobs/learn_jumps.py --improve.models 1 --improve.model-steps 200
     ray job submit --working-dir . -- python jobs/learn_jumps.py \\
         --storage s3://bucket/improve --tracking.uri http://mlflow:5000
 
-A jump extrapolates the policy's weights within a PPO iteration. Reads the forks that jobs/fork.py has put into the
-storage, trains models of TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074) that see more or less of them,
-and prints how well each ranks the branches of trials that it was not trained on. Running the same command again
-continues where it stopped.
+A jump extrapolates the policy's weights at the end of a PPO iteration. Trains models with different inputs on the forks
+that jobs/fork.py has stored, and prints how well each ranks the branches at the forks of test trials. Running the same
+command again continues where it stopped.
 """
 
 import sys

@@ -5,13 +5,7 @@
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
-TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074) treats the weights of a policy during PPO training as a
-trajectory of snapshots and predicts the next snapshots from the last ones. It is compared with simple baselines by
-  WPE    weight prediction error: the mean squared error per weight
-  skill  the share of the squared error of copying the last snapshot that is removed: 1 is perfect, 0 is copying
-  REPW   return error of the predicted weights: mean absolute difference between the returns of the predicted policy and
-         of the true one
-
+TIPL is trained on the policies' weights during PPO training, and compared with simple baselines by WPE, skill and REPW.
 Running the same command again continues where it stopped. <storage>/latest links to the newest report.
 """
 

@@ -9,16 +9,11 @@
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
---over FIELD=VALUES   a field of basis, model or train and its values, or a
-                      range, log(LOW,HIGH) or uniform(LOW,HIGH), with
-                      --sweep.search optuna; repeat it for each field; it
-                      replaces the experiment's sweep.over
+Each run trains TIPL on the trials that jobs/collect.py has put into the storage. Runs are compared by their skill on
+the validation trials. Running the same command again continues where it stopped.
 
-Each run trains TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074), which predicts the next snapshots of a
-policy's weights during PPO training from the last ones. Runs are compared by their skill on the validation trials: the
-share of the squared error of copying the last snapshot that is removed; 1 is perfect, 0 is no better than copying.
-Trains on the trials that jobs/collect.py has put into the storage. Running the same command again continues where it
-stopped.
+--over FIELD=VALUES   a field of basis, model or train and its values, or a range, log(LOW,HIGH) or uniform(LOW,HIGH),
+                      with --sweep.search optuna; repeat it for each field; it replaces the experiment's sweep.over
 """
 
 import dataclasses

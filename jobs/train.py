@@ -6,10 +6,8 @@
         --experiment jobs/experiments/demo.toml \\
         --storage s3://bucket/demo --tracking.uri http://mlflow:5000
 
-The model is TIPL (Transformer as Implicit Policy Learner, arXiv 2503.04074): from the last snapshots of a policy's
-weights during PPO training it predicts the next ones. Its skill is the share of the squared error of copying the last
-snapshot that it removes: 1 is perfect, 0 is no better than copying. Without --experiment it trains on what was
-collected in the storage. Running the same command again continues where it stopped.
+The model is TIPL, and its progress is reported as skill on the validation trials. Without --experiment it trains on
+what was collected in the storage. Running the same command again continues where it stopped.
 """
 
 import sys

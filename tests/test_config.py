@@ -21,6 +21,7 @@ from tipl_ray.experiments import from_table, load_experiment
 from tipl_ray.places import CHECKOUT
 from tipl_ray.predict.predictor import Predictor
 from tipl_ray.registry import PREDICTORS
+from tipl_ray.tipl import NAMES, load
 
 EXPERIMENTS = sorted((CHECKOUT / "jobs" / "experiments").glob("*.toml"))
 
@@ -226,6 +227,23 @@ def test_help_shows_what_the_job_reads_and_nothing_else(job: str, capsys: pytest
     shown = re.findall(r"^\W*(--[a-z][a-z.-]+)", capsys.readouterr().out, re.MULTILINE)
     read = {f"--{field.removeprefix('where.').replace('_', '-')}" for field in fields_read([job])}
     assert set(shown) - {"--experiment"} == read
+
+
+@pytest.mark.parametrize("columns", ["80", "100"])
+@pytest.mark.parametrize("job", NAMES)
+def test_help_defines_its_terms_and_fits_the_terminal(
+    job: str, columns: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "argv", [f"tipl {job}", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        load(job).main()
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert max(len(line) for line in shown.splitlines()) <= int(columns)
+    if job not in ("compare", "data"):
+        for term in ("TIPL", "WPE", "REPW", "skill", "snapshot"):
+            assert (f"\n  {term} " in shown) == bool(re.search(rf"\b{term}s?\b", shown)), term
 
 
 def test_help_explains_every_option_at_once() -> None:

@@ -120,3 +120,35 @@ def test_cells_are_text_whatever_brackets_they_have() -> None:
     said = drawn.file.getvalue()  # type: ignore[attr-defined]
     for text in ("[data]", "storage/[text]/x", "[bold]1[/bold]", "[/]", "a\\x1b[2Jb\\u202e", "[title] of it"):
         assert text in said
+
+
+def test_help_texts_are_folded_between_words_and_commands_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text = """A job: with a first line that is longer than forty columns.
+
+    python jobs/job.py --with a-command that-is-longer-than-forty-columns \\
+        --and more
+
+Terms that
+follow:
+  skill     one word after the other, and more of them
+            below the first
+--option X   what it does, in more words than fit in
+             one line
+A paragraph.
+"""
+    assert terminal.folded(text).splitlines() == [
+        "A job: with a first line that is longer",
+        "than forty columns.",
+        "",
+        "    python jobs/job.py --with a-command that-is-longer-than-forty-columns \\",
+        "        --and more",
+        "",
+        "Terms that follow:",
+        "  skill     one word after the other,",
+        "            and more of them below the",
+        "            first",
+        "--option X   what it does, in more words",
+        "             than fit in one line",
+        "A paragraph.",
+    ]

@@ -3,8 +3,11 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
+import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -20,10 +23,26 @@ from tipl_ray.errors import UserError, nearest
 from tipl_ray.experiments import find_experiment, load_experiment, named_experiments
 from tipl_ray.places import absolute_storage, check_places, forget_empty_variables, in_checkout, with_variables
 from tipl_ray.registry import REPRESENTATIONS
-from tipl_ray.terminal import say
+from tipl_ray.terminal import folded, is_terminal, say
 
 if TYPE_CHECKING:
     from tipl_ray.remembered import Remembered
+
+TERMS = {
+    "REPW": "return error of predicted weights: the absolute difference between the mean returns of the predicted and "
+    "the true policy",
+    "WPE": "weight prediction error: the mean squared error per weight between predicted and true weights",
+    "skill": "the share of the squared error of copying the last snapshot that a predictor removes: 1 is perfect, 0 is "
+    "no better than copying",
+    "TIPL": "Transformer as Implicit Policy Learner (arXiv 2503.04074): a causal Transformer that predicts a policy's "
+    "next snapshots from its last ones",
+    "snapshot": "the policy's weights as one flat vector, with the observation statistics of that moment; one after "
+    "every few update epochs",
+}
+"""Terms that a job's --help defines if it uses them, in words that use only terms after them."""
+
+FIRST_BOX = re.compile(r"^(?=\u256d|options|positional arguments|subcommands)", re.MULTILINE)
+"""Where --help's description ends: at a box, or on a terminal without such letters at a heading."""
 
 OWN_OPTIONS = ("--experiment", "--help", "--tyro-print-completion", "--tyro-write-completion")
 """Options that are not fields."""
@@ -57,7 +76,7 @@ class CommandLine:
             sections = self.memory.sections(loaded.preset) if self.memory else {}
             loaded = dataclasses.replace(loaded, **sections)
         shown = _shown(loaded, fields_read(self.jobs))
-        parsed = tyro.cli(type(shown), default=shown, args=self.arguments, description=self._usage())
+        parsed = read_options(type(shown), self._usage(shown), default=shown, args=self.arguments)
         with refused():
             parsed = _with_places(_plain(parsed, loaded)).check(*self.jobs)
             _check_named(parsed, self.jobs)
@@ -70,11 +89,14 @@ class CommandLine:
             say(f"{_named(self.jobs)}: {taken} from storage {redacted(parsed.storage_path)}")
         return parsed
 
-    def _usage(self) -> str:
+    def _usage(self, shown: Any) -> str:
         known = "" if tuple(self.jobs) == ("accelerate",) else "what the storage remembers, else "
-        return (
-            f"{self.description}\n\n--experiment FILE   the experiment's TOML file, or its name; options override it\n"
-            f"                    (default: {known}{self.path.name})"
+        return "\n".join(
+            [
+                *(self.description.strip(), "", *_terms_in("\n".join([self.description, *_help_texts(shown)]))),
+                "--experiment FILE   the experiment's TOML file, or its name; options override it "
+                f"(default: {known}{self.path.name})",
+            ]
         )
 
     def _taken(self, experiment: Experiment, sections: Collection[str]) -> Iterator[str]:
@@ -110,6 +132,64 @@ def parse_trained(description: str, arguments: list[str] | None = None, *, jobs:
     line = _read(description, arguments, jobs, "demo")
     trained = line.memory.trained_for if line.memory and not line.preset else ()
     return [line.experiment(preset) for preset in trained or [line.preset]]
+
+
+class _Captured(io.TextIOWrapper):
+    """What is printed meanwhile, in the letters and colours of the real output."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding=sys.stdout.encoding, errors="backslashreplace", newline="")
+
+    def isatty(self) -> bool:
+        return is_terminal(sys.__stdout__)
+
+    def text(self) -> str:
+        self.seek(0)
+        return self.read()
+
+
+def read_options(kind: Any, description: str, *, args: Sequence[str] | None = None, **settings: Any) -> Any:
+    """Options of a command line, read by tyro, which runs a `SubcommandApp`'s command too.
+
+    tyro does not fold the descriptions that --help shows, and joins some of their lines; here they are folded.
+    """
+    read = getattr(kind, "cli", functools.partial(tyro.cli, kind))
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not {"--help", "-h"} & set(arguments):
+        return read(description=description, args=arguments, **settings)
+    captured = _Captured()
+    try:
+        with contextlib.redirect_stdout(captured):
+            return read(description=description, args=arguments, **settings)
+    finally:
+        text = captured.text()
+        described = FIRST_BOX.split(text, maxsplit=1)[0]
+        try:
+            print(re.sub(r"\n{3,}", "\n\n", folded(described)), text[len(described) :], sep="\n\n", end="", flush=True)
+        except BrokenPipeError:  # `| head` has seen enough; Python would try to write the rest when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _help_texts(shown: Any) -> Iterator[str]:
+    """The help texts of the sections and fields that a job's --help shows."""
+    for field in dataclasses.fields(shown):
+        notes = getattr(field.type, "__metadata__", ())
+        if tyro.conf.Suppress in notes:
+            continue
+        yield from (note.documentation for note in notes if isinstance(note, Doc))
+        if dataclasses.is_dataclass(value := getattr(shown, field.name)):
+            yield str(type(value).__doc__)
+            yield from _help_texts(value)
+
+
+def _terms_in(text: str) -> list[str]:
+    """Lines that define the terms of `TERMS` that a text uses; none where it uses none."""
+    used = []
+    for term, meaning in TERMS.items():
+        if re.search(rf"\b{term}s?\b", text):
+            used.append(f"  {term:<10}{meaning}")
+            text += meaning
+    return ["Terms:", *used[::-1], ""] if used else []
 
 
 def options(jobs: Sequence[str]) -> Any:

@@ -7,6 +7,8 @@ FORCE_COLOR; cursor movements go only to a terminal. Knows nothing of what is re
 import contextlib
 import datetime
 import json
+import re
+import shutil
 import sys
 import textwrap
 import time
@@ -27,6 +29,8 @@ MARKS, TURNS = "|/-\\", 8
 """What turns, in letters that every terminal has, and how often [1/s]."""
 FILE_COLUMNS = 1000
 """Columns of a file, where no line is folded."""
+MOST_COLUMNS = 120
+"""Width that running text is folded to on wider terminals."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -40,6 +44,38 @@ def say_sentence(message: str) -> None:
     """Print a line, folded between words on a terminal."""
     indented: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
     say(textwrap.fill(message, console.width, **indented) if is_terminal(sys.stdout) else message)
+
+
+def folded(text: str) -> str:
+    """A help text folded to the terminal's width: paragraphs, lists of terms, and commands, which stay as they are.
+
+    A term is followed by at least two spaces and its definition, whose further lines are indented below it. A line that
+    is indented by four spaces and is no definition's is a command.
+    """
+    width = min(shutil.get_terminal_size().columns, MOST_COLUMNS)
+    blocks: list[tuple[str, list[str]]] = []
+    indent: str | None = None
+    for line in text.strip().splitlines():
+        term = re.match(r" {0,2}\S+(?: \S+)* {2,}(?=\S)", line)
+        if not line.strip() or (line.startswith("    ") and not indent):
+            blocks.append(("", [line.rstrip()]))
+            indent = None
+        elif term:
+            indent = " " * term.end()
+            blocks.append((indent, [line.rstrip()]))
+        elif indent is None or (indent and not line.startswith("  ")):
+            indent = ""
+            blocks.append((indent, [line.strip()]))
+        else:
+            blocks[-1][1].append(line.strip())
+    lines: list[str] = []
+    for below, parts in blocks:
+        if parts[0].startswith("    ") or not parts[0]:
+            lines += parts
+        else:
+            whole = {"subsequent_indent": below, "break_long_words": False, "break_on_hyphens": False}
+            lines += textwrap.wrap(" ".join(parts), width, **whole)  # type: ignore[arg-type]
+    return "\n".join(lines)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -58,8 +58,10 @@ def main() -> int | None:
 
 def overview() -> str:
     """What `tipl --help` shows: a line for each job."""
-    lines = [f"  {name:<15}{_first_line(name)}" for name in NAMES]
-    return "\n".join(
+    from tipl_ray.terminal import folded
+
+    lines = [f"  {name:<16}{_first_line(name)}" for name in NAMES]
+    text = "\n".join(
         [
             "usage: tipl JOB [OPTIONS]",
             "",
@@ -68,9 +70,11 @@ def overview() -> str:
             *lines,
             "",
             "tipl JOB --help explains a job and all its options; tipl --version shows the version.",
+            "",
             f"tipl {COMPLETION} SHELL prints shell completion for bash, zsh or tcsh.",
         ]
     )
+    return folded(text)
 
 
 @dataclasses.dataclass(frozen=True)
