@@ -15,7 +15,7 @@ import contextlib
 import os
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,10 +27,12 @@ import tyro
 
 from tipl_ray.command_line import read_options
 from tipl_ray.data.commits import TrialProgress
+from tipl_ray.data.parquet_folder import export_folder
 from tipl_ray.data.snapshots import COLUMNS, Header, as_json
 from tipl_ray.data.storage import TEMPORARY, Storage, StoreError, join
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.errors import UserError
+from tipl_ray.remembered import remembered_collection
 from tipl_ray.terminal import say, say_rows, say_sentence, size_text
 
 Root = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
@@ -114,20 +116,53 @@ def verify(storage: Root, seeds: Seeds = ()) -> int:
 @app.command
 def export(
     storage: Root,
-    seed: Annotated[int, tyro.conf.Positional, tyro.conf.arg(help="seed of the trial")],
-    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="new file, .safetensors or .npz")],
+    output: Annotated[
+        Path,
+        tyro.conf.Positional,
+        tyro.conf.arg(help="new file, .safetensors or .npz, for the arrays of one trial; or a folder for all trials"),
+    ],
+    seeds: Seeds = (),
     columns: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(COLUMNS)} (default: all)")] = (),
-    start: Annotated[int, tyro.conf.arg(help="first snapshot")] = 0,
-    stop: Annotated[int | None, tyro.conf.arg(help="snapshot before which to stop (default: after the last)")] = None,
+    start: Annotated[int, tyro.conf.arg(help="of one trial: first snapshot")] = 0,
+    stop: Annotated[
+        int | None, tyro.conf.arg(help="of one trial: snapshot before which to stop (default: after the last)")
+    ] = None,
 ) -> int:
-    """Export one trial's snapshots as arrays named like the columns, with the data set's header as JSON."""
-    if output.suffix not in (".safetensors", ".npz"):
-        raise ValueError(f"output={output} must end in .safetensors or .npz")
-    if output.exists():
-        raise ValueError(f"output={output} already exists; choose another name")
+    """Export one trial as arrays, or all trials as a folder that Hugging Face's `datasets` loads.
+
+    A file has the columns as arrays and the data set's header as JSON. A folder has one Parquet file per trial, sorted
+    into training, validation and test trials, and a card (README.md). A folder that was not finished is continued.
+    """
+    single = output.suffix in (".npz", ".safetensors")
+    if output.suffix and not single and not output.is_dir():
+        raise ValueError(f"output={output} must end in .safetensors or .npz, or be a folder, without a suffix")
     if not output.parent.is_dir():
         raise ValueError(f"output={output}: no such folder, {output.parent}; create it first, or choose another")
     store = TrajectoryStore(storage)
+    chosen = seeds or store.seeds()
+    if single:
+        if output.exists():
+            raise ValueError(f"output={output} already exists; choose another name")
+        if len(chosen) != 1:
+            raise ValueError(
+                f"output={output}: a {output.suffix} file holds one trial, and there are {len(chosen)}; choose one "
+                "with --seeds, or name a folder"
+            )
+        return _export_arrays(store, chosen[0], output, columns, start, stop)
+    if (start, stop) != (0, None):
+        raise ValueError(f"--start and --stop are for the arrays of one trial; output={output} holds whole trials")
+    splits = _splits(storage, chosen)
+    with _room(output):
+        for seed, path in export_folder(store, splits, output, columns):
+            say(f"trial {seed}: {path}, {size_text(path.stat().st_size)}")
+    counts = ", ".join(f"{len(members)} {split}" for split, members in splits.items())
+    say(f"{output}: {counts}; datasets.load_dataset({str(output)!r}) loads it, and README.md says what it is")
+    return 0
+
+
+def _export_arrays(
+    store: TrajectoryStore, seed: int, output: Path, columns: Sequence[str], start: int, stop: int | None
+) -> int:
     header = store.header([seed])
     names = tuple(dict.fromkeys(("snapshot", *(columns or header.columns))))
     described = as_json(header).decode()
@@ -135,23 +170,40 @@ def export(
     arrays = {name: getattr(trajectory, COLUMNS[name]) for name in names}
     partial = output.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
-        if output.suffix == ".npz":
-            with partial.open("xb") as file:
-                np.savez(file, allow_pickle=False, header=np.array(described), **arrays)
-        else:
-            safetensors.numpy.save_file(arrays, partial, metadata={"header": described, "seed": str(seed)})
-        partial.rename(output)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise StoreError(
-            f"output={output}: cannot be written: {error}. Free some space or fix permissions, or choose another "
-            "folder; nothing was left behind"
-        ) from error
+        with _room(output):
+            if output.suffix == ".npz":
+                with partial.open("xb") as file:
+                    np.savez(file, allow_pickle=False, header=np.array(described), **arrays)
+            else:
+                safetensors.numpy.save_file(arrays, partial, metadata={"header": described, "seed": str(seed)})
+            partial.rename(output)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
     say(f"{output}: {shapes}")
     return 0
+
+
+def _splits(storage: str, seeds: Sequence[int]) -> dict[str, list[int]]:
+    """The trials that the storage's experiment trains on, validates on and tests on; all are `train` without one."""
+    experiment = remembered_collection(storage)
+    if experiment and {*seeds} <= {*experiment.collect.seeds}:
+        parts = zip(("train", "validation", "test"), experiment.split.cut(experiment.collect.seeds), strict=True)
+        splits = {name: [seed for seed in part if seed in seeds] for name, part in parts}
+        return {name: part for name, part in splits.items() if part}
+    return {"train": list(seeds)}
+
+
+@contextlib.contextmanager
+def _room(output: Path) -> Iterator[None]:
+    """What cannot be written is one line that says what to do."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StoreError(
+            f"output={output}: cannot be written: {error}. Free some space or fix permissions, or choose another folder"
+        ) from error
 
 
 @app.command

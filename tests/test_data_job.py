@@ -1,11 +1,14 @@
 """The user's command on a data set: what it prints is what lies there, and its exit status says whether it is sound."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import duckdb
 import numpy as np
 import pytest
 import safetensors
@@ -14,7 +17,9 @@ from runs import model_states, write_torch
 from test_damage import files_up_to
 from test_trajectory_store import HEADER, collect, files, lose_trial, sealed, truncate
 
+from tipl_ray.config import Collect, Experiment, Split, Where
 from tipl_ray.data.snapshots import COLUMNS, PPO_COLUMNS
+from tipl_ray.remembered import remember_collection
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
 
@@ -71,8 +76,8 @@ def test_verify_ends_with_status_1_and_names_each_damaged_file(tmp_path: Path) -
 def test_an_exported_trial_is_the_trial_and_loads_without_unpickling(tmp_path: Path, suffix: str) -> None:
     expected = collect(tmp_path / "data").trajectory(3)
     whole, part = tmp_path / f"whole{suffix}", tmp_path / f"part{suffix}"
-    run("export", tmp_path / "data", 3, whole)
-    run("export", tmp_path / "data", 3, part, "--columns", "weights", "--start", 2, "--stop", 6)
+    run("export", tmp_path / "data", whole)
+    run("export", tmp_path / "data", part, "--seeds", 3, "--columns", "weights", "--start", 2, "--stop", 6)
     if suffix == ".npz":
         arrays = dict(np.load(whole, allow_pickle=False))
         header, some = arrays.pop("header").item(), dict(np.load(part, allow_pickle=False))
@@ -88,8 +93,69 @@ def test_an_exported_trial_is_the_trial_and_loads_without_unpickling(tmp_path: P
         np.testing.assert_array_equal(arrays[name], getattr(expected, field))
     assert some.keys() == {"snapshot", "weights"}
     np.testing.assert_array_equal(some["weights"], expected.weights_TP[2:6])
-    assert "exists; choose another name" in run("export", tmp_path / "data", 3, whole, status=1)
+    assert "exists; choose another name" in run("export", tmp_path / "data", whole, status=1)
     assert [path.name for path in files(tmp_path, f"*{suffix}") if path.parent == tmp_path] == [part.name, whole.name]
+
+
+@pytest.fixture
+def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Hugging Face's library, which has to do without a network and keeps what it reads below the test's folder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    return importlib.import_module("datasets")
+
+
+def test_an_exported_data_set_is_loaded_by_hugging_faces_library_and_by_duckdb(
+    tmp_path: Path, datasets: ModuleType
+) -> None:
+    for seed in range(3, 8):
+        store = collect(tmp_path / "data", seed=seed)
+    experiment = Experiment(
+        name="five",
+        collect=Collect(first_seed=3, num_trials=5),
+        split=Split(validation_trials=1, test_trials=1),
+        where=Where(storage=str(tmp_path / "data")),
+    )
+    remember_collection(experiment)
+    folder = tmp_path / "exported"
+    assert f"{folder}: 3 train, 1 validation, 1 test; " in run("export", tmp_path / "data", folder)
+    loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache")).with_format("arrow")
+    tables = {split: rows[:] for split, rows in loaded.items()}
+    assert {split: sorted({*rows["seed"].to_pylist()}) for split, rows in tables.items()} == {
+        "train": [3, 4, 5],
+        "validation": [6],
+        "test": [7],
+    }
+    for rows in tables.values():
+        seeds_N = rows["seed"].to_numpy()
+        for seed in {*seeds_N.tolist()}:
+            expected = store.trajectory(seed)
+            for name in PPO_COLUMNS:
+                found = np.array(rows[name].to_pylist(), float)[seeds_N == seed]
+                np.testing.assert_array_equal(found, getattr(expected, COLUMNS[name]))
+    query = "select count(*), sum(snapshot) from read_parquet(?)"
+    assert duckdb.execute(query, [[str(path) for path in folder.rglob("*.parquet")]]).fetchone() == (40, 5 * 28)
+    assert store.digest() in (folder / "README.md").read_text()
+
+
+def test_an_export_goes_on_where_it_was_killed_and_refuses_another(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (3, 4):
+        collect(tmp_path / "data", seed=seed)
+    export = ["export", str(tmp_path / "data"), str(tmp_path / "exported")]
+    assert main(export) == 0
+    before = {path: path.read_bytes() for path in files(tmp_path / "exported", "*") if path.is_file()}
+    assert {path.name for path in before} == {"README.md", "header.json", "trial-3.parquet", "trial-4.parquet"}
+    kept = tmp_path / "exported/data/train/trial-3.parquet"
+    for path in {*before} - {kept, tmp_path / "exported/header.json"}:
+        path.unlink()
+    touched = kept.stat().st_mtime_ns
+    assert main(export) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert kept.stat().st_mtime_ns == touched
+    capfd.readouterr()
+    assert "holds the export of other trials or columns" in one_line(capfd, *export, "--seeds", 3)
 
 
 def one_line(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -135,15 +201,23 @@ def test_what_export_cannot_do_is_one_line(tmp_path: Path, capfd: pytest.Capture
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder.npz").mkdir()
     for arguments, complaint in (
-        ((3, tmp_path / "x.pickle"), "must end in .safetensors or .npz"),
-        ((3, tmp_path / "x.npz", "--stop", 9), "stop=9 is no range of the 8 snapshots of trial 3"),
-        ((3, tmp_path / "x.npz", "--columns", "wieghts"), "columns=['wieghts']: perhaps 'weights'?"),
-        ((9, tmp_path / "x.npz"), "there is no trial 9; there is trial 3"),
-        ((3, tmp_path / "none" / "x.npz"), f"no such folder, {tmp_path / 'none'}; create it first"),
-        ((3, tmp_path / "file" / "x.npz"), f"no such folder, {tmp_path / 'file'}"),
-        ((3, tmp_path / "folder.npz"), "exists; choose another name"),
-        ((3, Path("/proc/x.npz")), "cannot be written"),
-        ((3, Path("/proc/x.safetensors")), "cannot be written"),
+        ((tmp_path / "x.pickle",), "must end in .safetensors or .npz, or be a folder"),
+        ((tmp_path / "x.npz", "--stop", 9), "stop=9 is no range of the 8 snapshots of trial 3"),
+        ((tmp_path / "x.npz", "--columns", "wieghts"), "columns=['wieghts']: perhaps 'weights'?"),
+        ((tmp_path / "x.npz", "--seeds", 9), "there is no trial 9; there is trial 3"),
+        (
+            (tmp_path / "x.npz", "--seeds", 3, 9),
+            "a .npz file holds one trial, and there are 2; choose one with --seeds, or name",
+        ),
+        ((tmp_path / "none" / "x.npz",), f"no such folder, {tmp_path / 'none'}; create it first"),
+        ((tmp_path / "file" / "x.npz",), f"no such folder, {tmp_path / 'file'}"),
+        ((tmp_path / "folder.npz",), "exists; choose another name"),
+        ((Path("/proc/x.npz"),), "cannot be written"),
+        ((Path("/proc/x.safetensors"),), "cannot be written"),
+        ((Path("/proc/x"),), "cannot be written"),
+        ((tmp_path / "x", "--stop", 9), "--start and --stop are for the arrays of one trial"),
+        ((tmp_path / "x", "--columns", "wieghts"), "columns=['wieghts']: perhaps 'weights'?"),
+        ((tmp_path / "commits",), "commits is not empty; choose another folder"),
     ):
         assert complaint in one_line(capfd, "export", tmp_path, *arguments)
     assert not files(tmp_path, "x.*")
@@ -156,7 +230,7 @@ def test_an_export_that_finds_no_room_leaves_nothing(
 ) -> None:
     collect(tmp_path / "data")
     with files_up_to(600):
-        said = one_line(capfd, "export", tmp_path / "data", 3, tmp_path / f"x{suffix}")
+        said = one_line(capfd, "export", tmp_path / "data", tmp_path / f"x{suffix}")
     assert "File too large" in said
     assert "Free some space" in said
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -168,7 +242,11 @@ def test_a_sealed_data_set_that_lost_a_trial_is_refused_by_name(
     sealed(tmp_path)
     lose_trial(tmp_path)
     lost = f"error: {tmp_path}/commits/trial=4: trial 4 of this sealed data set is missing. Restore "
-    commands = (("verify",), ("verify", "--seeds", "4"), ("list",), ("describe",), ("export", "4", f"{tmp_path}/x.npz"))
+    commands = (
+        *(("verify",), ("verify", "--seeds", "4"), ("list",), ("describe",)),
+        ("export", f"{tmp_path}/x.npz", "--seeds", "4"),
+        ("export", f"{tmp_path}/x"),
+    )
     for command in commands:
         assert main([command[0], str(tmp_path), *command[1:]]) == 1
         out, err = capfd.readouterr()
@@ -222,7 +300,7 @@ def test_a_storage_that_cannot_be_is_one_line(tmp_path: Path, capfd: pytest.Capt
         ("s3://", "names no bucket"),
         ("s3://me:secret@bucket/x", "carries credentials"),
     ):
-        more = (3, tmp_path / "x.npz") if command == "export" else ()
+        more = (tmp_path / "x.npz",) if command == "export" else ()
         said = one_line(capfd, command, storage, *more)
         assert complaint in said
         assert "secret" not in said

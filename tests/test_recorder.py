@@ -422,9 +422,9 @@ def test_the_rest_of_the_package_reads_recorded_trials(tmp_path: Path, capsys: p
     said = capsys.readouterr().out
     for words in ("toy", "snapshot, step, loss, weights", "last losses", "2 trials verified: 24 snapshots"):
         assert words in said
-    assert data(["export", str(tmp_path), "1", str(tmp_path / "one.npz")]) == 0
+    assert data(["export", str(tmp_path), str(tmp_path / "one.npz"), "--seeds", "1"]) == 0
     assert {*np.load(tmp_path / "one.npz")} == {"header", "snapshot", "step", "loss", "weights"}
-    assert data(["export", str(tmp_path), "1", str(tmp_path / "x.npz"), "--columns", "env_step"]) == 1
+    assert data(["export", str(tmp_path), str(tmp_path / "x.npz"), "--seeds", "1", "--columns", "env_step"]) == 1
     assert "trial 1 was recorded without env_step, so what needs that cannot be had of it" in capsys.readouterr().err
 
 

@@ -61,9 +61,14 @@ def remember_training(experiment: Experiment) -> None:
     _remember(experiment, _trained_file(experiment.preset))
 
 
+def remembered_collection(storage: str) -> Experiment | None:
+    """The experiment that trials were last collected for there, if any. Raises StoreError for a damaged file."""
+    return _recall(storage, "experiment.json")
+
+
 def remembered(storage: str) -> Remembered | None:
     """What a storage remembers; None where nothing was collected or trained. Raises StoreError for a damaged file."""
-    collected_for = _recall(storage, "experiment.json")
+    collected_for = remembered_collection(storage)
     recalled = {preset: _recall(storage, _trained_file(preset)) for preset in PRESETS}
     trained_for = {preset: one for preset, one in recalled.items() if one}
     collected = {} if collected_for else _of_trials(storage)

@@ -266,15 +266,22 @@ def encode_part(header: Header, snapshots: Sequence[PartialSnapshot]) -> memoryv
         pa.Table.from_arrays(columns, schema=schema),
         sink,
         row_group_size=max(1, ROW_GROUP_BYTES // (4 * header.num_weights)),
-        data_page_size=2 * ROW_GROUP_BYTES,
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=False,
-        column_encoding={"weights.list.element": "BYTE_STREAM_SPLIT"},
-        write_statistics=[name for name in schema.names if name in _SCALARS],
-        write_page_checksum=True,
+        **write_options(schema),
     )
     return memoryview(sink.getvalue())
+
+
+def write_options(schema: pa.Schema) -> dict[str, Any]:
+    """How pyarrow writes snapshots: encoding, compression, statistics and checksums, chosen by measurement."""
+    return {
+        "data_page_size": 2 * ROW_GROUP_BYTES,
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": False,
+        "column_encoding": {"weights.list.element": "BYTE_STREAM_SPLIT"},
+        "write_statistics": [name for name in schema.names if name in _SCALARS],
+        "write_page_checksum": True,
+    }
 
 
 def empty_array(column: pa.DataType, num_rows: int) -> np.ndarray:
