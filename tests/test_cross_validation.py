@@ -65,6 +65,12 @@ def test_the_job_judges_every_trial_by_a_model_that_has_not_seen_it(
     assert {row["trials"] for row in rows} == {4}
     copies = [row["skill"] for row in rows if row["predictor"] == "copy-last"]
     assert copies == pytest.approx([0.0, 0.0])
+    by_trial = pyarrow.csv.read_csv(summary.with_name("trials.csv")).to_pylist()
+    assert sorted(row["trial"] for row in by_trial if (row["predictor"], row["step"]) == ("tipl", 1)) == [3, 4, 5, 6]
+    for row in rows:
+        own = [one for one in by_trial if (one["predictor"], one["step"]) == (row["predictor"], row["step"])]
+        errors, moved = (sum(one[name] for one in own) for name in ("squared_error", "displacement_squared"))
+        assert row["skill"] == pytest.approx(1 - errors / moved)
     models = {path: path.stat().st_mtime_ns for path in tmp_path.glob("models/*/model.json")}
     assert len(models) == 3
     run_cross_validation(settings)

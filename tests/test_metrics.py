@@ -118,6 +118,21 @@ def test_interval_resamples_trials_and_not_windows():
     assert resampling.interval(trials, errors, np.ones(4 * num_windows)) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("num_trials", "by_percentiles", "expanded"), [(5, 0.845, 0.925), (10, 0.9, 0.95), (50, 0.95, 0.955)]
+)
+def test_intervals_hold_the_mean_about_as_often_as_they_say_also_of_few_trials(num_trials, by_percentiles, expanded):
+    """Of trials from a normal distribution; no bootstrap of five leaves the five, so of them it is 92 times in 100."""
+    resampling = metrics.Resampling(confidence=0.95, bootstrap=2_000, seed=0)
+    values_MN = np.random.default_rng(1).standard_normal((1_500, num_trials))
+    resampled_MR = resampling.resample(values_MN, statistic=lambda runs: runs.mean(axis=-1))
+    for runs, expected in ((None, by_percentiles), (num_trials, expanded)):
+        low_M, high_M = np.array([resampling.ends(drawn_R, runs) for drawn_R in resampled_MR]).T
+        assert ((low_M <= 0) & (high_M >= 0)).mean() == pytest.approx(expected, abs=0.015)
+    of_first = resampling.interval(np.arange(num_trials), values_MN[0], np.ones(num_trials))
+    assert of_first == pytest.approx(resampling.ends(resampled_MR[0], num_trials))
+
+
 @pytest.mark.parametrize("num_trials", [1, 2])
 def test_too_few_trials_have_no_interval_however_many_windows(num_trials):
     row = summary(table_of(num_trials=num_trials, windows_per_trial=300))[0]

@@ -1,10 +1,10 @@
 """Cross-validation over trials: every trial is a test trial once, of a model that was trained without it.
 
-    <storage>/cross_validations/<digest>/    summary.csv, comparisons.csv, groups.csv, skill.png
+    <storage>/cross_validations/<digest>/    summary.csv, comparisons.csv, groups.csv, trials.csv, skill.png
 
 Five test trials say little about another five. Here the figures rest on all trials of the data set, and their intervals
-resample these. They are of the mean over trials; where another collection of as many trials will come to lies in an
-interval that is wider by the square root of 2.
+resample these. They are intervals for the mean over trials; the mean of another collection of as many trials lies in an
+interval that is wider by the square root of 2. `benchmarks/coverage.py` counts how often both hold.
 """
 
 import contextlib
@@ -93,11 +93,12 @@ def _evaluate(experiment: Experiment, models: Sequence[str]) -> Evaluation:
 
 
 def summarise(experiment: Experiment, results: Sequence[Table], trained_on: str) -> dict[str, list[dict[str, Any]]]:
-    """The result tables of all folds as one: summary, comparisons with TIPL, and skill by phase and third."""
+    """The result tables of all folds as one: summary, comparisons with TIPL, skill by phase and third, and by trial."""
     table = {name: np.concatenate([one[name] for one in results]) for name in results[0]}
     resampling = metrics.Resampling.of(experiment.evaluate)
     return {
         "summary": metrics.summarise(table, resampling, trained_on=trained_on),
         "comparisons": metrics.compare(table, "tipl", resampling),
         "groups": metrics.group_skills(table, resampling),
+        "trials": metrics.trial_skills(table),
     }

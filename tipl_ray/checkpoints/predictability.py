@@ -337,7 +337,7 @@ def _means(skills: Sequence[Row]) -> list[Row]:
     for values, own in groups.items():
         known_N = np.array([row["skill"] for row in own if row["skill"] is not None])
         low, high = (
-            INTERVALS.ends(INTERVALS.resample(known_N, statistic=lambda runs: runs.mean(axis=-1)))
+            INTERVALS.ends(INTERVALS.resample(known_N, statistic=lambda runs: runs.mean(axis=-1)), len(known_N))
             if len(known_N) >= MIN_TRIALS
             else (None, None)
         )

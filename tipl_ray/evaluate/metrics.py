@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from tipl_ray.config import Evaluate
 
@@ -63,16 +64,23 @@ class Resampling:
         drawn = [np.take(runs, picked, axis=-1) for runs, picked in zip(strata, picks, strict=True)]
         return statistic(np.concatenate(drawn, axis=-1))
 
-    def ends(self, statistics: NDArray[np.float64]) -> tuple[float, float]:
-        """Percentile interval of resampled statistics; (NaN, NaN) without any."""
+    def ends(self, statistics: NDArray[np.float64], runs: int | None = None) -> tuple[float, float]:
+        """Percentile interval of resampled statistics; (NaN, NaN) without any.
+
+        With the number n of independent runs behind them it is the expanded percentile interval (Hesterberg 2015, "What
+        Teachers Should Know About the Bootstrap", section 5.3): of few runs the bootstrap's spread is too small by the
+        root of (n - 1) / n and its tails are a normal's rather than Student's, so its quantiles are moved outwards.
+        """
         if not len(statistics):
             return np.nan, np.nan
         tail = (1.0 - self.confidence) / 2.0
+        if runs is not None:
+            tail = float(special.ndtr(np.sqrt(runs / (runs - 1)) * special.stdtrit(runs - 1, tail)))
         low, high = np.quantile(statistics, (tail, 1.0 - tail))
         return float(low), float(high)
 
     def interval(self, trials: NDArray, numerators: NDArray, denominators: NDArray) -> tuple[float, float]:
-        """Percentile interval of sum(numerators) / sum(denominators) under resampling of trials, never of windows.
+        """Expanded percentile interval of sum(numerators) / sum(denominators), resampling trials and not windows.
 
         One entry of each array per window. Windows of a trial resemble each other, so only trials count as independent:
         of fewer than MIN_TRIALS the interval is (NaN, NaN), as where an entry is not finite. Resamples whose
@@ -85,7 +93,7 @@ class Resampling:
         sums_2N = np.stack([np.bincount(group, weights=weights) for weights in (numerators, denominators)])
         numerators_R, denominators_R = self.resample(sums_2N, statistic=lambda runs: runs.sum(axis=-1))
         valid_R = denominators_R != 0
-        return self.ends(numerators_R[valid_R] / denominators_R[valid_R])
+        return self.ends(numerators_R[valid_R] / denominators_R[valid_R], num_trials)
 
     def band(self, curves_NG: NDArray, statistic: Statistic = interquartile_mean) -> NDArray[np.float64]:
         """Interval of a statistic over N curves at each of G points; (2, G)."""
@@ -186,6 +194,20 @@ def group_skills(table: Table, resampling: Resampling) -> list[dict]:
         }
         for column in ("phase", "third")
         for values, group in by(table, *GROUP, column)
+    ]
+
+
+def trial_skills(table: Table) -> list[dict]:
+    """Skill of each trial, for every predictor, basis and step, with the sums of squares that it is made of."""
+    return [
+        {
+            **dict(zip((*GROUP, "trial"), values, strict=True)),
+            "skill": skill(group),
+            "squared_error": float(group["squared_error"].sum()),
+            "displacement_squared": float(group["displacement_squared"].sum()),
+            "windows": len(group["trial"]),
+        }
+        for values, group in by(table, *GROUP, "trial")
     ]
 
 
