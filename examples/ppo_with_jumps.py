@@ -12,6 +12,7 @@ would have led. Each takes a minute or two on one core.
 
 import argparse
 import time
+import warnings
 from functools import partial
 
 import gymnasium
@@ -73,7 +74,9 @@ def main() -> None:
 
     torch.set_num_threads(1)  # networks this small are four times slower on two
     torch.manual_seed(settings.seed)
-    environment: gymnasium.Env = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make(settings.task))
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # v4, the paper's, has a successor
+        environment: gymnasium.Env = gymnasium.make(settings.task)
+    environment = gymnasium.wrappers.RecordEpisodeStatistics(environment)
     environment = gymnasium.wrappers.NormalizeObservation(gymnasium.wrappers.ClipAction(environment))
     environment = gymnasium.wrappers.NormalizeReward(environment, gamma=GAMMA)
     sizes = [int(np.prod(space.shape or ())) for space in (environment.observation_space, environment.action_space)]
