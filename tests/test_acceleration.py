@@ -246,9 +246,7 @@ def test_a_unit_without_the_end_of_an_episode_is_one_line(experiment: Experiment
     planned = plan(experiment, tmp_path)
     unit = Unit(task="HalfCheetah-v4", env_steps=256, contender=Contender(name="10"), value=1e-3, search=True)
     run_unit(planned.of(unit), "torch")
-    with pytest.raises(
-        AccelerationError, match=r"contender '10': no episode of trial 10001 ended within 256 env steps"
-    ):
+    with pytest.raises(AccelerationError, match=r"variant '10': no episode of trial 10001 ended within 256 env steps"):
         planned.load(unit)
 
 
@@ -272,9 +270,7 @@ def test_rules_that_learn_nothing_need_no_trials(experiment: Experiment, tmp_pat
             assert question.context == source.model.context
             assert len(question.steps) == jump_settings(one, mine, source).horizon
     assert not (tmp_path / "nothing").exists()
-    with pytest.raises(
-        StoreError, match=r"contender '4\+ridge' learns from the 3 trials of source, the experiment of predictors_from"
-    ):
+    with pytest.raises(StoreError, match=r"variant '4\+ridge' needs a predictor fitted on the 3 trials of source"):
         find_predictors(mine, source, [*RULES, RIDGE])
 
 
@@ -288,7 +284,7 @@ def test_a_source_without_its_model_says_what_to_run(experiment: Experiment, tmp
     other = source_experiment(experiment).at(str(tmp_path))
     collected(other)
     tipl = Contender(name="4+tipl", ppo={"num_epochs": 4}, jump=Jump(predictor="tipl"))
-    with pytest.raises(StoreError, match=r"no trained model of source is there; run jobs/train.py --preset causal"):
+    with pytest.raises(StoreError, match=r"there is no trained model of source; run jobs/train.py --preset causal"):
         find_predictors(experiment, other, [tipl])
 
 

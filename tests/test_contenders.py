@@ -72,13 +72,13 @@ def test_a_rule_needs_no_iteration_of_the_sources_length() -> None:
     question = jump_question(contender, ANY, SOURCE)
     assert (question.steps, question.snapshots_per_iteration) == ((1,), 11)
     learned = dataclasses.replace(contender, jump=Jump(predictor="ridge", horizon=1))
-    with pytest.raises(ValueError, match="makes iterations of 22 epochs, and ridge has seen iterations of 10"):
+    with pytest.raises(ValueError, match="makes iterations of 22 epochs, but ridge is fitted on iterations of 10"):
         jump_question(learned, ANY, SOURCE)
 
 
 @pytest.mark.parametrize("name", ["10+ridge", "3+ridge", "12+ridge"])
 def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="to a predictor of snapshots that are 2 epochs apart"):
+    with pytest.raises(ValueError, match="both must be positive multiples of 2, the epochs between two snapshots"):
         jump_settings(named(name), ANY, SOURCE)
 
 
@@ -88,15 +88,15 @@ def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -
         ({"name": ""}, "name='' is empty"),
         ({"name": "a\nb"}, "cannot be part of a name"),
         ({"jump": Jump(predictor="rigde")}, r"did you mean ridge\?"),
-        ({"jump": Jump(predictor="dmd"), "outer": OuterStep()}, "a jump and an outer step are both given"),
-        ({"ppo": {"learning_rate": 1e-3}}, r"ppo.learning_rate=0.001 is what is searched"),
+        ({"jump": Jump(predictor="dmd"), "outer": OuterStep()}, "both a jump and an outer step"),
+        ({"ppo": {"learning_rate": 1e-3}}, r"ppo.learning_rate=0.001 is set but also searched"),
         ({"ppo": {"num_epoch": 3}}, r"ppo.num_epoch=3: unknown key; did you mean ppo.num_epochs"),
         ({"ppo": {"num_epochs": 0}}, r"ppo.num_epochs=0 is below 1"),
         ({"ppo": {"num_epochs": 2.5}}, r"ppo.num_epochs=2.5"),
         ({"ppo": {"replicas": 2, "target_kl": 0.1}}, "ppo.replicas=2 must all take the same steps"),
-        ({"searched": "desired_kl"}, "ppo.desired_kl is searched, and values are not given"),
-        ({"searched": "desired_kl", "values": (0.01, 0.02)}, "chosen from 2 values, and others from 5"),
-        ({"values": (3.0, 2.0, 1.0, 4.0, 5.0)}, "do not rise"),
+        ({"searched": "desired_kl"}, "searched='desired_kl' needs values"),
+        ({"searched": "desired_kl", "values": (0.01, 0.02)}, "2 values to search, but accelerate.learning_rates has 5"),
+        ({"values": (3.0, 2.0, 1.0, 4.0, 5.0)}, "must increase"),
         ({"jump": Jump(predictor="first-again", corrective_epochs=10)}, "leaves no epoch of ppo.num_epochs"),
     ],
 )
@@ -210,12 +210,9 @@ def test_sentences_say_where_it_does_not_help() -> None:
         RESAMPLING,
     )
     said = "\n".join(sentences(rows, 0.95))
-    assert (
-        "4+ridge with 40% of the gradient steps of 10 has an area under the curve of 48 against 50, no significant"
-        in said
-    )
-    assert "TIPL is worse than the ridge, by 24" in said
-    assert "4+tipl does not help: without jumps 4 has 30, with them 24" in said
+    assert "4+ridge, with 40% of the gradient steps of 10, has an area under the curve of 48 vs. 50: no sig" in said
+    assert "TIPL is worse than ridge by 24" in said
+    assert "4+tipl does not help: its area is 24 vs. 30 for 4 without jumps" in said
     assert "4+ridge does not help" not in said
 
 
@@ -252,12 +249,12 @@ def test_shares_are_of_areas_that_are_clearly_above_nothing(height: float) -> No
     assert second["share"] == pytest.approx(59.5 / 49.5)
     assert over_tasks(units[:2], RESAMPLING) == []
     rows = score(units[:2], "InvertedPendulum-v4", RESAMPLING)
-    assert ", more (difference +10, " in sentences(rows, 0.95)[0]
+    assert ": higher (difference +10, " in sentences(rows, 0.95)[0]
     # Within a tenth of a final return below 0 is below it, too.
     assert rows[1]["env_steps_to_90"] is not None
 
 
-@pytest.mark.parametrize(("trials", "verdict"), [(1, "too few"), (2, "too few"), (3, "too few"), (4, "more")])
+@pytest.mark.parametrize(("trials", "verdict"), [(1, "too few"), (2, "too few"), (3, "too few"), (4, "higher")])
 def test_a_verdict_says_what_it_rests_on_and_few_trials_have_none(trials: int, verdict: str) -> None:
     units = [
         finished("10", rising(100, 1)[:trials]),
@@ -269,8 +266,8 @@ def test_a_verdict_says_what_it_rests_on_and_few_trials_have_none(trials: int, v
     assert f" {verdict}" in lines[0]
     assert all(f"over {trials} trials)" in line for line in lines)
     assert "nan" not in "\n".join([*lines, *(cell for cells in table(rows) for cell in cells.values())])
-    assert any("TIPL is worse than the ridge, by" in line for line in lines) == (verdict == "more")
-    assert any("4+ridge does not help" in line for line in lines) == (verdict == "more")
+    assert any("TIPL is worse than ridge by" in line for line in lines) == (verdict == "higher")
+    assert any("4+ridge does not help" in line for line in lines) == (verdict == "higher")
 
 
 def test_from_where_it_diverged_a_trial_counts_as_the_lowest_return_on_its_task() -> None:

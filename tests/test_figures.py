@@ -682,7 +682,7 @@ def test_empty_tables_are_drawn_with_a_word_why():
         "There is no skill: no weights moved": figures.skill_by_step([]),
         "both TIPL and the ridge": figures.skill_over_ridge([]),
         "No policies were rolled out": figures.spread([]),
-        "There is no second contender": accelerate_figures.areas([]),
+        "There is no second variant": accelerate_figures.areas([]),
         "No learning rates were searched": accelerate_figures.learning_rates([]),
         "No weights were restored": figures.reconstruction([]),
         "No loss was recorded": figures.training_curves([]),

@@ -129,7 +129,7 @@ def test_the_job_makes_every_cell_and_what_was_killed_comes_to_the_same_bytes(
     shutil.copytree(cell_folder(second, whole, SOURCE, "torch"), broken)
     (broken / fork_data.FORKS_FILE).write_bytes(b"half a file")
     run_forks(killed)
-    assert "is damaged, and the cell is run again" in capsys.readouterr().out
+    assert "is damaged; running this cell again" in capsys.readouterr().out
     assert forks_digest(killed, SOURCE, "torch") == forks_digest(whole, SOURCE, "torch")
     table = read_forks(whole, SOURCE, "torch")
     assert table.schema == forks.SCHEMA
@@ -152,8 +152,8 @@ def test_the_shipped_forks_are_of_no_task_that_is_reported() -> None:
     [
         ({"stages": 16}, r"improve\.stages=16 leaves no iteration between forks: a trial of"),
         ({"regimes": ()}, r"improve\.regimes is empty"),
-        ({"regimes": (Contender(name="x", values=(1e-3,)),)}, "'x' has no jump by a return-rule's numbers"),
-        ({"regimes": (dataclasses.replace(REGIME, values=()),)}, "'small' has no values of learning_rate"),
+        ({"regimes": (Contender(name="x", values=(1e-3,)),)}, "'x' needs a jump by return-rule with numbers"),
+        ({"regimes": (dataclasses.replace(REGIME, values=()),)}, "'small' needs values for learning_rate"),
         ({"spread": (0.5, 0.0, 0.5)}, r"improve\.spread"),
     ],
 )

@@ -170,7 +170,7 @@ def test_gains_are_what_a_branch_returned_more_than_its_fork_and_tasks_count_ali
     expected = np.array([0.0, 1.0, -1.0]) / np.std([0.0, 1.0, -1.0])
     np.testing.assert_allclose(forks.gains_N.numpy(), [*expected, *expected], rtol=1e-6)
     np.testing.assert_allclose(forks.changes_NC.numpy()[:3, 0], [0.0, 1.0, -1.0])
-    with pytest.raises(ValueError, match="no fork of which every branch has a return"):
+    with pytest.raises(ValueError, match="no fork in which every branch has a return"):
         make_forks(pa.Table.from_pylist(rows[-3:], schema=SCHEMA), (0.5, 0.5, 0.25), CONTEXT)
 
 
@@ -199,7 +199,7 @@ def test_the_job_trains_what_is_missing_and_its_predictor_changes_the_rule_of_th
         run_and_publish(cell, experiment, SOURCE, "torch")
     run_learning(experiment)
     said = capsys.readouterr().out
-    assert "sees trajectory: Spearman" in said
+    assert "input: trajectory: Spearman" in said
     (table,) = tmp_path.glob("jumps/*/gains.csv")
     rows = pyarrow.csv.read_csv(table).to_pylist()
     assert {row["sees"] for row in rows} == {*SIGHTS, CONSTANT}
@@ -237,5 +237,5 @@ def test_a_predictor_for_return_is_the_rule_plus_the_top_of_the_models_parabola(
     # Where a displacement is 0, as before the context is full, the rule alone answers.
     still = contexts._replace(grams_BKK=contexts.grams_BKK * (np.arange(CONTEXT) > 0))
     np.testing.assert_array_equal(predictor.coefficients(still), rule.coefficients(still))
-    with pytest.raises(ValueError, match="which a context does not say"):
+    with pytest.raises(ValueError, match="which a context does not contain"):
         ReturnTipl.made_of(rule, GainTransformer(SIZE, Sight(extras=True)), spread)

@@ -351,8 +351,8 @@ def test_what_a_predictor_answers_is_part_of_the_data_sets_hash_and_its_place_is
 @pytest.mark.parametrize(
     ("experiment", "horizon", "message"),
     [
-        (FULL, 3, "5 snapshots of an iteration and horizon=3"),
-        (SHORT, 2, "horizon=2 are not the 5 snapshots"),
+        (FULL, 3, "5 recorded snapshots and horizon=3"),
+        (SHORT, 2, "horizon=2 do not add up to the 5 snapshots"),
         (SHORT, 4, "exceeds the predictor's forward steps"),
     ],
 )
@@ -444,7 +444,7 @@ def test_weights_that_are_not_finite_are_refused_and_forgotten_once_they_are_gon
 def test_the_wrong_number_of_snapshots_is_refused_with_both_numbers() -> None:
     jumps = ModuleJumps(nn.Linear(2, 1), CopyLast(QUESTION))
     jumps.record()
-    with pytest.raises(ValueError, match=r"1 snapshots of an iteration and horizon=3 are not the 5 snapshots"):
+    with pytest.raises(ValueError, match=r"1 recorded snapshots and horizon=3 do not add up to the 5 snapshots"):
         jumps.jump(progress=0.0)
     with pytest.raises(ValueError, match="exceeds the predictor's forward steps"):
         ModuleJumps(nn.Linear(2, 1), Ridge(QUESTION), JumpSettings(horizon=4))
@@ -617,7 +617,7 @@ def test_what_a_narrow_type_rounds_away_is_not_taken_for_a_displacement() -> Non
 
 def test_a_jump_beyond_what_the_type_holds_is_refused() -> None:
     module = One(6, start=50_000.0, dtype=torch.float16)
-    with pytest.warns(RuntimeWarning, match="beyond what the weights' types hold"):
+    with pytest.warns(RuntimeWarning, match="overflow their dtype"):
         assert not jumped(module, ModuleJumps(module, Linear(QUESTION)), 6_000.0)
     assert (module.weight - 62_000.0).abs().max() <= 32.0
 
@@ -666,7 +666,7 @@ def test_a_state_of_other_parameters_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="the state has no 'history'"):
         jumps.load_state_dict({"recorded": 1, "taken": 0, "refused": 0})
     longer = Linear(dataclasses.replace(QUESTION, context=12))
-    with pytest.raises(ValueError, match=r"displacements of shape \(12, 8\)"):
+    with pytest.raises(ValueError, match=r"the state's displacements have shape \(12, 8\)"):
         ModuleJumps(nn.Linear(3, 2), Linear(QUESTION)).load_state_dict(
             ModuleJumps(nn.Linear(3, 2), longer).state_dict()
         )
@@ -676,9 +676,12 @@ def test_a_state_of_other_parameters_is_refused_and_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"moments": "reset"}, "moments='reset' is for PPO's engine; with ModuleJumps, reset your optimizer's"),
-        ({"gate": True}, "gate=True is for PPO's engine"),
-        ({"networks": "both"}, "networks='both' is for PPO's engine"),
+        (
+            {"moments": "reset"},
+            "moments='reset' works only in this package's PPO; with ModuleJumps, reset your",
+        ),
+        ({"gate": True}, "gate=True works only in this package's PPO"),
+        ({"networks": "both"}, "networks='both' works only in this package's PPO"),
         ({"corrective_epochs": 1}, r"with ModuleJumps, run them after jump\(\), and then record\(\)"),
         ({"corrective_epochs": -1}, "corrective_epochs=-1 is below 0"),
         ({"horizon": 0}, "horizon=0"),

@@ -332,14 +332,14 @@ def test_an_engine_that_cannot_be_had_is_refused_with_the_reason(monkeypatch: py
         choose_engine("compiled", Ppo(num_steps=64, num_minibatches=8))
     monkeypatch.setenv("PATH", "")
     assert choose_engine("torch", Ppo()) == "torch"
-    with pytest.raises(ValueError, match="no g\\+\\+"):
+    with pytest.raises(ValueError, match="g\\+\\+ is not on the PATH"):
         choose_engine("compiled", Ppo())
     assert choose_engine("auto", Ppo()) == "torch"
 
 
 def test_a_gpu_that_torch_does_not_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="needs a GPU where the trials run, and torch sees none"):
+    with pytest.raises(ValueError, match="needs a GPU where the trials run, but torch finds none"):
         make_learner(choose_engine("cuda", Ppo()), PENDULUM, Ppo())
 
 
@@ -361,7 +361,7 @@ def test_a_compiler_that_fails_is_named_and_auto_goes_on_without_it(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert choose_engine("auto", Ppo()) == "torch"
     with pytest.raises(
-        ValueError, match=rf"collect\.engine='compiled' cannot be had: .*{complaint}.*'torch' runs"
+        ValueError, match=rf"collect\.engine='compiled' is not available: .*{complaint}.*use 'torch'"
     ) as told:
         choose_engine("compiled", Ppo())
     assert "\n" not in str(told.value)
@@ -424,7 +424,7 @@ def test_minibatches_of_any_size_have_their_gradients_in_bfloat16(size: int) -> 
 
 @needs_compiler
 def test_bfloat16_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"is for the compiled engine, and collect\.engine='torch'"):
+    with pytest.raises(ValueError, match=r"needs the compiled engine, but collect\.engine='torch'"):
         choose_engine("torch", NARROW)
     monkeypatch.setattr(compiled_learner, "has_bfloat16", lambda: False)
     with pytest.raises(ValueError, match="this processor has no AVX512_BF16"):

@@ -63,7 +63,7 @@ def mine(text: str) -> Callable[[], object]:
 
 
 def with_contender(fields: str) -> Callable[[], object]:
-    """An experiment's file with a second contender, and the job that would run it."""
+    """An experiment's file with a second variant, and the job that would run it."""
     text = f'[[accelerate.contenders]]\nname = "10"\n\n[[accelerate.contenders]]\nname = "mine"\n{fields}\n'
     return with_file("mine.toml", text, job("accelerate", "--experiment", "mine.toml"))
 
@@ -101,27 +101,27 @@ CASES = [
     ),
     Case(what="A task is misspelt", attempt=job("collect", "--collect.task", "HalfCheeta-v4")),
     Case(
-        what="One of the acceleration's tasks is misspelt",
+        what="One of jobs/accelerate.py's tasks is misspelt",
         attempt=job("accelerate", "--accelerate.tasks", "Hopper-v4", "Wolker2d-v4@100000"),
     ),
     Case(
-        what="A contender's predictor is misspelt",
+        what="A variant's predictor is misspelt",
         attempt=with_contender('jump = {predictor = "rigde"}'),
     ),
     Case(
-        what="A field of a contender's PPO is misspelt",
+        what="A field of a variant's PPO is misspelt",
         attempt=with_contender("ppo = {num_epoch = 4}"),
     ),
     Case(
-        what="A contender leaves no epochs to its predictor",
+        what="A variant leaves no epochs for its jump to replace",
         attempt=with_contender('jump = {predictor = "ridge"}'),
     ),
     Case(
-        what="A contender that is to run is none of the experiment's",
+        what="A variant to run is not one of the experiment's",
         attempt=job("accelerate", "--accelerate.only", "4+rigde"),
     ),
     Case(
-        what="The search would take seeds that are reported",
+        what="The search would use seeds of the results",
         attempt=job("accelerate", "--accelerate.search-first-seed", "100"),
     ),
     Case(
@@ -197,7 +197,7 @@ CASES = [
         attempt=with_file("file", "", job("collect", "--storage", "file/d")),
     ),
     Case(
-        what="A file is in the way of an acceleration's storage",
+        what="A file is in the way of jobs/accelerate.py's storage",
         attempt=with_file("file", "", job("accelerate", "--storage", "file/d/e")),
     ),
     Case(

@@ -1,1 +1,1 @@
-"""Update epochs replaced by inference: jumps, and the contenders that try them."""
+"""Update epochs replaced by inference: jumps, and the variants of PPO that use them."""

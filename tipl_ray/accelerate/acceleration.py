@@ -1,12 +1,11 @@
-"""Accelerate: contenders with and without jumps, trained side by side on seeds that nothing was fitted on.
+"""Accelerate: variants of PPO with and without jumps, compared on seeds that nothing was fitted or tuned on.
 
-Each contender's learning rate, or another number in its place, is chosen by a grid on seeds of its own, the same for
-all of them; the best one then runs on the seeds that are reported. A unit of work, one contender with one setting on
-one task, is one stack of trials in one Ray task, committed to a data set of its own: whatever is killed goes on from
-its last commits.
+Each variant's learning rate, or another field in its place, is chosen by a grid search on separate seeds, the same for
+all variants; the best value then runs on the seeds of the results. A unit of work (one variant with one setting on one
+task) is one stack of trials in one Ray task, with its own data set: a killed unit continues from its last commits.
 
-    <storage>/predictors/<digest>/<name>/    what the jumps are made of, fitted on another experiment's trials
-    <storage>/units/<digest>/                a unit, as units.py has it
+    <storage>/predictors/<digest>/<name>/    predictors of the jumps, fitted on another experiment's trials
+    <storage>/units/<digest>/                a unit, see units.py
     <storage>/accelerations/<digest>/        table.csv, curves.csv, search.csv, tasks.csv,
                                              report.html, figures/
 """
@@ -48,22 +47,22 @@ from tipl_ray.tracking import Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder
 
 Cell = tuple[str, int, Contender]
-"""Task, environment steps and contender: what one row of the table stands for."""
+"""Task, environment steps and variant: one row of the table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What is to be run, and by which predictors."""
+    """What to run, and with which predictors."""
 
     experiment: Experiment
     source: Experiment
     predictors: dict[str, Fitted]
-    """By their contenders' names."""
+    """By the names of their variants."""
     engine: str
 
     @property
     def digest(self) -> str:
-        """What the results depend on, and nothing that says where anything lies."""
+        """Digest of everything that the results depend on; locations are left out."""
         one, engine = self.experiment, ENGINES[self.engine]
         run = contenders.collection_identity(one.collect) | {"engine": engine}
         answers = {name: one.digest for name, one in self.predictors.items()}
@@ -71,7 +70,7 @@ class Plan:
 
     @property
     def searched_on(self) -> tuple[str, ...]:
-        """Tasks on which one setting is chosen for all; none where each has its own."""
+        """Tasks on which one setting is chosen for all tasks; empty if it is chosen per task."""
         return tuple(_task(self.experiment, name)[0] for name in self.experiment.accelerate.search_tasks)
 
     def of(self, unit: Unit) -> Experiment:
@@ -79,18 +78,18 @@ class Plan:
         return unit.experiment(self.experiment, self.source, self.extension(unit))
 
     def extension(self, unit: Unit) -> Extension:
-        """What a unit adds to PPO's iterations."""
+        """The extension of PPO that a unit runs with."""
         return unit.extension(self.experiment, self.source, self.predictors)
 
     def load(self, unit: Unit) -> Finished:
-        """A unit that has run. Raises AccelerationError where no episode of a trial ended."""
+        """The results of a finished unit. Raises AccelerationError if no episode of a trial ended."""
         return load_unit(unit, self.of(unit), contenders.epochs_of(unit.contender, self.experiment))
 
 
 def run_acceleration(experiment: Experiment) -> None:
-    """Search, train and compare every contender on every task; the whole of a job.
+    """Search, train and compare every variant on every task: all of jobs/accelerate.py.
 
-    Exits with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
+    Exits with status 1 and one line on standard error for errors that the user can fix, 130 if interrupted.
     """
     with exit_status():
         check_job(experiment)
@@ -120,17 +119,17 @@ def run_acceleration(experiment: Experiment) -> None:
 
 
 def source_experiment(experiment: Experiment) -> Experiment:
-    """The experiment that predictors come from. Raises FileNotFoundError or ValueError where there is none such."""
+    """The experiment that predictors come from. Raises FileNotFoundError or ValueError if there is none or it is
+    invalid."""
     where = experiment.where
     source = load_experiment(where.predictors_from, preset="causal")
     return source.at(where.predictors_storage or source.where.storage).check("train")
 
 
 def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[Contender]) -> dict[str, Fitted]:
-    """Every contender's predictor, by the contender's name, fitted now where it was not before.
+    """Every variant's predictor, by the variant's name; those that are not stored yet are fitted.
 
-    Rules, which learn nothing, need no trials. Raises StoreError where others need the source's trials or its trained
-    model, and these are missing.
+    Rules need no trials. Raises StoreError if the source's trials or its trained model are needed but missing.
     """
     folders: dict[str, str] = {}
     jumping = [one for one in named if one.jump]
@@ -152,11 +151,11 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
             folders[one.name] = model_folder(source, str(data))
             if not file_exists(folders[one.name], "model.json"):
                 raise StoreError(
-                    f"{folders[one.name]}: no trained model of {source.name} is there; run jobs/train.py --preset "
+                    f"{folders[one.name]}: there is no trained model of {source.name}; run jobs/train.py --preset "
                     "causal with that experiment first"
                 )
             continue
-        # The furthest that any contender jumps with it: nearer steps are answered too.
+        # The furthest that any variant jumps with it: nearer steps are answered too.
         asked = [
             contenders.jump_question(other, experiment, source)
             for other in learning
@@ -178,14 +177,14 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
 
 
 def _source_digest(source: Experiment, contender: str) -> str:
-    """Digest of the trials that predictors are fitted on. Raises StoreError where they are not all there."""
+    """Digest of the trials that predictors are fitted on. Raises StoreError if they are incomplete."""
     store = TrajectoryStore(source.storage_path)
     missing = pending_seeds(source, store)
     if missing or not store.finished():
         raise StoreError(
-            f"{source.storage_path}: contender {contender!r} learns from the {source.collect.num_trials} trials of "
-            f"{source.name}, the experiment of predictors_from, and {len(missing)} of them are not complete "
-            "there; collect that experiment first, or leave out the contenders that learn"
+            f"{source.storage_path}: variant {contender!r} needs a predictor fitted on the "
+            f"{source.collect.num_trials} trials of {source.name} (see predictors_from), but {len(missing)} of them "
+            "are incomplete; collect that experiment first, or leave out the variants whose predictors are fitted"
         )
     return store.digest(source.collect.seeds)
 
@@ -193,14 +192,14 @@ def _source_digest(source: Experiment, contender: str) -> str:
 def _run_units(
     plan: Plan, named: Sequence[Contender], tracker: Tracker, parent: Run
 ) -> tuple[list[Finished], list[Finished]]:
-    """Every contender on the reported seeds with its best setting, and all that the search for it ran.
+    """Every variant on the seeds of the results with its best setting, and all search units.
 
-    Task by task, in the contenders' order.
+    Task by task, in the variants' order.
     """
     settings = plan.experiment.accelerate
     tasks = [_task(plan.experiment, name) for name in settings.tasks]
     cells = [(*task, contender) for task in tasks for contender in named]
-    # One search for all tasks of a contender, or one for each.
+    # One search for all tasks of a variant, or one for each.
     searches = {cell: _search(plan.experiment, cell) for cell in cells}
     finals: dict[Cell, Unit] = {}
     every = list(dict.fromkeys(unit for contender in named for task in tasks for unit in searches[*task, contender]))
@@ -235,7 +234,7 @@ def _run_units(
 
         def show(running: list[Unit]) -> None:
             now = ", ".join(f"{unit.contender.name} at {unit.value:g}" for unit in running)
-            view.show([], f"accelerate: {len(ran)} of {total} units done; running {now or 'none'}")
+            view.show([], f"accelerate: {len(ran)} of {total} runs done; running {now or 'none'}")
 
         for unit in side_by_side(send, waiting, limit, show):
             settle(unit)
@@ -243,7 +242,7 @@ def _run_units(
 
 
 def _search(experiment: Experiment, cell: Cell) -> list[Unit]:
-    """What chooses a cell's setting: every value on every task of its search; nothing where there is but one value."""
+    """The search units of a cell: every value on every task of its search; none if there is only one value."""
     settings, (name, env_steps, contender) = experiment.accelerate, cell
     values = settings.values_of(contender)
     if len(values) == 1:
@@ -261,12 +260,12 @@ def _unit(cell: Cell, value: float, *, search: bool) -> Unit:
 
 
 def _task(experiment: Experiment, name: str) -> tuple[str, int]:
-    """What tables call a task of the experiment, and its environment steps."""
+    """A task's name in tables, and its environment steps."""
     return name.partition("@")[0], RunTask.read(name).env_steps or experiment.collect.total_env_steps
 
 
 def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
-    """A child run per unit, and its snapshots' end."""
+    """Log a unit as a nested MLflow run, and delete its snapshots unless they are kept."""
     experiment, unit = plan.of(one.unit), one.unit
     name = f"{unit.task} {unit.contender.name} {unit.value:g}{' search' if unit.search else ''}"
     tags = {"task": unit.task, "contender": unit.contender.name, "search": str(unit.search)}
@@ -289,7 +288,7 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
     experiment, finished = plan.experiment, comparable(finished)
     if unknown := [one.unit.task for one in finished if np.isnan(one.returns_SI).any()]:
         raise AccelerationError(
-            f"{unknown[0]}: every trial of every contender diverged before an episode ended, so there is nothing to "
+            f"{unknown[0]}: every trial of every variant diverged before an episode ended, so there is nothing to "
             f"compare; lower accelerate.learning_rates={experiment.accelerate.learning_rates}"
         )
     resampling = Resampling(
@@ -329,18 +328,18 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
 
 
 def _chosen(plan: Plan, finished: Sequence[Finished]) -> list[Unit]:
-    """The units of the search whose setting is reported."""
+    """The search units whose setting was chosen."""
     cells = [(one.unit, (one.unit.task, one.unit.env_steps, one.unit.contender)) for one in finished]
     return [unit for one, cell in cells for unit in _search(plan.experiment, cell) if unit.value == one.value]
 
 
 def _facts(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
-    """The few figures of the report's head."""
+    """The figures at the top of the report."""
     return {
         "tasks": len({row["task"] for row in rows}),
-        "contenders": len({row["contender"] for row in rows}),
-        "trials of each": plan.experiment.collect.num_trials,
-        "predictors from": plan.source.collect.task,
+        "variants": len({row["contender"] for row in rows}),
+        "trials per variant": plan.experiment.collect.num_trials,
+        "predictors fitted on": plan.source.collect.task,
     }
 
 
@@ -354,18 +353,18 @@ def _draw(
     """Heading, sentence and figure of every picture, by its file's name."""
     drawn = {
         "acceleration_areas": (
-            "Areas under the curve",
-            "Filled where the interval of the difference does not include 0.",
+            "Area under the learning curve",
+            "Filled markers: the interval of the difference excludes 0.",
             figures.areas(rows),
         ),
         "acceleration_shares": (
-            "Areas against gradient steps, over tasks",
-            "Filled where the interval of the share does not include 1.",
+            "Area under the learning curve against gradient steps, over tasks",
+            "Filled markers: the interval of the ratio excludes 1.",
             figures.shares(together),
         ),
         "acceleration_learning_rates": (
-            "Areas by learning rate, in the search",
-            "The chosen rates are the large points.",
+            "Area under the learning curve by learning rate, in the search",
+            "Large points: the chosen learning rates.",
             figures.learning_rates(rates),
         ),
     }
@@ -384,7 +383,7 @@ def _draw(
 
 
 def _curve_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
-    """One row per task, contender and iteration: the interquartile mean over trials, and its quartiles."""
+    """One row per task, variant and iteration: the interquartile mean over trials, and its quartiles."""
     rows = []
     for one in finished:
         low_I, high_I = np.quantile(one.returns_SI, (0.25, 0.75), axis=0)

@@ -1,6 +1,6 @@
-"""Contenders: ways to run PPO's updates, with fewer epochs, other rules, jumps or outer steps.
+"""Variants of PPO (`contenders` in the configuration): fewer epochs, other settings, jumps or outer steps.
 
-Knows which experiment a contender runs, and by which predictor it jumps; runs nothing and scores nothing.
+Knows which experiment a variant runs, and which predictor it jumps with; runs nothing and scores nothing.
 """
 
 import dataclasses
@@ -32,33 +32,33 @@ TIPL = "tipl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Fitted:
-    """A predictor at hand."""
+    """A predictor that is ready to use."""
 
     predictor: Combination
     digest: str
-    """Of what its answers depend on."""
+    """Digest of everything that its answers depend on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """A contender on all seeds of one kind, with one setting: what runs as one stack."""
+    """A variant with one setting on the seeds of the search or of the results: what runs as one stack of trials."""
 
     task: str
-    """Gymnasium id, with the policy's widths where they are not the experiment's: `HalfCheetah-v4/256-256`."""
+    """Gymnasium id, followed by the policy's widths if they differ from the experiment's: `HalfCheetah-v4/256-256`."""
     env_steps: int
     contender: Contender
     value: float
-    """Of what is searched, most often the learning rate."""
+    """Value of the searched field, usually the learning rate."""
     search: bool
-    """Whether it runs the seeds that choose the value, and not those that are reported."""
+    """Whether it runs the seeds of the search or those of the results."""
 
     @property
     def hyperparameters(self) -> str:
-        """What the search has chosen, or is choosing from."""
+        """The searched field and its value, as in tables."""
         return f"{self.contender.searched}={self.value:g}"
 
     def extension(self, experiment: Experiment, source: Experiment, predictors: Mapping[str, Fitted]) -> Extension:
-        """What it adds to PPO's iterations; the predictors are those of contenders, by their names."""
+        """The extension of PPO that it runs with; predictors are by the names of their variants."""
         contender = self.contender
         if contender.outer:
             return OuterSteps(settings=contender.outer)
@@ -68,7 +68,7 @@ class Unit:
         return Jumps(settings=settings, predictor=fitted.predictor, digest=fitted.digest)
 
     def experiment(self, experiment: Experiment, source: Experiment, extension: Extension) -> Experiment:
-        """What it runs, in a storage of its own below the experiment's, named after nothing that says where it is."""
+        """The experiment that it runs, in a storage below the given experiment's, named by a digest of its settings."""
         settings, contender = experiment.accelerate, self.contender
         ppo = contender.ppo_at(experiment.ppo, self.value)
         named = RunTask.read(self.task)
@@ -98,17 +98,20 @@ def epochs_of(contender: Contender, experiment: Experiment) -> int:
 
 
 def jump_settings(contender: Contender, experiment: Experiment, source: Experiment) -> JumpSettings:
-    """How a contender jumps. Raises ValueError where no whole snapshots are left to predict."""
+    """A variant's jump settings. Raises ValueError if the predictor or the number of epochs does not fit."""
     jump, horizon = contender.jump, contender.horizon(experiment.ppo, source)
     assert jump, "it jumps"
     if jump.predictor not in (known := (*combinations(), TIPL, *published_rules())):
         named = f"accelerate.contenders: {contender.name!r}: jump.predictor"
-        raise ValueError(f"{named}={jump.predictor!r} does not combine displacements; {', '.join(known)} do")
+        raise ValueError(
+            f"{named}={jump.predictor!r} does not combine displacements, which jumps need; use one of "
+            f"{', '.join(known)}"
+        )
     epochs = contender.epochs_before_jump(experiment.ppo) + horizon * source.collect.epochs_per_snapshot
     if is_learned(contender) and epochs != source.ppo.num_epochs:
         raise ValueError(
             f"accelerate.contenders: {contender.name!r}: jump.horizon={jump.horizon} makes iterations of {epochs} "
-            f"epochs, and {jump.predictor} has seen iterations of {source.ppo.num_epochs}"
+            f"epochs, but {jump.predictor} is fitted on iterations of {source.ppo.num_epochs}"
         )
     return JumpSettings(
         horizon=horizon,
@@ -122,7 +125,7 @@ def jump_settings(contender: Contender, experiment: Experiment, source: Experime
 
 
 def jump_question(contender: Contender, experiment: Experiment, source: Experiment) -> Question:
-    """What a contender's predictor is asked: about snapshots as another experiment has them."""
+    """What a variant's predictor is asked: its context, forward steps and snapshots per iteration."""
     settings = jump_settings(contender, experiment, source)
     run = contender.epochs_before_jump(experiment.ppo)
     return Question(
@@ -133,7 +136,7 @@ def jump_question(contender: Contender, experiment: Experiment, source: Experime
 
 
 def published(jump: Jump) -> ReturnRule | None:
-    """The predictor of a jump that this package brings along; None where it is another."""
+    """A jump's predictor if it is one that comes with this package, else None."""
     return _published(jump.predictor) if jump.predictor in published_rules() else None
 
 
@@ -145,7 +148,7 @@ def _published(name: str) -> ReturnRule:
 
 
 def is_learned(contender: Contender) -> bool:
-    """Whether its predictor is fitted on the trials of another experiment: some are rules, some are published."""
+    """Whether its predictor is fitted on the trials of another experiment, unlike rules and published predictors."""
     if not contender.jump or contender.jump.predictor == TIPL:
         return contender.jump is not None
     if published(contender.jump):
@@ -154,19 +157,19 @@ def is_learned(contender: Contender) -> bool:
 
 
 def collection_identity(collect: Collect) -> dict[str, Any]:
-    """`identity`, with what earlier versions had in the digests of units and accelerations too."""
+    """`identity`, with the fields that earlier versions included in the digests of units and accelerations."""
     return identity(collect) | {"trials_per_actor": 0, "physics_threads": 1}
 
 
 def unit_table(experiment: Experiment, extension: Extension) -> dict[str, dict[str, Any]]:
-    """What a unit's learning curves depend on; of its predictor the digest, and None where nothing jumps."""
+    """Everything that a unit's learning curves depend on, with its predictor's digest, or None without jumps."""
     still = {"jump": identity(JumpSettings()) | {"predictor": None}}
     ran = {"collect": collection_identity(experiment.collect), "ppo": identity(experiment.ppo)}
     return {**ran, **still, **extension.header}
 
 
 def save_rule(question: Question, jump: Jump, folder: str) -> None:
-    """Write a predictor that is not fitted here, for `saved.load_predictor`."""
+    """Write a predictor that needs no fitting, for `saved.load_predictor`."""
     predictor = rule.asked(question) if (rule := published(jump)) else PREDICTORS.load(jump.predictor)(question)
     if jump.numbers:
         predictor.fitted = {"numbers": np.array(jump.numbers)}
@@ -174,10 +177,9 @@ def save_rule(question: Question, jump: Jump, folder: str) -> None:
 
 
 def fit_and_save(source: Experiment, question: Question, names: Sequence[str], folder: str) -> None:
-    """Fit predictors on the training trials of another experiment, their settings on its validation trials.
+    """Fit predictors on the training trials of another experiment, and choose their settings on its validation trials.
 
-    Its test trials are not opened, and trials that diverged are left out. One folder each, for
-    `saved.load_predictor`.
+    Its test trials are not read, and diverged trials are left out. Writes one folder each, for `saved.load_predictor`.
     """
     store = TrajectoryStore(source.storage_path)
     training, validation = (

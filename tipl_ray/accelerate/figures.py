@@ -1,6 +1,6 @@
-"""Pictures of contenders: their learning curves, areas under the curve, and areas by learning rate.
+"""Figures of PPO's variants: learning curves, areas under them, and areas by learning rate.
 
-Shape suffixes: S trials of a contender, I PPO iterations.
+Shape suffixes: S trials of a variant, I PPO iterations.
 """
 
 import math
@@ -19,18 +19,18 @@ from tipl_ray.evaluate.metrics import MIN_TRIALS, Resampling, Row, interquartile
 
 EPOCH_COLOURS = matplotlib.colormaps["viridis"]
 MOST_CURVES = 9
-"""Contenders whose learning curves one picture holds."""
+"""Variants whose learning curves fit one figure."""
 
 
 @as_shipped()
 def contenders(
     curves: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], title: str, resampling: Resampling
 ) -> Figure:
-    """Learning curves of contenders, (env_steps_I, gradient_steps_I, returns_SI) each, over environment steps and over
+    """Learning curves of variants, (env_steps_I, gradient_steps_I, returns_SI) each, over environment steps and over
     gradient steps: interquartile mean over trials, with its band.
 
-    The first contender, which the others are held against, is black; where a name ends in a predictor's, its colour. Of
-    many the first and those with the largest areas are drawn.
+    The first variant, which the others are compared with, is black; a name that ends in a predictor's has its colour.
+    If there are many, only the first and those with the largest areas are drawn.
     """
     figure, panels = new_figure(2, width=11.5, height=4.8, share=True)
     best = sorted(list(curves)[1:], key=lambda name: -float(curves[name][2].mean()))[: MOST_CURVES - 1]
@@ -45,19 +45,19 @@ def contenders(
             axes.plot(steps_I, interquartile_mean(returns_SI.T), color=colour, linewidth=1.9)
         entries.append(Line2D([], [], color=colour, linewidth=2.2, label=_said(name)))
     for axes, across in zip(panels, ("environment steps", "gradient steps"), strict=True):
-        up = "episodic return, interquartile mean" if is_first_in_line(axes) else ""
-        dress(axes, title if up else "The same, by what the updates cost", across, up)
+        up = "episodic return (interquartile mean)" if is_first_in_line(axes) else ""
+        dress(axes, title if up else "The same over gradient steps", across, up)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     left_out = len(curves) - len(entries)
-    legend_below(figure, entries, [f"and {left_out} with smaller areas, not drawn"] if left_out else [])
+    legend_below(figure, entries, [f"{left_out} more with smaller areas not shown"] if left_out else [])
     return figure
 
 
 @as_shipped()
 def shares(rows: Sequence[Row]) -> Figure:
-    """Area under the curve as a share of the first contender's, over tasks at once, against the share of its gradient
-    steps; a panel per scope. Rows are `scores.over_tasks`'."""
+    """Area under the curve relative to the first variant's, over all tasks, against relative gradient steps; a panel
+    per scope. Rows are those of `scores.over_tasks`."""
     scopes = list(dict.fromkeys(row["scope"] for row in rows))
     figure, panels = new_figure(len(scopes), width=6.2 * max(1, len(scopes)), height=5.4, share=True)
     for axes, scope in zip(panels, scopes, strict=False):
@@ -76,18 +76,19 @@ def shares(rows: Sequence[Row]) -> Figure:
         axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
         axes.minorticks_off()
         axes.set_xlim(0.08, 3.2)
-        across, up = f"gradient steps, as a share of those of {_said(first['contender'])}", "area, as a share"
+        name = _said(first["contender"])
+        across, up = f"gradient steps relative to {name}", f"AUC relative to {name}"
         dress(axes, f"{scope} ({first['tasks']})", across, up if is_first_in_line(axes) else "")
     if not scopes:
-        explain(panels[0], "No task has an area of which others could be shares")
+        explain(panels[0], "No task has a first variant with an area clearly above 0")
     return figure
 
 
 @as_shipped()
 def areas(rows: Sequence[Row]) -> Figure:
-    """Area under the curve, less the first contender's and as a share of it, with its interval; a panel per task.
+    """Area under the curve relative to the first variant's, with its interval; a panel per task.
 
-    Rows are `scores.score`'s. Filled is what the interval tells apart from the first contender.
+    Rows are those of `scores.score`. Markers are filled where the interval excludes the first variant.
     """
     tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
     names = list(dict.fromkeys(row["contender"] for row in rows))
@@ -101,7 +102,7 @@ def areas(rows: Sequence[Row]) -> Figure:
             middle, low, high = (100 * row[f"auc_less_first{end}"] / size for end in ("", "_low", "_high"))
             if not math.isfinite(middle):
                 axes.text(
-                    0, place, "no area", ha="center", va="center", fontsize=10, color=SOFT, backgroundcolor="white"
+                    0, place, "undefined", ha="center", va="center", fontsize=10, color=SOFT, backgroundcolor="white"
                 )
                 continue
             colour = _contender_colour(row["contender"], first=False)
@@ -109,19 +110,20 @@ def areas(rows: Sequence[Row]) -> Figure:
             axes.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
             axes.plot(middle, place, "o", ms=7, mfc=face, mec=colour, mew=1.8)
         axes.axvline(0, color=INK, linewidth=1.4, zorder=1)
-        dress(axes, f"{task}\n{env_steps:,} steps", f"area less that of {_said(first['contender'])} [%]", "")
+        dress(axes, f"{task}\n{env_steps:,} steps", f"AUC relative to {_said(first['contender'])} [%]", "")
         axes.set_yticks(range(1, len(names)), [wrapped(figure, name, 2.2, 10.5) for name in names[1:]])
         axes.set_ylim(max(len(names), 2) - 0.4, 0.4)
     if len(names) < 2:
-        explain(panels[0], "There is no second contender to compare")
+        explain(panels[0], "There is no second variant to compare")
     return figure
 
 
 @as_shipped()
 def learning_rates(rows: Sequence[Row]) -> Figure:
-    """Mean area under the curve over the trials of a search, by learning rate; a panel per task, the chosen filled.
+    """Mean area under the curve of search trials by learning rate; a panel per task, with the chosen rate as a large
+    point.
 
-    Rows are `scores.search_rows`'; contenders of which something else was searched are left out.
+    Rows are those of `scores.search_rows`; variants with another searched field are left out.
     """
     rows = [row for row in rows if row["searched"] == "learning_rate"]
     tasks = list(dict.fromkeys((row["task"], row["env_steps"]) for row in rows))
@@ -149,7 +151,7 @@ def learning_rates(rows: Sequence[Row]) -> Figure:
 
 
 def _said(name: str) -> str:
-    """A contender's name as a legend says it."""
+    """A variant's name as shown in legends."""
     epochs, _, jumps = name.partition("+")
     if not epochs.isdecimal():
         return name
@@ -157,8 +159,8 @@ def _said(name: str) -> str:
 
 
 def _contender_colour(name: str, first: bool) -> str:
-    """The first contender is black, other numbers of epochs go from purple (1) to yellow (20 and more); jumps have
-    their predictor's colour."""
+    """The first variant is black, other numbers of epochs go from purple (1) to yellow (20 and more); jumps have their
+    predictor's colour."""
     jumps = name.partition("+")[2]
     if first:
         return INK

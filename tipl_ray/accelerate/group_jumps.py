@@ -1,4 +1,4 @@
-"""Jumps of PPO's trials: what `Jumps` hands to a collection, and what then happens to a group's parameters.
+"""Jumps of PPO's trials: the extension `Jumps` for a collection, and how it moves a group's parameters.
 
 Shapes: K trials of a group, N parameters of a trial, M of them that jump, H snapshots of a jump, C displacements of
 context.
@@ -21,21 +21,21 @@ from tipl_ray.predict.predictor import Combination
 from tipl_ray.predict.saved import load_predictor, predictor_digest
 
 TAKEN, GATED, REFUSED = range(3)
-"""What became of a jump, as indices of the counts."""
+"""Outcomes of a jump, as indices of the counts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Jumps(Extension):
-    """A predictor, in place of the update epochs that an experiment leaves out."""
+    """Jumps with a predictor, in place of the update epochs that an experiment leaves out."""
 
     settings: JumpSettings
     predictor: Combination
     digest: str
-    """Of what the predictor's answers depend on."""
+    """Digest of everything that the predictor's answers depend on."""
 
     @classmethod
     def load(cls, folder: str, settings: JumpSettings) -> Self:
-        """Jumps by the predictor in a folder or under a URI. Raises as `load_predictor` does."""
+        """Jumps with the predictor in a folder or at a URI. Raises as `load_predictor` does."""
         return cls(settings=settings, predictor=load_predictor(folder), digest=predictor_digest(folder))
 
     @property
@@ -49,7 +49,8 @@ class Jumps(Extension):
         return {"jump": identity(self.settings) | {"predictor": self.digest}}
 
     def hooks(self, group: TrialGroup) -> Hooks:
-        """Jumps of a group. Raises ValueError where the predictor does not fit the snapshots of its iterations."""
+        """The jumps of a group. Raises ValueError if the predictor expects another number of snapshots per
+        iteration."""
         return GroupJumps(group, self.predictor, self.settings)
 
 
@@ -74,13 +75,13 @@ class GroupJumps(Hooks):
         self._coefficients: list[list[NDArray[np.float64]]] = []
 
     def record(self, group: TrialGroup) -> None:
-        """Take every trial's next snapshot."""
+        """Record every trial's next snapshot."""
         for histories, parameters_N in zip(self._histories, group.parameters_KN, strict=True):
             for part, history in zip(self._parts, histories, strict=True):
                 history.record(parameters_N[part])
 
     def move(self, group: TrialGroup, learning_rates_K: np.ndarray) -> Iterator[None]:
-        """Go to where the epochs not run would have led, one snapshot after the other."""
+        """Move to the forecast weights, one snapshot at a time."""
         horizon, moved = self.settings.horizon, slice(self._num_moved)
         moves_KHM = self.propose(self.progress(group), learning_rates_K / group.ppo.learning_rate)
         if self.settings.gate:
@@ -107,15 +108,15 @@ class GroupJumps(Hooks):
         yield
 
     def progress(self, group: TrialGroup) -> NDArray[np.float64]:
-        """Shares (K,) of the trials that have passed before the jump: their clock as the predictor's data has it."""
+        """Fraction (K,) of each trial that is done before the jump, as in the predictor's data."""
         # The snapshots so far; the predicted ones are still to come.
         done_K = group.iterations_K - self.settings.horizon / group.snapshots_per_iteration
         return np.asarray(done_K / group.num_iterations, dtype=np.float64)
 
     def propose(self, progress_K: NDArray[np.float64], learning_rates_K: NDArray[np.float64]) -> NDArray[np.float32]:
-        """The moves (K, H, M) that stand for the epochs not run; 0 and a warning where a forecast is refused.
+        """The moves (K, H, M) that replace the epochs left out; 0 with a warning if a forecast is refused.
 
-        Progress is the share of the trial that has passed, a learning rate the share of its first.
+        Progress is the fraction of the trial that is done; learning rates are fractions of the first one.
         """
         moves_KHM = np.zeros((len(self._histories), self.settings.horizon, self._num_moved), dtype=np.float32)
         self._coefficients = []
@@ -134,7 +135,9 @@ class GroupJumps(Hooks):
             reasons = [reason for _, reason in answers if reason]
             if reasons:
                 self.counts_K3[k, REFUSED] += 1
-                warnings.warn(f"jump refused: {reasons[0]}; training goes on without it", RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"jump refused: {reasons[0]}; training continues without it", RuntimeWarning, stacklevel=2
+                )
             self._coefficients.append([np.zeros_like(found) if reasons else found for found, _ in answers])
             if not reasons:
                 self.counts_K3[k, TAKEN] += 1
@@ -143,17 +146,17 @@ class GroupJumps(Hooks):
         return moves_KHM
 
     def forecaster_of(self, k: int) -> Forecaster:
-        """What trial k jumps by; to be overridden where trials of a group differ in it."""
+        """The predictor of trial k; overridden if the trials of a group have different ones."""
         return self.forecaster
 
     def _drop(self, dropped_K: NDArray[np.bool_]) -> None:
-        """Let some trials' proposals go: the gate refused them. Their moves are the caller's to forget."""
+        """Drop the proposals that the gate refused; the caller sets their moves to 0."""
         for k in map(int, np.flatnonzero(dropped_K)):
             self.counts_K3[k] += np.array([-1, 1, 0])
             self._coefficients[k] = [np.zeros_like(found_HC) for found_HC in self._coefficients[k]]
 
     def _shorten(self, group: TrialGroup, moves_KHM: NDArray[np.float32]) -> None:
-        """Scale moves, in place, so that no policy gets further from the one that collected than the limit allows."""
+        """Scale moves in place so that every policy stays within the KL limit from its rollout policy."""
         there_KN, limit = group.parameters_KN.copy(), self.settings.kl_limit
         there_KN[:, : self._num_moved] += moves_KHM.sum(axis=1)
         here_K, there_K = group.divergences(group.parameters_KN), group.divergences(there_KN)
@@ -163,13 +166,13 @@ class GroupJumps(Hooks):
             self._coefficients[k] = [share * found_HC for found_HC in self._coefficients[k]]
 
     def carry_on(self, moves_KHM: NDArray[np.float32], parameters_KN: NDArray[np.float32]) -> None:
-        """Record the moves as made; the parameters are those after them."""
+        """Record the moves in the histories; the parameters are those after them."""
         for k, histories in enumerate(self._histories):
             for part, history, found_HC in zip(self._parts, histories, self._coefficients[k], strict=True):
                 history.carry_on(found_HC, moves_KHM[k, :, part], parameters_KN[k, part])
 
     def keep(self, kept: np.ndarray) -> None:
-        """Go on with the kept trials alone, in their order."""
+        """Keep only these trials, in order."""
         self._histories = [self._histories[k] for k in kept]
         self.counts_K3 = self.counts_K3[kept]
 
@@ -180,7 +183,7 @@ class GroupJumps(Hooks):
         return {**arrays, "jump.counts": self.counts_K3[k].copy()}
 
     def set_state(self, k: int, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         for index, history in enumerate(self._histories[k]):
             prefix = f"jump.{index}."
             part = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}

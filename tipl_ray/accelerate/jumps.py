@@ -32,34 +32,34 @@ State = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class JumpSettings:
-    """How a predictor's forecast is followed. Raises ValueError naming the field for values without a meaning."""
+    """How a predictor's forecast is applied. Raises ValueError naming the field for invalid values."""
 
     horizon: int = 3
-    """Snapshots that end an iteration and are predicted; the update epochs run are those before them."""
+    """Number of snapshots at the end of an iteration that the jump replaces; update epochs are run for those before."""
     damping: float = 1.0
-    """Share of the forecast that is taken; above 1 goes further."""
+    """Factor on the forecast displacement; above 1 goes further."""
     networks: Literal["policy", "both"] = "policy"
-    """What jumps: the policy alone, or the critic too, by a forecast of its own."""
+    """What jumps: only the policy, or also the critic, with a separate forecast."""
     moments: Literal["kept", "reset"] = "kept"
-    """Adam's moments and step count after a jump."""
+    """Whether Adam's moments and step count are kept or reset after a jump."""
     gate: bool = False
-    """Keep a jump only if the surrogate objective on the stored rollout does not fall."""
+    """Undo a jump that lowers the surrogate objective on the stored rollout."""
     corrective_epochs: int = dataclasses.field(default=0, metadata={"later": True})
-    """Update epochs that are run after a trial's jump, by Adam as it was; the iteration's last snapshot is then where
-    they lead."""
+    """Update epochs to run after the jump, with Adam's state unchanged; the iteration's last snapshot is taken after
+    them."""
     kl_limit: float = dataclasses.field(default=0.0, metadata={"later": True})
-    """Shorten a jump of a trial that would lead to a larger approximate KL divergence from the policy that collected
-    its rollout; 0 does not."""
+    """Shorten a jump whose approximate KL divergence from the rollout policy would exceed this. 0: no limit."""
     limit: float = 3.0
-    """Refuse a jump that goes further per snapshot than this many times the context's longest displacement."""
+    """Refuse a jump that moves the weights per snapshot by more than this multiple of the context's longest
+    displacement."""
 
     def __post_init__(self) -> None:
         if self.horizon < 1:
-            raise ValueError(f"horizon={self.horizon} is below 1: a jump stands for one snapshot at least")
+            raise ValueError(f"horizon={self.horizon} is below 1: a jump replaces at least one snapshot")
         if self.corrective_epochs < 0:
             raise ValueError(f"corrective_epochs={self.corrective_epochs} is below 0")
         if not 0 <= self.kl_limit < 1e37:
-            raise ValueError(f"kl_limit={self.kl_limit} is not a number of 0 or more")
+            raise ValueError(f"kl_limit={self.kl_limit} must be a number of at least 0")
         for field in ("damping", "limit"):
             # What float32 holds; NaN is refused too.
             if not 1e-37 < (value := getattr(self, field)) < 1e37:
@@ -67,18 +67,18 @@ class JumpSettings:
 
 
 class Forecaster(Protocol):
-    """What a jump asks of a predictor: `predictor.Combination` has it."""
+    """The interface of predictors for jumps; `predictor.Combination` has it."""
 
     question: Question
 
     def coefficients(self, contexts: Contexts) -> NDArray[np.float64]:
-        """What each displacement of the context counts in each forward step; (B, H, K)."""
+        """Coefficient of each of the context's displacements in each forward step; (B, H, K)."""
 
 
 class History:
-    """The last K displacements of a vector of weights, with their inner products; the oldest gives way.
+    """The last K displacements of a vector of weights, with their inner products, as a ring buffer.
 
-    A displacement not yet made is 0. Of float64 weights the last is kept as such, their displacements in float32.
+    Displacements not yet recorded are 0. float64 weights are kept in float64, their displacements in float32.
     Memory: (K + 1) P float32, and K x K float64.
     """
 
@@ -90,20 +90,20 @@ class History:
         self.oldest, self.fresh = 0, 0
 
     def record(self, weights_P: NDArray[np.floating]) -> None:
-        """Take the next snapshot, a copy of it."""
+        """Record the next snapshot; it is copied."""
         np.subtract(weights_P, self.last_P, out=self.displacements_KP[self.oldest])
         self.last_P[:] = weights_P
         self.oldest = (self.oldest + 1) % len(self.displacements_KP)
         self.fresh = min(self.fresh + 1, len(self.displacements_KP))
 
     def gram(self) -> NDArray[np.float64]:
-        """Inner products (K, K) of the displacements, the oldest first."""
+        """Inner products (K, K) of the displacements, oldest first."""
         self._multiply_fresh()
         order_K = self._order()
         return self.products_KK[np.ix_(order_K, order_K)]
 
     def moves(self, coefficients_HK: NDArray[np.float64]) -> NDArray[np.float32]:
-        """The displacements (H, P) that coefficients mean, of the displacements with the oldest first."""
+        """The displacements (H, P) that coefficients give; coefficients are for the oldest displacement first."""
         if not coefficients_HK.any():
             # Nothing times a displacement that is not finite is not nothing.
             return np.zeros((len(coefficients_HK), len(self.last_P)), dtype=np.float32)
@@ -112,7 +112,7 @@ class History:
     def carry_on(
         self, coefficients_HK: NDArray[np.float64], moves_HP: NDArray[np.float32], weights_P: NDArray[np.floating]
     ) -> None:
-        """Take the moves of these coefficients as the next displacements, at whose end the weights are `weights_P`."""
+        """Record the moves of these coefficients as the next displacements; `weights_P` are the weights after them."""
         self._multiply_fresh()
         ring_HK, places_H = self._in_ring(coefficients_HK), self._order()[: len(coefficients_HK)]
         # Products of combinations are combinations of products: the moves need not be multiplied.
@@ -125,14 +125,14 @@ class History:
         self.oldest = (self.oldest + len(places_H)) % len(self.displacements_KP)
 
     def amend(self, weights_P: NDArray[np.floating]) -> None:
-        """Let the last displacement end at other weights than it did."""
+        """Change the last displacement so that it ends at these weights."""
         self._multiply_fresh()
         self.displacements_KP[self._order()[-1]] += weights_P - self.last_P
         self.last_P[:] = weights_P
         self.fresh = 1
 
     def of_others(self, weights_P: NDArray[np.floating], kept: Iterable[tuple[slice, slice]]) -> "History":
-        """The history of other weights: those of the slices kept, (here, there), go on; the rest has not moved yet."""
+        """A history for other weights: the kept slices (here, there) are carried over; the rest has not moved yet."""
         other = History(weights_P, len(self.displacements_KP))
         for here, there in kept:
             other.last_P[there], other.displacements_KP[:, there] = self.last_P[here], self.displacements_KP[:, here]
@@ -150,11 +150,13 @@ class History:
         }
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a state. Raises ValueError if it is of another context or of other weights."""
+        """Restore a state. Raises ValueError if its context or its weights have another size."""
         own = {"displacements": self.displacements_KP, "last": self.last_P, "products": self.products_KK}
         for name, array in own.items():
             if state[name].shape != array.shape:
-                raise ValueError(f"{name} of shape {state[name].shape} do not fit a history's of {array.shape}")
+                raise ValueError(
+                    f"the state's {name} have shape {state[name].shape}, but this history's have {array.shape}"
+                )
         self.last_P[:], self.displacements_KP[:] = state["last"], state["displacements"]
         self.products_KK[:] = state["products"]
         self.oldest, self.fresh = map(int, state["marks"])
@@ -182,12 +184,12 @@ class History:
 
 
 def check_schedule(question: Question, recorded: int, horizon: int) -> None:
-    """Raise ValueError where a predictor cannot stand for `horizon` snapshots after `recorded` ones of an iteration."""
+    """Raise ValueError if a predictor cannot replace `horizon` snapshots after `recorded` ones in an iteration."""
     if question.steps[:horizon] != tuple(range(1, horizon + 1)):
         raise ValueError(f"horizon={horizon} exceeds the predictor's forward steps {question.steps}")
     if recorded + horizon != question.snapshots_per_iteration:
         raise ValueError(
-            f"{recorded} snapshots of an iteration and horizon={horizon} are not the "
+            f"{recorded} recorded snapshots and horizon={horizon} do not add up to the "
             f"{question.snapshots_per_iteration} snapshots per iteration that the predictor was fitted on"
         )
     if horizon > question.context:
@@ -203,9 +205,9 @@ def propose(
     progress: float,
     learning_rate: float,
 ) -> tuple[NDArray[np.float64], str | None]:
-    """What each displacement counts in each move of a jump (H, K), all 0 where refused; and why it was refused.
+    """Coefficients of the displacements in each move of a jump (H, K), all 0 if it is refused; and why it is refused.
 
-    Refused is what is not finite, and what goes further than any optimiser that moved as in the context would.
+    Refused are forecasts that are not finite or that go much further than the displacements of the context do.
     """
     gram_KK = history.gram()
     nothing_HK = np.zeros((settings.horizon, len(gram_KK)))
@@ -229,9 +231,9 @@ def propose(
 
 
 def allowed_share(here: float, there: float, limit: float) -> float:
-    """Share of a jump that leads no further than a KL divergence, which is known at both of its ends.
+    """The share of a jump that stays within a KL divergence, given the divergence before and after the whole jump.
 
-    The divergence grows ever faster along a jump, so that a straight line between its ends lies above it.
+    The divergence grows ever faster along a jump, so a straight line between the two overestimates it.
     """
     if there <= limit:
         return 1.0
@@ -240,27 +242,26 @@ def allowed_share(here: float, there: float, limit: float) -> float:
 
 
 class ModuleJumps:
-    """Jumps for any torch module, in anybody's training loop: call `record` where the predictor's data had a snapshot,
-    and `jump` in place of the epochs left out.
+    """Jumps for any torch module, in any training loop: call `record` after as many update epochs as there were between
+    snapshots in the predictor's data, and `jump` in place of the epochs left out.
 
-    What jumps is what is trained at the time of the call: every parameter that requires a gradient, each once and in
-    its own type. A parameter that is replaced, moved or converted between calls goes on under its name; one that is
-    frozen is forgotten; one that is new has not moved yet. A jump changes no bit of a parameter that did not move, nor
-    of anything else.
+    All parameters that require a gradient at the time of the call jump, each once and in its own dtype. A parameter
+    that is replaced, moved or converted between calls is continued under its name; a frozen one is forgotten; a new one
+    has not moved yet. Parameters that did not move, and everything else, stay bit-identical.
 
-    Costs, for P trained parameters and a context of K: 4 (K + 1) P bytes on the CPU; per jump about one pass over them
-    in float64 and one in float32, and one call of the predictor, which does not depend on P. On a GPU the parameters
-    are copied to the CPU at each call, and their moves back at a jump.
+    Costs for P trained parameters and a context of K: 4 (K + 1) P bytes on the CPU; per jump about one pass over them
+    in float64 and one in float32, and one call of the predictor, which does not depend on P. On a GPU, the parameters
+    are copied to the CPU at each call, and the moves back at a jump.
     """
 
     def __init__(self, module: torch.nn.Module, predictor: Forecaster, settings: JumpSettings | None = None):
-        """Of the settings `horizon`, `damping`, `kl_limit` and `limit` count. Raises ValueError for others that ask for
-        what is not done here, where the predictor cannot look so far ahead, and for a module with nothing to train."""
+        """Uses `horizon`, `damping`, `kl_limit` and `limit` of the settings. Raises ValueError if other settings are
+        not at their defaults, if the predictor does not reach that far, and for a module with no trained parameter."""
         self.settings = settings or JumpSettings()
         _check_module_settings(self.settings)
         if not hasattr(predictor, "coefficients"):
             raise ValueError(
-                f"{type(predictor).__name__} is not a predictor that combines displacements: it cannot jump"
+                f"{type(predictor).__name__} is not a predictor that combines displacements, which jumps need"
             )
         question = predictor.question
         check_schedule(question, question.snapshots_per_iteration - self.settings.horizon, self.settings.horizon)
@@ -275,11 +276,12 @@ class ModuleJumps:
     def from_pretrained(
         cls, module: torch.nn.Module, name: str = "return-rule-v1", *, recorded: int = 2, damping: float = 1.0
     ) -> Self:
-        """Jumps by a predictor that this package brings along, or by one in a folder or under a URI.
+        """Jumps with a predictor that comes with this package, or with one in a folder or at a URI.
 
-        `recorded` is how many snapshots an iteration records before its jump, one after every second update epoch; the
-        package's own predictors answer for any number. Their limit of a jump's KL divergence holds where `jump` is
-        given the divergence. Raises ValueError where there is no such predictor, or it was fitted on other iterations.
+        `recorded` is the number of snapshots recorded per iteration before the jump, one after every second update
+        epoch; the package's rules work with any number. Their limit on a jump's KL divergence applies if `jump` is
+        given the divergence. Raises ValueError if there is no such predictor, or if it was fitted on iterations of
+        another length.
         """
         predictor = load_predictor(name)
         kl_limit = 0.0
@@ -290,7 +292,7 @@ class ModuleJumps:
         return cls(module, predictor, JumpSettings(horizon=max(horizon, 1), damping=damping, kl_limit=kl_limit))
 
     def record(self) -> None:
-        """Take a snapshot of the module's weights. Raises ValueError where nothing is trained any more."""
+        """Record a snapshot of the module's weights. Raises ValueError if no parameter is trained any more."""
         trained = self._follow()
         self._history.record(_flat(trained))
         self.recorded += 1
@@ -301,22 +303,20 @@ class ModuleJumps:
         learning_rate: float | None = None,
         divergence: Callable[[], float] | None = None,
     ) -> bool:
-        """Move the weights to where the epochs left out would have led; whether the jump was taken.
+        """Move the weights to the predictor's forecast for the epochs left out; returns whether the jump was taken.
 
-        `progress` is the share of the training that has passed, 0 to 1; `learning_rate` is the present one as a share
-        of the first, by default annealed linearly. `divergence` returns the approximate KL divergence of the module as
-        it is when called from the policy that collected the rollout: with it a jump beyond `settings.kl_limit` is
-        shortened, on a straight line between the divergences at its ends. A forecast that is not finite or absurdly far
-        is refused with a RuntimeWarning. Raises ValueError for shares that are none, and if another number of snapshots
-        was recorded than the predictor expects.
+        `progress` is the fraction of training that is done, 0 to 1; `learning_rate` is the current one as a fraction of
+        the first, by default annealed linearly. `divergence` returns the approximate KL divergence of the module, as it
+        is when called, from the policy that collected the rollout; with it, a jump beyond `settings.kl_limit` is
+        shortened, by linear interpolation between the divergences before and after. A forecast that is not finite or
+        absurdly far is refused with a RuntimeWarning. Raises ValueError for invalid fractions, and if the number of
+        recorded snapshots is not the one that the predictor expects.
         """
         if not 0.0 <= progress <= 1.0:
-            raise ValueError(
-                f"progress={progress} is not between 0 and 1: it is the share of the training that has passed"
-            )
+            raise ValueError(f"progress={progress} is not between 0 and 1: it is the fraction of training that is done")
         learning_rate = 1.0 - progress if learning_rate is None else learning_rate
         if not 0.0 <= learning_rate < float("inf"):
-            raise ValueError(f"learning_rate={learning_rate} is not a share of the first learning rate, such as 0.5")
+            raise ValueError(f"learning_rate={learning_rate} is not a fraction of the first learning rate, such as 0.5")
         check_schedule(self._predictor.question, self.recorded, self.settings.horizon)
         trained = self._follow()
         coefficients_HK, refused = propose(
@@ -330,13 +330,13 @@ class ModuleJumps:
         here = divergence() if divergence and self.settings.kl_limit else 0.0
         moves_HP = self._history.moves(coefficients_HK)
         if not refused and not _move(trained, moves_HP.sum(axis=0)):
-            refused, coefficients_HK = "it leads beyond what the weights' types hold", np.zeros_like(coefficients_HK)
+            refused, coefficients_HK = "the new weights would overflow their dtype", np.zeros_like(coefficients_HK)
             moves_HP = self._history.moves(coefficients_HK)
         if divergence and self.settings.kl_limit and not refused:
             coefficients_HK, moves_HP = self._shorten(trained, coefficients_HK, moves_HP, here, divergence())
         if refused:
             self.refused += 1
-            warnings.warn(f"jump refused: {refused}; training goes on without it", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"jump refused: {refused}; training continues without it", RuntimeWarning, stacklevel=2)
         else:
             self.taken += 1
         # Read back, as a narrow type rounds: what it lost is no displacement of the next snapshot.
@@ -352,14 +352,14 @@ class ModuleJumps:
         here: float,
         there: float,
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """Take back as much of a jump that was made as leads beyond the limit of the divergence."""
+        """Undo the part of a jump that exceeds the limit on the divergence."""
         if (share := allowed_share(here, there, self.settings.kl_limit)) < 1.0:
             _move(trained, (np.float32(share) - 1) * moves_HP.sum(axis=0))
             coefficients_HK, moves_HP = share * coefficients_HK, np.float32(share) * moves_HP
         return coefficients_HK, moves_HP
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and counts that the next jumps depend on, the whole history included; for `torch.save`."""
+        """Tensors and counts that the next jumps depend on, including the whole history; for `torch.save`."""
         self._follow()
         history = {name: torch.from_numpy(array) for name, array in self._history.state().items()}
         shapes = [list(shape) for shape, _ in self._layout.values()]
@@ -367,9 +367,9 @@ class ModuleJumps:
         return {"history": history, "shapes": shapes, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned, on whatever device its tensors are by now.
+        """Restore what `state_dict` returned; its tensors may be on any device.
 
-        Raises ValueError if it is of another context or module.
+        Raises ValueError if it belongs to another context or module.
         """
         if missing := sorted({"history", "recorded", "taken", "refused"} - state.keys()):
             raise ValueError(f"the state has no {missing[0]!r}: it is not what state_dict() returned")
@@ -383,7 +383,7 @@ class ModuleJumps:
         self.recorded, self.taken, self.refused = (int(state[name]) for name in ("recorded", "taken", "refused"))
 
     def _follow(self) -> dict[str, Tensor]:
-        """The parameters that are trained now, by name; where they are others than before, so is the history."""
+        """The parameters that are trained now, by name; if they differ from before, the history is adapted."""
         trained = _trained(self._module)
         layout = _layout(trained)
         if list(layout.items()) != list(self._layout.items()):
@@ -409,7 +409,7 @@ def _check_module_settings(settings: JumpSettings) -> None:
         ("gate", False, "compare your objective before and after jump(), and restore the weights where it fell"),
     ):
         if (value := getattr(settings, field)) != done:
-            raise ValueError(f"{field}={value!r} is for PPO's engine; with ModuleJumps, {otherwise}")
+            raise ValueError(f"{field}={value!r} works only in this package's PPO; with ModuleJumps, {otherwise}")
 
 
 def _trained(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -425,11 +425,14 @@ def _trained(module: torch.nn.Module) -> dict[str, Tensor]:
         if type(value) is not Tensor or value.layout != torch.strided or real.dtype not in MOVED_TYPES:
             kind = f"{type(value).__name__} of {value.dtype} and {value.layout}"
             raise ValueError(
-                f"{name} is a {kind}, which cannot jump; freeze it (requires_grad_(False)), or pass a part"
+                f"{name} is a {kind}, which jumps do not support; freeze it (requires_grad_(False)), or pass a "
+                "submodule without it"
             )
         trained[name] = real
     if not trained:
-        raise ValueError("no parameter of the module requires a gradient: there is nothing to train, and none to jump")
+        raise ValueError(
+            "no parameter of the module requires a gradient, so there is nothing to train and nothing to jump"
+        )
     return trained
 
 

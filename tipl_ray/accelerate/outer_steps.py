@@ -1,5 +1,5 @@
-"""Outer steps of PPO's trials: what an iteration moved is the gradient of an outer optimizer (outer-PPO, arXiv
-2411.00666), here SGD with Nesterov's momentum.
+"""Outer steps of PPO's trials: the weight change of an iteration is the gradient of an outer optimizer (outer-PPO,
+arXiv 2411.00666), here SGD with Nesterov momentum.
 
 Shapes: K trials of a group, N parameters of a trial, M of them that the outer optimizer moves, a trial's first ones.
 """
@@ -24,7 +24,7 @@ class OuterSteps(Extension):
 
     @property
     def num_snapshots(self) -> int:
-        """One: the weights that it leads to."""
+        """One: the weights after the outer step."""
         return 1
 
     @property
@@ -38,7 +38,7 @@ class OuterSteps(Extension):
 
 
 class GroupOuterSteps(Hooks):
-    """The outer optimizers of K stacked trials: where their last steps led to, and their velocities."""
+    """The outer optimizers of K stacked trials: the weights after the last outer step, and the velocities."""
 
     def __init__(self, group: TrialGroup, settings: OuterStep):
         self.settings = settings
@@ -47,7 +47,7 @@ class GroupOuterSteps(Hooks):
         self._velocity_KM = np.zeros_like(self._start_KM)
 
     def move(self, group: TrialGroup, learning_rates_K: np.ndarray) -> Iterator[None]:
-        """Step along what the iteration moved, as `torch.optim.SGD` does with `nesterov`, upwards."""
+        """Step along the weight change of the iteration, as `torch.optim.SGD` with `nesterov` and `maximize` does."""
         rate, momentum = np.float32(self.settings.rate), np.float32(self.settings.momentum)
         parameters_KM = group.parameters_KN[:, : self._start_KM.shape[1]]
         moved_KM = parameters_KM - self._start_KM
@@ -57,7 +57,7 @@ class GroupOuterSteps(Hooks):
         yield
 
     def keep(self, kept: np.ndarray) -> None:
-        """Go on with the kept trials alone, in their order."""
+        """Keep only these trials, in order."""
         self._start_KM, self._velocity_KM = self._start_KM[kept], self._velocity_KM[kept]
 
     def state(self, k: int) -> State:
@@ -65,5 +65,5 @@ class GroupOuterSteps(Hooks):
         return {"outer.start": self._start_KM[k].copy(), "outer.velocity": self._velocity_KM[k].copy()}
 
     def set_state(self, k: int, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self._start_KM[k], self._velocity_KM[k] = state["outer.start"], state["outer.velocity"]

@@ -1,12 +1,12 @@
-"""A rule for jumps whose few numbers are tuned for the returns that follow, in place of what PPO would have done.
+"""A rule for jumps whose few parameters are tuned for return, rather than to predict what PPO would have done.
 
 At the end of an iteration of PPO, at progress p of the training (0 to 1),
 
     jump = first(p) x first displacement + last(p) x last displacement + past(p) x (M1 + decay M2 + decay^2 M3 + ...)
 
-of the iteration's snapshots, Mj being all that the j-th iteration before moved the weights, its jump included, as far
-as the context goes back. first, last and past go in a straight line from their value at the beginning to that at the
-end.
+where the displacements are those between the iteration's snapshots, and Mj is the total weight change of the j-th
+iteration before, including its jump, as far back as the context reaches. first(p), last(p) and past(p) are linear in p,
+from their value at the beginning of training to that at the end.
 
 Shapes: B contexts, H forward steps, K displacements of context.
 """
@@ -21,7 +21,7 @@ from tipl_ray.predict.predictor import Combination
 
 
 class RuleNumbers(NamedTuple):
-    """What a rule is made of; as it stands, `first-again`."""
+    """The parameters of a rule; the defaults are `first-again`."""
 
     first_begin: float = 1.0
     first_end: float = 1.0
@@ -30,7 +30,7 @@ class RuleNumbers(NamedTuple):
     past_begin: float = 0.0
     past_end: float = 0.0
     decay: float = 0.5
-    """Of past moves, from one iteration to the one before it; 0 to 1."""
+    """Decay of past moves per iteration back; 0 to 1."""
 
     def closed_form(self) -> str:
         """The rule as a formula.
@@ -48,7 +48,7 @@ class RuleNumbers(NamedTuple):
 
 
 class ReturnRule(Combination):
-    """The rule as a predictor, which learns nothing of snapshots: its numbers are set."""
+    """The rule as a predictor; its parameters are set, not fitted to snapshots."""
 
     name, in_tables = "return-rule", False
 
@@ -58,34 +58,35 @@ class ReturnRule(Combination):
 
     @classmethod
     def of(cls, question: Question, numbers: RuleNumbers, kl_limit: float = 0.0) -> Self:
-        """A rule with these numbers, tuned under a limit of a jump's KL divergence; 0 is none."""
+        """A rule with these parameters, tuned with a limit on a jump's KL divergence; 0: no limit."""
         made = cls(question)
         made.fitted = {"numbers": np.array(numbers), "kl_limit": np.array(kl_limit)}
         return made
 
     def asked(self, question: Question) -> Self:
-        """The same rule for other iterations: it depends on no number of epochs. Raises ValueError for another
-        context."""
+        """The same rule for iterations of another length. Raises ValueError for another context length."""
         if question.context != self.question.context:
-            raise ValueError(f"{self.name} sees {self.question.context} displacements, not {question.context}")
+            raise ValueError(
+                f"{self.name} has a context of {self.question.context} displacements, not {question.context}"
+            )
         made = type(self)(question)
         made.fitted = self.fitted
         return made
 
     @property
     def numbers(self) -> RuleNumbers:
-        """What it was set to."""
+        """The rule's parameters."""
         return RuleNumbers(*self.fitted["numbers"].tolist())
 
     @property
     def kl_limit(self) -> float:
-        """How far its jumps may lead, as an approximate KL divergence from the policy that collected; 0 is no limit."""
+        """Limit on the approximate KL divergence of a jump from the rollout policy; 0: no limit."""
         return float(self.fitted.get("kl_limit", 0.0))
 
     def coefficients(self, contexts: Contexts) -> NDArray[np.float64]:
-        """The formula above, of the displacements of each context, as far as they are in it.
+        """The formula above as coefficients of each context's displacements.
 
-        Where a jump is more than one snapshot long, each has an equal share of it.
+        A jump over several snapshots is divided equally among them.
         """
         weights_B3 = self.weights_seen(contexts)
         left, steps_H = self.question.snapshots_per_iteration, np.asarray(self.question.steps)
@@ -98,18 +99,18 @@ class ReturnRule(Combination):
         return answers_BHK
 
     def weights_seen(self, contexts: Contexts) -> NDArray[np.float64]:
-        """What first, last and past displacements count in each context, by its progress alone; (B, 3)."""
+        """Weights of the first, last and past displacements in each context, by its progress alone; (B, 3)."""
         return self.weights(contexts.progress_B)
 
     def weights(self, progress_B: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What first, last and past displacements count at some progress; (B, 3)."""
+        """Weights of the first, last and past displacements at some progress; (B, 3)."""
         numbers = self.numbers
         begin_3, end_3 = np.array(numbers[0:6:2]), np.array(numbers[1:6:2])
         return begin_3 + np.asarray(progress_B)[:, None] * (end_3 - begin_3)
 
     def terms(self, phase: int) -> NDArray[np.float64]:
-        """The first and the last displacement of the iteration and its past moves, as combinations of a context's
-        displacements (3, K), so many snapshots into the iteration."""
+        """The iteration's first displacement, its last one and past moves, as combinations of a context's displacements
+        (3, K); `phase` is the number of snapshots into the iteration."""
         per_iteration, context = self.question.snapshots_per_iteration, self.question.context
         # Where an iteration has just closed, it is the one that is meant.
         recorded = phase or per_iteration

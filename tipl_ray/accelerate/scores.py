@@ -1,7 +1,7 @@
-"""How contenders did: learning curves, areas under them, and what they say of each other.
+"""Scores of PPO's variants: learning curves, areas under them, and comparisons of variants.
 
 Scores are rliable's (arXiv 2108.13264): interquartile mean over trials, stratified bootstrap intervals, probability of
-improvement. Knows curves and whose they are; runs nothing.
+improvement. Knows learning curves and their variants; runs nothing.
 
 Shapes: S trials (seeds) of a unit, I PPO iterations, R resamples.
 """
@@ -19,34 +19,34 @@ from tipl_ray.config import Contender
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 
 SHARES = (80, 90, 95)
-"""Percents of the first contender's final return that are waited for."""
+"""Percentages of the first variant's final return that the time to is measured."""
 SMOOTHED = 5
-"""Iterations that the curve is averaged over before it counts as having reached a return."""
+"""Iterations in the moving average that has to reach a return."""
 FINAL_SHARE = 10
-"""The final return is the mean over the last iterations, one in so many."""
+"""The final return is the mean over the last 1/FINAL_SHARE of the iterations."""
 
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """What is kept of a unit that has run."""
+    """The results of a finished unit."""
 
     unit: Unit
     returns_SI: NDArray[np.float64]
-    """Mean return of the episodes that ended in each iteration; the last known where none did. NaN from where a trial
-    diverged on: `comparable` says what that counts as."""
+    """Mean return of the episodes that ended in each iteration, or the last known one if none did. NaN from the
+    iteration in which a trial diverged; `comparable` fills these in."""
     env_steps_I: NDArray[np.int64]
     gradient_steps_I: NDArray[np.int64]
-    """Gradient steps up to the end of each iteration, those of all replicas, mean over trials."""
+    """Gradient steps up to the end of each iteration, summed over replicas, mean over trials."""
     epochs: int
-    """Update epochs per iteration, the corrective ones included; the most, where they may end early."""
+    """Update epochs per iteration, including corrective ones; the maximum if they may end early."""
     cpu_seconds: float
-    """CPU time of all trials, predictor and writing of snapshots included."""
+    """CPU time of all trials, including the predictor and writing snapshots."""
     jump_counts: list[int]
     """Jumps taken, dropped by the gate, and refused; empty without jumps."""
     num_diverged: int = 0
-    """Trials that stopped being finite before their last iteration."""
+    """Trials that diverged (became non-finite) before their last iteration."""
 
     @property
     def areas_S(self) -> NDArray[np.float64]:
@@ -60,15 +60,15 @@ class Finished:
 
     @property
     def num_collapsed(self) -> int:
-        """Trials whose final return is below the best that they held over as many iterations by more than half of its
-        size, and by more than half of what they had risen."""
+        """Number of collapsed trials: the final return is below the best mean over as many iterations by more than half
+        of that best's absolute value, and by more than half of the rise up to it."""
         window = np.ones(self._tenth) / self._tenth
         held_SJ = np.array([np.convolve(returns_I, window, mode="valid") for returns_I in self.returns_SI])
         best_S = held_SJ.max(axis=1)
         return int((best_S - self.finals_S > 0.5 * np.maximum(np.abs(best_S), best_S - held_SJ[:, 0])).sum())
 
     def reached(self, target: float) -> int | None:
-        """Iteration at whose end the interquartile mean, averaged over the last few iterations, first is there."""
+        """Index of the first iteration whose moving average of the interquartile mean reaches a return, or None."""
         curve_I = interquartile_mean(self.returns_SI.T)
         smooth_I = np.convolve(curve_I, np.ones(SMOOTHED) / SMOOTHED, mode="full")[: len(curve_I)]
         there = np.flatnonzero(smooth_I[SMOOTHED - 1 :] >= target)
@@ -80,21 +80,22 @@ class Finished:
 
 
 def filled(returns_SI: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Curves without gaps: the last known return, before the first the first. Raises ValueError for an empty one."""
+    """Curves without gaps: the last known return, or before the first known one that one. Raises ValueError for an
+    empty curve."""
     result_SI = returns_SI.copy()
     for returns_I in result_SI:
         known = np.flatnonzero(~np.isnan(returns_I))
         if not len(known):
-            raise ValueError("no episode ended in a trial: its learning curve is empty")
+            raise ValueError("no episode ended in a trial, so its learning curve is empty")
         latest_I = np.searchsorted(known, np.arange(len(returns_I)), side="right") - 1
         returns_I[:] = returns_I[known[np.maximum(latest_I, 0)]]
     return result_SI
 
 
 def comparable(finished: Sequence[Finished]) -> list[Finished]:
-    """Units with whole curves: from where a trial diverged on, the lowest return that any of them had on its task.
+    """Units with complete curves: after a divergence, the lowest return of any of these units on the task.
 
-    NaN where none of them had any.
+    NaN if none of them has a return.
     """
     whole = []
     for one in finished:
@@ -106,11 +107,11 @@ def comparable(finished: Sequence[Finished]) -> list[Finished]:
 
 
 def best_value(searched: Sequence[Finished]) -> float:
-    """The setting of a contender that the search chooses: the one with the best mean rank, over the search's tasks, of
-    the mean area under the curve of its trials.
+    """The setting that the search chooses for a variant: the best mean rank over the search tasks, ranked by mean area
+    under the curve.
 
-    Of equal ranks the larger share of the way from each task's worst setting to its best decides, then the lower value.
-    A setting whose trials all diverged is the worst.
+    Ties are broken by the area scaled from each task's worst to its best setting, then by the lower value. A setting
+    whose trials all diverged ranks last.
     """
     values = sorted({one.unit.value for one in searched})
     ranks, shares = np.zeros(len(values)), np.zeros(len(values))
@@ -124,9 +125,9 @@ def best_value(searched: Sequence[Finished]) -> float:
 
 
 def search_rows(searched: Sequence[Finished], chosen: Collection[tuple[str, str, float]]) -> list[Row]:
-    """What the search saw: one row per task, contender and setting, areas under the curve over its trials.
+    """Results of the search: one row per task, variant and setting, with areas under the curve over its trials.
 
-    Chosen are (task, contender's name, value).
+    `chosen` has (task, variant's name, value).
     """
     rows = []
     for task, env_steps, contender in dict.fromkeys(
@@ -155,19 +156,20 @@ def search_rows(searched: Sequence[Finished], chosen: Collection[tuple[str, str,
 
 
 def predictor_of(contender: Contender) -> str:
-    """Name of the predictor that it jumps by, or `none`."""
+    """Name of the predictor that it jumps with, or `none`."""
     return contender.jump.predictor if contender.jump else "none"
 
 
 def score(
     finished: Sequence[Finished], trained_on: str, resampling: Resampling, searched_on: Collection[str] = ()
 ) -> list[Row]:
-    """The result table: one row per task and contender, in their order; the first contender of a task is its reference.
+    """The result table: one row per task and variant, in order; the first variant of a task is its reference.
 
-    Held out is a task that none of those `searched_on` is, where one setting was chosen on these for all.
+    `held_out` marks tasks that are not in `searched_on`, if one setting was chosen on those for all tasks.
 
-    A difference's interval resamples both contenders' trials on their own; with too few trials to tell anything there
-    is none. `less_plain` compares jumps with the first contender without, `less_ridge` TIPL's with the ridge's.
+    The interval of a difference resamples the trials of both variants independently; with too few trials there is none.
+    `less_plain` compares jumps with the first variant without jumps, other than the reference, and `less_ridge`
+    compares TIPL's jumps with ridge's.
     """
     rows = []
     for task, env_steps in dict.fromkeys((one.unit.task, one.unit.env_steps) for one in finished):
@@ -215,11 +217,11 @@ def score(
 
 
 def over_tasks(finished: Sequence[Finished], resampling: Resampling, searched_on: Collection[str] = ()) -> list[Row]:
-    """Areas under the curve as shares of each task's first contender's, over tasks at once; one row a contender for all
-    tasks, and one for those held out where there are any.
+    """Areas under the curve relative to the first variant's, over tasks: one row per variant for all tasks, and one for
+    held-out tasks if there are any.
 
-    Over the tasks alone where the first contender's area is clearly above 0: of another there are no shares. `better`
-    is the probability that a trial has a larger area than one of the first contender on the same task, mean over tasks.
+    Covers only tasks on which the first variant's area is clearly above 0. `better` is the probability that a trial has
+    a larger area than a trial of the first variant on the same task, mean over tasks.
     """
     references: dict[tuple[str, int], Finished] = {}
     for one in finished:
@@ -252,13 +254,13 @@ def over_tasks(finished: Sequence[Finished], resampling: Resampling, searched_on
 
 
 def _is_clear(first: Finished, resampling: Resampling) -> bool:
-    """Whether a first contender's area is so clearly above 0 that others can be shares of it."""
+    """Whether a first variant's area is clearly above 0, so that others can be divided by it."""
     return bool(_with_interval("auc", [first.areas_S], resampling)["auc_low"] > 0)
 
 
 def _share(own: Sequence[Finished], firsts: Sequence[Finished], resampling: Resampling) -> Row:
-    """Interquartile mean of areas over all runs of all tasks, each as a share of its task's first contender's; both
-    are resampled."""
+    """Interquartile mean over all runs of all tasks of the area relative to the task's first variant; both are
+    resampled."""
     strata = [one.areas_S / _middle(first.areas_S) for one, first in zip(own, firsts, strict=True)]
     drawn = [
         areas_RS / interquartile_mean(firsts_RS)[:, None] for areas_RS, firsts_RS in _drawn(own, firsts, resampling)
@@ -268,7 +270,7 @@ def _share(own: Sequence[Finished], firsts: Sequence[Finished], resampling: Resa
 
 
 def _better(own: Sequence[Finished], firsts: Sequence[Finished], resampling: Resampling) -> Row:
-    """Probability of improvement over the first contender, mean over tasks; ties count half."""
+    """Probability of improvement over the first variant, mean over tasks; ties count half."""
 
     def probability(areas_RS: NDArray[np.float64], firsts_RS: NDArray[np.float64]) -> NDArray[np.float64]:
         apart = np.sign(areas_RS[:, :, None] - firsts_RS[:, None, :])
@@ -298,7 +300,7 @@ def _drawn(
 
 
 def sentences(rows: Sequence[Row], confidence: float) -> list[str]:
-    """What the table says, contender by contender, where it does not help as plainly as where it does."""
+    """The findings of the table in sentences, variant by variant, negative ones as plainly as positive ones."""
     lines = []
     for task, env_steps in dict.fromkeys((row["task"], row["env_steps"]) for row in rows):
         own = [row for row in rows if (row["task"], row["env_steps"]) == (task, env_steps)]
@@ -306,9 +308,9 @@ def sentences(rows: Sequence[Row], confidence: float) -> list[str]:
         for row in own[1:]:
             share = row["gradient_steps"] / first["gradient_steps"]
             lines.append(
-                f"{task}, {env_steps:,} env steps: {row['contender']} with {share:.0%} of the gradient steps of "
-                f"{first['contender']} has an area under the curve of {row['auc']:.0f} against {first['auc']:.0f}, "
-                f"{_verdict(row, 'auc_less_first', ('more', 'less'))} {_grounds(row, 'auc_less_first', confidence)}."
+                f"{task}, {env_steps:,} env steps: {row['contender']}, with {share:.0%} of the gradient steps of "
+                f"{first['contender']}, has an area under the curve of {row['auc']:.0f} vs. {first['auc']:.0f}: "
+                f"{_verdict(row, 'auc_less_first', ('higher', 'lower'))} {_grounds(row, 'auc_less_first', confidence)}."
             )
         plain = [row for row in own if row["predictor"] == "none" and row is not first]
         ridge = [row for row in own if row["predictor"] == "ridge"]
@@ -317,22 +319,22 @@ def sentences(rows: Sequence[Row], confidence: float) -> list[str]:
             row, apart = tipl[0], tipl[0]["auc_less_ridge"]
             verdict = _verdict(row, "auc_less_ridge", ("better", "worse"))
             decided = verdict in ("better", "worse")
-            words = f"is {verdict} than the ridge, by {abs(apart):.0f}" if decided else f"against the ridge: {verdict}"
+            words = f"is {verdict} than ridge by {abs(apart):.0f}" if decided else f"vs. ridge: {verdict}"
             lines.append(
                 f"{task}, {env_steps:,} env steps: TIPL {words} {_grounds(row, 'auc_less_ridge', confidence)}."
             )
         for row in own:
             if row["predictor"] != "none" and plain and row["auc"] <= plain[0]["auc"]:
-                verdict = _verdict(row, "auc_less_plain", ("more", "less"))
-                words = "does not help" if verdict == "less" else f"shows no help, {verdict}"
+                verdict = _verdict(row, "auc_less_plain", ("higher", "lower"))
+                words = "does not help" if verdict == "lower" else f"shows no benefit, {verdict}"
                 lines.append(
-                    f"{task}, {env_steps:,} env steps: {row['contender']} {words}: without jumps "
-                    f"{plain[0]['contender']} has {plain[0]['auc']:.0f}, with them {row['auc']:.0f} "
+                    f"{task}, {env_steps:,} env steps: {row['contender']} {words}: its area is {row['auc']:.0f} vs. "
+                    f"{plain[0]['auc']:.0f} for {plain[0]['contender']} without jumps "
                     f"{_grounds(row, 'auc_less_plain', confidence)}."
                 )
         lines += [
             f"{task}, {env_steps:,} env steps: {row['diverged']} of {row['seeds']} trials of {row['contender']} "
-            "diverged; from there on they count as the lowest return of any trial on the task."
+            "diverged; from then on they are given the lowest return of any trial on the task."
             for row in own
             if row["diverged"]
         ]
@@ -340,15 +342,15 @@ def sentences(rows: Sequence[Row], confidence: float) -> list[str]:
 
 
 def sentences_over_tasks(together: Sequence[Row], num_tasks: int) -> list[str]:
-    """What `over_tasks` found, a sentence for each contender, of so many tasks in all."""
+    """The findings of `over_tasks` in sentences, one per variant; `num_tasks` is the number of all tasks."""
     lines = []
     if not together or together[0]["tasks"] < num_tasks:
         lines.append(
-            "Tasks where the area of the first contender is not clearly above 0 are compared by differences alone."
+            "Tasks on which the area of the first variant is not clearly above 0 are compared by differences only."
         )
     return lines + [
         f"Over {row['tasks']} of {num_tasks} tasks ({row['scope']}), {row['contender']}: {row['share']:.3f} of the "
-        f"first contender's area [{row['share_low']:.3f}, {row['share_high']:.3f}] with "
+        f"first variant's area [{row['share_low']:.3f}, {row['share_high']:.3f}] with "
         f"{row['share_of_gradient_steps']:.0%} of its gradient steps; better with probability {row['better']:.2f} "
         f"[{row['better_low']:.2f}, {row['better_high']:.2f}]."
         for row in together
@@ -356,7 +358,7 @@ def sentences_over_tasks(together: Sequence[Row], num_tasks: int) -> list[str]:
 
 
 def _verdict(row: Row, name: str, words: tuple[str, str]) -> str:
-    """Words for a difference above and below 0, where it is told apart from 0."""
+    """The word for a difference above or below 0, or that it is not significant."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     if np.isnan(low):
         return "too few trials to tell"
@@ -364,7 +366,7 @@ def _verdict(row: Row, name: str, words: tuple[str, str]) -> str:
 
 
 def _grounds(row: Row, name: str, confidence: float) -> str:
-    """What a verdict rests on."""
+    """The numbers behind a verdict, in brackets."""
     interval = ""
     if not np.isnan(row[f"{name}_low"]):
         interval = f"{confidence:.0%} interval {row[f'{name}_low']:+.0f} to {row[f'{name}_high']:+.0f}, "
@@ -372,19 +374,19 @@ def _grounds(row: Row, name: str, confidence: float) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Cells of the result table: what was chosen, areas and final returns with intervals, steps to 90%."""
+    """Cells of the result table: chosen setting, areas and final returns with intervals, steps to 90%."""
     return [
         {
             "task": row["task"],
             "env steps": f"{row['env_steps']:,}",
-            "contender": row["contender"],
+            "variant": row["contender"],
             "chosen": row["hyperparameters"],
             "area under the curve": _bracketed(row, "auc"),
-            "less the first": _bracketed(row, "auc_less_first", "+"),
+            "vs. first": _bracketed(row, "auc_less_first", "+"),
             "final return": _bracketed(row, "final_return"),
             "gradient steps": f"{row['gradient_steps']:,}",
             "env steps to 90%": f"{row['env_steps_to_90']:,}" if row["env_steps_to_90"] else "not reached",
-            "CPU s a trial": f"{row['seconds']:.1f}",
+            "CPU s per trial": f"{row['seconds']:.1f}",
             "collapsed": f"{row['collapsed']} of {row['seeds']}"
             + (f", {row['diverged']} diverged" if row["diverged"] else ""),
         }
@@ -418,7 +420,7 @@ def _with_interval(name: str, strata: Sequence[NDArray[np.float64]], resampling:
 
 
 def _difference(name: str, one: Finished, other: Finished | None, resampling: Resampling) -> Row:
-    """Of two contenders' areas, with the trials that it rests on; None where there is no other."""
+    """Difference of two variants' areas, with the number of trials; None if there is no other variant."""
     if other is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high", f"{name}_trials"))
     numbers = [len(one.areas_S), len(other.areas_S)]

@@ -17,27 +17,28 @@ from tipl_ray.record.stable_baselines import UpdateEpochs, acting_part, epochs_p
 from stable_baselines3.common.callbacks import BaseCallback
 
 EPOCHS_PER_SNAPSHOT = 2
-"""Update epochs between two snapshots of the trials that predictors have seen."""
+"""Update epochs between two snapshots in the data of the package's predictors."""
 
 
 class JumpPolicy(BaseCallback):
     """Jumps of a PPO model's policy at the end of each update: `model.learn(100_000, callback=JumpPolicy())`.
 
-    Give the model fewer update epochs, such as `n_epochs=4`; the jump stands in for the others. The critic, the
-    optimizer and the environments are left alone. A jump that leads beyond the predictor's limit of the approximate KL
-    divergence on the rollout is shortened. After `learn`, `jumps.taken` and `jumps.refused` count them. A training that
-    goes on from a saved model begins with an empty history.
+    Give the model fewer update epochs, such as `n_epochs=4`; the jump replaces the others. The critic, the optimizer
+    and the environments are not changed. A jump beyond the predictor's limit on the approximate KL divergence on the
+    rollout is shortened. After `learn`, `jumps.taken` and `jumps.refused` count the jumps. A training that continues
+    from a saved model starts with an empty history.
     """
 
     def __init__(self, predictor: str = "return-rule-v1", *, epochs_per_snapshot: int = EPOCHS_PER_SNAPSHOT):
-        """Name a predictor of the package, or the folder of another."""
+        """`predictor` is the name of one that comes with the package, or a folder with another."""
         super().__init__()
         self._predictor, self._every = predictor, epochs_per_snapshot
         self._counted: UpdateEpochs | None = None
         self.jumps: ModuleJumps | None = None
 
     def _on_training_start(self) -> None:
-        """Begin the history. Raises ValueError for a model that is no PPO with whole snapshots of update epochs."""
+        """Start the history. Raises ValueError if the model is not PPO with a fixed number of update epochs, a
+        multiple of `epochs_per_snapshot`."""
         recorded = epochs_per_iteration(self.model, self._every)
         policy, critic = acting_part(self.model)
         acting = [
@@ -71,7 +72,7 @@ class JumpPolicy(BaseCallback):
 
     @torch.no_grad()
     def _divergence(self) -> float:
-        """Approximate KL divergence, on the rollout, of the policy as it is from the one that collected it."""
+        """Approximate KL divergence of the current policy from the one that collected the rollout, on that rollout."""
         model: Any = self.model
         buffer, policy = model.rollout_buffer, model.policy
         actions = torch.as_tensor(buffer.actions, device=model.device)

@@ -1,6 +1,6 @@
-"""A unit of an acceleration: one stack of trials, run from its last commits, and the learning curves that it leaves.
+"""A unit of jobs/accelerate.py: one stack of trials, continued from its last commits, and its learning curves.
 
-    <folder>/unit.json       learning curves, gradient steps and CPU time; beside it the unit's trials while it runs
+    <folder>/unit.json       learning curves, gradient steps and CPU time; while the unit runs, its trials are there too
 
 Shapes: K trials of a group, S trials of a unit, I PPO iterations.
 """
@@ -26,15 +26,15 @@ from tipl_ray.terminal import say
 
 UNIT_FILE, UNIT_RECORD = "unit.json", "unit.sha256"
 SLICE_SECONDS = 5.0
-"""Seconds of work between two looks at whether a unit has run."""
+"""Seconds of work between two checks of whether a unit is finished."""
 
 
 class AccelerationError(UserError):
-    """A unit has nothing to compare: says why, and the way out."""
+    """A unit has no result to compare; the message has the reason and the fix."""
 
 
 class Counted(Extension):
-    """An extension whose trials' gradient steps are counted, iteration by iteration; it changes nothing."""
+    """An extension with a count of its trials' gradient steps per iteration; it changes nothing else."""
 
     def __init__(self, inner: Extension):
         self.inner = inner
@@ -55,7 +55,7 @@ class Counted(Extension):
 
 
 class CountedHooks(Hooks):
-    """The hooks of K stacked trials, and how many gradient steps these had made at the end of each iteration."""
+    """The hooks of K stacked trials, with the number of gradient steps at the end of each iteration."""
 
     def __init__(self, group: TrialGroup, inner: Hooks):
         self.inner, self._group = inner, group
@@ -72,7 +72,7 @@ class CountedHooks(Hooks):
             self.gradient_steps_KI[k, iterations - 1] = group.gradient_steps_K[k]
 
     def keep(self, kept: np.ndarray) -> None:
-        """Go on with the kept trials alone, in their order."""
+        """Keep only these trials, in order."""
         self.inner.keep(kept)
         self.gradient_steps_KI = self.gradient_steps_KI[kept]
 
@@ -81,30 +81,30 @@ class CountedHooks(Hooks):
         return {**self.inner.state(k), "unit.gradient_steps": self.gradient_steps_KI[k].copy()}
 
     def set_state(self, k: int, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a state, and count on from there."""
+        """Restore a state, including the counts."""
         self.inner.set_state(k, state)
         self.gradient_steps_KI[k] = state["unit.gradient_steps"]
         self._group.gradient_steps_K[k] = self.gradient_steps_KI[k].max(initial=0)
 
 
 def has_run(folder: str) -> bool:
-    """Whether a unit's learning curves are there, as they were written; damaged ones are made again."""
+    """Whether a unit's learning curves are stored and intact; a damaged unit is run again."""
     if not file_exists(folder, UNIT_FILE):
         return False
     try:
         json.loads(_read_unit(folder))
     except (StoreError, ValueError):
-        say(f"accelerate: {join(folder, UNIT_FILE)} is damaged, and the unit is run again")
+        say(f"accelerate: {join(folder, UNIT_FILE)} is damaged; running this variant again")
         return False
     return True
 
 
 def _read_unit(folder: str) -> bytes:
-    return read_published(folder, UNIT_FILE, UNIT_RECORD, "delete it, and the same command runs the unit again")
+    return read_published(folder, UNIT_FILE, UNIT_RECORD, "delete it; the same command then runs this variant again")
 
 
 def run_unit(experiment: Experiment, engine: str, extension: Extension = NOTHING) -> None:
-    """Run every trial of a unit, from its last commits, and write its learning curves; nothing if they are there."""
+    """Run every trial of a unit, from its last commits, and write its learning curves, unless they are stored."""
     folder = experiment.storage_path
     if has_run(folder):
         return
@@ -139,8 +139,8 @@ def run_unit(experiment: Experiment, engine: str, extension: Extension = NOTHING
 
 
 def _counts(collector: GroupCollector) -> dict[str, Any]:
-    """Jumps taken, dropped by the gate, and refused, and gradient steps up to the end of each iteration (trial,
-    iteration), over the trials that have not diverged; empty without jumps and without such a trial."""
+    """Counts of jumps taken, undone by the gate and refused, and gradient steps up to the end of each iteration (trial,
+    iteration), over trials that did not diverge; empty lists if there are none."""
     hooks = collector.hooks
     if not isinstance(hooks, CountedHooks):
         return {"jump_counts": [], "gradient_steps": []}
@@ -152,9 +152,9 @@ def _counts(collector: GroupCollector) -> dict[str, Any]:
 
 
 def load_unit(unit: Unit, experiment: Experiment, epochs: int) -> Finished:
-    """A unit that has run, with the experiment that it ran.
+    """The results of a finished unit.
 
-    Raises AccelerationError where no episode of a trial ended.
+    Raises AccelerationError if no episode of a trial ended.
     """
     table = json.loads(_read_unit(experiment.storage_path))
     env_steps_I, diverged = np.array(table["env_steps"]), table.get("diverged", [])
@@ -165,8 +165,8 @@ def load_unit(unit: Unit, experiment: Experiment, epochs: int) -> Finished:
             returns_I[: len(known)] = filled(curve_1I)[0]
         elif seed not in diverged:
             raise AccelerationError(
-                f"{unit.task}, contender {unit.contender.name!r}: no episode of trial {seed} ended within "
-                f"{env_steps_I[-1]:,} env steps, so there is no return to compare; give the task more steps, as in "
+                f"{unit.task}, variant {unit.contender.name!r}: no episode of trial {seed} ended within "
+                f"{env_steps_I[-1]:,} env steps, so there is no return to compare; give the task more steps, such as "
                 f"{unit.task}@{10 * env_steps_I[-1]}"
             )
     # Earlier versions did not count: then every trial ran all of its steps.

@@ -1,4 +1,4 @@
-"""The sections of an experiment that are about jumps: contenders, and the tuning of jumps for return."""
+"""The sections of an experiment that are about jumps: variants of PPO, and the tuning of jumps for return."""
 
 import dataclasses
 import re
@@ -33,86 +33,91 @@ if TYPE_CHECKING:
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Jump:
-    """A jump at the end of every PPO iteration, by a predictor of snapshots."""
+    """A jump at the end of every PPO iteration, to weights that a predictor forecasts."""
 
     predictor: str
-    """Name of a predictor that combines displacements; `tipl`, the Transformer that predictors_from has trained; or one
-    that the package brings along, such as `return-rule-v1`."""
+    """Name of a predictor that combines displacements; `tipl`, the Transformer trained in predictors_from; or a
+    predictor that comes with the package, such as `return-rule-v1`."""
     horizon: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Snapshots that the jump stands for and that end the iteration; 0 for those that an iteration of predictors_from
-    has beyond the epochs run before it."""
+    """Number of snapshots at the end of the iteration that the jump replaces; 0: as many as an iteration of
+    predictors_from has beyond the update epochs that are run."""
     damping: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """Share of the forecast that is taken; above 1 goes further."""
+    """Factor on the forecast displacement; above 1 goes further."""
     networks: Literal["policy", "both"] = "policy"
-    """What jumps: the policy alone, or the critic too, by a forecast of its own."""
+    """What jumps: only the policy, or also the critic, with a separate forecast."""
     moments: Literal["kept", "reset"] = "kept"
-    """Adam's moments and step count after a jump."""
+    """Whether Adam's moments and step count are kept or reset after a jump."""
     gate: bool = False
-    """Keep a jump only if the surrogate objective on the stored rollout does not fall."""
+    """Undo a jump that lowers the surrogate objective on the stored rollout."""
     corrective_epochs: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Update epochs of ppo.num_epochs that are run after the jump, and not before it."""
+    """How many of the ppo.num_epochs update epochs to run after the jump instead of before it."""
     kl_limit: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """Shorten a jump that would lead to a larger approximate KL divergence from the policy that collected; 0 does not.
-    """
+    """Shorten a jump whose approximate KL divergence from the rollout policy would exceed this. 0: no limit."""
     numbers: tuple[float, ...] = ()
-    """Of the predictor `return-rule`: what its jumps count, as accelerate/return_rule.py says."""
+    """Predictor `return-rule`: the rule's seven parameters, see accelerate/return_rule.py."""
 
 
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OuterStep:
-    """What a PPO iteration moved as the gradient of an outer optimizer: SGD with Nesterov's momentum (outer-PPO, arXiv
-    2411.00666)."""
+    """An outer optimizer that takes the weight change of each PPO iteration as its gradient: SGD with Nesterov momentum
+    (outer-PPO, arXiv 2411.00666)."""
 
     rate: Positive = 1.0
-    """The outer learning rate; 1 without momentum is PPO."""
+    """Outer learning rate; 1 without momentum is plain PPO."""
     momentum: Share = 0.0
-    """Share of the outer velocity that is left after an iteration."""
+    """Outer momentum."""
     networks: Literal["policy", "both"] = "both"
-    """What it moves: the policy alone, or the critic too."""
+    """What the outer optimizer updates: only the policy, or also the critic."""
 
 
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Contender:
-    """A way to run PPO's updates."""
+    """A variant of PPO's updates."""
 
     name: str
-    """What tables and pictures call it."""
+    """Name in tables and figures."""
     ppo: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict, hash=False)
-    """Fields of [ppo] that it has otherwise."""
+    """Fields of [ppo] that this variant overrides."""
     jump: Jump | None = None
-    """How it jumps, if it does."""
+    """Settings of its jumps, if any."""
     outer: OuterStep | None = None
-    """Its outer step, if it has one."""
+    """Settings of its outer optimizer, if any."""
     searched: str = "learning_rate"
-    """Number of [ppo] that is chosen for it by the search."""
+    """Numeric field of [ppo] that is tuned for this variant."""
     values: tuple[float, ...] = ()
-    """What that is chosen from, rising; accelerate.learning_rates where nothing is said, and as many as those."""
+    """Values to choose from, in increasing order, as many as accelerate.learning_rates; empty:
+    accelerate.learning_rates themselves."""
     per_task: bool = False
-    """Choose for each task by itself, on search seeds of that task: an oracle where others have one setting for all."""
+    """Tune separately for each task, on search seeds of that task; where other variants have one setting for all tasks,
+    this one is an oracle."""
 
     def check(self) -> None:
-        """Refuse what means nothing. Raises ValueError naming the contender."""
+        """Refuse invalid settings. Raises ValueError naming the variant."""
         try:
             check_text("name", self.name)
             if self.jump and self.outer:
-                raise ValueError("a jump and an outer step are both given")
+                raise ValueError("it has both a jump and an outer step; choose one")
             if self.searched in self.ppo:
-                raise ValueError(f"ppo.{self.searched}={self.ppo[self.searched]!r} is what is searched")
+                raise ValueError(
+                    f"ppo.{self.searched}={self.ppo[self.searched]!r} is set but also searched; remove one"
+                )
             if list(self.values) != sorted(set(self.values)):
-                raise ValueError(f"values={list(self.values)} do not rise")
+                raise ValueError(f"values={list(self.values)} must increase")
             if self.searched != "learning_rate" and not self.values:
-                raise ValueError(f"ppo.{self.searched} is searched, and values are not given")
+                raise ValueError(f"searched={self.searched!r} needs values to choose from")
             if self.jump and len(self.jump.numbers) not in (0, 7 if self.jump.predictor == "return-rule" else 0):
-                raise ValueError(f"jump.numbers={list(self.jump.numbers)} are not the 7 of a return-rule")
+                raise ValueError(
+                    f"jump.numbers={list(self.jump.numbers)}: only return-rule takes numbers, and exactly 7"
+                )
             if self.jump and self.jump.predictor not in (known := (*PREDICTORS.names(), "tipl", *published_rules())):
                 raise no_such("jump.predictor", self.jump.predictor, known)
         except ValueError as error:
             raise ValueError(f"accelerate.contenders: {self.name!r}: {error}") from error
 
     def ppo_at(self, ppo: Ppo, value: float) -> Ppo:
-        """Its own PPO, made of another, at a value of what is searched. Raises ValueError naming the contender."""
+        """PPO's settings with this variant's overrides and one searched value. Raises ValueError naming the variant."""
         table = {**self.ppo, self.searched: value}
         try:
             made: Ppo = validated(Ppo, as_table(ppo) | table, "ppo.")
@@ -126,16 +131,17 @@ class Contender:
         return int(self.ppo.get("num_epochs", ppo.num_epochs)) - (self.jump.corrective_epochs if self.jump else 0)
 
     def horizon(self, ppo: Ppo, source: "Experiment") -> int:
-        """Snapshots that its jump stands for, `source` being the experiment that predictors come from.
+        """Number of snapshots that its jump replaces; `source` is the experiment that predictors come from.
 
-        Raises ValueError naming the contender where no whole snapshots are left to predict.
+        Raises ValueError naming the variant if that is not a whole number of snapshots, at least one.
         """
         run, size = self.epochs_before_jump(ppo), source.collect.epochs_per_snapshot
         skipped = self.jump.horizon * size if self.jump and self.jump.horizon else source.ppo.num_epochs - run
         if skipped < size or skipped % size or run % size:
             raise ValueError(
-                f"accelerate.contenders: {self.name!r} runs {run} epochs before its jump and leaves {skipped} of "
-                f"{source.ppo.num_epochs} to a predictor of snapshots that are {size} epochs apart"
+                f"accelerate.contenders: {self.name!r} runs {run} update epochs, and its jump replaces {skipped} "
+                f"(iterations of {source.name} have {source.ppo.num_epochs}); both must be positive multiples of "
+                f"{size}, the epochs between two snapshots there"
             )
         return skipped // size
 
@@ -146,13 +152,13 @@ class RunTask(NamedTuple):
     task: str
     """Gymnasium id."""
     policy_hidden: tuple[int, int] | None
-    """Widths of the policy's hidden layers, where they are not the experiment's."""
+    """Widths of the policy's hidden layers; None: the experiment's."""
     env_steps: int | None
-    """Environment steps, where they are not the experiment's."""
+    """Environment steps; None: the experiment's."""
 
     @classmethod
     def read(cls, text: str, field: str = "task") -> Self:
-        """Raises ValueError naming the field for a text that means something else."""
+        """Parse a task. Raises ValueError naming the field if the text has another form."""
         found = re.fullmatch(r"([^@]+?)(?:/(\d{1,9})-(\d{1,9}))?(?:@(\d{1,10}))?", text)
         widths = found and found[2] and (int(found[2]), int(found[3]))
         steps = found and found[4] and int(found[4])
@@ -171,32 +177,32 @@ def _with_jumps(epochs: int, predictors: Sequence[str]) -> tuple[Contender, ...]
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Accelerate:
-    """PPO with and without jumps, side by side on the unseen seeds that `collect` names."""
+    """Comparison of PPO variants with and without jumps, on the trials of [collect], which nothing is tuned on."""
 
     tasks: tuple[str, ...] = ("HalfCheetah-v4", "InvertedPendulum-v4", "Hopper-v4", "Walker2d-v4")
-    """Gymnasium ids; TASK@STEPS for other environment steps than collect.total_env_steps, and TASK/WIDTH-WIDTH for
-    another policy than collect.policy_hidden."""
+    """Gymnasium ids; TASK@STEPS sets environment steps other than collect.total_env_steps, TASK/WIDTH-WIDTH a policy
+    other than collect.policy_hidden."""
     contenders: Annotated[tuple[Contender, ...], tyro.conf.Suppress] = (
         Contender(name="10"),
         Contender(name="4", ppo={"num_epochs": 4}),
         *_with_jumps(4, ("ridge", "tipl", "damped", "linear", "first-again", "rank-1-from-last", "dmd")),
     )
-    """A section [[accelerate.contenders]] of the experiment's file for each; the first is what others are held
-    against."""
+    """The variants: a section [[accelerate.contenders]] of the experiment's file for each. The others are compared with
+    the first."""
     only: tuple[str, ...] = dataclasses.field(default=(), metadata=LATER)
-    """Names of the contenders that run, beside the first; all of them where none is given."""
+    """Names of the variants to run in addition to the first; empty: all."""
     learning_rates: tuple[Positive, ...] = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
-    """What each contender's learning rate is chosen from, by area under the curve, rising; a single one is taken as it
-    is."""
+    """Learning rates to choose from for each variant, by area under the learning curve, in increasing order; a single
+    one is used without a search."""
     search_tasks: tuple[str, ...] = dataclasses.field(default=(), metadata=LATER)
-    """Tasks, as TASK or TASK@STEPS, on which one learning rate is chosen for all tasks: the one with the best mean rank
-    over them. Where none is given each task has its own."""
+    """Tasks (TASK or TASK@STEPS) on which one learning rate per variant is chosen for all tasks, by mean rank. Empty:
+    the learning rate is chosen separately for each task."""
     search_first_seed: Natural = 10_001
-    """Seed of the first trial of the search; none of them is reported."""
+    """Seed of the first search trial; search trials are not part of the results."""
     search_trials: Annotated[int, Field(ge=1, le=100_000)] = 5
-    """Trials per contender and learning rate in the search."""
+    """Search trials per variant and learning rate."""
     bootstrap: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
-    """Bootstrap resamples over trials behind each confidence interval."""
+    """Bootstrap resamples (over trials) per confidence interval."""
 
     def check(self) -> None:
         check_last_seed("accelerate", "search_first_seed", self.search_first_seed, self.search_trials)
@@ -217,20 +223,20 @@ class Accelerate:
             contender.check()
             if len(contender.values) not in (0, len(self.learning_rates)):
                 raise ValueError(
-                    f"accelerate.contenders: {contender.name!r}: it is chosen from {len(contender.values)} values, and "
-                    f"others from {len(self.learning_rates)}: all have the same budget"
+                    f"accelerate.contenders: {contender.name!r}: {len(contender.values)} values to search, but "
+                    f"accelerate.learning_rates has {len(self.learning_rates)}; every variant needs the same budget"
                 )
         if list(self.learning_rates) != sorted(set(self.learning_rates)):
-            raise ValueError(f"accelerate.learning_rates={self.learning_rates} do not rise from above 0")
+            raise ValueError(f"accelerate.learning_rates={self.learning_rates} must increase")
 
     @property
     def running(self) -> tuple[Contender, ...]:
-        """The contenders that run, the one that others are held against first."""
+        """The variants to run; the first is the one that the others are compared with."""
         first, *others = self.contenders
         return (first, *(one for one in others if not self.only or one.name in self.only))
 
     def values_of(self, contender: Contender) -> tuple[float, ...]:
-        """What a contender's searched number is chosen from."""
+        """Values that a variant's searched field is chosen from."""
         return contender.values or self.learning_rates
 
 
@@ -238,16 +244,16 @@ _SMALL_ZOO = {
     **{"num_steps": 512, "num_minibatches": 8, "gamma": 0.98, "gae_lambda": 0.92, "clip_coefficient": 0.1},
     **{"clip_values": False, "initial_log_std": -2.0, "bootstrap_truncated": True},
 }
-"""PPO near what rl-baselines3-zoo tunes for HalfCheetah, on small networks."""
+"""PPO close to rl-baselines3-zoo's tuned settings for HalfCheetah, on small networks."""
 
 
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Improve:
-    """Jumps that are tuned for the returns that follow: the forks of trials that say what does, and a rule's search."""
+    """Tuning of jumps for return: forks of trials, which show what raises it, and a search for a rule."""
 
     tasks: tuple[str, ...] = ("HalfCheetah-v4", "Hopper-v4", "InvertedDoublePendulum-v4", "Swimmer-v4")
-    """Gymnasium ids of the tasks that it may see; none of them is reported."""
+    """Gymnasium ids of the tasks to tune on; results are reported on other tasks."""
     regimes: Annotated[tuple[Contender, ...], tyro.conf.Suppress] = (
         Contender(
             name="defaults, 4 epochs",
@@ -268,30 +274,32 @@ class Improve:
             values=(1e-4, 3e-4),
         ),
     )
-    """A section [[improve.regimes]] of the experiment's file for each: hyperparameters, with the jumps around which
-    forks are made, and where the search begins. Each of its values is a regime of its own."""
+    """A section [[improve.regimes]] of the experiment's file for each: PPO hyperparameters, and the base rule whose
+    jumps the forks vary. Each of its values makes a separate regime."""
     stages: Annotated[int, Field(ge=1, le=10_000)] = 6
-    """Iterations of each trial, evenly spread, at which it is forked."""
+    """Number of iterations, evenly spaced, at which each trial is forked."""
     pairs: Annotated[int, Field(ge=1, le=10_000)] = 4
-    """Pairs of branches at each, with opposite changes of the jump, beside the one that changes nothing."""
+    """Pairs of branches per fork, with opposite changes to the jump; one more branch leaves the jump unchanged."""
     spread: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.25)
-    """Standard deviations of the changes: of what the first and the last displacement and the past moves count."""
+    """Standard deviations of the changes to the rule's weights for the first displacement, the last displacement and
+    past moves."""
     iterations: Annotated[int, Field(ge=1, le=100_000)] = 10
-    """PPO iterations that a branch is followed for."""
+    """PPO iterations to run each branch for."""
     generations: Annotated[int, Field(ge=1, le=100_000)] = 15
-    """Generations of a search for a rule by CMA-ES."""
+    """CMA-ES generations per search."""
     population: Annotated[int, Field(ge=4, le=1_000)] = 8
-    """Rules of a generation."""
+    """Rules per generation."""
     searches: Annotated[int, Field(ge=1, le=1_000)] = 5
-    """Searches, each on seeds of its own: what one finds may be luck."""
+    """Number of searches, each on different seeds, since the result of one may be luck."""
     search_first_seed: Natural = 30_001
-    """Seed of the first trial of the searches; the rules of a generation share theirs, and no two generations do."""
+    """Seed of the first search trial. All rules of a generation run on the same seeds; every generation has new
+    ones."""
     models: Annotated[int, Field(ge=1, le=1_000)] = 5
-    """Models that learn from the forks what changes are worth, on seeds of their own."""
+    """Number of models to train on the forks, with different seeds, per choice of inputs."""
     model_steps: Annotated[int, Field(ge=1, le=10_000_000)] = 2_000
-    """Optimisation steps of each."""
+    """Optimisation steps per model."""
     search_trials: Annotated[int, Field(ge=1, le=100_000)] = 1
-    """Trials of each rule on each task, in a regime that is drawn for each generation and task."""
+    """Trials per rule and task, in a regime that is drawn at random for each generation and task."""
 
     def check(self) -> None:
         for field in ("tasks", "regimes"):
@@ -304,7 +312,8 @@ class Improve:
             jump = regime.jump
             if not (jump and (jump.numbers or jump.predictor in published_rules())):
                 raise ValueError(
-                    f"improve.regimes: {regime.name!r} has no jump by a return-rule's numbers or by a published one"
+                    f"improve.regimes: {regime.name!r} needs a jump by return-rule with numbers, or by a published "
+                    "predictor"
                 )
             if not regime.values:
-                raise ValueError(f"improve.regimes: {regime.name!r} has no values of {regime.searched}")
+                raise ValueError(f"improve.regimes: {regime.name!r} needs values for {regime.searched}")

@@ -1,1 +1,1 @@
-"""Jumps tuned for the returns that follow them."""
+"""Jumps tuned for return."""

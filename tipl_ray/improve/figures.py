@@ -1,4 +1,4 @@
-"""The picture of what models see of the gains that follow a jump."""
+"""Figure: how well models predict the gains of changed jumps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ COLOURS = ("#c8442b", "#e3a13b", "#3b6ea8", SOFT)
 
 @as_shipped()
 def draw_correlations(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Spearman's correlation of predicted and true gains by stage of training, for what models are shown."""
+    """Spearman correlation of predicted and true gains by stage of training and model input."""
     figure, (axes,) = new_figure(1, width=8.0, height=4.2)
     stages, shown = (list(dict.fromkeys(row[name] for row in rows)) for name in ("stage", "sees"))
     for index, (sees, colour) in enumerate(zip(shown, COLOURS, strict=False)):
@@ -29,9 +29,9 @@ def draw_correlations(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xticks(range(len(stages)), stages)
     dress(
         axes,
-        "Which change of a jump pays? Predicted against true gains on held-out forks",
-        "part of training",
+        "Predicted vs. true gains of changed jumps, on forks of test trials",
+        "stage of training",
         "Spearman correlation",
     )
-    legend_below(figure, labelled(axes), ["What the model is shown:"])
+    legend_below(figure, labelled(axes), ["Model input:"])
     return figure

@@ -1,8 +1,8 @@
-"""The data set of forks: every cell on Ray, each published whole, and read back as one table.
+"""The data set of forks: every cell runs on Ray and is written atomically; all are read back as one table.
 
-    <storage>/forks/<digest>/forks.parquet    one cell, as `forks.SCHEMA` has it; beside it its checksum
+    <storage>/forks/<digest>/forks.parquet    one cell, with the columns of `forks.SCHEMA`, and its checksum
 
-A cell that was killed is run again, and comes to the same bytes.
+A cell that was killed is run again, with the same bytes as a result.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from tipl_ray.jobs import side_by_side
 from tipl_ray.terminal import ProgressView, say
 
 FORKS_FILE, FORKS_RECORD = "forks.parquet", "forks.sha256"
-WAY_OUT = "delete it, and the same command runs the cell again"
+WAY_OUT = "delete it; the same command then runs the cell again"
 SAME_DRAWS = ("stages", "pairs", "spread", "iterations")
-"""Fields of `improve` that a cell's rows depend on, beside its task and regime."""
+"""Fields of `improve` that a cell's rows depend on, besides its task and regime."""
 
 
 def cell_folder(cell: Cell, experiment: Experiment, source: Experiment, engine: str) -> str:
-    """Where a cell is kept, named after all that its rows depend on."""
+    """Folder of a cell, named by a digest of everything that its rows depend on."""
     improve = identity(experiment.improve)
     draws = {field: improve[field] for field in SAME_DRAWS}
     made_of = cell.made_of(experiment, source, engine)
@@ -46,18 +46,18 @@ def run_and_publish(cell: Cell, experiment: Experiment, source: Experiment, engi
 
 
 def read_cell(folder: str) -> bytes | None:
-    """A cell's file as it was written; None where there is none, or a damaged one."""
+    """The content of a cell's file; None if it is missing or damaged."""
     if not file_exists(folder, FORKS_FILE):
         return None
     try:
         return read_published(folder, FORKS_FILE, FORKS_RECORD, WAY_OUT)
     except StoreError:
-        say(f"fork: {join(folder, FORKS_FILE)} is damaged, and the cell is run again")
+        say(f"fork: {join(folder, FORKS_FILE)} is damaged; running this cell again")
         return None
 
 
 def read_forks(experiment: Experiment, source: Experiment, engine: str) -> pa.Table:
-    """Every row of the data set, cell by cell. Raises StoreError where a cell is missing."""
+    """Every row of the data set, cell by cell. Raises StoreError if a cell is missing."""
     return pa.concat_tables([pq.read_table(io.BytesIO(content)) for content in _contents(experiment, source, engine)])
 
 
@@ -70,13 +70,13 @@ def _contents(experiment: Experiment, source: Experiment, engine: str) -> Sequen
     contents = []
     for cell in cells(experiment.improve):
         if (content := read_cell(folder := cell_folder(cell, experiment, source, engine))) is None:
-            raise StoreError(f"{folder}: the forks of {cell.name} are not there; run jobs/fork.py with this experiment")
+            raise StoreError(f"{folder}: the forks of {cell.name} are missing; run jobs/fork.py with this experiment")
         contents.append(content)
     return contents
 
 
 def run_forks(experiment: Experiment) -> None:
-    """The whole of jobs/fork.py."""
+    """All of jobs/fork.py."""
     with work_on(experiment, "fork", "cell") as work:
         source, engine = work.source, work.engine
         key = f"forks-{digest([cell_folder(one, experiment, source, engine) for one in cells(experiment.improve)])}"

@@ -1,8 +1,8 @@
-"""Forks: one state of a trial, continued under many different jumps with the same random numbers.
+"""Forks: one state of a trial, continued with many different jumps and the same random numbers.
 
-A trial's state is complete to the bit, so what follows differs by the jumps alone. A cell is one task under one regime
-of hyperparameters: a stack of trials that run to their end, and at some of their iterations a stack of branches, which
-follow each of them for a while. The branch that changes nothing is what the trial itself then does.
+A trial's state is complete to the bit, so branches differ only by their jumps. A cell is one task with one regime of
+hyperparameters: a stack of trials that run to their last fork, and at each fork a stack of branches, which continue the
+trials for some iterations. The branch without a change does what the trial itself does.
 
 Shapes: S trials, B branches of each, I iterations of a branch, K displacements of context.
 """
@@ -28,7 +28,7 @@ from tipl_ray.ppo.trials import TrialGroup
 from tipl_ray.predict.gram import Question
 
 BEFORE = 5
-"""Returns that are kept of what a trial had before its fork."""
+"""Number of a trial's returns before the fork that are stored."""
 SCHEMA = pa.schema(
     [
         *(pa.field(name, pa.string(), nullable=False) for name in ("task", "regime")),
@@ -43,16 +43,16 @@ SCHEMA = pa.schema(
         pa.field("returns", pa.list_(pa.float64()), nullable=False),
     ]
 )
-"""One row a branch. Epochs are those before a jump, `recorded` the displacements that they make, `per_iteration` those
-with the jump's. What first and last displacement and past moves count is that of its first jump; progress, learning
-rate (a share of the first), the mean of log-std, the Gram matrix of the context (row by row), the approximate KL
-divergence from the policy that collected and the surrogate objective are as they were just before it. Returns are those
-of the episodes that ended in each iteration, NaN where none did."""
+"""One row per branch. `epochs` are the update epochs before a jump, `recorded` the displacements that they make,
+`per_iteration` those of an iteration including the jump's. `first`, `last` and `past` are the rule's weights at the
+branch's first jump; progress, learning rate (as a fraction of the first), mean log-std, the Gram matrix of the context
+(row by row), the approximate KL divergence from the rollout policy and the surrogate objective are those just before
+that jump. Returns are of the episodes that ended in each iteration, NaN if none did."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """One task under one regime at one value of what the regime varies."""
+    """One task with one regime and one value of the regime's searched field."""
 
     task: str
     regime: Contender
@@ -60,17 +60,17 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As progress lines call it."""
+        """Name in progress lines."""
         return f"{self.task}, {self.regime.name}, {self.regime.searched} {self.value:g}"
 
     def experiment(self, experiment: Experiment) -> Experiment:
-        """What its trials run, the epochs of their jumps' correction left out."""
+        """The experiment that its trials run, without corrective epochs."""
         ppo = self.regime.ppo_at(experiment.ppo, self.value)
         ppo = dataclasses.replace(ppo, num_epochs=self.regime.epochs_before_jump(experiment.ppo))
         return dataclasses.replace(experiment, collect=dataclasses.replace(experiment.collect, task=self.task), ppo=ppo)
 
     def made_of(self, experiment: Experiment, source: Experiment, engine: str) -> dict[str, Any]:
-        """All that its trials depend on beside the numbers of their rules: for digests."""
+        """Everything that its trials depend on except their rules' parameters, for digests."""
         own = self.experiment(experiment)
         return {
             "jump": identity(jump_settings(self.regime, experiment, source)),
@@ -81,13 +81,13 @@ class Cell:
         }
 
     def base(self) -> RuleNumbers:
-        """The rule around which its trials are forked."""
+        """The rule that its forks vary."""
         assert self.regime.jump, "it jumps"
         return rule.numbers if (rule := published(self.regime.jump)) else RuleNumbers(*self.regime.jump.numbers)
 
 
 def cells(improve: Improve) -> list[Cell]:
-    """Every task under every regime."""
+    """Every task with every regime."""
     return [
         Cell(task=task, regime=regime, value=value)
         for task in improve.tasks
@@ -97,14 +97,14 @@ def cells(improve: Improve) -> list[Cell]:
 
 
 class Branches(Extension):
-    """Jumps by a rule for each trial of a group, whose seeds are the branches' labels."""
+    """Jumps with one rule per trial of a group; the group's seeds are the branches' labels."""
 
     def __init__(self, question: Question, settings: JumpSettings, rules: Mapping[int, RuleNumbers]):
         self.question, self.settings, self.rules = question, settings, dict(rules)
 
     @property
     def num_snapshots(self) -> int:
-        """Snapshots of an iteration that a jump stands for."""
+        """Number of snapshots that a jump replaces."""
         return self.settings.horizon
 
     def hooks(self, group: TrialGroup) -> Hooks:
@@ -113,26 +113,26 @@ class Branches(Extension):
 
 
 class BranchJumps(GroupJumps):
-    """The jumps of branches, each by its own rule; what each knew before the first of them is kept."""
+    """The jumps of branches, each with its own rule; the inputs at the first jump are stored."""
 
     def __init__(self, group: TrialGroup, branches: Branches):
         rules = [ReturnRule.of(branches.question, branches.rules[label]) for label in group.seeds]
         super().__init__(group, rules[0], branches.settings)
         self._rules = rules
         self.known: dict[int, dict[str, Any]] = {}
-        """By label: columns of `SCHEMA` that describe the fork, and its branch's weights of the rule."""
+        """By label: the columns of `SCHEMA` that describe the fork and the branch's rule."""
 
     def forecaster_of(self, k: int) -> Forecaster:
         """See `GroupJumps`."""
         return self._rules[k]
 
     def keep(self, kept: np.ndarray) -> None:
-        """Go on with the kept branches alone, in their order."""
+        """Keep only these branches, in order."""
         super().keep(kept)
         self._rules = [self._rules[k] for k in kept]
 
     def move(self, group: TrialGroup, learning_rates_K: np.ndarray) -> Iterator[None]:
-        """Keep what is known, then jump."""
+        """Store the inputs at the first jump, then jump."""
         if not self.known:
             divergences_K = group.divergences(group.parameters_KN)
             surrogates_K = group.surrogates(group.parameters_KN)
@@ -157,13 +157,13 @@ def _log_std(group: TrialGroup, k: int) -> float:
 
 
 def fork_iterations(num_iterations: int, improve: Improve) -> list[int]:
-    """Iterations after which trials are forked, evenly spread over those that leave room for the branches."""
+    """Iterations after which trials are forked, evenly spaced, with room for the branches after the last."""
     last = max(1, num_iterations - improve.iterations)
     return sorted({int(one) for one in np.linspace(1, last, improve.stages).round()})
 
 
 def branch_rules(base: RuleNumbers, improve: Improve, *key: int) -> list[RuleNumbers]:
-    """The rule that changes nothing, then pairs with opposite changes of all that the rule counts; drawn from a key."""
+    """The unchanged rule, then pairs of rules with opposite random changes of their weights; the key seeds them."""
     random = np.random.default_rng(np.random.SeedSequence(key))
     changes_P3 = random.standard_normal((improve.pairs, 3)) * np.array(improve.spread)
     rules = [base]
@@ -176,9 +176,9 @@ def branch_rules(base: RuleNumbers, improve: Improve, *key: int) -> list[RuleNum
 
 
 def run_cell(cell: Cell, experiment: Experiment, source: Experiment, engine: str) -> pa.Table:
-    """Run a cell's trials to their last fork, and the branches of every fork; a table of `SCHEMA`.
+    """Run a cell's trials to their last fork, and the branches of every fork; returns a table of `SCHEMA`.
 
-    Trials and branches that diverge end there; a branch's returns are NaN from then on.
+    Trials and branches that diverge end there, and a branch's returns are NaN from then on.
     """
     improve, own = experiment.improve, cell.experiment(experiment)
     settings = jump_settings(cell.regime, experiment, source)
@@ -212,7 +212,7 @@ def _run_branches(
     cell: Cell,
     mark: int,
 ) -> list[dict[str, Any]]:
-    """The rows of every branch of every trial, from where the trials are."""
+    """Run the branches of every trial from its current state; returns their rows."""
     improve = experiment.improve
     sound = [seed for seed in trials.seeds if seed not in trials.diverged]
     if not sound:

@@ -1,8 +1,8 @@
-"""The job that trains TIPL for return on forks: models that see more or less, and how well each tells gains apart.
+"""The job that trains TIPL for return on forks: models with different inputs, and how well each ranks gains.
 
-<storage>/jumps/<digest>/<what it sees>-<seed>/    a model that has been trained
+<storage>/jumps/<digest>/<input>-<seed>/           a trained model
 <storage>/jumps/<digest>/gains.csv                 correlations of predicted and true gains on held-out forks
-<storage>/jumps/<digest>/return-tipl/              the predictor: the rule of the forks, with a model's changes
+<storage>/jumps/<digest>/return-tipl/              the predictor: the forks' base rule plus a model's changes
 """
 
 import dataclasses
@@ -47,10 +47,10 @@ SIGHTS = {
     "trajectory, KL and returns": Sight(extras=True),
     "progress alone": Sight(trajectory=False),
 }
-"""What models are shown, by the names of the table: the first is what jumps, others are its ablations."""
+"""Model inputs, by their names in the table: the first is the one used for jumps, the others are ablations."""
 CONSTANT = "nothing (one parabola)"
 STAGES = {"all": (0.0, 1.0), "first third": (0.0, 1 / 3), "second third": (1 / 3, 2 / 3), "last third": (2 / 3, 1.0)}
-"""Parts of training by the share of it that had passed at a fork."""
+"""Stages of training, by the fraction of training before a fork."""
 EMBEDDING, LAYERS, HEADS, DROPOUT = 64, 2, 2, 0.1
 
 Branches = NDArray[np.int64]
@@ -70,7 +70,7 @@ class Task:
 
 
 def run_learning(experiment: Experiment) -> None:
-    """The whole of jobs/learn_jumps.py."""
+    """All of jobs/learn_jumps.py."""
     with work_on(experiment, "learn_jumps", "model") as work:
         data = forks_digest(experiment, work.source, work.engine)
         size = model_size(work.source)
@@ -81,9 +81,9 @@ def run_learning(experiment: Experiment) -> None:
             read_forks(experiment, work.source, work.engine), experiment.improve.spread, work.source.model.context
         )
         training, validation, held_out = (forks.branches_of(seeds) for seeds in parts)
-        for name, branches in (("train", training), ("choose", validation), ("report", held_out)):
+        for name, branches in (("training", training), ("validation", validation), ("test", held_out)):
             if not len(branches):
-                raise StoreError(f"{experiment.storage_path}: the trials that {name} have no fork with returns")
+                raise StoreError(f"{experiment.storage_path}: the {name} trials have no fork with returns")
         tasks = [Task(sees=sees, seed=seed) for sees in SIGHTS for seed in range(experiment.improve.models)]
         claim = only_one(experiment.storage_path, f"jumps-{key}", "training these models")
         with claim, work.tracker.run("jumps", f"jumps-{key}") as run:
@@ -100,7 +100,7 @@ def run_learning(experiment: Experiment) -> None:
         for sees in (*SIGHTS, CONSTANT):
             mine = [row for row in rows if row["sees"] == sees and row["stage"] == "all"]
             value, low, high = (float(np.mean([row[name] for row in mine])) for name in ("spearman", "low", "high"))
-            say(f"sees {sees}: Spearman {value:.3f} [{low:.3f}, {high:.3f}] on {mine[0]['forks']} forks")
+            say(f"input: {sees}: Spearman {value:.3f} [{low:.3f}, {high:.3f}] on {mine[0]['forks']} forks")
         first = next(iter(SIGHTS))
         chosen = min(
             (task for task in tasks if task.sees == first), key=lambda task: gain_loss(models[task], forks, validation)
@@ -110,14 +110,14 @@ def run_learning(experiment: Experiment) -> None:
 
 
 def model_size(source: Experiment) -> Model:
-    """A model as small as the forks are few."""
+    """Size of the models: small, as there are few forks."""
     return Model(context=source.model.context, embedding=EMBEDDING, layers=LAYERS, heads=HEADS, dropout=DROPOUT)
 
 
 def train_and_save(
     task: Task, folder: str, forks: Forks, training: Branches, validation: Branches, size: Model, num_steps: int
 ) -> None:
-    """Train one model and write it."""
+    """Train one model and save it."""
     model = train_gain_model(
         forks, training, validation, size=size, sight=SIGHTS[task.sees], num_steps=num_steps, seed=task.seed
     )
@@ -152,7 +152,7 @@ def gain_rows(
     held_out: Branches,
     resampling: Resampling,
 ) -> list[dict[str, Any]]:
-    """Correlations of predicted and true gains of held-out branches, by model and stage of training."""
+    """Correlations of predicted and true gains of test branches, by model and stage of training."""
     told = {(task.sees, task.seed): predicted_gains(model, forks, held_out) for task, model in models.items()}
     told[CONSTANT, 0] = constant_gains(forks, training, held_out)
     progress_N = forks.stages_F[forks.fork_N.numpy()[held_out]]
@@ -172,11 +172,11 @@ def _overall(rows: Sequence[dict[str, Any]], sees: str, seed: int) -> float:
 
 
 def _save(work: Work, model: GainTransformer, folder: str, card: dict[str, Any]) -> None:
-    """The rule that the forks were made around, with the model's changes; nothing where there were several rules."""
+    """Save the forks' base rule with the model's changes as a predictor, unless there are several base rules."""
     improve = work.experiment.improve
     bases = {cell.base() for cell in cells(improve)}
     if len(bases) > 1:
-        say(f"learn_jumps: no predictor is made: the forks lie around {len(bases)} rules, and it stands on one")
+        say(f"learn_jumps: no predictor saved, since the forks have {len(bases)} base rules and it needs a single one")
         return
     regime = improve.regimes[0]
     limit = jump_settings(regime, work.experiment, work.source).kl_limit

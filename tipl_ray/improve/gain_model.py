@@ -1,9 +1,9 @@
-"""TIPL for return: what changes of a rule's jumps are worth, seen from the trajectory.
+"""TIPL for return: predicts from the trajectory what changes to a rule's jumps are worth.
 
-The same causal Transformer over the displacements of a context, which neither the size of a network nor the scale of
-its weights is told. Its answers are residuals on a rule, 0 at the start: a concave parabola over the changes of what
-first and last displacement and past moves count, whose top is the change to make; and the change that trials with a
-gain of so much had made, as a Decision Transformer is conditioned on its return.
+The same causal Transformer over the displacements of a context; neither network size nor weight scale is an input. Its
+outputs are residuals on a rule, 0 at initialisation: a concave parabola over changes to the rule's weights of the first
+displacement, the last displacement and past moves, whose maximum is the change to make; and the change that goes with a
+given gain, in the way that a Decision Transformer is conditioned on return.
 
 Shapes: B forks, K tokens of context, E embedding, C = 3 changes: of first, last and past.
 """
@@ -23,42 +23,42 @@ from tipl_ray.predict.models import SavedModel
 
 CHANGES = 3
 MOST_LOG_LENGTH = 8.0
-"""Limit of a token's log length: a displacement may be 0."""
+"""Limit on a token's log length, since a displacement may be 0."""
 CLOCK_SIZE, PLACE_SIZE, EXTRA_SIZE = 5, 4, 4
 FURTHEST = 1.5
-"""Limit of a change that the model makes, in units of the changes that it was trained on."""
+"""Limit on the model's changes, in units of the changes that it was trained on."""
 
 
 class Seen(NamedTuple):
-    """What is known where an iteration's jump is due."""
+    """The model's inputs at an iteration's jump."""
 
     grams_BKK: Tensor
-    """Inner products of the K displacements before the jump, the oldest first."""
+    """Inner products of the K displacements before the jump, oldest first."""
     recorded_B: Tensor
-    """Displacements of this iteration among them."""
+    """How many of them belong to this iteration."""
     per_iteration_B: Tensor
-    """Displacements of a whole iteration, its jump included."""
+    """Displacements per iteration, including its jump."""
     progress_B: Tensor
-    """Share of the trial that has passed, 0 to 1."""
+    """Fraction of the trial that is done, 0 to 1."""
     learning_rates_B: Tensor
-    """PPO's learning rate, as a share of the trial's first."""
+    """PPO's learning rate, as a fraction of the trial's first."""
     extras_BX: Tensor
-    """What only an engine knows: log10 of the approximate KL divergence, the surrogate objective, mean log-std, and how
-    much returns have lately risen; 0 where it is not known."""
+    """Inputs that only the PPO engine has: log10 of the approximate KL divergence, the surrogate objective, mean
+    log-std, and the recent rise of returns; 0 if unknown."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sight:
-    """What a model is shown; an ablation leaves something out."""
+    """A model's inputs; ablations leave some out."""
 
     trajectory: bool = True
-    """The displacements' lengths and angles; without them progress and learning rate alone."""
+    """Lengths and angles of the displacements; without them only progress and learning rate."""
     extras: bool = False
-    """KL divergence, surrogate objective, log-std and returns, which only an engine knows."""
+    """KL divergence, surrogate objective, log-std and returns, which only the PPO engine has."""
 
 
 class GainTransformer(SavedModel):
-    """Answers of the top token: a parabola over changes, and the change that goes with a gain."""
+    """Outputs of the last token: a parabola over changes, and the change that goes with a gain."""
 
     def __init__(self, size: config.Model, sight: Sight | None = None):
         super().__init__()
@@ -79,7 +79,7 @@ class GainTransformer(SavedModel):
             nn.init.zeros_(head.weight)
 
     def trunk(self, seen: Seen, gains_B: Tensor | None = None) -> Tensor:
-        """What the last token has come to see; (B, E)."""
+        """Hidden state of the last token; (B, E)."""
         lengths_BK, cosines_BKK = lengths_and_cosines(seen.grams_BKK)
         logs_BK = lengths_BK.log()
         relative_BK = (logs_BK - logs_BK.mean(dim=1, keepdim=True)).clamp(-MOST_LOG_LENGTH, MOST_LOG_LENGTH)
@@ -97,7 +97,7 @@ class GainTransformer(SavedModel):
         return last_BE
 
     def parabola(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """Slope (B, C) and bend (B, C, C), positive definite, of the gain of a change."""
+        """Slope (B, C) and positive definite curvature (B, C, C) of the gain over changes."""
         last_BE = self.trunk(seen)
         factor_BCC = last_BE.new_zeros(len(last_BE), CHANGES, CHANGES)
         rows, columns = torch.tril_indices(CHANGES, CHANGES)
@@ -106,18 +106,18 @@ class GainTransformer(SavedModel):
         return self.slope(last_BE), factor_BCC @ factor_BCC.transpose(1, 2) + 0.05 * eye_CC
 
     def forward(self, seen: Seen, changes_BC: Tensor) -> Tensor:
-        """Gain (B,) of changes, in units of those of the training."""
+        """Predicted gain (B,) of changes, in the units of the training data."""
         slope_BC, bend_BCC = self.parabola(seen)
         bent_B = torch.einsum("bc,bcd,bd->b", changes_BC, bend_BCC, changes_BC)
         return (slope_BC * changes_BC).sum(dim=1) - 0.5 * bent_B
 
     def best_change(self, seen: Seen) -> Tensor:
-        """The top of the parabola (B, C), no further than `FURTHEST` in any direction."""
+        """The maximum of the parabola (B, C), limited to `FURTHEST`."""
         slope_BC, bend_BCC = self.parabola(seen)
         return _limited(torch.linalg.solve(bend_BCC, slope_BC[:, :, None])[:, :, 0])
 
     def change_for(self, seen: Seen, gains_B: Tensor) -> Tensor:
-        """The change (B, C) that goes with a gain of so much."""
+        """The change (B, C) that goes with a gain."""
         return self.change(self.trunk(seen, gains_B))
 
     def described(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class GainTransformer(SavedModel):
 
     @classmethod
     def described_by(cls, about: Mapping[str, Any]) -> Self:
-        """An untrained model of the size that model.json says."""
+        """An untrained model of the size in model.json."""
         return cls(config.Model(**about["model"]), Sight(**about["sight"]))
 
 

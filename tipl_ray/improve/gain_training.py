@@ -1,7 +1,7 @@
-"""Training of `GainTransformer` on forks, and how much it sees of what follows.
+"""Training of `GainTransformer` on forks, and how well it predicts gains.
 
-A branch's gain is what it returned more than the mean branch of its fork, in units of the deviation of such gains in
-its cell: so tasks count alike, whatever their returns are, and a fork's own luck is in all of its branches.
+A branch's gain is its return minus the mean over its fork's branches, in units of the standard deviation of such gains
+in its cell. So all tasks have equal weight, whatever their returns, and a fork's luck cancels out.
 
 Shapes: F forks, N branches in all, B of a batch, K displacements of context, C = 3 changes.
 """
@@ -27,27 +27,27 @@ from tipl_ray.improve.gain_model import CHANGES, EXTRA_SIZE, GainTransformer, Se
 KEY = ("task", "regime", "value", "seed", "iteration")
 """Columns that name a fork."""
 FURTHEST_GAIN = 3.0
-"""Gains beyond this many deviations are taken for it: one branch that falls over is not the rule."""
+"""Gains are clipped to this many standard deviations, so that single collapsed branches do not dominate."""
 VALIDATED_EVERY = 50
-"""Steps between two looks at the validation loss; the weights with the lowest are kept."""
+"""Steps between two evaluations of the validation loss; the weights with the lowest loss are kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Forks:
-    """Forks as tensors: what was seen at each, and of every branch its fork, change and gain."""
+    """Forks as tensors: the model's inputs at each fork, and the fork, change and gain of each branch."""
 
     seen: Seen
-    """Of F forks."""
+    """Inputs at F forks."""
     fork_N: Tensor
     changes_NC: Tensor
-    """In units of their deviations when they were drawn."""
+    """In units of the standard deviations with which they were drawn."""
     gains_N: Tensor
     seeds_F: NDArray[np.int64]
     stages_F: NDArray[np.float64]
-    """Share of the trial that had passed."""
+    """Fraction of the trial that was done."""
 
     def of(self, branches: NDArray[np.int64]) -> tuple[Seen, Tensor, Tensor]:
-        """What some branches' forks had seen, their changes and their gains."""
+        """Inputs, changes and gains of some branches."""
         index = torch.from_numpy(branches)
         forks_B = self.fork_N[index]
         return Seen(*(part[forks_B] for part in self.seen)), self.changes_NC[index], self.gains_N[index]
@@ -59,9 +59,9 @@ class Forks:
 
 
 def make_forks(table: pa.Table, spread: Sequence[float], context: int) -> Forks:
-    """The rows of `forks.SCHEMA` as tensors; forks of which a branch has no return are left out.
+    """The rows of `forks.SCHEMA` as tensors; forks with a branch without returns are left out.
 
-    Raises ValueError for a table without a fork.
+    Raises ValueError if no fork is left.
     """
     forks: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in table.to_pylist():
@@ -72,7 +72,7 @@ def make_forks(table: pa.Table, spread: Sequence[float], context: int) -> Forks:
         if all(np.isfinite(row["returns"]).any() for row in rows)
     }
     if not whole:
-        raise ValueError("the table holds no fork of which every branch has a return")
+        raise ValueError("the table has no fork in which every branch has a return")
     scores = [np.array([_followed(np.asarray(row["returns"])) for row in rows]) for rows in whole.values()]
     gains = [score_B - score_B.mean() for score_B in scores]
     cells = [key[:3] for key in whole]
@@ -106,12 +106,12 @@ def make_forks(table: pa.Table, spread: Sequence[float], context: int) -> Forks:
 
 
 def _followed(returns_I: NDArray[np.float64]) -> float:
-    """Mean return over the iterations that followed, each with the last that is known; before the first the first."""
+    """Mean return over a branch's iterations, with gaps filled by `filled`."""
     return float(filled(returns_I[None])[0].mean())
 
 
 def _extras(row: Mapping[str, Any]) -> list[float]:
-    """What only an engine knows, on scales of about 1."""
+    """Inputs that only the PPO engine has, scaled to about 1."""
     before = np.asarray(row["returns_before"])
     known = before[np.isfinite(before)]
     rise = (known[-1] - known.min()) / (abs(known.mean()) + 1.0) if len(known) else 0.0
@@ -132,7 +132,7 @@ def train_gain_model(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> GainTransformer:
-    """A model of the gains of some branches, with the weights that had the lowest loss on others."""
+    """A model trained on some branches, with the weights that have the lowest loss on the validation branches."""
     torch.manual_seed(seed)
     model, random = GainTransformer(size, sight), np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
@@ -166,14 +166,14 @@ def gain_loss(model: GainTransformer, forks: Forks, branches: NDArray[np.int64])
 
 @torch.inference_mode()
 def predicted_gains(model: GainTransformer, forks: Forks, branches: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What the model expects of some branches."""
+    """The model's predicted gains of some branches."""
     seen, changes_BC, _ = forks.of(branches)
     gains: NDArray[np.float64] = model.eval()(seen, changes_BC).double().numpy()
     return gains
 
 
 def constant_gains(forks: Forks, training: NDArray[np.int64], branches: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What a parabola that sees nothing expects of some branches: least squares on changes and their products."""
+    """Gains predicted by one parabola for all forks: least squares on changes and their products."""
 
     def features(changes_NC: NDArray[np.float32]) -> NDArray[np.float64]:
         pairs = [changes_NC[:, i] * changes_NC[:, j] for i in range(CHANGES) for j in range(i, CHANGES)]
@@ -186,7 +186,7 @@ def constant_gains(forks: Forks, training: NDArray[np.int64], branches: NDArray[
 
 
 def spearman(predicted_N: NDArray[np.float64], true_N: NDArray[np.float64]) -> float:
-    """Rank correlation; NaN where one of them is constant."""
+    """Spearman's rank correlation; NaN if one of them is constant."""
     if np.ptp(predicted_N) == 0 or np.ptp(true_N) == 0:
         return float("nan")
     return float(spearmanr(predicted_N, true_N).statistic)
@@ -195,7 +195,7 @@ def spearman(predicted_N: NDArray[np.float64], true_N: NDArray[np.float64]) -> f
 def correlation(
     predicted_N: NDArray[np.float64], forks: Forks, branches: NDArray[np.int64], resampling: Resampling
 ) -> dict[str, float]:
-    """Spearman's correlation of predicted and true gains of some branches, with an interval over forks."""
+    """Spearman correlation of predicted and true gains of some branches, with a bootstrap interval over forks."""
     true_N, fork_N = forks.gains_N[torch.from_numpy(branches)].double().numpy(), forks.fork_N.numpy()[branches]
     random, groups = np.random.default_rng(resampling.seed), [np.flatnonzero(fork_N == f) for f in np.unique(fork_N)]
     drawn = []

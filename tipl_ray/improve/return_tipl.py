@@ -1,4 +1,4 @@
-"""TIPL for return as a predictor: a rule's weights, and the changes of them that the trajectory asks for.
+"""TIPL for return as a predictor: a rule's weights plus the changes that a model predicts from the trajectory.
 
 Shapes: B contexts, K displacements of context, C = 3 changes: of first, last and past.
 """
@@ -16,20 +16,20 @@ from tipl_ray.improve.gain_model import EXTRA_SIZE, GainTransformer, Seen, Sight
 from tipl_ray.predict.gram import Contexts, Question
 
 MODEL = "model."
-"""What stands before the names of the model's weights among what was fitted."""
+"""Prefix of the names of the model's weights in `fitted`."""
 
 
 class ReturnTipl(ReturnRule):
-    """The rule plus the change whose gain the model expects to be the largest; without a model the rule alone."""
+    """The rule plus the change with the largest predicted gain; without a model only the rule."""
 
     name, in_tables = "return-tipl", False
 
     @classmethod
     def made_of(cls, rule: ReturnRule, model: GainTransformer, spread: tuple[float, ...]) -> Self:
-        """A model's changes, in units of `spread`, on a rule. Raises ValueError for a model that sees more than a
-        context says."""
+        """A model's changes, in units of `spread`, added to a rule. Raises ValueError for a model with inputs that a
+        context does not contain."""
         if model.sight.extras:
-            raise ValueError("the model sees KL divergence and returns, which a context does not say")
+            raise ValueError("the model needs KL divergence and returns as inputs, which a context does not contain")
         made = cls.of(rule.question, rule.numbers, rule.kl_limit)
         made.fitted["spread"] = np.array(spread)
         made.fitted["size"] = np.array([model.size.embedding, model.size.layers, model.size.heads])
@@ -39,7 +39,7 @@ class ReturnTipl(ReturnRule):
 
     @functools.cached_property
     def model(self) -> GainTransformer:
-        """The model, made again of what was fitted."""
+        """The model, restored from `fitted`."""
         embedding, layers, heads = self.fitted["size"].tolist()
         size = config.Model(context=self.question.context, embedding=embedding, layers=layers, heads=heads, dropout=0.0)
         with torch.random.fork_rng(devices=[]):
@@ -54,7 +54,7 @@ class ReturnTipl(ReturnRule):
 
     @torch.inference_mode()
     def weights_seen(self, contexts: Contexts) -> NDArray[np.float64]:
-        """The rule's at the progress, plus the changes; of a context in which a displacement is 0 the rule's alone."""
+        """The rule's weights plus the changes; only the rule's in a context with a displacement of 0."""
         rule_B3 = self.weights(contexts.progress_B)
         if "size" not in self.fitted:
             return rule_B3
@@ -67,7 +67,7 @@ class ReturnTipl(ReturnRule):
 
 
 def seen(contexts: Contexts, question: Question) -> Seen:
-    """What a model is shown of contexts; nothing of what only an engine knows."""
+    """The model's inputs from contexts; those that only the PPO engine has are 0."""
     count, per_iteration = len(contexts.phases_B), question.snapshots_per_iteration
     phases_B = torch.from_numpy(np.asarray(contexts.phases_B, dtype=np.int64))
     return Seen(

@@ -1,6 +1,6 @@
-"""The job that searches rules for jumps, several times over, says what each search has found, and keeps their mean.
+"""The job that searches for a jump rule several times, prints what each search finds, and saves the mean.
 
-<storage>/rules/<digest>/predictor.safetensors    the mean of the searches, for `load_predictor`; beside it its card
+<storage>/rules/<digest>/predictor.safetensors    the mean of the searches, for `load_predictor`, with its card
 """
 
 import json
@@ -22,11 +22,11 @@ from tipl_ray.predict.saved import save_predictor
 from tipl_ray.terminal import say
 
 SEARCHED_WITH = ("tasks", "generations", "population", "search_first_seed", "search_trials")
-"""Fields of `improve` that a search depends on, beside its regimes."""
+"""Fields of `improve` that a search depends on, besides its regimes."""
 
 
 def run_rule_searches(experiment: Experiment) -> None:
-    """The whole of jobs/find_rule.py."""
+    """All of jobs/find_rule.py."""
     with work_on(experiment, "find_rule", "candidate") as work:
         searches = []
         for search in range(experiment.improve.searches):
@@ -39,12 +39,12 @@ def run_rule_searches(experiment: Experiment) -> None:
             _log(work, searches[-1], folder)
             say(f"search {search}: {searches[-1]['rule']}")
         folder, rule = save_mean(searches, work)
-        say(f"mean of {len(searches)}: {rule.closed_form()}")
-        say(f"find_rule: kept in {folder}")
+        say(f"mean of {len(searches)} searches: {rule.closed_form()}")
+        say(f"find_rule: rule saved in {folder}")
 
 
 def search_folder(search: int, work: Work) -> str:
-    """Where a search's rule is kept, named after all that it depends on."""
+    """Folder of a search's result, named by a digest of everything that it depends on."""
     experiment = work.experiment
     ran = [[cell.name, cell.made_of(experiment, work.source, work.engine)] for cell in cells(experiment.improve)]
     improve = identity(experiment.improve)
@@ -53,7 +53,7 @@ def search_folder(search: int, work: Work) -> str:
 
 
 def save_mean(searches: Sequence[dict[str, Any]], work: Work) -> tuple[str, Rule]:
-    """The mean of the points that the searches have found, as a predictor in a folder of its own."""
+    """Save the mean of the searches' points as a predictor; returns its folder and the rule."""
     improve = work.experiment.improve
     point = {name: float(np.mean([found["point"][name] for found in searches])) for name in BOUNDS}
     rule, folder = Rule.of(point), join(work.experiment.storage_path, "rules", digest(point))

@@ -1,12 +1,13 @@
-"""A rule's numbers searched for return: CMA-ES on Ray Tune, generation by generation, over tasks and regimes.
+"""Search for a rule's parameters that raise returns: CMA-ES on Ray Tune, generation by generation, over tasks and
+regimes.
 
-A candidate runs whole short trials with its jumps. Its fitness is its mean rank among its generation: over the tasks,
-of the area under the learning curve and, for a quarter, of the final return; returns of different tasks are never
-added. A generation shares its seeds and the regime of each task, no two generations do, and what a search has found is
-the mean of the better half of its last generation, never the best candidate seen.
+A candidate runs short but complete trials with its jumps. Its fitness is its mean rank in its generation, over tasks:
+three quarters the rank of the area under the learning curve, one quarter that of the final return; returns of different
+tasks are never added. All candidates of a generation share seeds and each task's regime, and every generation draws new
+ones. The result of a search is the mean of the better half of its last generation, never the best candidate seen.
 
-    <storage>/rules/<digest>/candidate.json    what one candidate came to
-    <storage>/rules/<digest>/rule.json         what one search found
+    <storage>/rules/<digest>/candidate.json    scores of one candidate
+    <storage>/rules/<digest>/rule.json         result of one search
 """
 
 import dataclasses
@@ -42,15 +43,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "decay": (0.0, 0.9),
     "log10_kl_limit": (-2.0, 0.0),
 }
-"""Where a rule's numbers are searched, and the limit of a jump's divergence, as a power of ten. The search begins in
-the middle: the first displacement made again, and a fifth of what the iterations before have moved."""
+"""Search ranges of a rule's parameters and of the limit on a jump's KL divergence, as a power of ten. The search starts
+in the middle: the first displacement repeated, plus a fifth of the past moves."""
 START = {name: (low + high) / 2 for name, (low, high) in BOUNDS.items()}
 FINAL_WEIGHT = 0.25
-"""Of the final return's rank, beside that of the area."""
+"""Weight of the final return's rank; the area's rank has the rest."""
 FINAL_SHARE = 10
-"""The final return is the mean over the last iterations, one in so many."""
+"""The final return is the mean over the last 1/FINAL_SHARE of the iterations."""
 CANDIDATE_FILE, RULE_FILE, RECORD = "candidate.json", "rule.json", "checksum.sha256"
-WAY_OUT = "delete it, and the same command makes it again"
+WAY_OUT = "delete it; the same command then computes it again"
 
 Outcome = dict[str, list[float]]
 """Mean area under the curve and final return by task."""
@@ -58,14 +59,14 @@ Outcome = dict[str, list[float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """A rule for jumps and how far they may lead."""
+    """A rule for jumps, with a limit on their KL divergence."""
 
     numbers: RuleNumbers
     kl_limit: float
 
     @classmethod
     def of(cls, candidate: Mapping[str, float]) -> "Rule":
-        """The rule of a point that the search looks at."""
+        """The rule of a candidate point."""
         numbers = RuleNumbers(**{name: float(candidate[name]) for name in RuleNumbers._fields})
         return cls(numbers=numbers, kl_limit=float(10 ** candidate["log10_kl_limit"]))
 
@@ -75,7 +76,7 @@ class Rule:
 
 
 def generation_cells(experiment: Experiment, search: int, generation: int) -> tuple[list[Cell], list[int]]:
-    """What every rule of a generation runs: each task in a regime drawn for it, and the seeds of its trials."""
+    """What every rule of a generation runs: each task in a regime drawn at random, and the seeds of the trials."""
     improve = experiment.improve
     random = np.random.default_rng(np.random.SeedSequence([search, generation]))
     regimes = [(regime, value) for regime in improve.regimes for value in regime.values]
@@ -91,7 +92,7 @@ def generation_cells(experiment: Experiment, search: int, generation: int) -> tu
 def run_rule(
     rule: Rule | None, cell: Cell, seeds: Sequence[int], experiment: Experiment, source: Experiment, engine: str
 ) -> NDArray[np.float64]:
-    """Learning curves (S, I) of trials that jump by a rule, or do not; NaN from where one diverged on."""
+    """Learning curves (S, I) of trials that jump by a rule, or without jumps if it is None; NaN after a divergence."""
     own, extension = cell.experiment(experiment), NOTHING
     if rule:
         settings = dataclasses.replace(jump_settings(cell.regime, experiment, source), kl_limit=rule.kl_limit)
@@ -121,7 +122,7 @@ def score_curves(curves_SI: NDArray[np.float64]) -> list[float]:
 def run_candidate(
     candidate: dict[str, Any], *, search: int, experiment: Experiment, source: Experiment, engine: str
 ) -> None:
-    """What Ray Tune runs for each candidate: its trials, unless it was run before."""
+    """What Ray Tune runs for each candidate: its trials, unless their scores are stored."""
     generation = int(candidate["generation"])
     cells, seeds = generation_cells(experiment, search, generation)
     point = {name: candidate[name] for name in BOUNDS}
@@ -138,9 +139,9 @@ def run_candidate(
 
 
 def fitness(outcomes: Sequence[Outcome | None]) -> list[float]:
-    """Mean rank of each candidate among its generation, 0 the worst and 1 the best; what failed or diverged is worst.
+    """Mean rank of each candidate in its generation, from 0 (worst) to 1 (best); failed or diverged ones rank last.
 
-    Over tasks, and over area and final return with their weights.
+    Averaged over tasks, and over area and final return with their weights.
     """
     tasks = next((list(one) for one in outcomes if one), [])
     totals = np.zeros(len(outcomes))
@@ -155,7 +156,7 @@ def fitness(outcomes: Sequence[Outcome | None]) -> list[float]:
 
 
 class GenerationSearch(OptunaSearch):
-    """CMA-ES that is told a whole generation at once: of each candidate its rank, in the order of their drawing."""
+    """CMA-ES that receives a complete generation at once: each candidate's rank, in the order that they were drawn."""
 
     def __init__(self, population: int, generations: int, seed: int):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -175,7 +176,7 @@ class GenerationSearch(OptunaSearch):
         """Points and fitness of every candidate, generation by generation."""
 
     def suggest(self, trial_id: str) -> Any:
-        """The next point, with the index of its generation; none before a generation is whole."""
+        """The next point, with the index of its generation; None until the current generation is complete."""
         generation = len(self.history)
         if generation == self._generations:
             return OptunaSearch.FINISHED
@@ -185,7 +186,7 @@ class GenerationSearch(OptunaSearch):
         return {**(super().suggest(trial_id) or {}), "generation": generation}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """Keep what a candidate came to; tell them all when the last of a generation has ended."""
+        """Store a candidate's scores; when a generation is complete, pass on all of its ranks."""
         self._waiting[trial_id] = json.loads(result["scores"]) if result and "scores" in result else None
         if len(self._waiting) < self._population:
             return
@@ -207,7 +208,7 @@ def found_point(history: Sequence[Sequence[tuple[dict[str, float], float]]]) -> 
 
 
 def search_rule(search: int, experiment: Experiment, source: Experiment, engine: str, at_once: int) -> dict[str, Any]:
-    """One search, from its beginning; candidates that were run before are not run again."""
+    """One search from its beginning; candidates with stored scores are not run again."""
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     improve = experiment.improve

@@ -1,4 +1,4 @@
-"""What the jobs that tune jumps have in common: their beginning, and their last lines."""
+"""What the jobs that tune jumps have in common: setup, and the last lines of output."""
 
 import contextlib
 import dataclasses
@@ -18,22 +18,22 @@ from tipl_ray.tracking import Tracker, ui_command
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """An experiment that is being worked on, on Ray."""
+    """An experiment that is running on Ray."""
 
     experiment: Experiment
     source: Experiment
-    """The experiment whose snapshots and context its jumps have."""
+    """The experiment that defines the snapshots and the context of its jumps."""
     tracker: Tracker
     engine: str
     at_once: int
-    """Tasks of one CPU that run at a time."""
+    """Ray tasks, of one CPU each, that run at the same time."""
 
 
 @contextlib.contextmanager
 def work_on(experiment: Experiment, job: str, seat: str) -> Iterator[Work]:
-    """The whole of a job, around what is its own; a seat is what needs a CPU each.
+    """Set up a job and finish it; `seat` names the unit of work that needs one CPU.
 
-    Exits with status 1 and one line on standard error for what the user can mend, 130 when interrupted.
+    Exits with status 1 and one line on standard error for errors that the user can fix, 130 if interrupted.
     """
     with exit_status():
         check_job(experiment)

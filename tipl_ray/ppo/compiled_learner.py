@@ -20,20 +20,20 @@ from tipl_ray.ppo.learner import Rollouts
 from tipl_ray.ppo.networks import NetworkShape
 
 LANES = 16
-"""The compiled learner's vector width, whose multiples its minibatches must be."""
+"""The compiled learner's vector width; minibatch sizes must be multiples of it."""
 
 
 @functools.cache
 def has_bfloat16() -> bool:
-    """Whether g++ compiles for a processor that multiplies in bfloat16, which is this one."""
+    """Whether this processor, for which g++ compiles, multiplies in bfloat16."""
     asked = ["g++", "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     return b"__AVX512BF16__" in subprocess.run(asked, capture_output=True, check=False).stdout
 
 
 def why_not_compiled(ppo: Ppo) -> str | None:
-    """Why the compiled learner cannot be had here; None where it can."""
+    """Why the compiled learner is not available here; None if it is."""
     if shutil.which("g++") is None:
-        return "there is no g++ on the PATH"
+        return "g++ is not on the PATH"
     if ppo.minibatch_size % LANES:
         return f"the minibatch size {ppo.minibatch_size} is not a multiple of {LANES}"
     if ppo.precision == "bfloat16" and not has_bfloat16():
@@ -49,10 +49,10 @@ def why_not_compiled(ppo: Ppo) -> str | None:
 
 
 class CompiledLearner:
-    """learner.cpp, compiled for the shapes at hand and called through ctypes, which lets other threads run meanwhile.
+    """learner.cpp, compiled for the given shapes and called through ctypes, which releases the GIL.
 
     `precision` float64 is for tests: parameters, moments and gradients are then float64, rollouts stay float32.
-    Raises CompilerError with the compiler's words if it fails.
+    Raises CompilerError with the compiler's message if it fails.
     """
 
     def __init__(self, shape: NetworkShape, ppo: Ppo, precision: type = np.float32, march: str = "native"):

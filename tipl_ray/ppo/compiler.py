@@ -21,11 +21,11 @@ CONVENTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-s
 
 
 class CompilerError(UserError):
-    """A source cannot be compiled, or nowhere be kept: names the places that were tried and the way out."""
+    """A source cannot be compiled, or its library cannot be stored; the message has the places tried and the fix."""
 
 
 def shared_library(source: str, *options: str, march: str = "native") -> Path:
-    """The library built from a source of this package, which loads. Raises CompilerError with what was in the way."""
+    """The library built from a source of this package. Raises CompilerError with the reason if that fails."""
     path = Path(__file__).with_name(source)
     command = ["g++", *CONVENTIONS, f"-march={march}", *options]
     # What `native` means is the processor's affair: a cache on a shared home must tell machines apart.
@@ -43,8 +43,8 @@ def shared_library(source: str, *options: str, march: str = "native") -> Path:
         except OSError as error:
             refusals.append(f"{cache}: {error.strerror or error}")
     raise CompilerError(
-        f"{source} cannot be compiled and kept ({'; '.join(refusals)}): set XDG_CACHE_HOME to a folder that can be "
-        "written, or take --collect.engine torch"
+        f"{source} cannot be compiled and cached ({'; '.join(refusals)}): set XDG_CACHE_HOME to a writable folder, or "
+        "use --collect.engine torch"
     )
 
 
@@ -85,7 +85,7 @@ def _build(command: list[str], library: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library is there, and is what was built: loading half of one ends the process."""
+    """Whether a library exists and is complete: loading half of one ends the process."""
     try:
         content = library.read_bytes()
     except FileNotFoundError:

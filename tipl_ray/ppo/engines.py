@@ -1,4 +1,4 @@
-"""Which learner runs the networks, compiled C++ or torch: chosen, made, and named with its version."""
+"""Which learner runs the networks, compiled C++ or torch: its choice, construction, and name with version."""
 
 from typing import Literal
 
@@ -8,17 +8,17 @@ from tipl_ray.ppo.learner import Learner
 from tipl_ray.ppo.networks import NetworkShape
 
 ENGINES = {"compiled": "compiled-1", "torch": "torch-1", "cuda": "cuda-1"}
-"""Name and version of each learner; a change of its bits counts the version up, for it is part of the data's hash."""
+"""Name and version of each learner. The version is part of the data's hash, and rises if the learner's bits change."""
 
 
 def choose_engine(engine: str, ppo: Ppo) -> Literal["compiled", "torch", "cuda"]:
-    """The learner that a configuration means. Raises ValueError where `compiled` cannot be had."""
+    """The learner for a configuration. Raises ValueError if it needs `compiled`, which is not available here."""
     reason = None if engine in ("cuda", "torch") else why_not_compiled(ppo)
     if engine == "compiled" and reason:
-        raise ValueError(f"collect.engine='compiled' cannot be had: {reason}; 'torch' runs without")
+        raise ValueError(f"collect.engine='compiled' is not available: {reason}; use 'torch' instead")
     if ppo.precision == "bfloat16" and (engine in ("cuda", "torch") or reason):
         other = reason or f"collect.engine={engine!r}"
-        raise ValueError(f"ppo.precision='bfloat16' is for the compiled engine, and {other}; leave one of them out")
+        raise ValueError(f"ppo.precision='bfloat16' needs the compiled engine, but {other}; change one of them")
     if engine == "cuda":
         return "cuda"
     if engine == "torch" or reason:

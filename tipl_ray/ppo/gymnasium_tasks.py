@@ -144,7 +144,7 @@ def _make(task: str, options: Mapping[str, Any]) -> gymnasium.Env:
 
 @contextlib.contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """MuJoCo does not print what it deprecates in gymnasium's own files, which no user can mend."""
+    """Suppress MuJoCo's deprecation warnings about gymnasium's files, which users cannot fix."""
     before = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else warnings.warn(text, stacklevel=2))
     try:
@@ -178,21 +178,21 @@ def _write_data(environment: MujocoEnv, state_S: np.ndarray) -> None:
 
 
 def through_gymnasium(task: str, options: Mapping[str, Any]) -> type[GymnasiumSimulations]:
-    """A task that runs through gymnasium. Raises ValueError with the reason why it cannot."""
+    """The simulations of a task in gymnasium's class. Raises ValueError with the reason if it cannot run."""
     environment = _make(task, options)
     spec, observations, actions = environment.spec, environment.observation_space, environment.action_space
     assert spec is not None
     if not isinstance(observations, Box):
-        raise ValueError(f"its observation space is {observations}")
+        raise ValueError(f"its observation space {observations} is not a Box")
     if not isinstance(actions, Box | Discrete):
-        raise ValueError(f"its action space is {actions}")
+        raise ValueError(f"its action space {actions} is neither a Box nor Discrete")
     if isinstance(actions, Box) and not actions.is_bounded():
         raise ValueError(f"its action space {actions} has no bounds")
     if spec.id != task.rpartition(":")[2]:
-        raise ValueError(f"it names no version; the newest is {spec.id}")
+        raise ValueError(f"its id has no version; the newest is {spec.id}")
     max_episode_steps = gymnasium.spec(spec.id).max_episode_steps
     if max_episode_steps is None:
-        raise ValueError("its episodes have no limit of steps")
+        raise ValueError("its episodes have no step limit")
     if isinstance(actions, Box):
         low, high = np.ravel(actions.low), np.ravel(actions.high)
     else:
@@ -211,6 +211,6 @@ def through_gymnasium(task: str, options: Mapping[str, Any]) -> type[GymnasiumSi
     kind = MujocoSimulations if isinstance(environment.unwrapped, MujocoEnv) else ReplayedSimulations
     found: type[GymnasiumSimulations] = type(task, (kind,), attributes)
     if not can_be_resumed(found):
-        known = "MuJoCo's data" if kind is MujocoSimulations else "its generator at the beginning and its actions"
-        raise ValueError(f"its next step depends on more than {known}, so that a trial could not be resumed")
+        known = "MuJoCo's data" if kind is MujocoSimulations else "its initial random generator and its actions"
+        raise ValueError(f"its next step depends on more than {known}, so a trial could not be resumed")
     return found

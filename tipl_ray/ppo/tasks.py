@@ -35,10 +35,10 @@ TASKS = Registry(
 
 
 def find_task(task: str, options: Mapping[str, Any] | None = None) -> type[Simulations]:
-    """The simulations of a task: one of `TASKS`, a class `module:Name`, or gymnasium's, `module:Name-v0` too.
+    """The simulations of a task: one of `TASKS`, a class `module:Name`, or a gymnasium id, also as `module:Name-v0`.
 
-    With options, which are keyword arguments of gymnasium's environment, it is gymnasium's own in any case. Raises
-    ValueError naming the task and what there is.
+    With options (keyword arguments of gymnasium's environment) it always runs in gymnasium's class. Raises ValueError
+    naming the task and the available ones.
     """
     return _found(task, json.dumps(dict(options or {}), sort_keys=True))
 
@@ -50,7 +50,9 @@ def _found(task: str, written_options: str) -> type[Simulations]:
     outside = ":" in task and task.rpartition(":")[2].isidentifier()
     if outside or (task in TASKS.names() and not (options and task in TASKS.own)):
         if options:
-            raise ValueError(f"collect.task_options={options}: {task!r} is no environment of gymnasium that takes them")
+            raise ValueError(
+                f"collect.task_options={options}: {task!r} is not a gymnasium task, and only those take options"
+            )
         return _checked(task, TASKS.load(task))
     try:
         look_here()
@@ -58,18 +60,18 @@ def _found(task: str, written_options: str) -> type[Simulations]:
     except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
         given = f" with collect.task_options={options}" if options else ""
         raise ValueError(
-            f"collect.task={task!r}{given} is not one of {', '.join(sorted(TASKS.names()))}, nor module:Name, nor "
-            "another task of gymnasium with a Box observation and a Box or Discrete action space, which would run too, "
-            f"but slower: {error}"
+            f"collect.task={task!r}{given} is not one of {', '.join(sorted(TASKS.names()))}, nor a class module:Name, "
+            "nor another gymnasium task that can run, which needs a Box observation space and a Box or Discrete action "
+            f"space: {error}"
         ) from error
 
 
 def _checked(task: str, kind: object) -> type[Simulations]:
-    """The class, found to be one that trials can run and resume. Raises ValueError."""
+    """The class, if trials can run it and be resumed. Raises ValueError."""
     if not (isinstance(kind, type) and issubclass(kind, Simulations)):
-        raise ValueError(f"collect.task={task!r}: {kind!r} is no subclass of tipl_ray.ppo.simulations.Simulations")
+        raise ValueError(f"collect.task={task!r}: {kind!r} is not a subclass of tipl_ray.ppo.simulations.Simulations")
     if task not in TASKS.own and not can_be_resumed(kind):
         raise ValueError(
-            f"collect.task={task!r}: its next step depends on more than state_KS, so that a trial could not be resumed"
+            f"collect.task={task!r}: its next step depends on more than state_KS, so a trial could not be resumed"
         )
     return kind

@@ -27,7 +27,7 @@ class TorchLearner:
         self._places: dict[tuple, torch.Tensor] = {}
         self._graphs: dict[tuple, Callable[[], None]] = {}
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("collect.engine='cuda' needs a GPU where the trials run, and torch sees none")
+            raise ValueError("collect.engine='cuda' needs a GPU where the trials run, but torch finds none")
 
     def actor(
         self,
