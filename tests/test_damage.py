@@ -366,7 +366,7 @@ CASES = [
     Case(what="A part is cut short", attempt=damage(PART, truncate, read), says="has ", names=PART),
     Case(what="A part is empty", attempt=damage(PART, empty, read), says="has 0 bytes", names=PART),
     Case(what="A part is missing", attempt=damage(PART, Path.unlink, read), says="is missing", names=PART),
-    Case(what="A folder bears a part's name", attempt=damage(PART, make_folder, read), says="is a folder", names=PART),
+    Case(what="A folder has a part's name", attempt=damage(PART, make_folder, read), says="is a folder", names=PART),
     Case(
         what="A bit of a part's weights is flipped; the trial is read",
         attempt=damage(PART, lambda path: flip_byte(path, weights_column(path).data_page_offset + 50), read),
@@ -380,7 +380,7 @@ CASES = [
         names=PART,
     ),
     Case(
-        what="A part cannot be opened for want of rights",
+        what="A part cannot be opened for lack of permission",
         attempt=without_rights(PART, 0, read),
         says="Permission denied",
         names=PART,
@@ -398,31 +398,31 @@ CASES = [
         names="trial=3/part-00000000-*",
     ),
     Case(
-        what="A part holds another trial's rows, under a record that agrees",
+        what="A part contains another trial's rows, and its record matches",
         attempt=rewrite_rows(verify, with_column("seed", [4, 4, 4])),
         says="contains a seed other than 3",
         names=PART,
     ),
     Case(
-        what="A part's rows are out of order, under a record that agrees",
+        what="A part's rows are out of order, and its record matches",
         attempt=rewrite_rows(verify, with_column("snapshot", [2, 1, 3])),
         says="do not count up from 1",
         names=PART,
     ),
     Case(
-        what="A part holds NaN among the weights, under a record that agrees",
+        what="A part contains NaN among the weights, and its record matches",
         attempt=rewrite_rows(verify, with_nan_weight),
         says="weights contains NaN or infinity",
         names=PART,
     ),
     Case(
-        what="A part holds a return of NaN, under a record that agrees",
+        what="A part contains a return of NaN, and its record matches",
         attempt=rewrite_rows(verify, with_column("episodic_return", [1.0, np.nan, 2.0])),
         says="episodic_return contains NaN or infinity",
         names=PART,
     ),
     Case(
-        what="A part has a column of another type, under a record that agrees",
+        what="A part has a column of another type, and its record matches",
         attempt=rewrite_rows(read, with_number_of_steps_as_floats),
         says="its columns or header differ from those in commit 2",
         names=PART,
@@ -434,13 +434,13 @@ CASES = [
         names=PART,
     ),
     Case(
-        what="A part lacks rows, under a record of its digest",
+        what="A part lacks rows, and its record has its digest",
         attempt=rewrite_rows(read, lambda table: table.slice(0, 2)),
         says="has 2 rows but commit 2 recorded 3",
         names=PART,
     ),
     Case(
-        what="A part is no Parquet file, under a record of its digest",
+        what="A part is not a Parquet file, and its record has its digest",
         attempt=replace_part_by_text,
         says="cannot be read",
         names=PART,
@@ -479,16 +479,16 @@ CASES = [
         names=RECORD,
     ),
     Case(
-        what="A folder bears a commit record's name",
+        what="A folder has a commit record's name",
         attempt=damage(RECORD, make_folder, read),
         says="cannot be read",
         names=RECORD,
     ),
-    Case(what="A record has a field too many", attempt=record(owner="me"), says="owner: Unexpected", names=RECORD),
+    Case(what="A record has an extra field", attempt=record(owner="me"), says="owner: Unexpected", names=RECORD),
     Case(what="A record has a number as text", attempt=record(rows="3"), says="rows: Input should be", names=RECORD),
     Case(what="A record has a number of 31 digits", attempt=record(rows=10**30), says="rows: ", names=RECORD),
     Case(
-        what="A record counts otherwise than it ranges",
+        what="A record's row count contradicts its range",
         attempt=record(rows=4),
         says="rows=4 contradicts its other fields",
         names=RECORD,
@@ -500,7 +500,7 @@ CASES = [
         names=RECORD,
     ),
     Case(
-        what="A record is of a later format",
+        what="A record has a later format version",
         attempt=record(header=header_of_record(format_version=2)),
         says="format_version=2 is not 1",
         names=RECORD,
@@ -512,13 +512,13 @@ CASES = [
         names=RECORD,
     ),
     Case(
-        what="A record claims 2,147,483,643 rows, with itself agreed",
+        what="A record claims 2,147,483,643 rows, consistently within itself",
         attempt=inflate_rows,
         says="rows but commit 3 recorded 2147483643",
         names="trial=3/part-00000004-*",
     ),
     Case(
-        what="All records claim 2,147,483,647 weights, with each other agreed",
+        what="All records claim 2,147,483,647 weights, consistently with each other",
         attempt=inflate_weights,
         says="its columns or header differ from those in commit 1",
         names="trial=3/part-00000000-*",
@@ -530,7 +530,7 @@ CASES = [
         names="trial=3/commit-3.json",
     ),
     Case(
-        what="A record is of another configuration than the first",
+        what="A record has another configuration than the first",
         attempt=other_configuration_in_the_middle,
         says="config.ppo.gamma=0.5 there, 0.99 here",
         names=RECORD,
@@ -542,7 +542,7 @@ CASES = [
         names="trial=3/commit-1.json",
     ),
     Case(
-        what="The trial was begun with a configuration that differs in much",
+        what="The trial was started with a configuration that differs in many fields",
         attempt=differ_in_much,
         says="and 7 more. Choose another storage",
         names="trial=3/commit-1.json",
@@ -554,13 +554,13 @@ CASES = [
         names="trial=9/commit-1.json",
     ),
     Case(
-        what="A foreign file lies in a trial's folder",
+        what="A foreign file is in a trial's folder",
         attempt=put_foreign("trajectories/trial=3/mine.parquet"),
         says="is not the store's",
         names="trial=3/mine.parquet",
     ),
     Case(
-        what="A foreign file lies among the trials",
+        what="A foreign file is among the trials",
         attempt=put_foreign("trajectories/mine.parquet"),
         says="is not the store's",
         names="trajectories/mine.parquet",
@@ -579,19 +579,19 @@ CASES = [
         names="trial=3/part-*",
     ),
     Case(
-        what="A file lies where a trial's folder should",
+        what="A file is where a trial's folder should be",
         attempt=file_where_the_folder_was,
         says="cannot be written",
         names="trial=5/part-*",
     ),
     Case(
-        what="A snapshot's weights hold NaN",
+        what="A snapshot's weights contain NaN",
         attempt=append(weights=np.array([0, 1, np.nan, 3, 4, 5, 6], dtype=np.float32)),
         says="weights=nan at position 2 is not finite",
         names="trial 3, snapshot 8",
     ),
     Case(
-        what="A snapshot's weights are too many",
+        what="A snapshot has too many weights",
         attempt=append(weights=np.zeros(P + 1, dtype=np.float32)),
         says="weights=float32[8] is not float32[7]",
         names="trial 3, snapshot 8",
@@ -609,7 +609,7 @@ CASES = [
         names="trial 3, snapshot 9",
     ),
     Case(
-        what="A resume state holds what only unpickling could restore",
+        what="A resume state contains something that only unpickling could restore",
         attempt=object_state,
         says="is no array of numbers: object",
         names="state['bad']",
@@ -621,7 +621,7 @@ CASES = [
         names="commits/trial=5",
     ),
     Case(
-        what="The data set is sealed while a trial beside the experiment's is not whole",
+        what="The data set is sealed while a trial outside the experiment is incomplete",
         attempt=unfinished_beside,
         says="trial 9, which is none of this experiment's, has 2 of 8 snapshots",
         names="commits/trial=9",
@@ -639,7 +639,7 @@ CASES = [
         names="commits/trial=3",
     ),
     Case(
-        what="A trial of a sealed data set is exchanged for another that is whole",
+        what="A trial of a sealed data set is exchanged for another complete one",
         attempt=in_sealed(lambda root: exchange_trial(root, 3), read),
         says="its 8 snapshots are not those that the data set was sealed with",
         names="commits/trial=3",
@@ -651,7 +651,7 @@ CASES = [
         names="trial=3/part-00000008-*",
     ),
     Case(
-        what="A trial too many is in a sealed data set",
+        what="A sealed data set contains an extra trial",
         attempt=in_sealed(stray_trial, is_sealed),
         says="trial 9 is not part of the sealed data set",
         names="commits/trial=9",
@@ -675,25 +675,25 @@ CASES = [
         names=SEAL,
     ),
     Case(
-        what="A writer sleeps while another goes on and seals",
+        what="A writer sleeps while another continues and seals",
         attempt=slept,
         says="another process is writing trial 3",
         names="trial=3/commit-4.json",
     ),
     Case(
-        what="A trial is asked for that there is not",
+        what="A trial that does not exist is requested",
         attempt=lambda root: TrajectoryStore(str(root)).trajectory(9),
         says="there is no trial 9; there are trials 3-4",
         names="commits",
     ),
     Case(
-        what="A range is asked for that the trial does not have",
+        what="A range that the trial does not have is requested",
         attempt=lambda root: TrajectoryStore(str(root)).trajectory(3, start=5, stop=9),
         says="is no range of the 8 snapshots",
         names="start=5, stop=9",
     ),
     Case(
-        what="A column is asked for that there is not",
+        what="A column that does not exist is requested",
         attempt=lambda root: TrajectoryStore(str(root)).trajectory(3, ["weight"]),
         says="perhaps 'weights'?",
         names="columns=['weight']",
@@ -705,7 +705,7 @@ CASES = [
         names="file/data",
     ),
     Case(
-        what="The commits' folder cannot be read for want of rights",
+        what="The commits' folder cannot be read for lack of permission",
         attempt=without_rights("commits", 0, is_sealed),
         says="Permission denied",
         names="commits",
@@ -717,7 +717,7 @@ CASES = [
         names="mock:///there",
     ),
     Case(
-        what="The storage's URI carries a password",
+        what="The storage's URI contains a password",
         attempt=lambda root: TrajectoryStore("s3://id:password@bucket/data"),
         says="the URI carries credentials",
         names="s3://bucket/data",
@@ -965,10 +965,10 @@ def main() -> None:
     text = (
         "# What can go wrong with a data set, and the message for it\n\n"
         "`python tests/test_damage.py` makes this page by causing each kind of damage in a small storage, "
-        "`data/`. Every row is a test. In each, the storage's other trials stay readable; if the seal is "
-        'damaged, once it is deleted. A message that ends in "or ..." continues: delete the trial\'s folders '
-        "in the trajectories and the commits, which it names, and collect again; other trials are not "
-        "affected. Sizes and digests are left out, because they depend on the versions of libraries.\n\n"
+        "`data/`. Each row is tested: the damage is done and the message compared. Other trials in the storage stay "
+        'readable in every case; if the seal is damaged, delete it first. A message that ends in "or ..." goes on to '
+        "name the trial's two folders, which you can delete before collecting again; other trials are not affected. "
+        "Sizes and digests are left out, because they depend on the versions of libraries.\n\n"
     )
     (ROOT / "docs" / "damage.md").write_text(f"{text}{chr(10).join(lines)}\n")
 

@@ -96,7 +96,7 @@ def with_trials(seeds: Sequence[int], then: Callable[[], object]) -> Callable[[]
 CASES = [
     Case(what="A predictor is misspelt", attempt=job("pipeline", "--evaluate.run-policies-of", "tpil")),
     Case(
-        what="No predictor named is one of the basis",
+        what="None of the named predictors exists for the basis",
         attempt=job("evaluate", "--evaluate.run-policies-of", "svd-floor"),
     ),
     Case(what="A task is misspelt", attempt=job("collect", "--collect.task", "HalfCheeta-v4")),
@@ -128,9 +128,9 @@ CASES = [
         what="The experiment that predictors come from is misspelt",
         attempt=job("accelerate", "--predictors-from", "inverted_pendulm"),
     ),
-    Case(what="A sweep's metric is none", attempt=job("sweep", "--sweep.metric", "skil_h1")),
+    Case(what="A sweep's metric does not exist", attempt=job("sweep", "--sweep.metric", "skil_h1")),
     Case(
-        what="A sweep's metric is of a step that is not predicted", attempt=job("sweep", "--sweep.metric", "skill_h11")
+        what="A sweep's metric is for a step that is not predicted", attempt=job("sweep", "--sweep.metric", "skill_h11")
     ),
     Case(what="A sweep's field is misspelt", attempt=job("sweep", "--over", "model.contxt=10,20")),
     Case(
@@ -138,7 +138,7 @@ CASES = [
         attempt=job("sweep", "--over", "model.layers=1", "--over", "model.layers=2"),
     ),
     Case(
-        what="A sweep has more combinations than anyone can run",
+        what="A sweep has far too many combinations",
         attempt=job(
             "sweep",
             *("--over", f"model.context={','.join(map(str, range(2, 200)))}"),
@@ -147,14 +147,14 @@ CASES = [
     ),
     Case(what="An option is misspelt", attempt=job("train", "--train.sed", "3")),
     Case(what="An option is another job's", attempt=job("collect", "--train.seed", "3")),
-    Case(what="An option has another name since a version ago", attempt=job("train", "--train.num-workers", "4")),
+    Case(what="An option has been renamed", attempt=job("train", "--train.num-workers", "4")),
     Case(what="A preset is misspelt", attempt=job("train", "--preset", "papr")),
     Case(what="A preset is empty", attempt=job("train", "--preset=")),
     Case(what="A preset is given twice", attempt=job("train", "--preset", "paper", "--preset", "causal")),
     Case(what="A field is given twice", attempt=job("train", "--train.seed", "1", "--train.seed=2")),
     Case(what="An experiment is misspelt", attempt=job("collect", "--experiment", "dmeo")),
     Case(what="An experiment is a folder", attempt=job("collect", "--experiment", ".")),
-    Case(what="`--experiment` stands at the end", attempt=job("collect", "--experiment")),
+    Case(what="`--experiment` comes last, without a value", attempt=job("collect", "--experiment")),
     Case(what="A file's key is misspelt", attempt=mine("[collect]\nnum_trails = 4\n")),
     Case(what="A file's section is misspelt", attempt=mine("[colect]\nnum_trials = 4\n")),
     Case(what="A file's section for the other preset is misspelt", attempt=mine("[causal.tain]\nnum_steps = 4\n")),
@@ -163,35 +163,38 @@ CASES = [
     Case(what="A file has true for a number", attempt=mine("[collect]\nnum_trials = true\n")),
     Case(what="A file has text for a section", attempt=mine("causal = 'yes'\n")),
     Case(what="A file is nested 10,000 deep", attempt=mine(f"name = {'[' * 10_000}")),
-    Case(what="A data set to train on is not there", attempt=job("train", "--train.data", "storage/hoper")),
+    Case(what="A data set to train on does not exist", attempt=job("train", "--train.data", "storage/hoper")),
     Case(what="A number is NaN", attempt=job("train", "--ppo.entropy-coefficient", "nan")),
     Case(what="A number is infinite", attempt=job("train", "--train.weight-decay", "inf")),
     Case(what="A coefficient is negative", attempt=job("collect", "--ppo.value-coefficient", "-0.5")),
     Case(what="A seed is negative", attempt=job("train", "--train.seed", "-1")),
     Case(what="A seed has more than 31 bits", attempt=job("collect", "--collect.first-seed", "2147483648")),
     Case(what="The last seed has more than 31 bits", attempt=job("collect", "--collect.first-seed", "2147483640")),
-    Case(what="Trials without end", attempt=job("collect", "--collect.num-trials", "1000000000000")),
-    Case(what="A GPU and a half", attempt=job("sweep", "--gpus-per-trial", "1.5")),
+    Case(what="Far too many trials", attempt=job("collect", "--collect.num-trials", "1000000000000")),
+    Case(what="One and a half GPUs per run", attempt=job("sweep", "--gpus-per-trial", "1.5")),
     Case(what="A name is `..`", attempt=job("collect", "--name", "..")),
-    Case(what="A name holds a colon", attempt=job("collect", "--name", "run:1")),
-    Case(what="A name holds a quote", attempt=job("collect", "--name", "ada's")),
-    Case(what="A name turns the text around", attempt=job("collect", "--name", "a\u202eb")),
-    Case(what="A name holds a new line", attempt=job("collect", "--name", "a\nb")),
+    Case(what="A name contains a colon", attempt=job("collect", "--name", "run:1")),
+    Case(what="A name contains a quote", attempt=job("collect", "--name", "ada's")),
+    Case(what="A name contains a character that reverses the text", attempt=job("collect", "--name", "a\u202eb")),
+    Case(what="A name contains a line break", attempt=job("collect", "--name", "a\nb")),
     Case(what="A name has 300 letters", attempt=job("collect", "--name", "a" * 300)),
-    Case(what="An MLflow experiment leads upwards", attempt=job("collect", "--tracking.experiment", "../mine")),
     Case(
-        what="An experiment's file has a name that is none",
+        what="An MLflow experiment's name leads to the parent folder",
+        attempt=job("collect", "--tracking.experiment", "../mine"),
+    ),
+    Case(
+        what="An experiment's file has an invalid name",
         attempt=with_file("run:1.toml", "", job("collect", "--experiment", "run:1.toml")),
     ),
     Case(what="A storage is empty", attempt=job("collect", "--storage", "")),
-    Case(what="A storage holds a new line", attempt=job("collect", "--storage", "a\nb")),
+    Case(what="A storage contains a line break", attempt=job("collect", "--storage", "a\nb")),
     Case(
-        what="A storage names a variable that is empty",
+        what="A storage refers to a variable that is empty",
         attempt=job("collect", "--storage", "$TIPL_STORAGE/d"),
         variables={"TIPL_STORAGE": ""},
     ),
     Case(what="A storage lacks a slash", attempt=job("collect", "--storage", "s3:/bucket/d")),
-    Case(what="A storage is in the home of nobody", attempt=job("collect", "--storage", "~nobody-here/d")),
+    Case(what="A storage is in the home of an unknown user", attempt=job("collect", "--storage", "~nobody-here/d")),
     Case(
         what="A file is in the way of the storage",
         attempt=with_file("file", "", job("collect", "--storage", "file/d")),
@@ -201,11 +204,11 @@ CASES = [
         attempt=with_file("file", "", job("accelerate", "--storage", "file/d/e")),
     ),
     Case(
-        what="The folder for temporary files is not there",
+        what="The folder for temporary files does not exist",
         attempt=job("collect", "--storage", "d"),
         variables={"TMPDIR": "/nowhere/tmp"},
     ),
-    Case(what="Nobody answers at RAY_ADDRESS", attempt=connect, variables={"RAY_ADDRESS": "127.0.0.1:1"}),
+    Case(what="No cluster answers at RAY_ADDRESS", attempt=connect, variables={"RAY_ADDRESS": "127.0.0.1:1"}),
     Case(
         what="The disk is full while a job writes",
         attempt=fails(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "d/models/x")),
@@ -219,12 +222,12 @@ CASES = [
         attempt=with_file("experiment.json", '{"name": "demo"', job("train", "--storage", ".")),
     ),
     Case(
-        what="What a storage remembers is of a version to come",
+        what="What a storage remembers was written by a newer version",
         attempt=with_file("experiment.json", '{"name": "demo", "dreams": {}}', job("train", "--storage", ".")),
     ),
     Case(what="There are no trials to train on", attempt=job("train", "--storage", "data")),
     Case(
-        what="The trials that are there have other seeds",
+        what="The existing trials have other seeds",
         attempt=with_trials((11, 12, 13, 14), job("train", "--experiment", "smoke", "--storage", "data")),
     ),
 ]
@@ -295,9 +298,10 @@ def main() -> None:
             lines.append(row(case, Path(folder).resolve()))
     text = (
         "# Values and environments that are refused, and the message for it\n\n"
-        "`python tests/test_surroundings.py` makes this page by trying each of these. Every row is a test of "
-        "both columns. A refused command line or experiment file exits with status 2, before anything is "
-        "loaded; everything else with status 1. For damaged data, see [damage.md](damage.md).\n\n"
+        "`python tests/test_surroundings.py` makes this page by trying each of these. Each row is tested: the "
+        "situation is created and the message compared. A refused command line or experiment file exits with status 2, "
+        "before anything is loaded; everything else exits with status 1. For damaged data, see "
+        "[damage.md](damage.md).\n\n"
     )
     PAGE.write_text(text + "\n".join(lines) + "\n")
 
