@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tipl_ray.command_line import read_options
+from tipl_ray.errors import print_error
 from tipl_ray.places import absolute_storage, default_storage
 from tipl_ray.terminal import say, say_rows, waiting
 
@@ -62,7 +63,7 @@ def main() -> None:
     try:
         chosen.check()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         raise SystemExit(2) from error
     with waiting("compare: starting"):
         from tipl_ray.jobs import exit_status

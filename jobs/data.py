@@ -31,7 +31,7 @@ from tipl_ray.data.parquet_folder import export_folder
 from tipl_ray.data.snapshots import COLUMNS, Header, as_json
 from tipl_ray.data.storage import TEMPORARY, Storage, StoreError, join
 from tipl_ray.data.trajectory_store import TrajectoryStore
-from tipl_ray.errors import UserError
+from tipl_ray.errors import UserError, print_error
 from tipl_ray.remembered import remembered_collection
 from tipl_ray.terminal import say, say_rows, say_sentence, size_text
 
@@ -119,7 +119,10 @@ def export(
     output: Annotated[
         Path,
         tyro.conf.Positional,
-        tyro.conf.arg(help="new file, .safetensors or .npz, for the arrays of one trial; or a folder for all trials"),
+        tyro.conf.arg(
+            metavar="OUTPUT",
+            help="new file, .safetensors or .npz, for the arrays of one trial; or a folder for all trials",
+        ),
     ],
     seeds: Seeds = (),
     columns: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(COLUMNS)} (default: all)")] = (),
@@ -404,9 +407,13 @@ def _survey(
             refusals.append(str(error))
     refusals = list(dict.fromkeys(refusals))
     if not progress:
-        raise StoreError(
-            "\nerror: ".join(refusals) or f"{store.root}: no trial is committed there; run jobs/collect.py first"
+        imported = Storage(join(store.root, "series")).folders()
+        there = (
+            f"it holds imported checkpoints ({len(imported)} series), not trials; use jobs/data.py ask"
+            if imported
+            else "no trial is committed there; run jobs/collect.py first"
         )
+        raise StoreError("\nerror: ".join(refusals) or f"{store.root}: {there}")
     return progress, refusals
 
 
@@ -433,7 +440,7 @@ def _last(store: TrajectoryStore, progress: TrialProgress, column: str, header: 
 def _tell(refusals: Sequence[str]) -> int:
     """Say what is wrong on standard error; the exit status."""
     for refusal in refusals:
-        print(f"error: {refusal}", file=sys.stderr)
+        print_error(refusal)
     return 1 if refusals else 0
 
 

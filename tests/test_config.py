@@ -147,7 +147,7 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
         (["--collect.num-trials", "0"], "collect.num_trials=0 is below 1"),
         (["--train.batch-size", "65", "--num-workers", "2"], "num_workers=2 does not divide train.batch_size=65"),
         (["--evaluate.extra-horizons", "5", "20"], "evaluate.extra_horizons=(5, 20) must increase and start above"),
-        (["--preset", "mine"], "preset='mine' is not one of causal, paper"),
+        (["--preset", "mine"], "--preset='mine' is not one of causal, paper"),
         (
             ["--experiment", "nowhere.toml"],
             "nowhere.toml: no such file, and not one of the experiments accelerate, cart_pole, demo",

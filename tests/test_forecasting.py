@@ -521,7 +521,9 @@ def trained(storage: Path, name: str, **fields: Any) -> str:
 
 
 def test_a_storages_one_model_that_can_jump_is_found_and_several_are_listed_by_what_differs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"contains neither a saved predictor nor a trained model that can jump$"):
+    with pytest.raises(
+        ValueError, match=r"contains neither a saved predictor nor a trained model that forecasts displacements$"
+    ):
         load_predictor(str(tmp_path))
     trained(tmp_path, "0", kind="trial")
     (tmp_path / "models" / "half_made").mkdir()
@@ -560,6 +562,7 @@ def test_a_published_predictor_is_small_has_a_card_and_is_loaded_by_its_name(nam
 
 
 def test_a_name_that_is_no_published_predictor_is_answered_with_those_that_there_are() -> None:
-    with pytest.raises(ValueError, match="contains neither a saved predictor") as refused:
-        load_predictor("no-such-predictor")
+    with pytest.raises(ValueError, match="not a predictor published with this package") as refused:
+        load_predictor("return-rul-v1")
+    assert str(refused.value).endswith("did you mean return-rule-v1?")
     assert all(name in str(refused.value) for name in published_predictors())

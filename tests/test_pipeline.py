@@ -226,7 +226,7 @@ def test_no_job_is_told_again_what_an_earlier_one_was_told(tmp_path: Path) -> No
 def test_stages_run_alone_and_in_the_wrong_order_say_what_is_missing(tmp_path: Path) -> None:
     result = subprocess.run(command("train", tmp_path / "empty"), capture_output=True, text=True, timeout=200)
     assert result.returncode == 1
-    assert "4 of 4 trials are not complete; run jobs/collect.py" in result.stderr
+    assert "no trial has been collected there; run jobs/collect.py" in result.stderr
     assert "Traceback" not in result.stderr
 
 

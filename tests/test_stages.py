@@ -66,7 +66,7 @@ def with_trials(settings: Experiment, first_seed: int, num_trials: int) -> Exper
 @pytest.mark.parametrize(
     ("there", "says"),
     [
-        ((), "4 of 4 trials are not complete; run jobs/collect.py"),
+        ((), "no trial has been collected there; run jobs/collect.py"),
         ((3, 4), "2 of 4 trials are not complete; run jobs/collect.py"),
         (
             (41, 42, 43, 44),
@@ -153,7 +153,7 @@ def test_a_second_driver_of_a_stage_is_refused_and_another_stages_is_not(
     settings = experiment(tmp_path)
     with only_one(str(tmp_path), "collect", "collecting trials"):
         assert "is already collecting trials; wait" in refused(settings, "collect", capsys=capsys)
-        assert "4 of 4 trials are not complete; run" in refused(settings, "train", capsys=capsys)
+        assert "no trial has been collected there; run" in refused(settings, "train", capsys=capsys)
     collected(tmp_path, 3, 4, 5, 6)
     name = f"train-{run_digest(settings, stages.data_digest(settings))}"
     with only_one(str(tmp_path), name, "training this model"):

@@ -346,7 +346,7 @@ def test_a_storage_without_data_and_a_server_that_is_not_there_are_refused_befor
 ) -> None:
     fields = ["--over", "basis.rank=3"]
     for option, words in {
-        f"--storage={tmp_path / 'empty'}": "4 of 4 trials are not complete; run jobs/collect.py",
+        f"--storage={tmp_path / 'empty'}": "no trial has been collected there; run jobs/collect.py",
         "--tracking.uri=http://127.0.0.1:9": "MLflow cannot be used at tracking.uri='http://127.0.0.1:9'",
     }.items():
         storage = [] if "storage" in option else [f"--storage={finished}"]

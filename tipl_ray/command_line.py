@@ -19,7 +19,7 @@ from typing_extensions import Doc
 
 from tipl_ray.config import JOBS, MOVED, Experiment, RunTask, check_place, every_field, fields_read
 from tipl_ray.digest import redacted
-from tipl_ray.errors import UserError, nearest
+from tipl_ray.errors import UserError, nearest, print_error
 from tipl_ray.experiments import find_experiment, load_experiment, named_experiments
 from tipl_ray.places import absolute_storage, check_places, forget_empty_variables, in_checkout, with_variables
 from tipl_ray.registry import REPRESENTATIONS
@@ -151,16 +151,25 @@ class _Captured(io.TextIOWrapper):
 def read_options(kind: Any, description: str, *, args: Sequence[str] | None = None, **settings: Any) -> Any:
     """Options of a command line, read by tyro, which runs a `SubcommandApp`'s command too.
 
-    tyro does not fold the descriptions that --help shows, and joins some of their lines; here they are folded.
+    tyro does not fold the descriptions that --help shows, and joins some of their lines; here they are folded. What it
+    refuses, in a box of several lines, is one line here.
     """
-    read = getattr(kind, "cli", functools.partial(tyro.cli, kind))
+    read = functools.partial(getattr(kind, "cli", functools.partial(tyro.cli, kind)), description=description)
     arguments = list(sys.argv[1:] if args is None else args)
+    if any(argument.startswith("--tyro-") for argument in arguments):
+        return read(args=arguments, **settings)
     if not {"--help", "-h"} & set(arguments):
-        return read(description=description, args=arguments, **settings)
+        errors = _WithoutBox()
+        try:
+            with contextlib.redirect_stderr(errors):
+                return read(args=arguments, **settings)
+        finally:
+            if errors.box:
+                print_error(_in_one_line(errors.box, arguments, hasattr(kind, "cli")))
     captured = _Captured()
     try:
         with contextlib.redirect_stdout(captured):
-            return read(description=description, args=arguments, **settings)
+            return read(args=arguments, **settings)
     finally:
         text = captured.text()
         described = FIRST_BOX.split(text, maxsplit=1)[0]
@@ -168,6 +177,62 @@ def read_options(kind: Any, description: str, *, args: Sequence[str] | None = No
             print(re.sub(r"\n{3,}", "\n\n", folded(described)), text[len(described) :], sep="\n\n", end="", flush=True)
         except BrokenPipeError:  # `| head` has seen enough; Python would try to write the rest when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+TITLES = (
+    *("Unrecognized options", "Required options", "Value error"),
+    *("Missing argument", "Missing subcommand", "Invalid choice"),
+)
+"""Titles of the boxes in which tyro says what it refuses."""
+
+
+class _WithoutBox:
+    """Standard error, without the box of several lines in which tyro says what it refuses."""
+
+    def __init__(self) -> None:
+        self.box, self._real = "", sys.stderr
+
+    def write(self, text: str) -> int:
+        if self.box or text.lstrip("\u256d\u2500+- ").startswith(TITLES):
+            self.box += text
+            return len(text)
+        return self._real.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+REPHRASED = (
+    (r"Error parsing (\S+): no type matching .*? could be instantiated from \['?(.*?)'?\]\..*", r"\1=\2: wrong type"),
+    (r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'", r"\1=\2 is not an integer"),
+    (r"Error parsing (\S+): could not convert string to float: '(.*)'", r"\1=\2 is not a number"),
+    (r"Missing value for argument '(.*)'\. Expected 1 values?\.", r"\1 needs a value"),
+    (r"Missing value for argument '(.*)'\. Expected (\d+) values\.", r"\1 needs \2 values"),
+    (r"Unrecognized options: (-\S+?)(, .*)?", r"\1: no such option"),
+    (r"Unrecognized options: (\S+?)(, .*)?", r"\1: not a command, nor the value of an option"),
+    (r"Missing from .*?: (\S+) .*", r"\1 is missing"),
+    (r"Expected one of \{(.*)\}\.", r"a command is missing: one of \1"),
+)
+"""What tyro says, as patterns, and how it is said here."""
+
+
+def _in_one_line(box: str, arguments: Sequence[str], has_commands: bool) -> str:
+    """What tyro has against a command line, and where to read on."""
+    lines = [line.strip("\u2502\u2570\u256f|+ ") for line in box.splitlines()[1:]]
+    groups = itertools.groupby(lines, key=lambda line: bool(line.strip("\u2500-")))  # rules are between the parts
+    parts = [" ".join(group) for is_text, group in groups if is_text]
+    complaint = parts[0]
+    for pattern, said in REPHRASED:
+        if found := re.fullmatch(pattern, complaint):
+            complaint = found.expand(said)
+            break
+    program = next((found[1] for part in parts if (found := re.search(r"(?:run:?|see) (.*) --help", part))), "")
+    command = next((argument for argument in arguments[:1] if not argument.startswith("-")), "")
+    if names := next((part.partition(": ")[2].split(", ") for part in parts if "subcommands: " in part), []):
+        complaint += nearest(command, names)
+    elif has_commands and command and not program.endswith(f" {command}"):
+        program += f" {command}"
+    return f"{complaint}; see {program} --help"
 
 
 def _help_texts(shown: Any) -> Iterator[str]:
@@ -285,7 +350,7 @@ def refused() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         raise SystemExit(1 if isinstance(error, UserError) else 2) from error
 
 

@@ -78,7 +78,8 @@ def load_experiment(path: str | Path, preset: str | None = None) -> Experiment:
     table = _read_toml(path)
     given = table.get("preset", "paper") if preset is None else preset
     if given not in PRESETS:
-        raise ValueError(f"{path}: {no_such('preset', given, sorted(PRESETS))}")
+        where = f"{path}: preset" if preset is None else "--preset"
+        raise no_such(where, given, sorted(PRESETS))
     own = {name: _section(path, table.pop(name, {}), name) for name in PRESETS}
     # The sections for other presets are not used, and may not be wrong either.
     return {name: _with_preset(path, table, name, own[name]) for name in PRESETS}[given]

@@ -23,7 +23,7 @@ import ray.exceptions
 
 from tipl_ray.config import Experiment
 from tipl_ray.data.storage import Storage, local_folder
-from tipl_ray.errors import UserError
+from tipl_ray.errors import UserError, print_error
 from tipl_ray.places import CHECKOUT, check_places, forget_empty_variables, in_checkout
 from tipl_ray.ppo.algorithms import ALGORITHMS
 from tipl_ray.ppo.tasks import find_task
@@ -115,7 +115,7 @@ def exit_status() -> Iterator[None]:
         line = in_one_line(error)
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print_error(line)
         raise SystemExit(1) from error
 
 

@@ -191,6 +191,8 @@ def run_collect(context: Context) -> None:
     done = found == settings.num_trials and store.finished()
     if done:
         say(f"collect: all {found} trials are already complete")
+        if len(there := store.seeds()) > found:
+            say(f"collect: the storage holds {len(there)} trials; later jobs will use these {found}")
     elif 0 < found < settings.num_trials:
         say(f"collect: {found} trials are already complete, continuing with the others")
     begin = time.monotonic()
@@ -451,6 +453,11 @@ def _incomplete(experiment: Experiment, missing: Sequence[int], there: Sequence[
         return StoreError(
             f"{experiment.storage_path}: all {asked.num_trials} trials are there, but not sealed as a complete data "
             "set; run jobs/collect.py with the same experiment once more, which verifies and seals them"
+        )
+    if not there:
+        return StoreError(
+            f"{experiment.storage_path}: no trial has been collected there; run jobs/collect.py with this storage and "
+            "experiment first, or name another with --storage"
         )
     start = f"{experiment.storage_path}: {len(missing)} of {asked.num_trials} trials are not complete"
     others = sorted(set(there) - set(asked.seeds))

@@ -10,13 +10,12 @@
 import ast
 import dataclasses
 import importlib.util
-import re
 import sys
 from types import ModuleType
 from typing import Any, NoReturn
 
 import tipl_ray
-from tipl_ray.errors import no_such
+from tipl_ray.errors import as_command, no_such, print_error
 from tipl_ray.places import JOBS_FOLDER
 
 NAMES = (
@@ -50,7 +49,7 @@ def main() -> int | None:
     if name == COMPLETION:
         _complete([name, *arguments])
     if name not in NAMES:
-        print(f"error: {no_such('job', name, NAMES)}", file=sys.stderr)
+        print_error(no_such("job", name, NAMES))
         return 2
     sys.argv = [f"tipl {name}", *arguments]  # as usage lines have it
     return load(name).main()
@@ -93,16 +92,6 @@ def _complete(arguments: list[str]) -> NoReturn:
     jobs |= {"pipeline": options(load("pipeline").STAGES), "compare": load("compare").Comparison(), "data": _Data()}
     tyro.cli(tyro.extras.subcommand_type_from_defaults(jobs, prefix_names=False), args=arguments, prog="tipl")
     raise AssertionError("tyro exits once it has printed it")
-
-
-def as_command(text: str) -> str:
-    """A job's description with `tipl NAME` in place of `python jobs/NAME.py`.
-
-    >>> as_command("python jobs/train.py --experiment jobs/experiments/demo.toml")
-    'tipl train --experiment demo'
-    """
-    text = re.sub(r"jobs/experiments/(\w+)\.toml", r"\1", text)
-    return re.sub(r"(?:python )?jobs/(\w+)\.py", r"tipl \1", text)
 
 
 def load(name: str) -> ModuleType:

@@ -229,9 +229,11 @@ def _context(series: Sequence[ImportedSeries], asking: Asking, tipl: Combination
             )
         context = own
     if context > available:
+        ahead = asking.steps[0]
+        way_out = f"; at most --context {available}" if available > 0 and tipl is None else ""
         raise CheckpointError(
-            f"{shortest.name}: {len(shortest.steps)} checkpoints are too few to judge a forecast from a context of "
-            f"{context} displacements, which takes {context + asking.steps[0] + 1}"
+            f"{shortest.name}: {len(shortest.steps)} checkpoints are too few to judge a forecast {ahead} ahead from a "
+            f"context of {context} displacements, which takes {context + ahead + 1}{way_out}"
         )
     return context
 

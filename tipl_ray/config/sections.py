@@ -324,6 +324,8 @@ class Evaluate:
 
     def check(self) -> None:
         for name in self.predictors:
+            if name == "tipl":
+                raise ValueError("evaluate.predictors: TIPL is always among the predictors; leave 'tipl' out")
             PREDICTORS.check("evaluate.predictors", name)
         check_once("evaluate", "predictors", self.predictors)
         check_once("evaluate", "run_policies_of", self.run_policies_of)

@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from tipl_ray.data.storage import Storage, file_exists, join, last_name, publish, read_file, read_published
 from tipl_ray.digest import flat, identity
+from tipl_ray.errors import nearest
 from tipl_ray.experiments import from_table
 from tipl_ray.places import PUBLISHED_FOLDER, published_predictors
 from tipl_ray.predict.gram import Question
@@ -103,8 +104,14 @@ def find_predictor(folder: str) -> str:
     found = (
         f"; of its {len(models)} models none answers with displacements (train with --preset causal)" if models else ""
     )
-    published = f"; published with this package: {', '.join(published_predictors())}" if "/" not in folder else ""
-    raise ValueError(f"{folder} contains neither a saved predictor nor a trained model that can jump{found}{published}")
+    if "/" not in folder and not Storage(folder).entries():
+        raise ValueError(
+            f"{folder}: no such folder, and not a predictor published with this package: "
+            f"{', '.join(published_predictors())}{nearest(folder, published_predictors())}"
+        )
+    raise ValueError(
+        f"{folder} contains neither a saved predictor nor a trained model that forecasts displacements{found}"
+    )
 
 
 def _models_below(folder: str) -> list[str]:
