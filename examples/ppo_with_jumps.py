@@ -75,7 +75,12 @@ def main() -> None:
     torch.set_num_threads(1)  # networks this small are four times slower on two
     torch.manual_seed(settings.seed)
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # v4, the paper's, has a successor
-        environment: gymnasium.Env = gymnasium.make(settings.task)
+        try:
+            environment: gymnasium.Env = gymnasium.make(settings.task)
+        except gymnasium.error.Error as refusal:
+            parser.error(f"--task {settings.task}: {refusal}")
+    if not isinstance(environment.action_space, gymnasium.spaces.Box):
+        parser.error(f"--task {settings.task}: its actions are not continuous, which this example needs")
     environment = gymnasium.wrappers.RecordEpisodeStatistics(environment)
     environment = gymnasium.wrappers.NormalizeObservation(gymnasium.wrappers.ClipAction(environment))
     environment = gymnasium.wrappers.NormalizeReward(environment, gamma=GAMMA)

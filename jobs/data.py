@@ -17,7 +17,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,7 +36,14 @@ from tipl_ray.remembered import remembered_collection
 from tipl_ray.terminal import say, say_rows, say_sentence, size_text
 
 Root = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
-Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="seeds of the trials (default: all)")]
+
+
+def option(text: str, default: str, metavar: str | None = None) -> Any:
+    """An option of a command, with its default in words."""
+    return tyro.conf.arg(help=text, help_behavior_hint=f"(default: {default})", metavar=metavar)
+
+
+Seeds = Annotated[tuple[int, ...], option("seeds of the trials", "all")]
 
 app = tyro.extras.SubcommandApp()
 
@@ -125,11 +132,9 @@ def export(
         ),
     ],
     seeds: Seeds = (),
-    columns: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(COLUMNS)} (default: all)")] = (),
+    columns: Annotated[tuple[str, ...], option(f"of {', '.join(COLUMNS)}", "all")] = (),
     start: Annotated[int, tyro.conf.arg(help="of one trial: first snapshot")] = 0,
-    stop: Annotated[
-        int | None, tyro.conf.arg(help="of one trial: snapshot before which to stop (default: after the last)")
-    ] = None,
+    stop: Annotated[int | None, option("of one trial: snapshot before which to stop", "after the last", "INT")] = None,
 ) -> int:
     """Export one trial as arrays, or all trials as a folder that Hugging Face's `datasets` loads.
 
@@ -244,16 +249,26 @@ def import_checkpoints(
     folders: Annotated[
         tuple[Path, ...],
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="FOLDER [FOLDER ...]", help="folders of checkpoints, one per training run"),
+        tyro.conf.arg(
+            metavar="FOLDER [FOLDER ...]",
+            help="folders of checkpoints, one per training run",
+            help_behavior_hint="(required)",
+        ),
     ],
     storage: Annotated[str, tyro.conf.arg(help="folder or URI to store the inner products in")],
     steps: Annotated[
         str | None,
-        tyro.conf.arg(help="regular expression with one group, the checkpoint's number, such as 'step_(\\d+)'"),
+        option(
+            "regular expression with one group, the checkpoint's number, such as 'step_(\\d+)'",
+            "the number in which the names differ",
+            "REGEX",
+        ),
     ] = None,
-    file: Annotated[str | None, tyro.conf.arg(help="name of the weights' file, if each checkpoint is a folder")] = None,
-    include: Annotated[tuple[str, ...], tyro.conf.arg(help="regular expressions of the only tensors to read")] = (),
-    exclude: Annotated[tuple[str, ...], tyro.conf.arg(help="regular expressions of tensors to leave out")] = (),
+    file: Annotated[
+        str | None, option("name of the weights' file, if each checkpoint is a folder", "the only file of weights there", "STR")
+    ] = None,
+    include: Annotated[tuple[str, ...], option("regular expressions of the only tensors to read", "all")] = (),
+    exclude: Annotated[tuple[str, ...], option("regular expressions of tensors to leave out", "none")] = (),
 ) -> int:
     """Reduce the checkpoints of any training run to inner products of the displacements between them, for `ask`.
 
@@ -287,27 +302,30 @@ def ask(
     storage: Root,
     series: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(help="recorded trials, such as trial-1, and names or digests of imported series (default: all)"),
+        option("recorded trials, such as trial-1, and names or digests of imported series", "all"),
     ] = (),
     steps: Annotated[tuple[int, ...], tyro.conf.arg(help="checkpoints ahead")] = (1, 2, 5, 10),
     context: Annotated[
-        int | None, tyro.conf.arg(help="displacements in a forecast's context (default: a quarter of all, 2 to 20)")
+        int | None, option("displacements in a forecast's context", "a quarter of all, 2 to 20", "INT")
     ] = None,
     per_iteration: Annotated[
         int | None,
-        tyro.conf.arg(
-            help="checkpoints per iteration of an algorithm that reuses its data, as PPO does (default: what recorded "
-            "trials say, else 1)"
+        option(
+            "checkpoints per iteration of an algorithm that reuses its data, as PPO does",
+            "what recorded trials say, else 1",
+            "INT",
         ),
     ] = None,
     leave_out: Annotated[
-        tuple[str, ...], tyro.conf.arg(help="layers to leave out, such as 'running statistics' or 'layer1.*'")
+        tuple[str, ...], option("layers to leave out, such as 'running statistics' or 'layer1.*'", "none")
     ] = (),
     predictor: Annotated[
         str | None,
-        tyro.conf.arg(
-            help="trained model or saved predictor to evaluate as well, without further training: its folder, or the "
-            "name of one that this package brings along"
+        option(
+            "trained model or saved predictor to evaluate as well, without further training: its folder, or the name "
+            "of one that comes with this package",
+            "none",
+            "FOLDER|NAME",
         ),
     ] = None,
 ) -> int:
@@ -335,9 +353,11 @@ def watch(
     snapshot: Annotated[int, tyro.conf.arg(help="snapshot to run; negative ones count from the end")] = -1,
     predictor: Annotated[
         str | None,
-        tyro.conf.arg(
-            help="run what this predictor forecasts for the snapshot instead: a folder or name as for `ask`, or a "
-            "baseline that needs no fitting, such as copy-last, linear or rank-1"
+        option(
+            "run what this predictor forecasts for the snapshot instead: a folder or name as for `ask`, or a baseline "
+            "that needs no fitting, such as copy-last, linear or rank-1",
+            "none",
+            "FOLDER|NAME",
         ),
     ] = None,
     ahead: Annotated[int, tyro.conf.arg(help="snapshots between the last one that the predictor sees and this")] = 1,
@@ -345,9 +365,7 @@ def watch(
     frames: Annotated[int, tyro.conf.arg(help="frames of the video at most; the episode is run to its end")] = 500,
     output: Annotated[
         Path | None,
-        tyro.conf.arg(
-            help="video, .mp4 or .gif (default: in the working directory, mp4 if imageio-ffmpeg is installed)"
-        ),
+        option("video, .mp4 or .gif", "in the working directory, mp4 if imageio-ffmpeg is installed", "FILE"),
     ] = None,
 ) -> int:
     """Run a recorded policy for an episode, print its return and write a video.

@@ -231,7 +231,7 @@ def _beaten(question: str, skills: Mapping[int, float], others: Mapping[int, flo
 
     verdict: Verdict = "no" if not above else "yes" if above == known else "partly"
     ends = [f"{number(skills[step])}{against(step)} at h = {step}" for step in dict.fromkeys((known[0], known[-1]))]
-    where = f"Better at {steps_text(above)}" if above else "Better at no forward step"
+    where = f"Better at {steps_text(above)}" if above else "Not better at any forward step"
     return Answer(question=question, verdict=verdict, text=f"{where}, {on}. Skill {' and '.join(ends)}.")
 
 
