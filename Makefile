@@ -4,10 +4,12 @@
 # make docs    installs into .venv and builds the documentation into site/, without network; a dead link is an error
 # make sweep   nine trainings over SVD rank and context length on the demo's data, compared in MLflow
 # make learn   the slow proof that PPO learns: HalfCheetah, 3 trials of 300,000 steps, with a report
-# make chaos   kills collections at every publication point and at random, compares what comes of them
-# make zero-shot   the Transformer of the pendulum, asked about HalfCheetah networks: half an hour
-# make bench   what the README claims of speed, side by side with its peers, which get an environment of their own
+# make chaos   kills collections at every publication point and at random, and compares the data sets they leave
+# make zero-shot   the Transformer trained on InvertedPendulum, tested on HalfCheetah's networks: half an hour
+# make bench   the README's speed figures, next to those of its peers, which get an environment of their own
 # make bench-quick   every benchmark at its smallest, to see that it runs
+# make lint    format, ruff, mypy, the layers of imports
+# make test-slow   the tests that take minutes each
 
 PYTHON ?= python3
 STAMP := .venv/installed

@@ -64,9 +64,9 @@ def describe(storage: Root) -> int:
     lines |= {f"version of {name}": version for name, version in sorted(header.versions.items())}
     lines |= {
         "config hash": header.config_hash,
-        "trials": f"{len(progress)}, {num_complete} of them complete"
+        "trials": f"{len(progress)}, {'of no set length' if expected is None else f'{num_complete} of them complete'}"
         + (f", {len(diverged)} diverged: {', '.join(diverged)}" if diverged else ""),
-        "snapshots": f"{snapshots:,}, {_number(expected)} in a complete trial",
+        "snapshots": f"{snapshots:,}" + ("" if expected is None else f", {expected:,} in a complete trial"),
         "columns": ", ".join(header.columns),
         "on disk": f"{size_text(num_bytes)}, {num_bytes / raw:.3f} of the {size_text(raw)} of the raw weights",
         "digest": "? (see the errors)" if refusals else store.digest(seeds),
@@ -95,6 +95,8 @@ def list_trials(storage: Root) -> int:
             "on disk": size_text(one.num_bytes),
             "complete": f"diverged after iteration {one.divergence.iteration}"
             if one.divergence
+            else "no set length"
+            if expected is None
             else "yes"
             if one.num_snapshots == expected
             else "no",

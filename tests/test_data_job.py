@@ -42,7 +42,7 @@ def test_describe_tells_task_layout_versions_sizes_and_returns(tmp_path: Path) -
     store = collect(tmp_path, seed=3)
     collect(tmp_path, seed=4, stops=(2,))
     said = run("describe", tmp_path)
-    for told in (HEADER.task, "log_std", "[2, 3] at 0", "2.13.0", store.digest(), "10, ? in a complete trial", "mean"):
+    for told in (HEADER.task, "log_std", "[2, 3] at 0", "2.13.0", store.digest(), "2, of no set length", "mean"):
         assert told in said
     on_disk = sum(path.stat().st_size for path in files(tmp_path, "*.parquet"))
     assert f"{on_disk / 1000:.3g} KB, {on_disk / (10 * 7 * 4):.3f} of the 280 B" in said

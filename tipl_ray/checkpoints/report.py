@@ -119,7 +119,7 @@ def next_checkpoint(findings: Findings) -> Answer:
     else:
         others = f"the best of {len(own)} predictors on the same windows, {_words(best).rstrip(',')}, is"
         sentences = [f"{_sentence(linear).rstrip('.')}; {others} {_amount(best['skill'], against='')}."]
-    sentences.append(f"Better and worse are meant in squared error over all weights, {_windows(linear)}.")
+    sentences.append(f"Percentages refer to the squared error over all weights, {_windows(linear)}.")
     return _answer(_question(step), _verdict(best), sentences, best)
 
 
