@@ -77,6 +77,7 @@ def test_a_policy_that_stable_baselines3_saved_is_read_without_unpickling(tmp_pa
     stable_baselines3 = pytest.importorskip("stable_baselines3")
     model = stable_baselines3.PPO("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, device="cpu")
     states = []
+    (tmp_path / "run").mkdir()
     for step in (1000, 2000, 3000):
         with torch.no_grad():
             for parameter in model.policy.parameters():

@@ -123,7 +123,7 @@ def test_policies_of_stable_baselines3_act_as_it_predicts(tmp_path: Path, algori
     vector = VecNormalize(vector) if normalised else vector
     settings: dict[str, Any] = {"learning_starts": 20, "batch_size": 8, "buffer_size": 200}
     if algorithm in ("PPO", "A2C"):
-        settings = {"n_steps": 32}
+        settings = {"n_steps": 32} | ({"batch_size": 32} if algorithm == "PPO" else {})
     kwargs = {"net_arch": [6, 5], **({"activation_fn": torch.nn.ReLU} if normalised else {})}
     model = KINDS[algorithm]("MlpPolicy", vector, seed=0, device="cpu", policy_kwargs=kwargs, **settings)
     model.learn(64, callback=RecordPolicy(str(tmp_path), trial=1, steps_per_snapshot=20))

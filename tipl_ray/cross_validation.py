@@ -31,6 +31,8 @@ from tipl_ray.tracking import ui_command
 
 FOLDS = 10
 """Number of folds where none is given."""
+ORDER = ("all", "phase", "third")
+"""Groups of windows, in the order of the tables."""
 
 
 def folds_of(experiment: Experiment) -> list[Experiment]:
@@ -94,11 +96,24 @@ def _evaluate(experiment: Experiment, models: Sequence[str]) -> Evaluation:
 
 def summarise(experiment: Experiment, results: Sequence[Table], trained_on: str) -> dict[str, list[dict[str, Any]]]:
     """The result tables of all folds as one: summary, comparisons with TIPL, skill by phase and third, and by trial."""
-    table = {name: np.concatenate([one[name] for one in results]) for name in results[0]}
     resampling = metrics.Resampling.of(experiment.evaluate)
-    return {
-        "summary": metrics.summarise(table, resampling, trained_on=trained_on),
-        "comparisons": metrics.compare(table, "tipl", resampling),
-        "groups": metrics.group_skills(table, resampling),
-        "trials": metrics.trial_skills(table),
-    }
+    summary, groups, trials, comparisons = [], [], [], []
+    ours = _of_predictor(results, "tipl")
+    # One predictor at a time: all folds at once are gigabytes.
+    for name in sorted({name for one in results for name in dict.fromkeys(one["predictor"])}):
+        table = _of_predictor(results, name)
+        summary += metrics.summarise(table, resampling, trained_on=trained_on)
+        groups += metrics.group_skills(table, resampling)
+        trials += metrics.trial_skills(table)
+        if name != "tipl":
+            both = {column: np.concatenate([ours[column], table[column]]) for column in ours}
+            comparisons += metrics.compare(both, "tipl", resampling)
+    comparisons.sort(
+        key=lambda row: (ORDER.index(row["group"]), row["task"], row["step"], row["value"], row["against"])
+    )
+    groups.sort(key=lambda row: ORDER.index(row["group"]))
+    return {"summary": summary, "comparisons": comparisons, "groups": groups, "trials": trials}
+
+
+def _of_predictor(results: Sequence[Table], name: str) -> Table:
+    return {column: np.concatenate([one[column][one["predictor"] == name] for one in results]) for column in results[0]}

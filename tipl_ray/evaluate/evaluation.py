@@ -456,4 +456,12 @@ def _as_parquet(table: Table) -> bytes:
 
 def _from_parquet(content: bytes) -> Table:
     table = pyarrow.parquet.read_table(pa.BufferReader(content))
-    return {column: table[column].to_numpy() for column in table.column_names}
+    return {column: _to_numpy(table[column]) for column in table.column_names}
+
+
+def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as an array; equal strings are one object, as there are millions of them."""
+    if not pa.types.is_string(column.type):
+        return column.to_numpy()
+    encoded = column.combine_chunks().dictionary_encode()
+    return encoded.dictionary.to_numpy(zero_copy_only=False)[encoded.indices.to_numpy()]

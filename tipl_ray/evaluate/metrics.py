@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from scipy import special
 
@@ -104,12 +105,22 @@ def by(table: Table, *columns: str) -> Iterator[tuple[tuple, Table]]:
     """Cut a table into the groups of equal values in some columns, in the values' order: (values, rows)."""
     if not len(table[columns[0]]):
         return
-    coded = [np.unique(table[column], return_inverse=True) for column in columns]
+    coded = [_coded(table[column]) for column in columns]
     groups = np.ravel_multi_index([codes for _, codes in coded], [len(unique) for unique, _ in coded])
     order = np.argsort(groups, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
         values = tuple(np.asarray(table[column][rows[0]]).item() for column in columns)
         yield values, {name: column[rows] for name, column in table.items()}
+
+
+def _coded(column: NDArray) -> tuple[NDArray, NDArray]:
+    """Values of a column, ascending, and each row's index among them; numpy alone sorts strings a hundred times
+    slower."""
+    if column.dtype.kind not in "OU":
+        return np.unique(column, return_inverse=True)
+    encoded = pa.array(column).dictionary_encode()
+    values, indices = np.unique(encoded.dictionary.to_numpy(zero_copy_only=False), return_inverse=True)
+    return values, indices[encoded.indices.to_numpy()]
 
 
 def wpe(table: Table) -> float:

@@ -139,6 +139,7 @@ INTEGRATION = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 def _make(task: str, options: Mapping[str, Any]) -> gymnasium.Env:
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning), _without_deprecations():
+        warnings.filterwarnings("ignore", ".*Using the latest versioned environment")  # such an id is refused below
         return gymnasium.make(task, max_episode_steps=-1, disable_env_checker=True, **options)
 
 
