@@ -2,7 +2,7 @@
 
     python docs/opening.py
 
-Skill of each predictor per forward step, on InvertedPendulum's held-out trials and on HalfCheetah, a task that the
+Skill of each predictor per forward step, on InvertedPendulum, cross-validated, and on HalfCheetah, a task that the
 Transformer never saw in training. Writes docs/pictures/opening.png; nothing is run.
 """
 
@@ -31,9 +31,9 @@ def main() -> None:
     """Draw and write the picture."""
     with as_shipped():
         figure, (seen, unseen) = new_figure(2, width=11, height=4.0, share=True)
-        bounds = draw(seen, DOCS / "results" / "inverted_pendulum_causal.csv")
+        bounds = draw(seen, DOCS / "results" / "inverted_pendulum_cross_validated.csv")
         draw(unseen, DOCS / "results" / "zero_shot.csv", bound=True)
-        dress(seen, "InvertedPendulum: 5 held-out trials", "snapshots ahead", "skill\n(1 perfect, 0 copying)")
+        dress(seen, "InvertedPendulum: 50 test trials", "snapshots ahead", "skill\n(1 perfect, 0 copying)")
         dress(unseen, "HalfCheetah: never seen in training", "snapshots ahead", "")
         said = f"upper bound off the scale: {bounds[0]:.2f} to {bounds[-1]:.2f}"
         seen.text(0.97, 0.95, said, transform=seen.transAxes, ha="right", va="top", fontsize=11, color=SOFT)
