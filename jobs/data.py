@@ -267,7 +267,8 @@ def import_checkpoints(
         ),
     ] = None,
     file: Annotated[
-        str | None, option("name of the weights' file, if each checkpoint is a folder", "the only file of weights there", "STR")
+        str | None,
+        option("name of the weights' file, if each checkpoint is a folder", "the only file of weights there", "STR"),
     ] = None,
     include: Annotated[tuple[str, ...], option("regular expressions of the only tensors to read", "all")] = (),
     exclude: Annotated[tuple[str, ...], option("regular expressions of tensors to leave out", "none")] = (),
