@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from command import make_parser, results_folder, use_one_core, write_table  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment, RunTask  # noqa: E402
-from tipl_ray.drawing import as_shipped, dress, legend_below, new_figure, png  # noqa: E402
+from tipl_ray.drawing import as_shipped, dress, labelled, legend_below, new_figure, png  # noqa: E402
 from tipl_ray.evaluate.metrics import Resampling  # noqa: E402
 from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
@@ -189,18 +189,14 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
             for inputs, colour in COLOURS.items():
                 own = [row for row in rows if (row["task"], row["inputs"], row["step"]) == (task, inputs, STEPS[0])]
                 phases = [row["phase"] for row in own]
-                panel.fill_between(
-                    phases,
-                    *([row[end] for row in own] for end in ("skill_low", "skill_high")),
-                    color=colour,
-                    alpha=0.15,
-                )
+                low, high = ([row[end] for row in own] for end in ("skill_low", "skill_high"))
+                panel.fill_between(phases, low, high, color=colour, alpha=0.15)
                 panel.plot(phases, [row["skill"] for row in own], "o-", color=colour, label=inputs)
             panel.set_xticks(phases)
             dress(
                 panel, task.partition("@")[0], "snapshots into the iteration (0: it has just ended)", "skill, 1 ahead"
             )
-        legend_below(figure, panels[0].get_legend_handles_labels()[0])
+        legend_below(figure, labelled(panels[0]))
         return png(figure)
 
 
