@@ -1,12 +1,12 @@
 """PPO in one plain file, after CleanRL's `ppo_continuous_action.py`, with and without jumps: the lines marked J.
 
     python examples/ppo_with_jumps.py --epochs 10
-    python examples/ppo_with_jumps.py --predictor return-rule-v1
+    python examples/ppo_with_jumps.py --predictor first-again-v1
     python examples/ppo_with_jumps.py --predictor storage/demo
 
 A predictor is one that comes with the package, by its name, or a model trained with `--preset causal`, by its storage.
 With one, each iteration runs four update epochs, records the policy after the second and the fourth, and then jumps:
-with a package's predictor to where returns are expected to be higher, with a trained model to where the tenth epoch
+with `first-again-v1` by the first two epochs' displacement once more, with a trained model to where the tenth epoch
 would have led. Each takes a minute or two on one core.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="InvertedPendulum-v4", help="gymnasium id (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=4, help="update epochs run per iteration (default: %(default)s)")
-    parser.add_argument("--predictor", help="return-rule-v1, or a storage with one model (default: no jumps)")
+    parser.add_argument("--predictor", help="first-again-v1, or a storage with one model (default: no jumps)")
     parser.add_argument("--iterations", type=int, default=50, help="rollouts, each with updates (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2048, help="environment steps a rollout (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="Adam's first, annealed to 0 (default: 3e-4)")

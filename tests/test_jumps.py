@@ -497,6 +497,32 @@ class Mixed(nn.Module):
         self.register_buffer("seen", torch.tensor([2**53 + 1]))
 
 
+@pytest.mark.parametrize("recorded", [1, 2, 5])
+def test_first_again_makes_the_iterations_first_displacement_once_more_after_any_number_of_epochs(
+    recorded: int,
+) -> None:
+    module = nn.Linear(3, 2)
+    jumps = ModuleJumps.from_pretrained(module, "first-again-v1", recorded=recorded)
+    for iteration in range(3):
+        moves = [0.1 * torch.randn(8) for _ in range(recorded)]
+        for move in moves:
+            shift(module, move)
+            jumps.record()
+        before = flat(module)
+        # A context that is not full yet, and one that is.
+        assert jumps.jump(progress=iteration / 3)
+        torch.testing.assert_close(flat(module) - before, moves[0])
+
+
+def shift(module: nn.Module, by: torch.Tensor) -> None:
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(flat(module) + by, module.parameters())
+
+
+def flat(module: nn.Module) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
 @pytest.mark.parametrize("name", ["layer.weight", "of_float64", "of_bfloat16", "of_complex64"])
 def test_a_jump_changes_no_bit_of_what_nothing_has_moved(name: str) -> None:
     module = Mixed()

@@ -54,8 +54,8 @@ def published_predictors() -> tuple[str, ...]:
 
 
 def published_rules() -> tuple[str, ...]:
-    """Names of those that can be asked about iterations of any number of epochs."""
-    return tuple(sorted(file.parent.name for file in PUBLISHED_FOLDER.glob("*/predictor.json")))
+    """Names of those that were tuned for return, as `return-rule` with numbers of their own."""
+    return tuple(name for name in published_predictors() if name.startswith("return-rule"))
 
 
 def default_storage(name: str) -> str:

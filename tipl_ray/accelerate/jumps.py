@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl_ray.accelerate.return_rule import ReturnRule
+from tipl_ray.predict.baselines import FirstAgain
 from tipl_ray.predict.gram import Contexts, Question
 from tipl_ray.predict.saved import load_predictor
 
@@ -274,7 +275,7 @@ class ModuleJumps:
 
     @classmethod
     def from_pretrained(
-        cls, module: torch.nn.Module, name: str = "return-rule-v1", *, recorded: int = 2, damping: float = 1.0
+        cls, module: torch.nn.Module, name: str = "first-again-v1", *, recorded: int = 2, damping: float = 1.0
     ) -> Self:
         """Jumps with a predictor that comes with this package, or with one in a folder or at a URI.
 
@@ -285,9 +286,11 @@ class ModuleJumps:
         """
         predictor = load_predictor(name)
         kl_limit = 0.0
+        question = Question(context=predictor.question.context, steps=(1,), snapshots_per_iteration=recorded + 1)
         if isinstance(predictor, ReturnRule):
-            question = Question(context=predictor.question.context, steps=(1,), snapshots_per_iteration=recorded + 1)
             predictor, kl_limit = predictor.asked(question), predictor.kl_limit
+        elif isinstance(predictor, FirstAgain):
+            predictor = FirstAgain(question)
         horizon = predictor.question.snapshots_per_iteration - recorded
         return cls(module, predictor, JumpSettings(horizon=max(horizon, 1), damping=damping, kl_limit=kl_limit))
 

@@ -29,7 +29,7 @@ class JumpPolicy(BaseCallback):
     from a saved model starts with an empty history.
     """
 
-    def __init__(self, predictor: str = "return-rule-v1", *, epochs_per_snapshot: int = EPOCHS_PER_SNAPSHOT):
+    def __init__(self, predictor: str = "first-again-v1", *, epochs_per_snapshot: int = EPOCHS_PER_SNAPSHOT):
         """`predictor` is the name of one that comes with the package, or a folder with another."""
         super().__init__()
         self._predictor, self._every = predictor, epochs_per_snapshot
