@@ -13,6 +13,7 @@ from torch import nn
 from trajectories import write_trials
 
 from tipl_ray import config, tipl
+from tipl_ray.data.parquet_folder import export_folder
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.window.transformer import WindowTransformer
 
@@ -52,7 +53,7 @@ def test_the_pages_lines_jump_in_a_loop_of_ones_own_and_in_stable_baselines3() -
     assert names["jumping"].jumps.taken == 2  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("predictor", ["return-rule-v1", "storage/demo"])
+@pytest.mark.parametrize("predictor", ["first-again-v1", "storage/demo"])
 def test_the_pages_command_trains_a_plain_ppo_with_jumps(predictor: str, demo: Path) -> None:
     (command,) = (line for line in PAGE.splitlines() if line.startswith("python") and line.endswith(predictor))
     shorter = command.replace("python", sys.executable, 1).replace("examples/", f"{ROOT}/examples/")
@@ -119,7 +120,10 @@ def test_a_small_resnet_is_recorded_and_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", ["start", "data", "install", "reference"])
 def test_the_pages_python_reads_a_data_set(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_trials("storage/demo", {1: np.ones((251, 122), np.float32)})
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    store = write_trials("storage/demo", {1: np.ones((251, 122), np.float32)})
+    if page == "data":
+        assert list(export_folder(store, {"train": [1]}, Path("demo-trajectories")))
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.S):
         exec(code, names)

@@ -364,7 +364,7 @@ def test_a_schedule_that_does_not_fit_the_predictor_is_refused(
 
 
 def test_jumps_by_what_is_no_predictor_are_refused() -> None:
-    with pytest.raises(ValueError, match="nowhere contains neither"):
+    with pytest.raises(ValueError, match="nowhere: no such folder, and not a predictor"):
         jumps_by("nowhere")
 
 

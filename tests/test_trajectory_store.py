@@ -988,7 +988,7 @@ def test_the_recipes_of_the_docs_give_the_right_rows_wherever_the_storage_is(tmp
     for neighbour in ("run1", "xAy", "whatX", "a"):  # what the parents' names match as patterns
         collect(tmp_path / neighbour / "data", seed=5)
     text = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text()
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, second, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     scope: dict[str, Any] = {}
     exec(first.replace('"storage/demo"', repr(str(storage))), scope)
     rows = {
