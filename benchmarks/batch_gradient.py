@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import make_parser, results_folder, use_one_core, write_table  # noqa: E402
+from command import make_parser, publish_table, results_folder, use_one_core  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment, RunTask  # noqa: E402
 from tipl_ray.drawing import as_shipped, dress, labelled, legend_below, new_figure, png  # noqa: E402
@@ -208,11 +208,10 @@ def main() -> None:
     use_one_core()
     folder = results_folder(arguments.quick)
     rows = [row for name in arguments.tasks for row in study(name, arguments.quick)]
-    table, picture = folder / "batch_gradient.csv", folder / "batch_gradient.png"
-    write_table(table, rows)
+    publish_table("batch_gradient", rows, arguments.quick)
+    picture = folder / "batch_gradient.png"
     picture.write_bytes(draw(rows))
     if not arguments.quick:
-        shutil.move(table, ROOT / "docs" / "results" / table.name)
         shutil.move(picture, ROOT / "docs" / "pictures" / picture.name)
     say_rows([{key: str(value) for key, value in row.items()} for row in rows if row["phase"] in (0, 1)])
 

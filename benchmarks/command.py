@@ -40,6 +40,11 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def publish_table(name: str, rows: Sequence[Mapping[str, Any]], quick: bool) -> None:
+    """Rows as docs/results/NAME.csv; of a quick run they are not kept."""
+    write_table((_scratch() if quick else ROOT / "docs" / "results") / f"{name}.csv", rows)
+
+
 @functools.cache
 def _scratch() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))

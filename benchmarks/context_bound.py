@@ -9,7 +9,6 @@ many random directions in P weights would have a bound of their number / P, the 
 Takes the last trials of each storage, and every 7th window. Writes docs/results/context_bound.csv.
 """
 
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import make_parser, results_folder, use_one_core, write_table  # noqa: E402
+from command import make_parser, publish_table, use_one_core  # noqa: E402
 
 from tipl_ray.data.rows import Rows  # noqa: E402
 from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
@@ -101,10 +100,7 @@ def main() -> None:
         store = TrajectoryStore(place)
         seeds = store.seeds()[-arguments.trials :]
         rows += study(store.header(seeds).task, {seed: store.weights(seed) for seed in seeds})
-    table = results_folder(arguments.quick) / "context_bound.csv"
-    write_table(table, rows)
-    if not arguments.quick:
-        shutil.move(table, ROOT / "docs" / "results" / table.name)
+    publish_table("context_bound", rows, arguments.quick)
     say_rows([{key: str(value) for key, value in row.items()} for row in rows])
 
 

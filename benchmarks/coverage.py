@@ -19,7 +19,6 @@ Writes docs/results/coverage.csv: the shares of intervals, by either method, tha
 """
 
 import csv
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import make_parser, results_folder, write_table  # noqa: E402
+from command import make_parser, publish_table  # noqa: E402
 
 from tipl_ray.evaluate.metrics import Resampling  # noqa: E402
 from tipl_ray.terminal import say_rows  # noqa: E402
@@ -109,10 +108,7 @@ def main() -> None:
     if len(arguments.tables) != (0 if arguments.quick else 2):
         parser.error("two tables are needed, trials.csv of one cross-validation each")
     rows = rows_of(arguments.tables, 20 if arguments.quick else arguments.draws)
-    table = results_folder(arguments.quick) / "coverage.csv"
-    write_table(table, rows)
-    if not arguments.quick:
-        shutil.move(table, ROOT / "docs" / "results" / table.name)
+    publish_table("coverage", rows, arguments.quick)
     say_rows([{key: str(value) for key, value in row.items()} for row in rows])
 
 

@@ -2,7 +2,8 @@
 
     python jobs/data.py describe storage/demo
     python jobs/data.py verify s3://bucket/experiment
-    python jobs/data.py export storage/demo 7 trial-7.safetensors --stop 100
+    python jobs/data.py export storage/demo trial-7.safetensors --seeds 7
+    python jobs/data.py export storage/demo demo-trajectories
     python jobs/data.py import runs/model --storage storage/model
     python jobs/data.py ask storage/model
     python jobs/data.py watch storage/demo 1

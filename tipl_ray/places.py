@@ -1,6 +1,7 @@
 """Folders and environment variables of the machine that a job runs on: where things are, and whether they are
 writable."""
 
+import json
 import os
 import re
 import unicodedata
@@ -55,7 +56,8 @@ def published_predictors() -> tuple[str, ...]:
 
 def published_rules() -> tuple[str, ...]:
     """Names of those that were tuned for return, as `return-rule` with numbers of their own."""
-    return tuple(name for name in published_predictors() if name.startswith("return-rule"))
+    about = {file.parent.name: json.loads(file.read_text()) for file in PUBLISHED_FOLDER.glob("*/predictor.json")}
+    return tuple(sorted(name for name, one in about.items() if one["name"] == "return-rule"))
 
 
 def default_storage(name: str) -> str:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tipl_ray.data.snapshots import COLUMNS, NULLABLE, Header, part_schema, write_options
-from tipl_ray.data.storage import TEMPORARY
+from tipl_ray.data.storage import TEMPORARY, write_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table
 
@@ -65,7 +65,7 @@ def export_folder(
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"output={folder} is not empty; choose another folder") from None
     folder.mkdir(exist_ok=True)
-    _write(folder / DESCRIPTION, description)
+    write_file(str(folder), DESCRIPTION, description.encode())
     rows = {}
     for seed, name in files.items():
         path = folder / name
@@ -74,7 +74,7 @@ def export_folder(
             _export_trial(store, seed, names, header, path)
         rows[seed] = pq.read_metadata(path).num_rows
         yield seed, path
-    _write(folder / CARD, _card(header, digest, splits, names, rows))
+    write_file(str(folder), CARD, _card(header, digest, splits, names, rows).encode())
 
 
 def _export_trial(store: TrajectoryStore, seed: int, names: Sequence[str], header: Header, path: Path) -> None:
@@ -141,9 +141,3 @@ def _card(
             *("", "```json", settings, "```", ""),
         ]
     )
-
-
-def _write(path: Path, content: str) -> None:
-    partial = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-    partial.write_text(content)
-    partial.rename(path)
