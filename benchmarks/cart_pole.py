@@ -5,12 +5,22 @@ by its likeliest actions and by sampled ones, the mean return while it trained o
 steps after which it first had 475 over ten iterations with an episode's end. Gymnasium takes 475 for solved; 500 is the
 most there is.
 
+CleanRL's own ppo.py, which is not a package, runs on the same seeds if a command for it is given; it needs a virtual
+environment with gymnasium 0.29. Of these trials only what the script prints is known: its returns while it trains.
+
     python benchmarks/cart_pole.py
+    python benchmarks/cart_pole.py --cleanrl "cleanrl/.venv/bin/python cleanrl/cleanrl/ppo.py"
 """
 
+import csv
 import dataclasses
 import os
+import re
+import resource
+import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +37,7 @@ from tipl_ray.experiments import load_experiment  # noqa: E402
 from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.ppo.returns import policy_returns  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
-from tipl_ray.terminal import say_rows  # noqa: E402
+from tipl_ray.terminal import say, say_rows  # noqa: E402
 
 SOLVED, EPISODES, WINDOW = 475.0, 100, 10
 
@@ -60,36 +70,76 @@ def run(experiment: Experiment) -> list[dict[str, Any]]:
         ).mean(axis=1)
         for sampled in (False, True)
     ]
-    rows = []
-    for index, seed in enumerate(seeds):
-        steps, curve = map(np.array, zip(*curves[seed], strict=True))
-        smooth = np.convolve(curve, np.ones(WINDOW) / WINDOW, "valid")
-        solved = np.flatnonzero(smooth >= SOLVED)
-        rows.append(
-            {
-                "seed": seed,
-                "env_steps": last[seed].env_step,
-                "return_likeliest": round(float(returns[0][index]), 1),
-                "return_sampled": round(float(returns[1][index]), 1),
-                "training_return_last_tenth": round(float(curve[-len(curve) // 10 :].mean()), 1),
-                "env_steps_to_475": int(steps[solved[0] + WINDOW - 1]) if len(solved) else None,
-                "cpu_seconds": round(seconds, 1),
-            }
+    return [
+        {
+            "implementation": "tipl_ray",
+            "seed": seed,
+            "env_steps": last[seed].env_step,
+            "return_likeliest": round(float(returns[0][index]), 1),
+            "return_sampled": round(float(returns[1][index]), 1),
+            **of_curve(curves[seed]),
+            "cpu_seconds": round(seconds, 1),
+        }
+        for index, seed in enumerate(seeds)
+    ]
+
+
+def of_curve(curve: list[tuple[int, float]]) -> dict[str, Any]:
+    """What the table says of (environment steps, mean return of the episodes that ended) by iteration."""
+    steps, returns = map(np.array, zip(*curve, strict=True))
+    solved = np.flatnonzero(np.convolve(returns, np.ones(WINDOW) / WINDOW, "valid") >= SOLVED)
+    return {
+        "training_return_last_tenth": round(float(returns[-len(returns) // 10 :].mean()), 1),
+        "env_steps_to_475": int(steps[solved[0] + WINDOW - 1]) if len(solved) else None,
+    }
+
+
+def run_cleanrl(command: str, experiment: Experiment, seed: int) -> dict[str, Any]:
+    """One row from CleanRL's script, whose iterations have as many steps as ours."""
+    total, per_iteration = experiment.env_steps_per_trial, experiment.ppo.num_steps
+    words = [str(Path(word).resolve()) if Path(word).exists() else word for word in shlex.split(command)]
+    told = ["--seed", str(seed), "--total-timesteps", str(total), "--no-cuda"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryDirectory() as folder:  # it writes its event files into the working directory
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(
+            [*words, *told], cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
         )
-    return rows
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended: dict[int, list[float]] = {}
+    for step, value in re.findall(r"global_step=(\d+), episodic_return=\[?([-\d.]+)", ran.stdout):
+        ended.setdefault(-(-int(step) // per_iteration) * per_iteration, []).append(float(value))
+    return {
+        "implementation": "CleanRL",
+        "seed": seed,
+        "env_steps": total,
+        "return_likeliest": None,
+        "return_sampled": None,
+        **of_curve([(step, float(np.mean(values))) for step, values in sorted(ended.items())]),
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+    }
 
 
 def main() -> None:
     """Run it, print the table and write it."""
-    arguments = make_parser(__doc__).parse_args()
+    parser = make_parser(__doc__)
+    parser.add_argument("--cleanrl", metavar="COMMAND", help="runs CleanRL's ppo.py")
+    arguments = parser.parse_args()
     os.nice(10)
     experiment = load_experiment(ROOT / "jobs" / "experiments" / "cart_pole.toml").check("collect")
     if arguments.quick:
         few = dataclasses.replace(experiment.collect, num_trials=2, total_env_steps=10 * experiment.ppo.num_steps)
         experiment = dataclasses.replace(experiment, collect=few)
     rows = run(experiment)
-    folder = results_folder(True) if arguments.quick else ROOT / "docs" / "results"
-    write_table(folder / "cart_pole.csv", rows)
+    table = (results_folder(True) if arguments.quick else ROOT / "docs" / "results") / "cart_pole.csv"
+    if arguments.cleanrl:
+        for seed in experiment.collect.seeds:
+            rows.append(run_cleanrl(arguments.cleanrl, experiment, seed))
+            write_table(table, rows)
+            say(f"CleanRL, seed {seed}: {rows[-1]['training_return_last_tenth']} at the end")
+    elif table.exists():
+        rows += [row for row in csv.DictReader(table.open()) if row.get("implementation") == "CleanRL"]
+    write_table(table, rows)
     say_rows([{key: str(value) for key, value in row.items()} for row in rows])
 
 

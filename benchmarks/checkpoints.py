@@ -164,6 +164,7 @@ def main() -> None:
     if arguments.quick:
         arguments.weights, arguments.checkpoints = [18e6], 6
     distinct = min(arguments.distinct or arguments.checkpoints, arguments.checkpoints)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for weights in arguments.weights:
         rows.append(measure(arguments.folder, int(weights), arguments.checkpoints, distinct))

@@ -1,12 +1,13 @@
 """Does the stacked engine learn as others do? The same hyperparameters and seeds, and a two-sample test of the outcome.
 
-CleanRL's defaults are held against the plain trial, a preset of rl-baselines3-zoo against stable-baselines3. Per seed:
-the mean return of the episodes that ended in each iteration. Final return is the mean over the last tenth of a trial,
-area under the curve the mean over all of it; a Mann-Whitney test compares the implementations on each. Seeds that are
-done are kept in benchmarks/results/same_learning.json; the same command goes on with the others, then writes
+CleanRL's defaults are held against the plain trial, a preset of rl-baselines3-zoo against stable-baselines3, and the
+engine's products in bfloat16 (ppo.precision, where the processor has them) against those in float32. Per seed: the mean
+return of the episodes that ended in each iteration. Final return is the mean over the last tenth of a trial, area under
+the curve the mean over all of it; a Mann-Whitney test compares the implementations on each. Seeds that are done are
+kept in benchmarks/results/same_learning.json; the same command goes on with the others, then writes
 docs/results/same_learning.csv and docs/pictures/same_learning.png. The others take about two hours of one core.
 
-    python benchmarks/same_learning.py [--studies InvertedPendulum-v4 HalfCheetah-v4 tuned_half_cheetah]
+    python benchmarks/same_learning.py [--studies InvertedPendulum-v4 HalfCheetah-v4 tuned_half_cheetah bfloat16]
 """
 
 import dataclasses
@@ -31,11 +32,12 @@ from tipl_ray.config import Collect, Experiment  # noqa: E402
 from tipl_ray.drawing import png  # noqa: E402
 from tipl_ray.evaluate.metrics import Resampling  # noqa: E402
 from tipl_ray.experiments import load_experiment  # noqa: E402
+from tipl_ray.ppo.compiled_learner import has_bfloat16  # noqa: E402
 from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.ppo.trials import TrialGroup  # noqa: E402
 from tipl_ray.terminal import say  # noqa: E402
 
-COLOURS = {"engine": "#0072B2", "plain": "#D55E00", "stable-baselines3": "#D55E00"}
+COLOURS = {"engine": "#0072B2", "plain": "#D55E00", "stable-baselines3": "#D55E00", "bfloat16": "#D55E00"}
 Curve = list[float | None]
 
 
@@ -50,10 +52,9 @@ class Study:
 
     @property
     def title(self) -> str:
-        """Task and policy, and the preset where there is one."""
+        """Task, preset or precision, and policy."""
         collect = self.experiment.collect
-        name = self.experiment.name if self.experiment.name != collect.task else collect.task
-        return f"{name} {'-'.join(map(str, collect.policy_hidden))}"
+        return f"{self.experiment.name} {'-'.join(map(str, collect.policy_hidden))}"
 
 
 def filled(returns: Curve) -> list[float]:
@@ -108,6 +109,18 @@ def their_curve(experiment: Experiment, seed: int) -> Curve:
     return curve
 
 
+def bfloat16_curve(experiment: Experiment, seed: int) -> Curve:
+    """Curve of one trial of the engine with its products in bfloat16."""
+    halved = dataclasses.replace(experiment, ppo=dataclasses.replace(experiment.ppo, precision="bfloat16"))
+    return engine_curves(halved, (seed,))[seed]
+
+
+def _of_bfloat16(task: str, width: int, env_steps: int, seeds: int) -> Study:
+    defaults = _of_defaults(task, width, env_steps, seeds)
+    experiment = dataclasses.replace(defaults.experiment, name="bfloat16")
+    return dataclasses.replace(defaults, experiment=experiment, peer="bfloat16", peer_curve=bfloat16_curve)
+
+
 def _of_defaults(task: str, width: int, env_steps: int, seeds: int) -> Study:
     collect = Collect(task=task, policy_hidden=(width, width), total_env_steps=env_steps)
     experiment = Experiment(name=task, collect=collect)
@@ -127,6 +140,7 @@ STUDIES = {
         _of_defaults("InvertedPendulum-v4", 8, 100_000, 20),
         _of_defaults("HalfCheetah-v4", 64, 300_000, 8),
         _of_preset("tuned_half_cheetah", 300_000, 8),
+        *([_of_bfloat16("HalfCheetah-v4", 256, 300_000, 16)] if has_bfloat16() else []),
     )
 }
 

@@ -6,9 +6,10 @@ are done are kept in benchmarks/results/stable_baselines_jumps.json; the same co
 writes docs/results/stable_baselines_jumps.csv and docs/pictures/stable_baselines_jumps.png. All of it takes an hour
 of one core.
 
-    python benchmarks/stable_baselines_jumps.py [--task Walker2d-v4] [--env-steps 100000] [--predictor return-rule-v1]
+    python benchmarks/stable_baselines_jumps.py [--task Walker2d-v4] [--env-steps 100000] [--predictor first-again-v1]
 """
 
+import argparse
 import json
 import sys
 import time
@@ -71,17 +72,32 @@ def train(task: str, variant: str, seed: int, env_steps: int, predictor: str) ->
     return {"curve": returns.curve, "gradient_steps": steps, "seconds": time.process_time() - begin}
 
 
-def summary(kept: dict[str, Any], task: str, env_steps: int, seeds: list[int]) -> list[dict[str, Any]]:
+def cell(task: str, env_steps: int, variant: str, predictor: str, seed: int) -> str:
+    """What a training is kept under."""
+    return "/".join([task, str(env_steps), variant, *([predictor] if VARIANTS[variant][1] else []), str(seed)])
+
+
+def runs_of(kept: dict[str, Any], settings: argparse.Namespace, variant: str) -> list[dict[str, Any]]:
+    """The trainings of a variant, seed by seed."""
+    return [kept[cell(settings.task, settings.env_steps, variant, settings.predictor, seed)] for seed in settings.seeds]
+
+
+def summary(kept: dict[str, Any], settings: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a variant: area under the curve and final return, each against ten epochs."""
     resampling = Resampling(confidence=0.95, bootstrap=10_000, seed=0)
     rows: list[dict[str, Any]] = []
     firsts: dict[str, np.ndarray] = {}
     for variant in VARIANTS:
-        runs = [kept[f"{task}/{env_steps}/{variant}/{seed}"] for seed in seeds]
+        runs = runs_of(kept, settings, variant)
         curves_SI = np.array([run["curve"] for run in runs])
         last = max(1, curves_SI.shape[1] // 10)
         outcome = {"auc": curves_SI.mean(axis=1), "final_return": curves_SI[:, -last:].mean(axis=1)}
-        row = {"task": task, "variant": variant, "env_steps": env_steps, "seeds": len(seeds)}
+        row = {
+            "task": settings.task,
+            "variant": variant,
+            "predictor": settings.predictor if VARIANTS[variant][1] else "",
+        }
+        row |= {"env_steps": settings.env_steps, "seeds": len(runs)}
         for name, values_S in outcome.items():
             first_S = firsts.setdefault(name, values_S)
             low, high = resampling.ends(resampling.resample(values_S))
@@ -94,12 +110,12 @@ def summary(kept: dict[str, Any], task: str, env_steps: int, seeds: list[int]) -
 
 
 @as_shipped()
-def draw(kept: dict[str, Any], task: str, env_steps: int, seeds: list[int]) -> Figure:
+def draw(kept: dict[str, Any], settings: argparse.Namespace) -> Figure:
     """Interquartile means over seeds, over environment steps and over gradient steps."""
     figure, panels = new_figure(2, width=10.0, height=4.0, share=True)
     resampling = Resampling(confidence=0.95, bootstrap=1000, seed=0)
     for variant, colour in COLOURS.items():
-        runs = [kept[f"{task}/{env_steps}/{variant}/{seed}"] for seed in seeds]
+        runs = runs_of(kept, settings, variant)
         curves_SI = np.array([run["curve"] for run in runs])
         shares_I = np.arange(1, curves_SI.shape[1] + 1) / curves_SI.shape[1]
         low_I, high_I = resampling.band(curves_SI)
@@ -107,7 +123,7 @@ def draw(kept: dict[str, Any], task: str, env_steps: int, seeds: list[int]) -> F
             axes.plot(total * shares_I, interquartile_mean(curves_SI.T), color=colour, linewidth=2, label=variant)
             axes.fill_between(total * shares_I, low_I, high_I, color=colour, alpha=0.15, linewidth=0)
     for axes, across in zip(panels, ("environment steps", "gradient steps"), strict=True):
-        dress(axes, f"{task}, {len(seeds)} seeds, stable-baselines3", across, "episodic return")
+        dress(axes, f"{settings.task}, {len(settings.seeds)} seeds, stable-baselines3", across, "episodic return")
         axes.xaxis.set_major_formatter("{x:,.0f}")
     legend_below(figure, labelled(panels[0]))
     return figure
@@ -118,27 +134,27 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--task", default="Walker2d-v4", help="gymnasium id (default: %(default)s)")
     parser.add_argument("--env-steps", type=int, default=100_000, help="of each training (default: %(default)s)")
-    parser.add_argument("--predictor", default="return-rule-v1", help="name or folder (default: %(default)s)")
-    arguments = parser.parse_args()
-    tables = pictures = folder = results_folder(arguments.quick)
-    env_steps, seeds = arguments.env_steps, list(range(FIRST_SEED, FIRST_SEED + SEEDS))
-    if arguments.quick:
-        env_steps, seeds = ROLLOUT, seeds[:2]
+    parser.add_argument("--predictor", default="first-again-v1", help="name or folder (default: %(default)s)")
+    settings = parser.parse_args()
+    settings.seeds = list(range(FIRST_SEED, FIRST_SEED + SEEDS))
+    tables = pictures = folder = results_folder(settings.quick)
+    if settings.quick:
+        settings.env_steps, settings.seeds = ROLLOUT, settings.seeds[:2]
     else:
         tables, pictures = ROOT / "docs" / "results", ROOT / "docs" / "pictures"
     torch.set_num_threads(1)
     path = folder / "stable_baselines_jumps.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for seed in seeds:
+    for seed in settings.seeds:
         for variant in VARIANTS:
-            key = f"{arguments.task}/{env_steps}/{variant}/{seed}"
+            key = cell(settings.task, settings.env_steps, variant, settings.predictor, seed)
             if key not in kept:
-                kept[key] = train(arguments.task, variant, seed, env_steps, arguments.predictor)
+                kept[key] = train(settings.task, variant, seed, settings.env_steps, settings.predictor)
                 path.write_text(json.dumps(kept) + "\n")
-                say(f"{arguments.task}, seed {seed}, {variant}: {kept[key]['seconds']:.0f} s")
-    rows = summary(kept, arguments.task, env_steps, seeds)
+                say(f"{settings.task}, seed {seed}, {variant}: {kept[key]['seconds']:.0f} s")
+    rows = summary(kept, settings)
     write_table(tables / "stable_baselines_jumps.csv", rows)
-    (pictures / "stable_baselines_jumps.png").write_bytes(png(draw(kept, arguments.task, env_steps, seeds)))
+    (pictures / "stable_baselines_jumps.png").write_bytes(png(draw(kept, settings)))
     say_rows([{key: str(value) for key, value in row.items()} for row in rows])
 
 

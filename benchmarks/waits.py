@@ -116,9 +116,16 @@ def run(checkout: Path, job: str, *arguments: str, commit: Path | None = None) -
         begin = time.time()
         notes = Path(folder, "notes")
         environment = {**os.environ, "PYTHONPATH": str(checkout), NOTES: str(notes), "TIPL_BEGIN": repr(begin)}
-        command = [sys.executable, __file__, "--watched", str(checkout / "jobs" / f"{job}.py"), *arguments]
+        command = [
+            sys.executable,
+            Path(__file__).resolve(),
+            "--watched",
+            str(checkout / "jobs" / f"{job}.py"),
+            *arguments,
+        ]
         with Path(folder, "said").open("w+") as said:
-            process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+            # Ray's workers have their driver's folder on their path before all others.
+            process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=said, stderr=said)
             cpu = ProcessorTime(process.pid)
             if commit is not None:
                 while process.poll() is None and not list(commit.glob("commits/trial=*/commit-1.json")):
@@ -141,7 +148,9 @@ def run(checkout: Path, job: str, *arguments: str, commit: Path | None = None) -
 def help_of(checkout: Path) -> Row:
     """What `--help` takes."""
     begin, before = time.time(), os.times()
-    subprocess.run([sys.executable, checkout / "jobs" / "pipeline.py", "--help"], capture_output=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    command = [sys.executable, checkout / "jobs" / "pipeline.py", "--help"]
+    subprocess.run(command, cwd=checkout, env=environment, capture_output=True, check=True)
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return "pipeline --help", time.time() - begin, cpu

@@ -51,10 +51,19 @@ def test_generations_share_their_seeds_with_no_other_and_draw_regimes_for_their_
     assert len({seed for seeds in ran for seed in seeds}) == 12
     assert ran[0] == [30_001, 30_002]
     many = dataclasses.replace(Experiment(name="any"), improve=dataclasses.replace(improve, generations=40))
-    drawn = {
-        (cell.regime.name, cell.value) for generation in range(40) for cell in generation_cells(many, 0, generation)[0]
-    }
-    assert drawn <= {(cell.regime.name, cell.value) for cell in cells(many.improve)}
+    drawn = {cell.regime.name for generation in range(40) for cell in generation_cells(many, 0, generation)[0]}
+    assert drawn == {regime.name for regime in many.improve.regimes}
+
+
+def test_a_rule_has_its_own_learning_rate_between_the_ends_of_its_regime() -> None:
+    cell = cells(Experiment(name="any").improve)[0]
+    assert cell.regime.values == (4e-4, 1e-3)
+    shares = {0.0: 4e-4, 0.5: math.sqrt(4e-4 * 1e-3), 1.0: 1e-3}
+    for share, rate in shares.items():
+        assert cell.between(share).value == pytest.approx(rate, rel=1e-12)
+        own = cell.between(share).experiment(Experiment(name="any"))
+        assert own.ppo.learning_rate == cell.between(share).value
+    assert cells(SMALL.improve)[0].between(0.3).value == 1e-3
 
 
 def test_cma_es_is_told_ranks_and_finds_the_top_of_a_hill() -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,7 @@ from tipl_ray.places import CHECKOUT, check_places, forget_empty_variables, in_c
 from tipl_ray.ppo.algorithms import ALGORITHMS
 from tipl_ray.ppo.tasks import find_task
 from tipl_ray.terminal import is_terminal
-from tipl_ray.tracking import Tracker
+from tipl_ray.tracking import Tracker, prepare, resolve_uri
 
 Item = TypeVar("Item")
 
@@ -95,6 +96,21 @@ def open_tracker(experiment: Experiment) -> Tracker:
     """The experiment's MLflow. Raises TrackingError where it cannot be used."""
     settings = experiment.where.tracking
     return Tracker.open(settings.uri, settings.experiment or experiment.name, experiment.storage_path)
+
+
+@contextlib.contextmanager
+def prepared_tracker(experiment: Experiment) -> Iterator[None]:
+    """Do in a thread what `open_tracker` spends seconds on, while the block does something else.
+
+    Raises TrackingError before the block for a URI that cannot be. What else is wrong, `open_tracker` finds.
+    """
+    uri = resolve_uri(experiment.where.tracking.uri, experiment.storage_path)
+    preparing = threading.Thread(target=prepare, args=(uri,))
+    preparing.start()
+    try:
+        yield
+    finally:
+        preparing.join()
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from tipl_ray.data.storage import (
 )
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat, identity
-from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
+from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker, prepared_tracker
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.representation import representation_of
 from tipl_ray.remembered import remember_collection, remember_training
@@ -87,9 +87,10 @@ class Context:
 
     def connect(self) -> None:
         """Connect to the Ray cluster, for work that is not found done; before the pipeline's run, so a signal ends
-        both."""
+        both. MLflow's own seconds pass meanwhile."""
         if not self._connected:
-            self._until_the_end.enter_context(connected_to_ray())
+            with prepared_tracker(self.experiment):
+                self._until_the_end.enter_context(connected_to_ray())
             self._connected = True
         _ = self.pipeline
 
@@ -398,8 +399,8 @@ STAGES = {
 def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
     """Run stages in order on the Ray cluster at hand, or on this machine; the whole of a job.
 
-    What can be refused is refused before MLflow is opened, and Ray is started for work that is not found done. Exits
-    with status 1 and one line on standard error for what the user can fix, 130 if interrupted.
+    What can be refused is refused before MLflow is opened, and Ray is started for work that is not found done, both at
+    once. Exits with status 1 and one line on standard error for what the user can fix, 130 if interrupted.
     """
     with exit_status(), contextlib.ExitStack() as until_the_end:
         context = Context(experiment, until_the_end)
@@ -409,13 +410,13 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
             if experiment.train.data:
                 data_sets(experiment)  # refuses those that are missing before anything else is collected
             first = next((name for name in names if not STAGES[name].check(context)), None)
-            view.wait("opening MLflow")
+            view.wait("opening MLflow and starting Ray" if first else "opening MLflow")
+            if first:
+                context.connect()
             tracker = context.tracker  # one that cannot be used is refused before hours of work
             if first == "collect" and "train" in names:
                 from tipl_ray.train.workers import require_workers
 
-                view.wait("starting Ray")
-                context.connect()
                 require_workers(experiment)  # now, and not when all is collected
         for name in names:
             STAGES[name].run(context)

@@ -136,6 +136,17 @@ def source_tags(folder: Path = CHECKOUT) -> dict[str, str]:
     return tags
 
 
+def prepare(uri: str) -> None:
+    """Import MLflow, and give an sqlite file of this URI its tables: what `Tracker.open` spends its seconds on.
+
+    Raises nothing: what is wrong with the store, opening it finds.
+    """
+    with contextlib.suppress(Exception):
+        _quiet_mlflow()
+        if file := _sqlite_file(uri):
+            _make_database(file)
+
+
 class Tracker:
     """One MLflow experiment. Open it first in the driver: a fresh sqlite file must be initialised by one process."""
 

@@ -463,7 +463,9 @@ def _of(findings: Findings, row: Row) -> str:
 
 
 def _layer(findings: Findings, row: Row) -> str:
-    return f"{row['group']} of {row['series']}" if len(findings.paths) > 1 else str(row["group"])
+    group = str(row["group"])
+    name = f"layer {group}" if group[:1].isdigit() else group  # torch's Sequential numbers its layers
+    return f"{name} of {row['series']}" if len(findings.paths) > 1 else name
 
 
 def _facts(series: Sequence[ImportedSeries], findings: Findings) -> dict[str, str]:

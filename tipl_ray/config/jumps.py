@@ -275,7 +275,8 @@ class Improve:
         ),
     )
     """A section [[improve.regimes]] of the experiment's file for each: PPO hyperparameters, and the base rule whose
-    jumps the forks vary. Each of its values makes a separate regime."""
+    jumps the forks vary. Forks are made at each of its values; a search for a rule chooses a value between the lowest
+    and the highest, in each regime in the same place."""
     stages: Annotated[int, Field(ge=1, le=10_000)] = 6
     """Number of iterations, evenly spaced, at which each trial is forked."""
     pairs: Annotated[int, Field(ge=1, le=10_000)] = 4
@@ -317,3 +318,5 @@ class Improve:
                 )
             if not regime.values:
                 raise ValueError(f"improve.regimes: {regime.name!r} needs values for {regime.searched}")
+            if min(regime.values) <= 0:
+                raise ValueError(f"improve.regimes: {regime.name!r}: values={list(regime.values)} must be above 0")

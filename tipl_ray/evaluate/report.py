@@ -128,6 +128,11 @@ class Answer:
         return "Unclear" if self.verdict == "unknown" else (self.verdict or "").capitalize()
 
     @property
+    def few(self) -> bool:
+        """Whether it rests on too few trials for a confidence interval."""
+        return self.trials is not None and self.trials < MIN_TRIALS
+
+    @property
     def line(self) -> str:
         """The whole of it in one line."""
         return " ".join([self.question, *([f"{self.said}."] if self.verdict else []), self.text])

@@ -63,6 +63,11 @@ class Cell:
         """Name in progress lines."""
         return f"{self.task}, {self.regime.name}, {self.regime.searched} {self.value:g}"
 
+    def between(self, share: float) -> "Cell":
+        """The same cell at another value: the regime's lowest at 0, its highest at 1, evenly in its logarithm."""
+        low, high = min(self.regime.values), max(self.regime.values)
+        return dataclasses.replace(self, value=float(low * (high / low) ** share))
+
     def experiment(self, experiment: Experiment) -> Experiment:
         """The experiment that its trials run, without corrective epochs."""
         ppo = self.regime.ppo_at(experiment.ppo, self.value)

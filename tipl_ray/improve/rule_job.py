@@ -11,11 +11,11 @@ import numpy as np
 
 from tipl_ray.accelerate.contenders import jump_question
 from tipl_ray.accelerate.return_rule import ReturnRule
-from tipl_ray.config import Experiment
+from tipl_ray.config import Experiment, Improve
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import file_exists, join, publish, read_published
 from tipl_ray.digest import as_table, digest, identity
-from tipl_ray.improve.forks import cells
+from tipl_ray.improve.forks import Cell, cells
 from tipl_ray.improve.rule_search import BOUNDS, RECORD, RULE_FILE, WAY_OUT, Rule, search_rule
 from tipl_ray.improve.work import Work, work_on
 from tipl_ray.predict.saved import save_predictor
@@ -49,7 +49,7 @@ def search_folder(search: int, work: Work) -> str:
     ran = [[cell.name, cell.made_of(experiment, work.source, work.engine)] for cell in cells(experiment.improve)]
     improve = identity(experiment.improve)
     settings = {field: improve[field] for field in SEARCHED_WITH}
-    return join(work.experiment.storage_path, "rules", digest(search, settings, ran))
+    return join(work.experiment.storage_path, "rules", digest(search, settings, BOUNDS, ran))
 
 
 def save_mean(searches: Sequence[dict[str, Any]], work: Work) -> tuple[str, Rule]:
@@ -62,6 +62,7 @@ def save_mean(searches: Sequence[dict[str, Any]], work: Work) -> tuple[str, Rule
     )
     card = {
         "rule": rule.closed_form(),
+        "at": values_at(point["value"], improve),
         "tuned_on": list(improve.tasks),
         "env_steps": work.experiment.collect.total_env_steps,
         "policy_hidden": list(work.experiment.collect.policy_hidden),
@@ -69,6 +70,12 @@ def save_mean(searches: Sequence[dict[str, Any]], work: Work) -> tuple[str, Rule
     }
     save_predictor(predictor, folder, card)
     return folder, rule
+
+
+def values_at(share: float, improve: Improve) -> dict[str, str]:
+    """The searched hyperparameter of each regime, as found."""
+    firsts = [Cell(task="", regime=regime, value=regime.values[0]).between(share) for regime in improve.regimes]
+    return {cell.regime.name: f"{cell.regime.searched} {cell.value:.3g}" for cell in firsts}
 
 
 def _log(work: Work, found: dict[str, Any], folder: str) -> None:

@@ -42,9 +42,12 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("past_begin", "past_end"), (-0.4, 0.8)),
     "decay": (0.0, 0.9),
     "log10_kl_limit": (-2.0, 0.0),
+    "value": (0.0, 1.0),
 }
-"""Search ranges of a rule's parameters and of the limit on a jump's KL divergence, as a power of ten. The search starts
-in the middle: the first displacement repeated, plus a fifth of the past moves."""
+"""Search ranges of a rule's parameters, of the limit on a jump's KL divergence, as a power of ten, and of the regime's
+searched hyperparameter, usually the learning rate, which goes from the regime's lowest value at 0 to its highest at 1,
+evenly in its logarithm. The search starts in the middle: the first displacement repeated, plus a fifth of the past
+moves."""
 START = {name: (low + high) / 2 for name, (low, high) in BOUNDS.items()}
 FINAL_WEIGHT = 0.25
 """Weight of the final return's rank; the area's rank has the rest."""
@@ -79,10 +82,10 @@ def generation_cells(experiment: Experiment, search: int, generation: int) -> tu
     """What every rule of a generation runs: each task in a regime drawn at random, and the seeds of the trials."""
     improve = experiment.improve
     random = np.random.default_rng(np.random.SeedSequence([search, generation]))
-    regimes = [(regime, value) for regime in improve.regimes for value in regime.values]
-    drawn = [regimes[int(random.integers(len(regimes)))] for _ in improve.tasks]
+    drawn = [improve.regimes[int(random.integers(len(improve.regimes)))] for _ in improve.tasks]
     cells = [
-        Cell(task=task, regime=regime, value=value) for task, (regime, value) in zip(improve.tasks, drawn, strict=True)
+        Cell(task=task, regime=regime, value=regime.values[0])
+        for task, regime in zip(improve.tasks, drawn, strict=True)
     ]
     ran = (search * improve.generations + generation) * improve.search_trials
     first = improve.search_first_seed + ran
@@ -124,8 +127,9 @@ def run_candidate(
 ) -> None:
     """What Ray Tune runs for each candidate: its trials, unless their scores are stored."""
     generation = int(candidate["generation"])
-    cells, seeds = generation_cells(experiment, search, generation)
     point = {name: candidate[name] for name in BOUNDS}
+    cells, seeds = generation_cells(experiment, search, generation)
+    cells = [cell.between(point["value"]) for cell in cells]
     ran = [cell.made_of(experiment, source, engine) for cell in cells]
     folder = join(experiment.storage_path, "rules", digest(point, ran, seeds))
     if not file_exists(folder, CANDIDATE_FILE):

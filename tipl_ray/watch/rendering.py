@@ -29,6 +29,8 @@ def make_environment(task: str, options: Mapping[str, Any]) -> gymnasium.Env:
 
     Raises UserError, with what to install, where it cannot draw; ValueError for a task that gymnasium does not have.
     """
+    # Tasks that pygame draws need neither a display nor a sound card here, and SDL would complain of both.
+    os.environ |= {"SDL_VIDEODRIVER": "dummy", "SDL_AUDIODRIVER": "dummy"}
     try:
         with warnings.catch_warnings(action="ignore"):  # of newer versions
             environment = gymnasium.make(task, render_mode="rgb_array", disable_env_checker=True, **options)
