@@ -116,13 +116,8 @@ def run(checkout: Path, job: str, *arguments: str, commit: Path | None = None) -
         begin = time.time()
         notes = Path(folder, "notes")
         environment = {**os.environ, "PYTHONPATH": str(checkout), NOTES: str(notes), "TIPL_BEGIN": repr(begin)}
-        command = [
-            sys.executable,
-            Path(__file__).resolve(),
-            "--watched",
-            str(checkout / "jobs" / f"{job}.py"),
-            *arguments,
-        ]
+        script = str(checkout / "jobs" / f"{job}.py")
+        command = [sys.executable, str(Path(__file__).resolve()), "--watched", script, *arguments]
         with Path(folder, "said").open("w+") as said:
             # Ray's workers have their driver's folder on their path before all others.
             process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=said, stderr=said)
@@ -149,7 +144,7 @@ def help_of(checkout: Path) -> Row:
     """What `--help` takes."""
     begin, before = time.time(), os.times()
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    command = [sys.executable, checkout / "jobs" / "pipeline.py", "--help"]
+    command = [sys.executable, str(checkout / "jobs" / "pipeline.py"), "--help"]
     subprocess.run(command, cwd=checkout, env=environment, capture_output=True, check=True)
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system

@@ -6,13 +6,14 @@ Knows nothing of what a job does.
 import contextlib
 import errno
 import functools
+import importlib
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -99,13 +100,19 @@ def open_tracker(experiment: Experiment) -> Tracker:
 
 
 @contextlib.contextmanager
-def prepared_tracker(experiment: Experiment) -> Iterator[None]:
-    """Do in a thread what `open_tracker` spends seconds on, while the block does something else.
+def prepared_tracker(experiment: Experiment, modules: Sequence[str] = ()) -> Iterator[None]:
+    """Do in a thread what `open_tracker` spends seconds on, while the block does something else; then import modules.
 
     Raises TrackingError before the block for a URI that cannot be. What else is wrong, `open_tracker` finds.
     """
     uri = resolve_uri(experiment.where.tracking.uri, experiment.storage_path)
-    preparing = threading.Thread(target=prepare, args=(uri,))
+
+    def prepare_all() -> None:
+        prepare(uri)
+        for module in modules:
+            importlib.import_module(module)
+
+    preparing = threading.Thread(target=prepare_all)
     preparing.start()
     try:
         yield

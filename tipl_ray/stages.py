@@ -87,9 +87,9 @@ class Context:
 
     def connect(self) -> None:
         """Connect to the Ray cluster, for work that is not found done; before the pipeline's run, so a signal ends
-        both. MLflow's own seconds pass meanwhile."""
+        both. MLflow and matplotlib are loaded meanwhile."""
         if not self._connected:
-            with prepared_tracker(self.experiment):
+            with prepared_tracker(self.experiment, ["tipl_ray.evaluate.figures"]):
                 self._until_the_end.enter_context(connected_to_ray())
             self._connected = True
         _ = self.pipeline

@@ -143,6 +143,8 @@ def prepare(uri: str) -> None:
     """
     with contextlib.suppress(Exception):
         _quiet_mlflow()
+        import mlflow.store.db.utils  # noqa: F401
+
         if file := _sqlite_file(uri):
             _make_database(file)
 
