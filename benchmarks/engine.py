@@ -9,6 +9,7 @@ rate that the processor reaches where it does nothing else (peak.cpp).
 """
 
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ from plain_ppo import PlainTrial  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
 from tipl_ray.experiments import load_experiment  # noqa: E402
+from tipl_ray.ppo.compiled_learner import has_bfloat16  # noqa: E402
 from tipl_ray.ppo.engines import choose_engine  # noqa: E402
 from tipl_ray.ppo.simulations import BatchSimulations  # noqa: E402
 from tipl_ray.ppo.tasks import find_task  # noqa: E402
@@ -45,8 +47,10 @@ TASKS = (("InvertedPendulum-v4", 8, 25), ("HalfCheetah-v4", 64, 10), ("HalfCheet
 """Task, width of the policy's hidden layers, trials of one actor."""
 PRESETS = (("tuned_half_cheetah", 10),)
 """Experiment of rl-baselines3-zoo's hyperparameters, trials of one actor."""
+HALVED = "engine, bfloat16"
 DIFFERENCES = {
     "engine": "",
+    HALVED: "multiplies in bfloat16 (ppo.precision), adds in float32",
     "plain": "CleanRL's ppo_continuous_action.py written down as one plain trial, without its logging",
     "stable-baselines3": "normalises by VecNormalize; no clipping of the value loss with the zoo's hyperparameters",
     "stable-baselines3 on EnvPool": f"{peers.ENVPOOL_ENVIRONMENTS} environments at once, a share of the steps in each",
@@ -88,6 +92,15 @@ def engine(experiment: Experiment, trials: int) -> Run:
     """One iteration of a group of trials."""
     group = TrialGroup(experiment, choose_engine("auto", experiment.ppo), list(range(1, trials + 1)))
     return clocked(lambda: list(group.run_iteration()), trials * experiment.ppo.num_steps)
+
+
+def halved(experiment: Experiment, trials: int) -> Run | None:
+    """The same with matrix products in bfloat16; None where the processor has none."""
+    if not has_bfloat16():
+        return None
+    return engine(
+        dataclasses.replace(experiment, ppo=dataclasses.replace(experiment.ppo, precision="bfloat16")), trials
+    )
 
 
 def plain(experiment: Experiment) -> Run:
@@ -185,6 +198,7 @@ def subjects_of() -> dict[str, dict[str, Run | None]]:
         experiment = of_defaults(task, width)
         tasks[f"{task} {width}-{width}"] = {
             "engine": engine(experiment, trials),
+            HALVED: halved(experiment, trials),
             "plain": plain(experiment),
             "stable-baselines3": stable_baselines(experiment),
             "stable-baselines3 on EnvPool": stable_baselines(experiment, pool=True),
@@ -253,7 +267,7 @@ def table(found: list[Rounds], rounds: int) -> list[dict[str, Any]]:
         cpu, wall = median[task, name]
         beside = "plain" if "plain" in subjects else subjects[-1]
         floors = [median[task, floor][0] for floor in (PHYSICS, PRODUCTS) if floor in subjects]
-        others = [median[task, one][0] for one in subjects if one != "engine" and not one.startswith("floor")]
+        others = [median[task, one][0] for one in subjects if not one.startswith(("engine", "floor"))]
         values = [seconds for each in found for seconds, _ in each[task, name]]
         rows.append(
             {
@@ -270,7 +284,7 @@ def table(found: list[Rounds], rounds: int) -> list[dict[str, Any]]:
                 "ratio_to_physics": round(cpu / floors[0], 3) if floors else None,
                 "microseconds": round(cpu * 1e6, 2),
                 "spread": round((max(values) - min(values)) / cpu, 3),
-                "trials": trials[task] if name == "engine" else 1,
+                "trials": trials[task] if name.startswith("engine") else 1,
                 "cores": cores,
                 "rounds": rounds,
                 "differs": DIFFERENCES[name],

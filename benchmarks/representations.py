@@ -111,6 +111,8 @@ def _matched(likeness: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]
 class Autoencoder(nn.Module):
     """Snapshots to D numbers and back."""
 
+    mean_P: torch.Tensor
+
     def __init__(self, num_weights: int, size: int, mean_P: Weights, scale: float):
         super().__init__()
         self.register_buffer("mean_P", torch.from_numpy(mean_P))
@@ -267,12 +269,13 @@ def main() -> None:
     arguments = parser.parse_args()
     use_one_core()
     experiment = load_experiment(ROOT / "jobs" / "experiments" / "inverted_pendulum.toml")
+    parts: Sequence[Sequence[int]]
     shape, sizes, steps = network_shape(experiment.collect), arguments.sizes, TRAINING_STEPS
     if arguments.quick:
         random = np.random.default_rng(0)
         walks = [random.normal(size=(60, shape.num_policy_weights)).cumsum(axis=0) for _ in range(7)]
         trials = {seed: walk.astype(np.float32) for seed, walk in enumerate(walks)}
-        parts, sizes, steps = ([0, 1, 2], [3, 4], [5, 6]), [2, 4], 10
+        parts, sizes, steps = ((0, 1, 2), (3, 4), (5, 6)), [2, 4], 10
     elif not arguments.storage:
         parser.error("name a storage")
     else:

@@ -85,11 +85,11 @@ class Context:
             self._until_the_end.enter_context(only_one(self.experiment.storage_path, name, what))
             self._claimed.add(name)
 
-    def connect(self) -> None:
+    def connect(self, modules: Sequence[str] = ()) -> None:
         """Connect to the Ray cluster, for work that is not found done; before the pipeline's run, so a signal ends
-        both. MLflow and matplotlib are loaded meanwhile."""
+        both. MLflow and some modules are loaded meanwhile."""
         if not self._connected:
-            with prepared_tracker(self.experiment, ["tipl_ray.evaluate.figures"]):
+            with prepared_tracker(self.experiment, modules):
                 self._until_the_end.enter_context(connected_to_ray())
             self._connected = True
         _ = self.pipeline
@@ -387,12 +387,15 @@ class Stage:
     check: Callable[[Context], bool]
     """Whether its work is found done; refuses, in a second or two, what could not be done."""
     run: Callable[[Context], None]
+    modules: tuple[str, ...] = ()
+    """What its own process needs first, and takes a second or more to load."""
 
 
+SLOW = ("torch", "tipl_ray.evaluate.figures")
 STAGES = {
     "collect": Stage(check=check_collect, run=run_collect),
-    "train": Stage(check=check_train, run=run_train),
-    "evaluate": Stage(check=check_evaluate, run=run_evaluate),
+    "train": Stage(check=check_train, run=run_train, modules=SLOW),
+    "evaluate": Stage(check=check_evaluate, run=run_evaluate, modules=SLOW),
 }
 
 
@@ -412,7 +415,7 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
             first = next((name for name in names if not STAGES[name].check(context)), None)
             view.wait("opening MLflow and starting Ray" if first else "opening MLflow")
             if first:
-                context.connect()
+                context.connect(STAGES[first].modules)
             tracker = context.tracker  # one that cannot be used is refused before hours of work
             if first == "collect" and "train" in names:
                 from tipl_ray.train.workers import require_workers
