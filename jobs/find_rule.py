@@ -8,8 +8,8 @@
         --storage s3://bucket/improve --tracking.uri http://mlflow:5000
 
 A jump extrapolates the policy's weights at the end of a PPO iteration. A rule is searched together with the learning
-rate that suits it. Prints the rule that each search finds, and their mean, as formulas. Running the same command again continues where it stopped; once the searches are done,
-it prints the rules again.
+rate that suits it. Prints the rule that each search finds, and their mean, as formulas. Running the same command again
+continues where it stopped; once the searches are done, it prints the rules again.
 """
 
 import sys
