@@ -35,7 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from command import make_parser, results_folder  # noqa: E402
+from command import keep, make_parser, results_folder  # noqa: E402
 from machine import new_root, own_processes, s3_server  # noqa: E402
 
 from tipl_ray.config import Experiment  # noqa: E402
@@ -371,20 +371,20 @@ def main() -> None:
             if arguments.kills:
                 place = Place(new_storage, folder, num_trials=2, num_iterations=60)
                 kill_alone(place, arguments.kills, random.Random(arguments.seed))
-                keep(row(where, "one process", place.tally), results)
+                put_in(row(where, "one process", place.tally), results)
             if arguments.ray_kills:
                 place = Place(new_storage, folder, num_trials=4, num_iterations=240)
                 kill_under_ray(place, arguments.ray_kills, random.Random(arguments.seed))
-                keep(row(where, "Ray, two nodes", place.tally), results)
+                put_in(row(where, "Ray, two nodes", place.tally), results)
 
 
-def keep(new: dict[str, Any], results: Path) -> None:
+def put_in(new: dict[str, Any], results: Path) -> None:
     """Print a row and put it into the results, in the place of an older one of the same sort."""
     say_rows([{"": key, "found": str(value)} for key, value in new.items()])
     rows = json.loads(results.read_text()) if results.exists() else []
     same = [(old["storage"], old["collection"]) == (new["storage"], new["collection"]) for old in rows]
     rows = [old for old, replaced in zip(rows, same, strict=True) if not replaced]
-    results.write_text(json.dumps([*rows, new], indent=1) + "\n")
+    keep(results, [*rows, new])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from command import make_parser, results_folder  # noqa: E402
+from command import keep, make_parser, results_folder  # noqa: E402
 from machine import peak_bytes  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -173,7 +173,7 @@ def main() -> None:
     before = json.loads(target.read_text()) if target.exists() else []
     names = ("weights", "checkpoints", "of them on the disk")
     kept = [row for row in before if all(any(row[name] != new[name] for name in names) for new in rows)]
-    target.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
+    keep(target, [*kept, *rows])
     say_rows([{"the files": size_text(row["bytes"]), "times reading": str(row["times reading"])} for row in rows])
 
 

@@ -30,7 +30,7 @@ import ray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from command import make_parser, results_folder  # noqa: E402
+from command import keep, make_parser, results_folder  # noqa: E402
 from machine import own_processes  # noqa: E402
 
 from tipl_ray.collect import crew  # noqa: E402
@@ -272,7 +272,7 @@ class Results:
         """Say a value and keep it."""
         row = {"subject": subject, "metric": metric, "value": float(f"{value:.4g}"), "unit": unit}
         self.rows[subject, metric] = row
-        self.path.write_text(json.dumps(list(self.rows.values()), indent=1) + "\n")
+        keep(self.path, list(self.rows.values()))
         print(*row.values(), flush=True)
 
     def __getitem__(self, subject_and_metric: tuple[str, str]) -> float:

@@ -4,6 +4,7 @@ import argparse
 import atexit
 import csv
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -30,6 +31,13 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def results_folder(quick: bool) -> Path:
     """Where a benchmark keeps its results; those of a quick run are deleted when it ends."""
     return _scratch() if quick else ROOT / "benchmarks" / "results"
+
+
+def keep(path: Path, results: Any) -> None:
+    """Results as JSON, whole or not at all: a run that is killed goes on from what it kept last."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(path)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

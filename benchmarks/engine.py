@@ -280,7 +280,7 @@ def table(found: list[Rounds], rounds: int) -> list[dict[str, Any]]:
                 "beside": beside,
                 "ratio": round(median[task, beside][0] / cpu, 2),
                 "ratio_to_fastest_peer": round(min(others) / cpu, 2) if others else None,
-                "ratio_to_floor": round(cpu / sum(floors), 3) if floors else None,
+                "ratio_to_floor": round(cpu / sum(floors), 3) if floors and name != HALVED else None,
                 "ratio_to_physics": round(cpu / floors[0], 3) if floors else None,
                 "microseconds": round(cpu * 1e6, 2),
                 "spread": round((max(values) - min(values)) / cpu, 3),

@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import make_parser, results_folder  # noqa: E402
+from command import keep, make_parser, results_folder  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
 from tipl_ray.data.trajectory_store import TrajectoryStore  # noqa: E402
@@ -151,14 +151,14 @@ def run_cells(arguments: Any, kept: Path, data: Path) -> dict[str, list[dict[str
     ) as pool:
         for task in arguments.tasks:
             for algorithm in arguments.algorithms:
-                if (cell := f"{task}/{algorithm}") in cells:
+                if (cell := f"{task}/{algorithm}/{arguments.trials}") in cells:
                     continue
                 storage = str(data / f"{algorithm}-{task}")
                 # The first trial alone: all of a storage share its header.
                 seconds = pool.starmap(train, [(storage, algorithm, task, trials[0], arguments.quick)])
                 seconds += pool.starmap(train, [(storage, algorithm, task, one, arguments.quick) for one in trials[1:]])
                 cells[cell] = skills(storage, algorithm, task, trials)
-                kept.write_text(json.dumps(cells) + "\n")
+                keep(kept, cells)
                 say(f"{cell}: {len(trials)} trials in {sum(seconds):,.0f} s")
     return cells
 
@@ -208,7 +208,7 @@ def main() -> None:
         data = folder / "data"
         arguments.tasks = arguments.tasks[:1]
     cells = run_cells(arguments, folder / "predictability.json", data)
-    rows = [row for cell in cells.values() for row in cell]
+    rows = [row for name, cell in cells.items() if name.endswith(f"/{arguments.trials}") for row in cell]
     table, picture = folder / "predictability.csv", folder / "predictability.png"
     table.write_bytes(as_csv(rows))
     picture.write_bytes(draw(rows))

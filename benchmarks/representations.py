@@ -192,12 +192,13 @@ def error_sums(trial_TP: Weights, code: Code) -> dict[str, NDArray[np.float64]]:
 
 
 def window_sums(trial_TP: Weights, size: int) -> dict[str, NDArray[np.float64]]:
-    """The same for the change's projection onto the last displacements; a whole snapshot is nothing that they hold."""
+    """The same for the change's projection onto the last displacements, as many as there are at a trial's beginning; a
+    whole snapshot is nothing that they hold."""
     moves_TP = np.diff(trial_TP.astype(np.float64), axis=0)
-    starts_B = np.arange(max(CONTEXT, size), len(trial_TP) - max(STEPS))
+    starts_B = np.arange(CONTEXT, len(trial_TP) - max(STEPS))
     error, moved = np.zeros(len(STEPS)), np.zeros(len(STEPS))
     for start in starts_B[:: 1 + len(starts_B) // 400]:
-        basis_PK, _ = np.linalg.qr(moves_TP[start - size : start].T)
+        basis_PK, _ = np.linalg.qr(moves_TP[max(0, start - size) : start].T)
         for column, step in enumerate(STEPS):
             change_P = trial_TP[start + step].astype(np.float64) - trial_TP[start]
             moved[column] += change_P @ change_P

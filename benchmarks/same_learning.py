@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from command import make_parser, results_folder, write_table  # noqa: E402
+from command import keep, make_parser, results_folder, write_table  # noqa: E402
 from plain_ppo import PlainTrial  # noqa: E402
 
 from tipl_ray.config import Collect, Experiment  # noqa: E402
@@ -156,7 +156,7 @@ def run_missing(studies: list[Study], kept: Path) -> dict[str, list[float]]:
     curves: dict[str, list[float]] = json.loads(kept.read_text()) if kept.exists() else {}
     for study in studies:
         name = study.experiment.name
-        if f"{name}/engine/1" not in curves:
+        if any(f"{name}/engine/{seed}" not in curves for seed in study.seeds):
             for seed, curve in engine_curves(study.experiment, study.seeds).items():
                 curves[f"{name}/engine/{seed}"] = filled(curve)
         for seed in study.seeds:
@@ -164,7 +164,7 @@ def run_missing(studies: list[Study], kept: Path) -> dict[str, list[float]]:
                 curves[f"{name}/{study.peer}/{seed}"] = found = filled(study.peer_curve(study.experiment, seed))
                 final = np.mean(found[-len(found) // 10 :])
                 say(f"{name}: {study.peer} seed {seed} of {len(study.seeds)} done, final {final:.1f}")
-                kept.write_text(json.dumps(curves) + "\n")
+                keep(kept, curves)
     return curves
 
 

@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import make_parser, results_folder, write_table  # noqa: E402
+from command import keep, make_parser, results_folder, write_table  # noqa: E402
 
 from tipl_ray.accelerate.stable_baselines import JumpPolicy  # noqa: E402
 from tipl_ray.drawing import as_shipped, dress, labelled, legend_below, new_figure, png  # noqa: E402
@@ -150,7 +150,7 @@ def main() -> None:
             key = cell(settings.task, settings.env_steps, variant, settings.predictor, seed)
             if key not in kept:
                 kept[key] = train(settings.task, variant, seed, settings.env_steps, settings.predictor)
-                path.write_text(json.dumps(kept) + "\n")
+                keep(path, kept)
                 say(f"{settings.task}, seed {seed}, {variant}: {kept[key]['seconds']:.0f} s")
     rows = summary(kept, settings)
     write_table(tables / "stable_baselines_jumps.csv", rows)

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from command import make_parser, results_folder, use_one_core  # noqa: E402
+from command import keep, make_parser, results_folder, use_one_core  # noqa: E402
 from machine import peak_bytes, resident_bytes  # noqa: E402
 
 from tipl_ray.config import Collect  # noqa: E402
@@ -279,7 +279,7 @@ def main() -> None:
     if "actor" in arguments.parts:
         of_actor = list(actor_memory(arguments.actor_steps))
     measured = of_store + of_actor
-    target.write_text(json.dumps(measured, indent=1) + "\n")
+    keep(target, measured)
     shown = [{key: "" if value is None else str(value) for key, value in row.items()} for row in measured]
     title = f"One core, medians of {arguments.rounds} alternating rounds; raw = float32 weights"
     say_rows(shown, title=title)

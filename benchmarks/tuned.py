@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import make_parser, results_folder, write_table  # noqa: E402
+from command import keep, make_parser, results_folder, write_table  # noqa: E402
 
 from tipl_ray.config import Experiment  # noqa: E402
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean  # noqa: E402
@@ -84,7 +84,7 @@ def run_missing(names: list[str], seeds: int, kept: Path, processes: int, quick:
         while waiting:
             for cell in [cell for cell, result in waiting.items() if result.ready()]:
                 groups["/".join(map(str, cell))] = found = waiting.pop(cell).get()
-                kept.write_text(json.dumps(groups) + "\n")
+                keep(kept, groups)
                 say(f"{cell[0]}: seeds {cell[1]} to {cell[1] + GROUP - 1} done in {found['seconds']:,.0f} s")
             time.sleep(0.5)
     return groups

@@ -76,7 +76,7 @@ def main() -> None:
         title, rows = comparison.choose(client, chosen.runs, chosen.parent, chosen.query, chosen.by)
         rows = comparison.by_metric(rows, chosen.by, chosen.less)[: chosen.best or None]
         say_rows(comparison.table(rows, chosen.by), title=f"{title}, by {chosen.by}")
-        drawn = comparison.draw(client, rows, chosen.by)
+        drawn = comparison.draw(client, rows, chosen.by, chosen.less)
         chosen.output.write_text(comparison.page(title, rows, chosen.by, drawn, uri), encoding="utf-8")
         if chosen.csv is not None:
             chosen.csv.write_bytes(as_csv(comparison.everything(rows)))

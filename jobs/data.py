@@ -441,11 +441,12 @@ def _survey(
 
 def _expected_snapshots(header: Header) -> int | None:
     """Snapshots of a complete trial according to the configuration in the header; None if it is not recorded."""
+    from tipl_ray.predict.bands import snapshots_per_iteration
+
     told = {**header.config, **header.config.get("ppo", {})}
     try:
         iterations = told["total_env_steps"] // told["num_steps"]
-        predicted = told["jump"]["horizon"] if "jump" in told else 0
-        return 1 + iterations * (told["num_epochs"] // told["epochs_per_snapshot"] + predicted)
+        return 1 + iterations * snapshots_per_iteration(header)
     except KeyError:
         return None
 

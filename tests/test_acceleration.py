@@ -14,8 +14,8 @@ import torch
 from tipl_ray.accelerate import acceleration
 from tipl_ray.accelerate.acceleration import find_predictors, run_acceleration, source_experiment
 from tipl_ray.accelerate.contenders import Fitted, Unit, fit_and_save, jump_question, jump_settings
-from tipl_ray.accelerate.scores import best_value, comparable, filled
-from tipl_ray.accelerate.units import AccelerationError, Counted, load_unit, run_unit
+from tipl_ray.accelerate.scores import Finished, best_value, comparable, filled
+from tipl_ray.accelerate.units import AccelerationError, Counted, has_run, load_unit, run_unit
 from tipl_ray.collect.group import GroupCollector
 from tipl_ray.config import Accelerate, Collect, Contender, Experiment, Jump, OuterStep, Ppo, Split, Where
 from tipl_ray.data.storage import StoreError
@@ -236,10 +236,38 @@ def test_a_unit_whose_trials_diverge_has_run_and_is_the_worst(
             run_unit(planned.of(unit), "torch")
         loaded.append(planned.load(unit))
     assert [one.num_diverged for one in loaded] == [2, 0]
+    assert loaded[0].gradient_steps_I[-1] > 0  # those of the trials until they diverged
     first, second = comparable(loaded)
     assert first.areas_S.max() <= second.areas_S.min()
     alike = [dataclasses.replace(one, unit=dataclasses.replace(one.unit, contender=RULES[0])) for one in loaded]
     assert best_value(alike) == 1e-3
+
+
+def test_a_unit_that_another_engine_ran_is_run_again(experiment: Experiment, tmp_path: Path) -> None:
+    planned = plan(experiment, tmp_path)
+    contender = Contender(name="10")
+    unit = Unit(task="InvertedPendulum-v4", env_steps=1_280, contender=contender, value=1e-3, search=True)
+    made = planned.of(unit)
+    run_unit(made, "torch")
+    assert has_run(made.storage_path, "torch")
+    assert not has_run(made.storage_path, "compiled")
+
+
+def test_what_a_trial_lost_is_counted_among_runs_of_its_own_length(experiment: Experiment, tmp_path: Path) -> None:
+    long, short = (
+        Finished(
+            unit=Unit(task="A", env_steps=steps, contender=Contender(name="10"), value=1e-3, search=False),
+            returns_SI=returns_SI,
+            env_steps_I=np.arange(2),
+            gradient_steps_I=np.arange(2),
+            epochs=10,
+            cpu_seconds=1.0,
+            jump_counts=[],
+            num_diverged=0,
+        )
+        for steps, returns_SI in ((1000, np.array([[-50.0, 9.0]])), (100, np.array([[3.0, np.nan], [2.0, 4.0]])))
+    )
+    np.testing.assert_array_equal(comparable([long, short])[1].returns_SI, [[3.0, 2.0], [2.0, 4.0]])
 
 
 def test_a_unit_without_the_end_of_an_episode_is_one_line(experiment: Experiment, tmp_path: Path) -> None:

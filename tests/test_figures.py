@@ -415,6 +415,12 @@ def test_heat_map_has_the_means_and_a_row_of_the_ridges():
     (frame,) = axes.patches
     assert isinstance(frame, Rectangle)
     assert frame.get_xy() == pytest.approx((0.54, 1.56)), "the best cell is framed"
+    less = sweep_figures.heat_map(sweep_cells(), "model.context", "basis.rank", SWEEP_NAMES, less=True).axes[0]
+    (frame,) = less.patches
+    assert isinstance(frame, Rectangle)
+    lowest = min(sweep_cells(), key=lambda cell: cell["skill"] if cell["skill"] == cell["skill"] else 0.0)
+    place = ([10.0, 20.0, 40.0].index(lowest["model.context"]), [8.0, 16.0].index(lowest["basis.rank"]) + 1)
+    assert frame.get_xy() == pytest.approx((place[0] - 0.46, place[1] - 0.44)), "of a loss the lowest is the best"
     assert bar.get_ylabel() == "skill: 0 is copying, 1 is perfect"
     assert [label.get_text() for label in bar.get_yticklabels()] == ["-22", "-1", "0", "0.5", "1"]
 

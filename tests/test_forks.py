@@ -41,7 +41,7 @@ SOURCE = source_experiment(SMALL)
 
 @pytest.mark.parametrize("engine", ["torch", *({ENGINE} - {"torch"})])
 def test_a_fork_under_the_jump_that_the_trial_itself_made_is_the_trial(engine: str) -> None:
-    experiment = CELL.experiment(SMALL)
+    experiment = CELL.experiment(SMALL, SOURCE)
     settings, question = jump_settings(REGIME, SMALL, SOURCE), jump_question(REGIME, SMALL, SOURCE)
     rule = ReturnRule.of(question, RuleNumbers(*NUMBERS))
     trials = TrialGroup(experiment, engine, [5, 6], extension=Jumps(settings=settings, predictor=rule, digest=""))
@@ -150,7 +150,7 @@ def test_the_shipped_forks_are_of_no_task_that_is_reported() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stages": 16}, r"improve\.stages=16 leaves no iteration between forks: a trial of"),
+        ({"stages": 16}, r"improve\.stages=16 forks do not fit before the last improve\.iterations=4 iterations"),
         ({"regimes": ()}, r"improve\.regimes is empty"),
         ({"regimes": (Contender(name="x", values=(1e-3,)),)}, "'x' needs a jump by return-rule with numbers"),
         ({"regimes": (dataclasses.replace(REGIME, values=()),)}, "'small' needs values for learning_rate"),

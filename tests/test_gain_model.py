@@ -72,8 +72,9 @@ def synthetic(num_forks: int, gain: str, seed: int = 0) -> Forks:
         seen=what,
         fork_N=torch.from_numpy(forks),
         changes_NC=torch.from_numpy(changes_N3.astype(np.float32)),
-        gains_N=torch.from_numpy((gains_N - gains_N.mean()).astype(np.float32)),
+        gains_N=torch.from_numpy((gains_N - gains_N.reshape(-1, 8).mean(axis=1).repeat(8)).astype(np.float32)),
         seeds_F=np.arange(num_forks) % 10,
+        trials_F=np.arange(num_forks) % 10,
         stages_F=what.progress_B.numpy(),
     )
 
@@ -165,13 +166,49 @@ def test_gains_are_what_a_branch_returned_more_than_its_fork_and_tasks_count_ali
     rows = [row(0, [nan, 2.0, nan]), row(1, [3.0, 3.0, 3.0], 0.5), row(2, [1.0, 1.0, 1.0], -0.5)]
     rows += [row(branch, [1000.0 * value], task="B") for branch, value in enumerate((2.0, 3.0, 1.0))]
     rows += [row(branch, [nan, nan], seed=2) for branch in range(3)]
-    forks = make_forks(pa.Table.from_pylist(rows, schema=SCHEMA), (0.5, 0.5, 0.25), CONTEXT)
+    forks = make_forks(pa.Table.from_pylist(rows, schema=SCHEMA), (0.5, 0.5, 0.25), CONTEXT, (1,))
     assert len(forks.seeds_F) == 2
     expected = np.array([0.0, 1.0, -1.0]) / np.std([0.0, 1.0, -1.0])
     np.testing.assert_allclose(forks.gains_N.numpy(), [*expected, *expected], rtol=1e-6)
     np.testing.assert_allclose(forks.changes_NC.numpy()[:3, 0], [0.0, 1.0, -1.0])
     with pytest.raises(ValueError, match="no fork in which every branch has a return"):
-        make_forks(pa.Table.from_pylist(rows[-3:], schema=SCHEMA), (0.5, 0.5, 0.25), CONTEXT)
+        make_forks(pa.Table.from_pylist(rows[-3:], schema=SCHEMA), (0.5, 0.5, 0.25), CONTEXT, (1,))
+
+
+def test_gains_are_scaled_by_the_trials_that_train_and_a_branch_that_diverges_is_the_worst() -> None:
+    over = float("-inf")
+    rows = [row(branch, [value]) for branch, value in enumerate((2.0, 3.0, 1.0))]
+    rows += [row(branch, [10.0 * value], seed=2) for branch, value in enumerate((2.0, 3.0, 1.0))]
+    rows += [row(0, [5.0, 5.0], seed=3), row(1, [20.0, over], seed=3), row(2, [over, over], seed=3)]
+    forks = make_forks(pa.Table.from_pylist(rows, schema=SCHEMA), (0.5, 0.5, 0.25), CONTEXT, (1,))
+    unit = np.std([0.0, 1.0, -1.0])
+    np.testing.assert_allclose(forks.gains_N.numpy()[:3], np.array([0.0, 1.0, -1.0]) / unit, rtol=1e-6)
+    np.testing.assert_allclose(forks.gains_N.numpy()[3:6], [0.0, 3.0, -3.0])  # clipped
+    assert forks.gains_N.numpy()[6:].argmax() == 1  # (20 + 1) / 2 with the cell's lowest return
+    assert forks.gains_N.numpy()[6:].argmin() == 2
+
+
+def test_the_best_change_is_the_top_of_the_true_parabola() -> None:
+    """Gains are relative to their fork's mean, which lies below the top: curvature must not suffer from it."""
+    random, num_forks = np.random.default_rng(3), 300
+    halves_FP3 = random.standard_normal((num_forks, 4, 3))
+    changes_N3 = np.concatenate([np.zeros((num_forks, 1, 3)), halves_FP3, -halves_FP3], axis=1).reshape(-1, 3)
+    gains_FB = (0.5 * changes_N3[:, 0] - 0.5 * np.square(changes_N3).sum(axis=1)).reshape(num_forks, 9)
+    forks = Forks(
+        seen=seen(num_forks),
+        fork_N=torch.from_numpy(np.repeat(np.arange(num_forks), 9)),
+        changes_NC=torch.from_numpy(changes_N3.astype(np.float32)),
+        gains_N=torch.from_numpy((gains_FB - gains_FB.mean(axis=1, keepdims=True)).ravel().astype(np.float32)),
+        seeds_F=np.arange(num_forks) % 10,
+        trials_F=np.arange(num_forks) % 10,
+        stages_F=np.zeros(num_forks),
+    )
+    model, held_out = trained(forks, Sight(trajectory=False))
+    with torch.inference_mode():
+        best_BC = model.best_change(forks.of(held_out)[0])
+    np.testing.assert_allclose(best_BC.mean(dim=0).numpy(), [0.5, 0.0, 0.0], atol=0.05)
+    known = constant_gains(forks, forks.branches_of(range(7)), held_out)
+    np.testing.assert_allclose(known, forks.gains_N.numpy()[held_out], atol=1e-5)
 
 
 def test_a_model_is_the_same_in_a_folder(tmp_path: Path) -> None:

@@ -192,6 +192,16 @@ def test_layers_are_told_apart_and_those_that_never_move_are_named(tmp_path: Pat
     assert "run: 1 of 3 layers never moved." in report.notes([series], findings, Asking())
 
 
+def test_layers_that_stop_before_any_window_are_no_error(tmp_path: Path) -> None:
+    still_TP = np.ones((24, 8), np.float32)
+    still_TP[0] = 0.0
+    states = [{"a.w": torch.from_numpy(row_P[:4]), "b.w": torch.from_numpy(row_P[4:])} for row_P in still_TP]
+    folder = write_safetensors(tmp_path / "run", states)
+    series, _ = import_series(folder, str(tmp_path / "storage"), Selection())
+    answers = report.answers(ask([series], Asking()))
+    assert answers[-1].text == "No layer moves in the windows that are compared."
+
+
 def test_the_report_is_the_same_bytes_again_and_opens_with_the_answer(tmp_path: Path) -> None:
     imported(tmp_path, bend(24))
     folder, _ = answer(str(tmp_path / "storage"), (), Asking(), None)

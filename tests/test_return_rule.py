@@ -1,13 +1,14 @@
 """The rule for jumps that is tuned for return: what its formula says, and how far a jump may go."""
 
 import dataclasses
+import math
 import shutil
 
 import numpy as np
 import pytest
 
 from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps
-from tipl_ray.accelerate.jumps import JumpSettings
+from tipl_ray.accelerate.jumps import JumpSettings, allowed_share
 from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
 from tipl_ray.config import Collect, Experiment, Ppo
 from tipl_ray.ppo.trials import TrialGroup
@@ -101,3 +102,21 @@ def test_divergences_and_surrogates_of_the_policy_that_collected_are_nothing() -
     list(group.run_iteration())
     np.testing.assert_allclose(group.divergences(group.parameters_KN), 0.0, atol=1e-9)
     np.testing.assert_allclose(group.surrogates(group.parameters_KN), 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "share"),
+    [
+        (0.0, 0.1, 1.0),  # within the limit of 0.2
+        (0.0, 0.4, 0.5),
+        (0.1, 0.3, 0.5),
+        (0.3, 0.5, 0.0),  # beyond it before the jump, and further after
+        (0.3, 0.3, 1.0),  # a jump that moves nothing
+        (0.3, 0.25, 1.0),  # a jump back
+        (0.1, math.inf, 0.0),
+        (math.inf, math.inf, 0.0),
+        (0.1, math.nan, 0.0),
+    ],
+)
+def test_a_jump_is_shortened_for_what_it_adds_to_the_divergence(here: float, there: float, share: float) -> None:
+    assert allowed_share(here, there, limit=0.2) == pytest.approx(share, abs=1e-12)

@@ -61,7 +61,7 @@ def test_a_rule_has_its_own_learning_rate_between_the_ends_of_its_regime() -> No
     shares = {0.0: 4e-4, 0.5: math.sqrt(4e-4 * 1e-3), 1.0: 1e-3}
     for share, rate in shares.items():
         assert cell.between(share).value == pytest.approx(rate, rel=1e-12)
-        own = cell.between(share).experiment(Experiment(name="any"))
+        own = cell.between(share).experiment(Experiment(name="any"), SOURCE)
         assert own.ppo.learning_rate == cell.between(share).value
     assert cells(SMALL.improve)[0].between(0.3).value == 1e-3
 
@@ -122,3 +122,16 @@ def test_the_job_finds_the_same_rule_after_a_kill_and_runs_no_candidate_twice(
     again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("whole/rules/*/candidate.json")}
     assert sorted(path.parent.name for path in again) == candidates
     assert sum(again[path] == times[path] for path in times) == 7
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_search_whose_rules_fail_finds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(work, "connected_to_ray", contextlib.nullcontext)
+    improve = dataclasses.replace(SMALL.improve, tasks=("Pendulum-v99",), generations=1, population=4, searches=1)
+    with pytest.raises(SystemExit) as ended:
+        run_rule_searches(dataclasses.replace(SMALL, improve=improve).at(str(tmp_path)))
+    assert ended.value.code == 1
+    assert "Pendulum-v99" in capsys.readouterr().err
+    assert not list(tmp_path.glob("rules/*/rule.json"))

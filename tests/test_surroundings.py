@@ -105,6 +105,10 @@ CASES = [
         attempt=job("accelerate", "--accelerate.tasks", "Hopper-v4", "Wolker2d-v4@100000"),
     ),
     Case(
+        what="One of the tasks that jumps are tuned on is misspelt",
+        attempt=job("find_rule", "--improve.tasks", "Hopper-v4", "Swimer-v4"),
+    ),
+    Case(
         what="A variant's predictor is misspelt",
         attempt=with_contender('jump = {predictor = "rigde"}'),
     ),

@@ -378,6 +378,8 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
         for field in ("tasks", "search_tasks"):
             given = getattr(experiment.accelerate, field)
             tasks |= {RunTask.read(task).task: f"accelerate.{field}" for task in given}
+    if {"fork", "find_rule", "learn_jumps"} & set(jobs):
+        tasks |= dict.fromkeys(experiment.improve.tasks, "improve.tasks")
     for task, field in tasks.items():
         module, _, name = task.rpartition(":")
         if not module and name not in gymnasium.registry:

@@ -40,11 +40,12 @@ from tipl_ray.pages import as_csv
 from tipl_ray.ppo.algorithms import Extension
 from tipl_ray.ppo.engines import ENGINES, choose_engine
 from tipl_ray.predict.gram import Question
+from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.saved import ABOUT_PREDICTOR_FILE as PREDICTOR_FILE
 from tipl_ray.predict.saved import load_predictor, predictor_digest
 from tipl_ray.terminal import ProgressView, duration, say, say_rows
 from tipl_ray.tracking import Run, Tracker, ui_command
-from tipl_ray.train.data_sets import model_folder
+from tipl_ray.train.data_sets import model_folder, training_digest
 
 Cell = tuple[str, int, Contender]
 """Task, environment steps and variant: one row of the table."""
@@ -148,8 +149,8 @@ def find_predictors(experiment: Experiment, source: Experiment, named: Sequence[
     missing: dict[str, tuple[Question, list[str]]] = {}
     for one in learning:
         if predictor_of(one) == TIPL:
-            folders[one.name] = model_folder(source, str(data))
-            if not file_exists(folders[one.name], "model.json"):
+            folders[one.name] = model_folder(source, training_digest(source))
+            if not is_complete(folders[one.name]):
                 raise StoreError(
                     f"{folders[one.name]}: there is no trained model of {source.name}; run jobs/train.py --preset "
                     "causal with that experiment first"
@@ -227,7 +228,7 @@ def _run_units(
 
     def send(unit: Unit) -> ray.ObjectRef | None:
         made = plan.of(unit)
-        return None if has_run(made.storage_path) else task.remote(made, plan.engine, plan.extension(unit))
+        return None if has_run(made.storage_path, plan.engine) else task.remote(made, plan.engine, plan.extension(unit))
 
     decide()
     with ProgressView() as view:

@@ -236,7 +236,7 @@ def allowed_share(here: float, there: float, limit: float) -> float:
 
     The divergence grows ever faster along a jump, so a straight line between the two overestimates it.
     """
-    if there <= limit:
+    if there <= limit or there <= here < float("inf"):  # beyond the limit, perhaps, but not because of the jump
         return 1.0
     share = (limit - here) / (there - here) if there < float("inf") else 0.0
     return float(np.clip(np.nan_to_num(share), 0.0, 1.0))

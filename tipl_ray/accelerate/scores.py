@@ -93,13 +93,15 @@ def filled(returns_SI: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def comparable(finished: Sequence[Finished]) -> list[Finished]:
-    """Units with complete curves: after a divergence, the lowest return of any of these units on the task.
+    """Units with complete curves: after a divergence, the lowest return of any of these units on the task, over as many
+    steps.
 
     NaN if none of them has a return.
     """
     whole = []
     for one in finished:
-        own = [other.returns_SI for other in finished if other.unit.task == one.unit.task]
+        cell = (one.unit.task, one.unit.env_steps)
+        own = [other.returns_SI for other in finished if (other.unit.task, other.unit.env_steps) == cell]
         known = [returns_SI[~np.isnan(returns_SI)] for returns_SI in own]
         worst = min((float(values.min()) for values in known if len(values)), default=np.nan)
         whole.append(dataclasses.replace(one, returns_SI=np.where(np.isnan(one.returns_SI), worst, one.returns_SI)))
@@ -306,7 +308,7 @@ def sentences(rows: Sequence[Row], confidence: float) -> list[str]:
         own = [row for row in rows if (row["task"], row["env_steps"]) == (task, env_steps)]
         first = own[0]
         for row in own[1:]:
-            share = row["gradient_steps"] / first["gradient_steps"]
+            share = row["gradient_steps"] / (first["gradient_steps"] or math.nan)
             lines.append(
                 f"{task}, {env_steps:,} env steps: {row['contender']}, with {share:.0%} of the gradient steps of "
                 f"{first['contender']}, has an area under the curve of {row['auc']:.0f} vs. {first['auc']:.0f}: "

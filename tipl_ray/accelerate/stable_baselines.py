@@ -14,6 +14,7 @@ from tipl_ray.record.stable_baselines import UpdateEpochs, acting_part, epochs_p
 
 # isort: split
 # After the one before, which says in one line where it is missing.
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 
 EPOCHS_PER_SNAPSHOT = 2
@@ -66,7 +67,8 @@ class JumpPolicy(BaseCallback):
         assert jumps, "training has started"
         jumps.record()
         if epoch == model.n_epochs:
-            rate = model.policy.optimizer.param_groups[0]["lr"] / model.lr_schedule(1.0)
+            rate = model.policy.optimizer.param_groups[0]["lr"]
+            rate = rate / (model.lr_schedule(1.0) or rate or 1.0)  # a schedule that warms up begins at 0
             progress = min(1.0, model.num_timesteps / model._total_timesteps)
             jumps.jump(progress, learning_rate=rate, divergence=self._divergence)
 
@@ -76,9 +78,13 @@ class JumpPolicy(BaseCallback):
         model: Any = self.model
         buffer, policy = model.rollout_buffer, model.policy
         actions = torch.as_tensor(buffer.actions, device=model.device)
-        if hasattr(model.action_space, "n"):
+        if isinstance(model.action_space, spaces.Discrete):
             actions = actions.long().flatten()
-        observations = torch.as_tensor(buffer.observations, device=model.device)
+        seen = buffer.observations
+        if isinstance(seen, dict):
+            observations: Any = {name: torch.as_tensor(part, device=model.device) for name, part in seen.items()}
+        else:
+            observations = torch.as_tensor(seen, device=model.device)
         _, log_probabilities, _ = policy.evaluate_actions(observations, actions)
         ratios = log_probabilities.cpu().double().numpy() - buffer.log_probs.reshape(-1)
         return float(np.mean(np.expm1(ratios) - ratios))

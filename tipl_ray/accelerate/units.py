@@ -21,10 +21,13 @@ from tipl_ray.data.storage import StoreError, file_exists, join, publish, read_p
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.errors import UserError
 from tipl_ray.ppo.algorithms import NOTHING, Extension, Hooks, State
+from tipl_ray.ppo.engines import ENGINES
 from tipl_ray.ppo.trials import TrialGroup
 from tipl_ray.terminal import say
 
 UNIT_FILE, UNIT_RECORD = "unit.json", "unit.sha256"
+UNNAMED_ENGINE = "compiled-1"
+"""The engine of units that earlier versions wrote, without its name."""
 SLICE_SECONDS = 5.0
 """Seconds of work between two checks of whether a unit is finished."""
 
@@ -87,16 +90,16 @@ class CountedHooks(Hooks):
         self._group.gradient_steps_K[k] = self.gradient_steps_KI[k].max(initial=0)
 
 
-def has_run(folder: str) -> bool:
-    """Whether a unit's learning curves are stored and intact; a damaged unit is run again."""
+def has_run(folder: str, engine: str) -> bool:
+    """Whether a unit's learning curves, by this engine, are stored and intact; a damaged unit is run again."""
     if not file_exists(folder, UNIT_FILE):
         return False
     try:
-        json.loads(_read_unit(folder))
+        table = json.loads(_read_unit(folder))
     except (StoreError, ValueError):
         say(f"accelerate: {join(folder, UNIT_FILE)} is damaged; running this variant again")
         return False
-    return True
+    return bool(table.get("engine", UNNAMED_ENGINE) == ENGINES[engine])
 
 
 def _read_unit(folder: str) -> bytes:
@@ -106,7 +109,7 @@ def _read_unit(folder: str) -> bytes:
 def run_unit(experiment: Experiment, engine: str, extension: Extension = NOTHING) -> None:
     """Run every trial of a unit, from its last commits, and write its learning curves, unless they are stored."""
     folder = experiment.storage_path
-    if has_run(folder):
+    if has_run(folder, engine):
         return
     # Of this thread alone: a Ray worker has others, which wait for messages.
     counted = Counted(extension)
@@ -128,6 +131,7 @@ def run_unit(experiment: Experiment, engine: str, extension: Extension = NOTHING
         known_I = store.trajectory(seed, columns=["episodic_return"]).episodic_returns_T[first][:whole]
         returns.append([None if np.isnan(value) else float(value) for value in known_I])
     table: dict[str, Any] = {
+        "engine": ENGINES[engine],
         "returns": returns,
         "diverged": sorted(diverged),
         "env_steps": (experiment.ppo.num_steps * np.arange(1, iterations + 1)).tolist(),
@@ -171,7 +175,8 @@ def load_unit(unit: Unit, experiment: Experiment, epochs: int) -> Finished:
             )
     # Earlier versions did not count: then every trial ran all of its steps.
     planned_I = epochs * experiment.ppo.num_minibatches * experiment.ppo.replicas * np.arange(1, len(env_steps_I) + 1)
-    counted_KI = np.array(table.get("gradient_steps") or [planned_I])
+    # A trial that diverged has none of its own after that.
+    counted_KI = np.maximum.accumulate(np.array(table.get("gradient_steps") or [planned_I]), axis=1)
     return Finished(
         unit=unit,
         returns_SI=returns_SI,

@@ -47,6 +47,7 @@ LINE = 0.95
 """Energy of a rank-1 SVD from which on a path is called a line."""
 MANY = 3
 """Series from which on their paths share a sentence."""
+LAYERS = "Is every layer predictable?"
 CAPTIONS = {
     "skill": (
         "Skill per number of checkpoints ahead",
@@ -279,6 +280,8 @@ def one_dimensional(findings: Findings) -> Answer:
 def layers(findings: Findings) -> Answer:
     """Which layers linear extrapolation forecasts best and worst, of those that move."""
     rows = [row for row in findings.groups if row["skill_linear"] is not None]
+    if not rows:
+        return Answer(question=LAYERS, verdict="unknown", text="No layer moves in the windows that are compared.")
     ordered = sorted(rows, key=lambda row: row["skill_linear"], reverse=True)
     most = max(rows, key=lambda row: row["share_of_movement"])
     better = sum(row["skill_linear"] > 0 for row in rows)
@@ -289,7 +292,7 @@ def layers(findings: Findings) -> Answer:
         f"{most['share_of_movement']:.0%}, is in {_layer(findings, most)}."
     )
     verdict: Verdict = "yes" if better == len(rows) else "partly" if better else "no"
-    return Answer(question="Is every layer predictable?", verdict=verdict, text=text)
+    return Answer(question=LAYERS, verdict=verdict, text=text)
 
 
 def notes(series: Sequence[ImportedSeries], findings: Findings, asking: Asking) -> list[str]:

@@ -270,11 +270,12 @@ class Experiment:
             for value in regime.values:
                 ppo = regime.ppo_at(self.ppo, value)
                 iterations = self.collect.total_env_steps // ppo.num_steps
-                if iterations <= self.improve.stages:
+                if iterations - self.improve.iterations < self.improve.stages:
                     raise ValueError(
-                        f"improve.stages={self.improve.stages} leaves no iteration between forks: a trial of "
-                        f"improve.regimes {regime.name!r} with collect.total_env_steps="
-                        f"{self.collect.total_env_steps} has only {iterations} iterations"
+                        f"improve.stages={self.improve.stages} forks do not fit before the last "
+                        f"improve.iterations={self.improve.iterations} iterations: a trial of improve.regimes "
+                        f"{regime.name!r} with collect.total_env_steps={self.collect.total_env_steps} has only "
+                        f"{iterations}"
                     )
 
 

@@ -52,7 +52,8 @@ class Jump:
     corrective_epochs: Annotated[int, Field(ge=0, le=10_000)] = 0
     """How many of the ppo.num_epochs update epochs to run after the jump instead of before it."""
     kl_limit: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """Shorten a jump whose approximate KL divergence from the rollout policy would exceed this. 0: no limit."""
+    """Shorten a jump whose approximate KL divergence from the rollout policy would exceed this. 0: the limit of a rule
+    that has its own, else none."""
     numbers: tuple[float, ...] = ()
     """Predictor `return-rule`: the rule's seven parameters, see accelerate/return_rule.py."""
 

@@ -359,7 +359,8 @@ class Tracking:
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Where:
-    """Where a job runs, which resources it may use and where its output goes; no result depends on any of it."""
+    """Where a job runs, which resources it may use and where its output goes; no result depends on any of it,
+    except that the dropout of a training depends on its number of workers."""
 
     storage: str | None = None
     """Folder or URI for all output; by default storage/<name> in the checkout (ignored by git) or, if the package is

@@ -286,7 +286,10 @@ def evaluation_folder(experiment: Experiment, model_folders: Sequence[str]) -> s
     models, evaluate = [last_name(folder) for folder in model_folders], identity(experiment.evaluate)
     sources = [PREDICTORS.source_digest(name) for name in experiment.evaluate.predictors]
     told = (models, evaluate, experiment.test_seeds, choose_engine("auto", experiment.ppo))
-    name = digest(*told, *([sources] if sources else []))
+    # A model that was trained on these very trials has their digest in its name.
+    store = TrajectoryStore(experiment.storage_path)
+    own = [store.digest(experiment.collect.seeds)] if experiment.train.data else []
+    name = digest(*told, *([sources] if sources else []), *own)
     return join(experiment.storage_path, "evaluations", name)
 
 
@@ -381,7 +384,7 @@ def _rows(
     return {
         "task": np.full(size, experiment.collect.task),
         **keys,
-        "phase": (starts % experiment.snapshots_per_iteration).astype(np.int8),
+        "phase": (starts % experiment.snapshots_per_iteration).astype(np.int16),
         "third": np.minimum(3 * starts // experiment.num_snapshots, 2).astype(np.int8),
         "basis": np.full(size, predictor.basis),
         "causal": np.full(size, predictor.causal),

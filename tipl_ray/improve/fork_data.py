@@ -52,7 +52,7 @@ def read_cell(folder: str) -> bytes | None:
     try:
         return read_published(folder, FORKS_FILE, FORKS_RECORD, WAY_OUT)
     except StoreError:
-        say(f"fork: {join(folder, FORKS_FILE)} is damaged; running this cell again")
+        say(f"fork: {join(folder, FORKS_FILE)} is damaged, so this cell counts as not run")
         return None
 
 

@@ -24,7 +24,7 @@ from tipl_ray.config import Contender, Experiment, Improve
 from tipl_ray.digest import identity
 from tipl_ray.ppo.algorithms import Extension, Hooks, State
 from tipl_ray.ppo.engines import ENGINES
-from tipl_ray.ppo.trials import TrialGroup
+from tipl_ray.ppo.trials import TrialGroup, network_shape
 from tipl_ray.predict.gram import Question
 
 BEFORE = 5
@@ -47,7 +47,8 @@ SCHEMA = pa.schema(
 `per_iteration` those of an iteration including the jump's. `first`, `last` and `past` are the rule's weights at the
 branch's first jump; progress, learning rate (as a fraction of the first), mean log-std, the Gram matrix of the context
 (row by row), the approximate KL divergence from the rollout policy and the surrogate objective are those just before
-that jump. Returns are of the episodes that ended in each iteration, NaN if none did."""
+that jump. Returns are of the episodes that ended in each iteration, NaN if none did, and
+minus infinity once a branch has diverged."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,15 +69,17 @@ class Cell:
         low, high = min(self.regime.values), max(self.regime.values)
         return dataclasses.replace(self, value=float(low * (high / low) ** share))
 
-    def experiment(self, experiment: Experiment) -> Experiment:
-        """The experiment that its trials run, without corrective epochs."""
+    def experiment(self, experiment: Experiment, source: Experiment) -> Experiment:
+        """The experiment that its trials run, without corrective epochs, with the source's snapshots."""
         ppo = self.regime.ppo_at(experiment.ppo, self.value)
         ppo = dataclasses.replace(ppo, num_epochs=self.regime.epochs_before_jump(experiment.ppo))
-        return dataclasses.replace(experiment, collect=dataclasses.replace(experiment.collect, task=self.task), ppo=ppo)
+        size = source.collect.epochs_per_snapshot
+        collect = dataclasses.replace(experiment.collect, task=self.task, epochs_per_snapshot=size)
+        return dataclasses.replace(experiment, collect=collect, ppo=ppo)
 
     def made_of(self, experiment: Experiment, source: Experiment, engine: str) -> dict[str, Any]:
         """Everything that its trials depend on except their rules' parameters, for digests."""
-        own = self.experiment(experiment)
+        own = self.experiment(experiment, source)
         return {
             "jump": identity(jump_settings(self.regime, experiment, source)),
             "question": dataclasses.asdict(jump_question(self.regime, experiment, source)),
@@ -183,9 +186,11 @@ def branch_rules(base: RuleNumbers, improve: Improve, *key: int) -> list[RuleNum
 def run_cell(cell: Cell, experiment: Experiment, source: Experiment, engine: str) -> pa.Table:
     """Run a cell's trials to their last fork, and the branches of every fork; returns a table of `SCHEMA`.
 
-    Trials and branches that diverge end there, and a branch's returns are NaN from then on.
+    Trials and branches that diverge end there, and a branch's returns are minus infinity from then on.
     """
-    improve, own = experiment.improve, cell.experiment(experiment)
+    improve, own = experiment.improve, cell.experiment(experiment, source)
+    if network_shape(own.collect).discrete:
+        raise ValueError(f"improve.tasks={cell.task!r}: its actions are choices, and forks are of continuous actions")
     settings = jump_settings(cell.regime, experiment, source)
     question = jump_question(cell.regime, experiment, source)
     rule = ReturnRule.of(question, cell.base())
@@ -238,6 +243,8 @@ def _run_branches(
         for snapshot in group.run_iteration():
             if snapshot.episodic_return is not None:
                 followed[snapshot.seed][step] = snapshot.episodic_return
+    for label, (whole, _) in group.diverged.items():
+        followed[label][whole - iteration :] = -np.inf
     hooks = group.hooks
     assert isinstance(hooks, BranchJumps), "branches jump"
     return [

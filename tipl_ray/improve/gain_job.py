@@ -78,7 +78,10 @@ def run_learning(experiment: Experiment) -> None:
         key = digest(data, as_table(size), parts, experiment.improve.models, experiment.improve.model_steps)
         folder = join(experiment.storage_path, "jumps", key)
         forks = make_forks(
-            read_forks(experiment, work.source, work.engine), experiment.improve.spread, work.source.model.context
+            read_forks(experiment, work.source, work.engine),
+            experiment.improve.spread,
+            work.source.model.context,
+            training=parts[0],
         )
         training, validation, held_out = (forks.branches_of(seeds) for seeds in parts)
         for name, branches in (("training", training), ("validation", validation), ("test", held_out)):

@@ -1,14 +1,16 @@
 """Training of `GainTransformer` on forks, and how well it predicts gains.
 
 A branch's gain is its return minus the mean over its fork's branches, in units of the standard deviation of such gains
-in its cell. So all tasks have equal weight, whatever their returns, and a fork's luck cancels out.
+in its cell's training trials. So all tasks have equal weight, whatever their returns, and a fork's luck cancels out.
+What a model says of a branch is centred likewise: a parabola is 0 at no change, its mean over a fork's branches is not.
 
 Shapes: F forks, N branches in all, B of a batch, K displacements of context, C = 3 changes.
 """
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,8 +45,19 @@ class Forks:
     """In units of the standard deviations with which they were drawn."""
     gains_N: Tensor
     seeds_F: NDArray[np.int64]
+    trials_F: NDArray[np.int64]
+    """Which trial was forked: a number of its own for each seed of each cell."""
     stages_F: NDArray[np.float64]
     """Fraction of the trial that was done."""
+
+    @functools.cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Means of the changes (F, C) and of their products (F, C, C) over each fork's branches."""
+        counts_F = torch.bincount(self.fork_N, minlength=len(self.seeds_F))
+        sums_FC = torch.zeros(len(counts_F), CHANGES).index_add_(0, self.fork_N, self.changes_NC)
+        products_NCC = self.changes_NC[:, :, None] * self.changes_NC[:, None, :]
+        sums_FCC = torch.zeros(len(counts_F), CHANGES, CHANGES).index_add_(0, self.fork_N, products_NCC)
+        return sums_FC / counts_F[:, None], sums_FCC / counts_F[:, None, None]
 
     def of(self, branches: NDArray[np.int64]) -> tuple[Seen, Tensor, Tensor]:
         """Inputs, changes and gains of some branches."""
@@ -52,16 +65,26 @@ class Forks:
         forks_B = self.fork_N[index]
         return Seen(*(part[forks_B] for part in self.seen)), self.changes_NC[index], self.gains_N[index]
 
+    def predicted_by(self, model: GainTransformer, branches: NDArray[np.int64]) -> Tensor:
+        """A model's gains (B,) of some branches, less their mean over each one's fork."""
+        seen, changes_BC, _ = self.of(branches)
+        forks_B = self.fork_N[torch.from_numpy(branches)]
+        means_BC, products_BCC = (moment[forks_B] for moment in self.moments)
+        slope_BC, bend_BCC = model.parabola(seen)
+        apart_BCC = changes_BC[:, :, None] * changes_BC[:, None, :] - products_BCC
+        return (slope_BC * (changes_BC - means_BC)).sum(dim=1) - 0.5 * (bend_BCC * apart_BCC).sum(dim=(1, 2))
+
     def branches_of(self, seeds: Sequence[int]) -> NDArray[np.int64]:
         """The branches of trials with these seeds."""
         mine_F = np.isin(self.seeds_F, np.asarray(seeds))
         return np.flatnonzero(mine_F[self.fork_N.numpy()])
 
 
-def make_forks(table: pa.Table, spread: Sequence[float], context: int) -> Forks:
+def make_forks(table: pa.Table, spread: Sequence[float], context: int, training: Collection[int]) -> Forks:
     """The rows of `forks.SCHEMA` as tensors; forks with a branch without returns are left out.
 
-    Raises ValueError if no fork is left.
+    Gains are scaled by the trials with the seeds that train. Iterations after a divergence count as the lowest return
+    of the branch's cell. Raises ValueError if no fork is left.
     """
     forks: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in table.to_pylist():
@@ -69,16 +92,23 @@ def make_forks(table: pa.Table, spread: Sequence[float], context: int) -> Forks:
     whole = {
         key: sorted(rows, key=lambda row: row["branch"])
         for key, rows in forks.items()
-        if all(np.isfinite(row["returns"]).any() for row in rows)
+        if not any(np.isnan(row["returns"]).all() for row in rows)
     }
     if not whole:
         raise ValueError("the table has no fork in which every branch has a return")
-    scores = [np.array([_followed(np.asarray(row["returns"])) for row in rows]) for rows in whole.values()]
-    gains = [score_B - score_B.mean() for score_B in scores]
-    cells = [key[:3] for key in whole]
+    keys, rows_of = list(whole), list(whole.values())
+    cells = [key[:3] for key in keys]
+    gains: list[NDArray[np.float64]] = [np.empty(0)] * len(whole)
     for cell in set(cells):
         mine = [index for index, other in enumerate(cells) if other == cell]
-        deviation = float(np.concatenate([gains[index] for index in mine]).std()) or 1.0
+        branches = {index: [np.asarray(row["returns"]) for row in rows_of[index]] for index in mine}
+        known = np.concatenate([returns_I for some in branches.values() for returns_I in some])
+        lowest = float(known[np.isfinite(known)].min(initial=np.inf))
+        for index, some in branches.items():
+            score_B = np.array([_followed(returns_I, lowest) for returns_I in some])
+            gains[index] = score_B - score_B.mean()
+        learned = [gains[index] for index in mine if keys[index][3] in training]
+        deviation = (float(np.concatenate(learned).std()) if learned else 0.0) or 1.0
         for index in mine:
             gains[index] = np.clip(gains[index] / deviation, -FURTHEST_GAIN, FURTHEST_GAIN)
     firsts = [rows[0] for rows in whole.values()]
@@ -101,13 +131,17 @@ def make_forks(table: pa.Table, spread: Sequence[float], context: int) -> Forks:
         changes_NC=torch.from_numpy(np.concatenate(changes).astype(np.float32)),
         gains_N=torch.from_numpy(np.concatenate(gains).astype(np.float32)),
         seeds_F=column("seed", np.int64).numpy(),
+        trials_F=np.unique([repr(key[:4]) for key in whole], return_inverse=True)[1],
         stages_F=column("progress", np.float64).numpy(),
     )
 
 
-def _followed(returns_I: NDArray[np.float64]) -> float:
-    """Mean return over a branch's iterations, with gaps filled by `filled`."""
-    return float(filled(returns_I[None])[0].mean())
+def _followed(returns_I: NDArray[np.float64], lowest: float) -> float:
+    """Mean return over a branch's iterations, with gaps filled by `filled`, and the lowest from a divergence on."""
+    over_I = np.isneginf(returns_I)
+    known_I = np.where(over_I, np.nan, returns_I)
+    filled_I = filled(known_I[None])[0] if np.isfinite(known_I).any() else known_I
+    return float(np.where(over_I, lowest, filled_I).mean())
 
 
 def _extras(row: Mapping[str, Any]) -> list[float]:
@@ -142,7 +176,7 @@ def train_gain_model(
         batch = random.choice(training, size=min(batch_size, len(training)), replace=False)
         model.train()
         optimizer.zero_grad()
-        _loss(model, *forks.of(batch)).backward()
+        _loss(model, forks, batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -152,36 +186,37 @@ def train_gain_model(
     return model.eval()
 
 
-def _loss(model: GainTransformer, seen: Seen, changes_BC: Tensor, gains_B: Tensor) -> Tensor:
-    told = functional.mse_loss(model(seen, changes_BC), gains_B)
+def _loss(model: GainTransformer, forks: Forks, branches: NDArray[np.int64]) -> Tensor:
+    seen, changes_BC, gains_B = forks.of(branches)
+    told = functional.mse_loss(forks.predicted_by(model, branches), gains_B)
     return told + functional.mse_loss(model.change_for(seen, gains_B), changes_BC) / CHANGES
 
 
 @torch.inference_mode()
 def gain_loss(model: GainTransformer, forks: Forks, branches: NDArray[np.int64]) -> float:
-    """Mean loss over some branches."""
-    model.eval()
-    return float(_loss(model, *forks.of(branches)))
+    """Mean squared error of the predicted gains of some branches."""
+    return float(functional.mse_loss(forks.predicted_by(model.eval(), branches), forks.of(branches)[2]))
 
 
 @torch.inference_mode()
 def predicted_gains(model: GainTransformer, forks: Forks, branches: NDArray[np.int64]) -> NDArray[np.float64]:
     """The model's predicted gains of some branches."""
-    seen, changes_BC, _ = forks.of(branches)
-    gains: NDArray[np.float64] = model.eval()(seen, changes_BC).double().numpy()
+    gains: NDArray[np.float64] = forks.predicted_by(model.eval(), branches).double().numpy()
     return gains
 
 
 def constant_gains(forks: Forks, training: NDArray[np.int64], branches: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Gains predicted by one parabola for all forks: least squares on changes and their products."""
+    """Gains predicted by one parabola for all forks: least squares on changes and their products, less their means."""
+    means_FC, products_FCC = forks.moments
+    upper = torch.triu_indices(CHANGES, CHANGES)
 
-    def features(changes_NC: NDArray[np.float32]) -> NDArray[np.float64]:
-        pairs = [changes_NC[:, i] * changes_NC[:, j] for i in range(CHANGES) for j in range(i, CHANGES)]
-        return np.column_stack([changes_NC, *pairs]).astype(np.float64)
+    def features(some: NDArray[np.int64]) -> NDArray[np.float64]:
+        changes_BC, forks_B = forks.changes_NC[torch.from_numpy(some)], forks.fork_N[torch.from_numpy(some)]
+        apart_BCC = changes_BC[:, :, None] * changes_BC[:, None, :] - products_FCC[forks_B]
+        return torch.cat([changes_BC - means_FC[forks_B], apart_BCC[:, upper[0], upper[1]]], dim=1).double().numpy()
 
-    _, changes_TC, gains_T = forks.of(training)
-    solution, *_ = np.linalg.lstsq(features(changes_TC.numpy()), gains_T.double().numpy(), rcond=None)
-    answer: NDArray[np.float64] = features(forks.of(branches)[1].numpy()) @ solution
+    solution, *_ = np.linalg.lstsq(features(training), forks.of(training)[2].double().numpy(), rcond=None)
+    answer: NDArray[np.float64] = features(branches) @ solution
     return answer
 
 
@@ -195,12 +230,14 @@ def spearman(predicted_N: NDArray[np.float64], true_N: NDArray[np.float64]) -> f
 def correlation(
     predicted_N: NDArray[np.float64], forks: Forks, branches: NDArray[np.int64], resampling: Resampling
 ) -> dict[str, float]:
-    """Spearman correlation of predicted and true gains of some branches, with a bootstrap interval over forks."""
+    """Spearman correlation of predicted and true gains of some branches, with a bootstrap interval over trials: forks
+    of one trial resemble each other."""
     true_N, fork_N = forks.gains_N[torch.from_numpy(branches)].double().numpy(), forks.fork_N.numpy()[branches]
-    random, groups = np.random.default_rng(resampling.seed), [np.flatnonzero(fork_N == f) for f in np.unique(fork_N)]
+    trials_N, random = forks.trials_F[fork_N], np.random.default_rng(resampling.seed)
+    groups = [np.flatnonzero(trials_N == trial) for trial in np.unique(trials_N)]
     drawn = []
     for _ in range(resampling.bootstrap):
         picked = np.concatenate([groups[i] for i in random.integers(len(groups), size=len(groups))])
         drawn.append(spearman(predicted_N[picked], true_N[picked]))
     low, high = resampling.ends(np.array([value for value in drawn if np.isfinite(value)]))
-    return {"spearman": spearman(predicted_N, true_N), "low": low, "high": high, "forks": float(len(groups))}
+    return {"spearman": spearman(predicted_N, true_N), "low": low, "high": high, "forks": float(len(np.unique(fork_N)))}

@@ -13,7 +13,7 @@ from tipl_ray.accelerate.contenders import jump_question
 from tipl_ray.accelerate.return_rule import ReturnRule
 from tipl_ray.config import Experiment, Improve
 from tipl_ray.data.locks import only_one
-from tipl_ray.data.storage import file_exists, join, publish, read_published
+from tipl_ray.data.storage import file_exists, join, last_name, publish, read_published
 from tipl_ray.digest import as_table, digest, identity
 from tipl_ray.improve.forks import Cell, cells
 from tipl_ray.improve.rule_search import BOUNDS, RECORD, RULE_FILE, WAY_OUT, Rule, search_rule
@@ -79,7 +79,7 @@ def values_at(share: float, improve: Improve) -> dict[str, str]:
 
 
 def _log(work: Work, found: dict[str, Any], folder: str) -> None:
-    with work.tracker.run(f"rule search {found['search']}", f"rule-{folder.rpartition('/')[2]}") as run:
+    with work.tracker.run(f"rule search {found['search']}", f"rule-{last_name(folder)}") as run:
         run.log_parameters({"improve": as_table(work.experiment.improve)})
         run.log_metrics(dict(found["point"]))
         spread = [max(generation["fitness"]) - min(generation["fitness"]) for generation in found["generations"]]

@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from optuna.distributions import FloatDistribution
 from optuna.samplers import CmaEsSampler
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.search.optuna import OptunaSearch
 
 from tipl_ray.accelerate.contenders import jump_question, jump_settings
 from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
 from tipl_ray.accelerate.scores import filled
+from tipl_ray.collect.crew import seat_resources
 from tipl_ray.config import Experiment
 from tipl_ray.data.storage import Storage, file_exists, join, publish, read_published
 from tipl_ray.digest import digest
@@ -96,7 +98,7 @@ def run_rule(
     rule: Rule | None, cell: Cell, seeds: Sequence[int], experiment: Experiment, source: Experiment, engine: str
 ) -> NDArray[np.float64]:
     """Learning curves (S, I) of trials that jump by a rule, or without jumps if it is None; NaN after a divergence."""
-    own, extension = cell.experiment(experiment), NOTHING
+    own, extension = cell.experiment(experiment, source), NOTHING
     if rule:
         settings = dataclasses.replace(jump_settings(cell.regime, experiment, source), kl_limit=rule.kl_limit)
         predictor = ReturnRule.of(jump_question(cell.regime, experiment, source), rule.numbers)
@@ -219,20 +221,24 @@ def search_rule(search: int, experiment: Experiment, source: Experiment, engine:
     searcher = GenerationSearch(improve.population, improve.generations, seed=search)
     # Its state is kept nowhere: it is drawn again, from what the candidates came to.
     filesystem, path = Storage(join(experiment.storage_path, "rules", "tune")).filesystem
-    tune.run(
+    needs = seat_resources(experiment, engine)
+    ran = tune.run(
         tune.with_parameters(run_candidate, search=search, experiment=experiment, source=source, engine=engine),
         name=f"search-{search}-{os.getpid()}",
         storage_path=path,
         storage_filesystem=filesystem,
         search_alg=searcher,
         num_samples=improve.population * improve.generations,
-        resources_per_trial={"cpu": 1},
+        resources_per_trial={name.lower(): amount for name, amount in needs.items()},
         max_concurrent_trials=at_once,
         reuse_actors=True,
         max_failures=3,
         raise_on_failed_trial=False,
         verbose=0,
     )
+    for trial in ran.trials:
+        if trial.status == Trial.ERROR:  # its rank says nothing of the rule, so nor does what was found
+            raise trial.get_pickled_error() or trial.get_error() or RuntimeError(f"{trial} failed")
     point = found_point(searcher.history)
     return {
         "search": search,

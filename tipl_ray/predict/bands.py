@@ -42,7 +42,8 @@ def load_band(storage: str, seed: int, question: Question) -> GramBand:
 
 
 def snapshots_per_iteration(header: Header) -> int:
-    """Snapshots per iteration of a data set's trials, those that jumps predicted included; 1 where there are no phases.
+    """Snapshots per iteration of a data set's trials, those after jumps and outer steps included; 1 where there are no
+    phases.
 
     Raises KeyError naming what is missing in the header.
     """
@@ -50,7 +51,7 @@ def snapshots_per_iteration(header: Header) -> int:
     if "snapshots_per_iteration" in made:
         return made["snapshots_per_iteration"]
     run = made["ppo"]["num_epochs"] // made["epochs_per_snapshot"]
-    return run + (made["jump"]["horizon"] if "jump" in made else 0)
+    return run + (made["jump"]["horizon"] if "jump" in made else 0) + ("outer" in made)
 
 
 def _kept_products(folder: str, name: str, shape: tuple[int, int]) -> NDArray[np.float64] | None:

@@ -121,6 +121,11 @@ class GaussianPolicy(nn.Module):
         super().__init__()
         shapes = {name: shape for name, shape, _ in header.layout}
         expected = {"log_std"} | {f"actor.{index}.{kind}" for index in range(3) for kind in ("weight", "bias")}
+        if "ppo" in header.config and {*shapes} == expected - {"log_std"}:
+            raise ValueError(
+                f"{header.task}: its actions are choices, and only policies with continuous actions become modules "
+                "here; build the module yourself, and give it to load_module"
+            )
         if {*shapes} != expected or "ppo" not in header.config:
             raise ValueError(
                 f"{header.task}: these trials are not of our own PPO, so nothing here builds their module; build it "

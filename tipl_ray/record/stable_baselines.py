@@ -246,13 +246,12 @@ def load_policy(model: BaseAlgorithm, storage: str, *, trial: int, snapshot: int
     Raises as `load_module` does, and ValueError for observation statistics that the model has no VecNormalize for.
     """
     before = _statistics(model)
-    index = TrajectoryStore(storage).trajectory(trial, ["snapshot"]).snapshots_T[snapshot]
     has_statistics = "observation_mean" in TrajectoryStore(storage).header([trial]).columns
     if has_statistics and before is None:
         raise ValueError(
             f"trial {trial} has observation statistics, and the model's environment is not a VecNormalize; wrap it"
         )
-    read = load_module(acting_part(model)[0], storage, trial=trial, snapshot=int(index))
+    read = load_module(acting_part(model)[0], storage, trial=trial, snapshot=snapshot)
     if before is not None and read.observation_mean is not None and read.observation_variance is not None:
         before.mean = read.observation_mean.reshape(before.mean.shape).copy()
         before.var = read.observation_variance.reshape(before.var.shape).copy()

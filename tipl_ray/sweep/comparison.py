@@ -249,8 +249,11 @@ def everything(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Figure]:
-    """Heat map of two fields, parallel coordinates of all, and curves over training; what the runs have to show."""
+def draw(client: MlflowClient, rows: Sequence[Row], metric: str, less: bool = False) -> dict[str, Figure]:
+    """Heat map of two fields, parallel coordinates of all, and curves over training; what the runs have to show.
+
+    The best run is the one with the most of the metric or, with `less`, the least.
+    """
     known = [row for row in rows if metric in row.metrics and not diverged(row)]
     fields = [field for field in varied(known) if all(field in row.parameters for row in known)]
     cells = [
@@ -268,13 +271,13 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str) -> dict[str, Fi
     if len(choices) >= 2 and len(cells) > 1:
         up, across = sorted(choices, key=lambda field: (field in numbers, field == "model.context"))[-2:]
         names = short_names([across, up])
-        drawn["heat_map"] = figures.heat_map(cells, across, up, names, metric)
+        drawn["heat_map"] = figures.heat_map(cells, across, up, names, metric, less)
     if choices and len(cells) > 1:
-        drawn["parallel_coordinates"] = figures.parallel_coordinates(cells, short_names(choices), metric)
+        drawn["parallel_coordinates"] = figures.parallel_coordinates(cells, short_names(choices), metric, less)
     curves = {row.run_id: _history(client, row.run_id, metric) for row in known}
     curves = {run_id: curve for run_id, curve in curves.items() if len(curve[0]) > 1}
     if curves:
-        first = by_metric([row for row in known if row.run_id in curves], metric)[0]
+        first = by_metric([row for row in known if row.run_id in curves], metric, less)[0]
         ridge = first.metrics.get(f"ridge_{metric}", math.nan)
         drawn["curves"] = figures.curves(list(curves.values()), curves[first.run_id], first.name, ridge, metric)
     return drawn

@@ -37,8 +37,11 @@ from tipl_ray.evaluate.metrics import Row
 
 
 @as_shipped()
-def heat_map(cells: Sequence[Row], across: str, up: str, names: Mapping[str, str], metric: str = "skill") -> Figure:
-    """Skill over two fields of a sweep, with the ridge in a separate row; the best cell is framed.
+def heat_map(
+    cells: Sequence[Row], across: str, up: str, names: Mapping[str, str], metric: str = "skill", less: bool = False
+) -> Figure:
+    """Skill over two fields of a sweep, with the ridge in a separate row; the best cell, with `less` the lowest, is
+    framed.
 
     A cell is one run: its fields' values, `skill`, `ridge` and, where it is known, `floor`, the upper bound of
     the run's basis; if that is the same along each row it has a separate column. One scale of
@@ -47,7 +50,7 @@ def heat_map(cells: Sequence[Row], across: str, up: str, names: Mapping[str, str
     """
     columns, lines = (sorted({cell[field] for cell in cells}, key=_sort_key) for field in (across, up))
     if len(columns) * len(lines) > 3 * len(cells):
-        return _dots(cells, across, up, names, metric)
+        return _dots(cells, across, up, names, metric, less)
     groups = [[[c["skill"] for c in cells if (c[across], c[up]) == (x, y)] for x in columns] for y in lines]
     ridges = [[c["ridge"] for c in cells if c[across] == x] for x in columns]
     floors = [{round(cell.get("floor", math.nan), 6) for cell in cells if cell[up] == line} for line in lines]
@@ -71,7 +74,7 @@ def heat_map(cells: Sequence[Row], across: str, up: str, names: Mapping[str, str
             axes.text(column, line, words, ha="center", va="center", fontsize=11, color=_readable(shown, mean))
     runs = means[has_ridge:, : len(columns)]
     if np.isfinite(runs).any():
-        line, column = np.unravel_index(np.nanargmax(runs), runs.shape)
+        line, column = np.unravel_index(np.nanargmin(runs) if less else np.nanargmax(runs), runs.shape)
         corner = (column - 0.46, line + has_ridge - 0.44)
         axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor=INK, linewidth=2.5, zorder=3))
     dress(axes, f"{metric} by {names[up]} and {names[across]}; best framed", names[across], names[up])
@@ -88,7 +91,7 @@ def heat_map(cells: Sequence[Row], across: str, up: str, names: Mapping[str, str
     return figure
 
 
-def _dots(cells: Sequence[Row], across: str, up: str, names: Mapping[str, str], metric: str) -> Figure:
+def _dots(cells: Sequence[Row], across: str, up: str, names: Mapping[str, str], metric: str, less: bool) -> Figure:
     """A dot for every run, in the colours of the heat map; the best is ringed."""
     figure, (axes,) = new_figure(1, width=8.5, height=4.8)
     values = np.array([cell["skill"] if math.isfinite(cell["skill"]) else math.nan for cell in cells])
@@ -101,7 +104,7 @@ def _dots(cells: Sequence[Row], across: str, up: str, names: Mapping[str, str], 
         *(x[known], y[known]), c=values[known], norm=norm, cmap=colours, s=110, edgecolors="#999999", zorder=2
     )
     if known.any():
-        best = int(np.nanargmax(values))
+        best = int(np.nanargmin(values) if less else np.nanargmax(values))
         axes.plot(x[best], y[best], "o", ms=16, mfc="none", mec=INK, mew=2.5, zorder=3)
         axes.annotate(_skill_text(values[best]), (x[best], y[best]), (11, 9), textcoords="offset points", fontsize=11)
     dress(axes, f"{metric} by {names[up]} and {names[across]}; best circled", names[across], names[up])
@@ -185,11 +188,15 @@ def _colour_bar(figure: Figure, axes: Axes, shown: AxesImage | PathCollection, m
 
 
 @as_shipped()
-def parallel_coordinates(cells: Sequence[Row], names: Mapping[str, str], metric: str = "skill") -> Figure:
-    """Every run of a sweep as a line from the values of its fields to its skill; the better, the darker."""
+def parallel_coordinates(
+    cells: Sequence[Row], names: Mapping[str, str], metric: str = "skill", less: bool = False
+) -> Figure:
+    """Every run of a sweep as a line from the values of its fields to its skill; the better, with `less` the lower, the
+    darker."""
     fields = [*names, "skill"]
     lost = sum(not math.isfinite(cell["skill"]) for cell in cells)
-    cells = sorted((cell for cell in cells if math.isfinite(cell["skill"])), key=lambda cell: cell["skill"])
+    known = (cell for cell in cells if math.isfinite(cell["skill"]))
+    cells = sorted(known, key=lambda cell: cell["skill"], reverse=less)
     figure, (axes,) = new_figure(1, width=max(6.0, 2.2 * len(fields)), height=4.6)
     heights = []
     for place, field in enumerate(fields if cells else ()):
