@@ -112,6 +112,7 @@ def test_the_job_finds_the_same_rule_after_a_kill_and_runs_no_candidate_twice(
     (rule,) = tmp_path.glob("whole/rules/*/rule.json")
     candidates = sorted(path.parent.name for path in tmp_path.glob("whole/rules/*/candidate.json"))
     assert len(candidates) == 8
+    assert not list(tmp_path.glob("whole/rules/tune/*")), "Ray Tune's own files are of no use afterwards"
     assert json.loads(rule.read_text())["rule"] in said
     before = rule.read_text()
     rule.unlink()

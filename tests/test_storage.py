@@ -51,6 +51,11 @@ def test_a_file_is_read_back_and_nothing_else_lies_there(root: str) -> None:
     Storage(root).delete("deep/er/a.bin")
     Storage(root).delete("deep/er/a.bin")
     assert not file_exists(folder, "a.bin")
+    for name in ("deep/er/b.bin", "deep/er/and/c.bin", "deep/d.bin"):
+        Storage(root).write(name, b"")
+    for _ in range(2):
+        Storage(root).delete_folder("deep/er")
+    assert Storage(root).entries("deep") == {"d.bin": 0}
 
 
 def test_a_file_that_is_missing_is_an_error_that_names_it(root: str) -> None:
@@ -152,6 +157,7 @@ def test_links_out_of_the_storage_are_not_followed(tmp_path: Path) -> None:
         lambda: inside.write("away/new", b""),
         lambda: inside.put_if_absent("away/new", b""),
         lambda: inside.delete("away/secret"),
+        lambda: inside.delete_folder("away"),
         lambda: inside.write("../new", b""),
     ):
         with pytest.raises(StoreError, match="leads out of the storage"):

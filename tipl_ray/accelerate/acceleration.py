@@ -10,8 +10,8 @@ task) is one stack of trials in one Ray task, with its own data set: a killed un
                                              report.html, figures/
 """
 
+import contextlib
 import dataclasses
-import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ from tipl_ray.collect.collection import pending_seeds
 from tipl_ray.collect.crew import require_seat, seat_resources
 from tipl_ray.config import Contender, Experiment, RunTask
 from tipl_ray.data.locks import only_one
-from tipl_ray.data.storage import StoreError, file_exists, join, last_name, local_folder, write_file
+from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_name, write_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest
 from tipl_ray.drawing import png
@@ -279,10 +279,11 @@ def _log_unit(plan: Plan, one: Finished, tracker: Tracker, parent: Run) -> None:
             run.log_history("return_iqm", one.env_steps_I.tolist(), middle_I.tolist())
             run.log_metrics({"auc": float(whole.areas_S.mean()), "final_return": float(whole.finals_S.mean())})
             run.log_metrics({"collapsed": whole.num_collapsed})
-    folder = local_folder(experiment.storage_path)
-    if folder and not plan.experiment.where.keep_weights:
+    if not plan.experiment.where.keep_weights:
+        storage = Storage(experiment.storage_path)
         for name in ("trajectories", "commits"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            with contextlib.suppress(StoreError):  # what cannot be deleted is only in the way
+                storage.delete_folder(name)
 
 
 def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finished], folder: str, run: Run) -> None:

@@ -173,6 +173,17 @@ class Storage:
         with self._refused(path), contextlib.suppress(FileNotFoundError):
             self._publisher.delete(path)
 
+    def delete_folder(self, folder: str) -> None:
+        """Delete a folder, with all that is in it, if it exists. Raises StoreError."""
+        place = f"{self._base}/{folder}"
+        with self._looked_up(folder):
+            within = self._filesystem.get_file_info(pa_fs.FileSelector(place, allow_not_found=True, recursive=True))
+        for info in within:
+            if info.is_file:
+                self.delete(info.path.removeprefix(f"{self._base}/"))  # not through a link out of the storage
+        with self._refused(folder), contextlib.suppress(FileNotFoundError):
+            self._filesystem.delete_dir(place)
+
     @contextlib.contextmanager
     def _looked_up(self, path: str) -> Iterator[None]:
         try:

@@ -220,7 +220,8 @@ def search_rule(search: int, experiment: Experiment, source: Experiment, engine:
     improve = experiment.improve
     searcher = GenerationSearch(improve.population, improve.generations, seed=search)
     # Its state is kept nowhere: it is drawn again, from what the candidates came to.
-    filesystem, path = Storage(join(experiment.storage_path, "rules", "tune")).filesystem
+    drawn = Storage(join(experiment.storage_path, "rules", "tune"))
+    filesystem, path = drawn.filesystem
     needs = seat_resources(experiment, engine)
     ran = tune.run(
         tune.with_parameters(run_candidate, search=search, experiment=experiment, source=source, engine=engine),
@@ -239,6 +240,9 @@ def search_rule(search: int, experiment: Experiment, source: Experiment, engine:
     for trial in ran.trials:
         if trial.status == Trial.ERROR:  # its rank says nothing of the rule, so nor does what was found
             raise trial.get_pickled_error() or trial.get_error() or RuntimeError(f"{trial} failed")
+    for name in drawn.folders():
+        if name.startswith(f"search-{search}-"):
+            drawn.delete_folder(name)
     point = found_point(searcher.history)
     return {
         "search": search,
