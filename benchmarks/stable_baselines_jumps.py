@@ -21,6 +21,7 @@ import numpy as np
 import scipy.stats
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.monitor import Monitor
@@ -124,6 +125,7 @@ def draw(kept: dict[str, Any], settings: argparse.Namespace) -> Figure:
             axes.fill_between(total * shares_I, low_I, high_I, color=colour, alpha=0.15, linewidth=0)
     for axes, across in zip(panels, ("environment steps", "gradient steps"), strict=True):
         dress(axes, f"{settings.task}, {len(settings.seeds)} seeds, stable-baselines3", across, "episodic return")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter("{x:,.0f}")
     legend_below(figure, labelled(panels[0]))
     return figure
