@@ -97,7 +97,7 @@ def of_curve(curve: list[tuple[int, float]]) -> dict[str, Any]:
 def run_cleanrl(command: str, experiment: Experiment, seed: int) -> dict[str, Any]:
     """One row from CleanRL's script, whose iterations have as many steps as ours."""
     total, per_iteration = experiment.env_steps_per_trial, experiment.ppo.num_steps
-    words = [str(Path(word).resolve()) if Path(word).exists() else word for word in shlex.split(command)]
+    words = [str(Path(word).absolute()) if Path(word).exists() else word for word in shlex.split(command)]
     told = ["--seed", str(seed), "--total-timesteps", str(total), "--no-cuda"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:  # it writes its event files into the working directory
@@ -132,13 +132,14 @@ def main() -> None:
         experiment = dataclasses.replace(experiment, collect=few)
     rows = run(experiment)
     table = (results_folder(True) if arguments.quick else ROOT / "docs" / "results") / "cart_pole.csv"
-    if arguments.cleanrl:
-        for seed in experiment.collect.seeds:
+    if table.exists():  # seeds that CleanRL has run stay
+        rows += [row for row in csv.DictReader(table.open()) if row.get("implementation") == "CleanRL"]
+    done = {int(row["seed"]) for row in rows if row["implementation"] == "CleanRL"}
+    for seed in experiment.collect.seeds if arguments.cleanrl else ():
+        if seed not in done:
             rows.append(run_cleanrl(arguments.cleanrl, experiment, seed))
             write_table(table, rows)
             say(f"CleanRL, seed {seed}: {rows[-1]['training_return_last_tenth']} at the end")
-    elif table.exists():
-        rows += [row for row in csv.DictReader(table.open()) if row.get("implementation") == "CleanRL"]
     write_table(table, rows)
     say_rows([{key: str(value) for key, value in row.items()} for row in rows])
 
