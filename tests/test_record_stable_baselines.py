@@ -61,11 +61,11 @@ class Killer(BaseCallback):
         return True
 
 
-def learn(algorithm: str, folder: Path, kill_at: int = 10**9, **settings: Any) -> Any:
+def learn(algorithm: str, folder: Path, kill_at: int = 10**9, task: str = PENDULUM, **settings: Any) -> Any:
     every = {"steps_per_snapshot": 10} if algorithm in ("SAC", "TD3") else {}
     record = RecordPolicy(str(folder / "data"), trial=1, snapshots_per_commit=3, **{**every, **settings})
     return learn_in_legs(
-        lambda: make(algorithm),
+        lambda: make(algorithm, task),
         folder / "checkpoints",
         total_timesteps=KILLED_STEPS[algorithm],
         leg_timesteps=60,
@@ -78,16 +78,17 @@ def data(folder: Path) -> TrajectoryStore:
     return TrajectoryStore(str(folder / "data"))
 
 
+@pytest.mark.parametrize("task", [PENDULUM, "Hopper-v5"])
 @pytest.mark.parametrize("algorithm", ["PPO", "SAC", "TD3"])
 def test_a_training_that_was_killed_and_went_on_leaves_the_bytes_of_an_undisturbed_one(
-    algorithm: str, tmp_path: Path
+    algorithm: str, task: str, tmp_path: Path
 ) -> None:
     settings = {"epochs_per_snapshot": 2} if algorithm == "PPO" else {}
-    whole = learn(algorithm, tmp_path / "undisturbed", **settings)
+    whole = learn(algorithm, tmp_path / "undisturbed", task=task, **settings)
     kills = (5, KILLED_STEPS[algorithm] - 25, 10**9)
     for kill_at in kills:
         try:
-            resumed = learn(algorithm, tmp_path / "killed", kill_at, **settings)
+            resumed = learn(algorithm, tmp_path / "killed", kill_at, task=task, **settings)
         except KeyboardInterrupt:
             continue
     assert data(tmp_path / "killed").digest() == data(tmp_path / "undisturbed").digest()
