@@ -34,9 +34,13 @@ def results_folder(quick: bool) -> Path:
 
 
 def keep(path: Path, results: Any) -> None:
-    """Results as JSON, whole or not at all: a run that is killed goes on from what it kept last."""
+    """Rows, or values by name, as JSON of one line each, whole or not at all: a run that is killed goes on from what it
+    kept last."""
+    named = isinstance(results, Mapping)
+    lines = [f"{json.dumps(key)}: {json.dumps(results[key])}" if named else json.dumps(key) for key in results]
+    begin, end = "{}" if named else "[]"
     partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.write_text(begin + "\n" + ",\n".join(lines) + "\n" + end + "\n")
     partial.replace(path)
 
 

@@ -105,11 +105,14 @@ class GainTransformer(SavedModel):
         eye_CC = torch.eye(CHANGES, dtype=last_BE.dtype, device=last_BE.device)
         return self.slope(last_BE), factor_BCC @ factor_BCC.transpose(1, 2) + 0.05 * eye_CC
 
-    def forward(self, seen: Seen, changes_BC: Tensor) -> Tensor:
-        """Predicted gain (B,) of changes, in the units of the training data."""
+    def forward(self, seen: Seen, changes_BC: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Predicted gain (B,) of changes, in the units of the training data: over no change or, with `moments`, over
+        the mean of some. Moments are those changes' mean (B, C) and that of their products (B, C, C)."""
         slope_BC, bend_BCC = self.parabola(seen)
-        bent_B = torch.einsum("bc,bcd,bd->b", changes_BC, bend_BCC, changes_BC)
-        return (slope_BC * changes_BC).sum(dim=1) - 0.5 * bent_B
+        products_BCC = changes_BC[:, :, None] * changes_BC[:, None, :]
+        if moments:
+            changes_BC, products_BCC = changes_BC - moments[0], products_BCC - moments[1]
+        return (slope_BC * changes_BC).sum(dim=1) - 0.5 * (bend_BCC * products_BCC).sum(dim=(1, 2))
 
     def best_change(self, seen: Seen) -> Tensor:
         """The maximum of the parabola (B, C), limited to `FURTHEST`."""

@@ -68,11 +68,10 @@ class Forks:
     def predicted_by(self, model: GainTransformer, branches: NDArray[np.int64]) -> Tensor:
         """A model's gains (B,) of some branches, less their mean over each one's fork."""
         seen, changes_BC, _ = self.of(branches)
+        means_FC, products_FCC = self.moments
         forks_B = self.fork_N[torch.from_numpy(branches)]
-        means_BC, products_BCC = (moment[forks_B] for moment in self.moments)
-        slope_BC, bend_BCC = model.parabola(seen)
-        apart_BCC = changes_BC[:, :, None] * changes_BC[:, None, :] - products_BCC
-        return (slope_BC * (changes_BC - means_BC)).sum(dim=1) - 0.5 * (bend_BCC * apart_BCC).sum(dim=(1, 2))
+        gains_B: Tensor = model(seen, changes_BC, (means_FC[forks_B], products_FCC[forks_B]))
+        return gains_B
 
     def branches_of(self, seeds: Sequence[int]) -> NDArray[np.int64]:
         """The branches of trials with these seeds."""
