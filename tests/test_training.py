@@ -21,6 +21,7 @@ from tipl_ray.paper.predictor import Tipl
 from tipl_ray.paper.temporal_svd import fit_basis, fit_shared_basis
 from tipl_ray.paper.tokens import Tokens, tokens_of
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
+from tipl_ray.per_weight.samples import WeightSample, sample_weights
 from tipl_ray.predict.gram import GramBand, Question, make_band
 from tipl_ray.predict.models import load_about, load_model
 from tipl_ray.predict.objective import draw_windows
@@ -31,6 +32,8 @@ from tipl_ray.window.transformer import WindowTransformer
 
 PPO = {"ppo": {"num_epochs": 10}, "epochs_per_snapshot": 2}
 
+Kind = Literal["trial", "shared", "window", "per-weight"]
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
@@ -39,7 +42,7 @@ def one_thread() -> None:
 
 def experiment(
     storage: Path | str = "/nowhere",
-    kind: Literal["trial", "shared", "window"] = "trial",
+    kind: Kind = "trial",
     num_workers: int = 1,
     **train: int | float | str,
 ) -> config.Experiment:
@@ -76,17 +79,26 @@ def bands(*seeds: int) -> list[GramBand]:
     ]
 
 
+def samples(*seeds: int) -> list[WeightSample]:
+    layout = (("w", (13,), 0),)
+    return [
+        sample_weights(trajectory(seed), layout, band, seed) for seed, band in zip(seeds, bands(*seeds), strict=True)
+    ]
+
+
 def data(kind: str = "trial") -> TrainingData:
+    if kind == "per-weight":
+        return TrainingData(train=samples(3, 4), validation=samples(5))
     if kind == "window":
         return TrainingData(train=bands(3, 4), validation=bands(5))
     return TrainingData(train=tokens(3, 4), validation=tokens(5))
 
 
-def of_kind(kind: Literal["trial", "window"], **train: int | float | str) -> training.Training:
+def of_kind(kind: Kind, **train: int | float | str) -> training.Training:
     return training.Training(experiment("/nowhere", kind, 1, **train), data(kind))
 
 
-both_bases = pytest.mark.parametrize("kind", ["trial", "window"])
+each_basis = pytest.mark.parametrize("kind", ["trial", "window", "per-weight"])
 
 
 def write_store(root: Path, seeds: tuple[int, ...]) -> TrajectoryStore:
@@ -102,35 +114,37 @@ def without_time(history: list[training.Metrics]) -> list[training.Metrics]:
     return [{key: value for key, value in row.items() if "second" not in key} for row in history]
 
 
-@both_bases
+@each_basis
 def test_training_in_bfloat16_learns_as_in_float32_and_is_validated_in_float32(kind):
     exact, halved = of_kind(kind), of_kind(kind, precision="bfloat16")
     assert [row["validation_loss"] for row in exact.iterations()] == pytest.approx(
         [row["validation_loss"] for row in halved.iterations()], rel=0.02
     )
-    assert not torch.equal(*(next(run.model.blocks.parameters()) for run in (exact, halved)))
+    trained = [torch.cat([weight.flatten() for weight in run.model.parameters()]) for run in (exact, halved)]
+    assert not torch.equal(*trained)
     assert {parameter.dtype for parameter in halved.model.parameters()} == {torch.float32}
     halved.model.load_state_dict(exact.model.state_dict())
     assert halved.objective.validate() == exact.objective.validate()
 
 
-@both_bases
-def test_training_lowers_the_loss_and_is_the_same_twice(kind: Literal["trial", "window"]):
+@each_basis
+def test_training_lowers_the_loss_and_is_the_same_twice(kind: Kind):
     # Next tokens are easily foretold; of a random walk's next displacements there is only something to learn by heart.
-    schedule = {"trial": {"num_steps": 100, "learning_rate": 1e-3}, "window": {"num_steps": 200, "learning_rate": 1e-2}}
-    run, again = (of_kind(kind, steps_per_iteration=50, **schedule[kind]) for _ in range(2))
+    many = {"num_steps": 200, "learning_rate": 1e-2}
+    schedule = {"num_steps": 100, "learning_rate": 1e-3} if kind == "trial" else many
+    run, again = (of_kind(kind, steps_per_iteration=50, **schedule) for _ in range(2))
     untrained, _ = run.objective.validate()
     history = list(run.iterations())
     assert [row["step"] for row in history] == list(range(50, run.step + 1, 50))
-    assert history[-1]["loss"] < {"trial": 0.95, "window": 0.99}[kind] * history[0]["loss"]
+    assert history[-1]["loss"] < (0.95 if kind == "trial" else 0.99) * history[0]["loss"]
     if kind == "trial":
         assert history[-1]["validation_loss"] < 0.8 * untrained
     assert without_time(list(again.iterations())) == without_time(history)
     assert_equal_weights(run.model, again.model)
 
 
-@both_bases
-def test_resumed_run_ends_with_the_same_weights_as_an_undisturbed_one(kind: Literal["trial", "window"], tmp_path: Path):
+@each_basis
+def test_resumed_run_ends_with_the_same_weights_as_an_undisturbed_one(kind: Kind, tmp_path: Path):
     undisturbed = of_kind(kind, schedule="cosine")
     list(undisturbed.iterations())
     interrupted = of_kind(kind, schedule="cosine")
@@ -173,8 +187,8 @@ def test_learning_rate_falls_on_half_a_cosine_to_0():
     np.testing.assert_allclose(rates, 0.5e-3 * (1 + np.cos(np.pi * np.array([14, 29]) / 30)))
 
 
-@both_bases
-def test_mean_gradient_of_two_workers_is_that_of_one(kind: Literal["trial", "window"]):
+@each_basis
+def test_mean_gradient_of_two_workers_is_that_of_one(kind: Kind):
     steady = dataclasses.replace(experiment(kind=kind), model=dataclasses.replace(experiment().model, dropout=0.0))
     alone = training.Training(steady, data(kind))
     pair = [training.Training(steady, data(kind), rank=rank, num_workers=2) for rank in range(2)]
@@ -511,8 +525,8 @@ def test_a_run_that_ended_before_its_model_was_put_in_place_is_completed(cluster
 
 
 @pytest.mark.slow
-@both_bases
-def test_two_ray_workers_train_the_same_model_as_one(cluster: None, kind: Literal["trial", "window"], tmp_path: Path):
+@each_basis
+def test_two_ray_workers_train_the_same_model_as_one(cluster: None, kind: Kind, tmp_path: Path):
     steady = config.Model(context=6, embedding=16, layers=2, heads=2, dropout=0.0)
     settings = dataclasses.replace(experiment(tmp_path, kind, num_workers=2), model=steady)
     digest = write_store(tmp_path, settings.train_seeds + settings.validation_seeds).digest()

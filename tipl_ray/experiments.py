@@ -38,6 +38,20 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "joined_windows": 0.3,
         },
     },
+    "per-weight": {
+        "basis": {"kind": "per-weight"},
+        "model": {"embedding": 64, "layers": 2, "heads": 4, "dropout": 0.0},
+        "train": {
+            "num_steps": 5_000,
+            "steps_per_iteration": 500,
+            "batch_size": 64,
+            "learning_rate": 2e-3,
+            "weight_decay": 0.05,
+            "warmup_steps": 200,
+            "schedule": "cosine",
+            "max_gradient_norm": 1.0,
+        },
+    },
 }
 """Fields that a preset sets; the paper's are the dataclasses' own defaults."""
 

@@ -116,6 +116,7 @@ REPRESENTATIONS = Registry(
         "trial": "tipl_ray.paper.representation:TrialTokens",
         "shared": "tipl_ray.paper.representation:SharedTokens",
         "window": "tipl_ray.window.representation:Window",
+        "per-weight": "tipl_ray.per_weight.representation:PerWeight",
     },
 )
 """What an experiment's basis may be: a `predict.representation.Representation` each."""

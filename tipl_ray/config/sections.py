@@ -200,7 +200,8 @@ class Basis:
     kind: str = "trial"
     """`trial`: Temporal SVD of the trial's whole trajectory, as in the paper; not causal, since it includes the future.
     `shared`: one Temporal SVD of all training trials; causal. `window`: inner products of the displacements in the
-    context; causal and independent of the network's size. Or `module:Name`, your own representation
+    context; causal and independent of the network's size. `per-weight`: the same, and each weight's own displacements,
+    value and tensor; causal, for policies of one layout. Or `module:Name`, your own representation
     (docs/extending.md)."""
     rank: Count = 32
     """SVD rank D, for `trial` and `shared`."""

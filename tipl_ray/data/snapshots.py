@@ -151,6 +151,9 @@ ALWAYS = ("snapshot", "weights")
 PPO_COLUMNS = tuple(name for name in COLUMNS if name not in ("step", "loss"))
 """Columns of the trials that are collected here."""
 
+Layout = tuple[tuple[str, tuple[int, ...], int], ...]
+"""(name, shape, offset) of each tensor in a flat vector of weights, in order."""
+
 
 @pydantic.with_config(extra="forbid")
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,8 +164,8 @@ class Header:
     """Version of this file format."""
     task: str
     """Gymnasium id of the task."""
-    layout: tuple[tuple[str, tuple[int, ...], int], ...]
-    """(name, shape, offset) of each parameter in the flat weights, without a gap."""
+    layout: Layout
+    """Of the flat weights, without a gap."""
     config: dict[str, Any]
     """What the trial's bits depend on: policy shape, PPO configuration, engine; plain JSON types."""
     versions: dict[str, str]

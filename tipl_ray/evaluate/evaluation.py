@@ -85,7 +85,8 @@ def run_starts(experiment: Experiment) -> np.ndarray:
 
 
 def make_predictors(experiment: Experiment, model_folders: Sequence[str]) -> list[Predictor]:
-    """Every predictor that is compared, TIPL as it was trained among them, and its upper bound last; not fitted.
+    """Every predictor that is compared, TIPL as it was trained among them, and its upper bound, if any, last; not
+    fitted.
 
     Several models are those of several seeds. Raises StoreError for a model that is missing or damaged, ValueError for
     two predictors of one name.
@@ -95,13 +96,14 @@ def make_predictors(experiment: Experiment, model_folders: Sequence[str]) -> lis
     for seed, tipl in enumerate(tipls):
         tipl.seed = seed
     others, upper_bound = representation_in(model_folders[0]).companions(tipls[0], elsewhere=elsewhere)
+    bounds = [upper_bound] if upper_bound else []
     own = [kind(question) for kind in map(PREDICTORS.load, PREDICTORS.own) if kind.in_tables]
     outside = [PREDICTORS.load(name)(question) for name in experiment.evaluate.predictors]
-    names = [one.name for one in (*own, *outside, *others, tipls[0], upper_bound)]
+    names = [one.name for one in (*own, *outside, *others, tipls[0], *bounds)]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"evaluate.predictors: two predictors are called {name!r}; rename yours")
-    return [*own, *outside, *others, *tipls, upper_bound]
+    return [*own, *outside, *others, *tipls, *bounds]
 
 
 @one_thread()

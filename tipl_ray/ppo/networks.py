@@ -13,8 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-Layout = tuple[tuple[str, tuple[int, ...], int], ...]
-"""(name, shape, offset) of each array in a flat vector, in order."""
+from tipl_ray.data.snapshots import Layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

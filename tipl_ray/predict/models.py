@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tipl_ray.data.storage import Storage, StoreError, publish, read_published
-from tipl_ray.predict.blocks import DTYPE, Blocks
+from tipl_ray.predict.blocks import DTYPE
 from tipl_ray.predict.model_files import ABOUT_FILE, WEIGHTS_FILE
 from tipl_ray.registry import Registry
 
@@ -25,9 +25,6 @@ WAY_OUT = "restore it from a copy (MLflow keeps one), or delete the folder and t
 
 class SavedModel(nn.Module, abc.ABC):
     """A model in a folder: its weights, and JSON that describes it."""
-
-    blocks: Blocks
-    """Its Transformer."""
 
     @abc.abstractmethod
     def described(self) -> dict[str, Any]:
@@ -63,6 +60,7 @@ ARCHITECTURES = Registry(
     {
         "CausalTransformer": "tipl_ray.paper.transformer:CausalTransformer",
         "WindowTransformer": "tipl_ray.window.transformer:WindowTransformer",
+        "PerWeightTransformer": "tipl_ray.per_weight.transformer:PerWeightTransformer",
         "GainTransformer": "tipl_ray.improve.gain_model:GainTransformer",
     },
 )

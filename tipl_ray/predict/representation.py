@@ -1,8 +1,9 @@
 """What a representation is: how trajectories become what a model learns from, and how its answers become weights.
 
 Training, evaluation, sweep and serving know representations by this interface alone, and never ask which one they have.
-This package has two, the tokens of `tipl_ray.paper` and the Gram windows of `tipl_ray.window`; one from outside is
-named as `module:Name`. Does not import torch until a model is loaded, so that errors in options are found at once.
+This package has three: the tokens of `tipl_ray.paper`, the Gram windows of `tipl_ray.window` and the single weights of
+`tipl_ray.per_weight`; one from outside is named as `module:Name`. Does not import torch until a model is loaded, so
+that errors in options are found at once.
 """
 
 from __future__ import annotations
@@ -111,8 +112,9 @@ class Representation(abc.ABC):
         """
 
     @abc.abstractmethod
-    def companions(self, tipl: Predictor, *, elsewhere: bool) -> tuple[list[Predictor], Predictor]:
-        """Predictors that a loaded TIPL brings, and its upper bound: the true future as well as this can express it.
+    def companions(self, tipl: Predictor, *, elsewhere: bool) -> tuple[list[Predictor], Predictor | None]:
+        """Predictors that a loaded TIPL brings, and its upper bound: the true future as well as this can express it;
+        None where it can express everything.
 
         `elsewhere`: TIPL was trained on other data sets than those at hand.
         """

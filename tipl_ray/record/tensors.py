@@ -18,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Layout = tuple[tuple[str, tuple[int, ...], int], ...]
-"""(name, shape, offset) of each tensor in the flat vector, in order; a complex one ends in a dimension of 2."""
+from tipl_ray.data.snapshots import Layout
 
 FROZEN = "frozen"
 """Name, in a commit's state, of the digest of what the module has and the trial does not."""
@@ -62,7 +61,10 @@ class Tensors:
 
     @property
     def layout(self) -> Layout:
-        """Layout of the flat vector. Raises ValueError for more weights than a trial can have."""
+        """Layout of the flat vector; a complex tensor ends in a dimension of 2.
+
+        Raises ValueError for more weights than a trial can have.
+        """
         layout, offset = [], 0
         for name, tensor in self.recorded.items():
             shape = (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)

@@ -21,6 +21,7 @@ from tipl_ray import config
 from tipl_ray.data.storage import join, publish, read_file
 from tipl_ray.digest import as_table
 from tipl_ray.errors import UserError
+from tipl_ray.predict.blocks import Blocks
 from tipl_ray.predict.models import load_model, read_model_file
 from tipl_ray.predict.objective import draw_windows
 from tipl_ray.predict.representation import TrainingData, representation_of
@@ -57,7 +58,9 @@ class Training:
         torch.manual_seed(self.config.seed)
         self.objective = representation_of(experiment.basis).objective(experiment, data, device)
         self.model = self.objective.model
-        self.model.blocks.in_bfloat16 = self.config.precision == "bfloat16"
+        for module in self.model.modules():
+            if isinstance(module, Blocks):
+                module.in_bfloat16 = self.config.precision == "bfloat16"
         self.best = copy.deepcopy(self.model)
         self._distributed = distribute(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=self.config.weight_decay, fused=True)

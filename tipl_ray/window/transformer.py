@@ -59,6 +59,11 @@ class WindowTransformer(SavedModel):
 
     def forward(self, grams_BKK: Tensor, phases_B: Tensor, progress_B: Tensor, learning_rates_B: Tensor) -> Tensor:
         """Coefficients of the K displacements in each forward step; (B, H, K). What comes in: see `gram.Contexts`."""
+        hidden_BKE = self.encode(grams_BKK, phases_B, progress_B, learning_rates_B)
+        return self.answer(hidden_BKE, grams_BKK, phases_B)
+
+    def encode(self, grams_BKK: Tensor, phases_B: Tensor, progress_B: Tensor, learning_rates_B: Tensor) -> Tensor:
+        """What it knows after each displacement; (B, K, E)."""
         lengths_BK, cosines_BKK = lengths_and_cosines(grams_BKK)
         logs_BK = lengths_BK.log()
         relative_BK = (logs_BK - logs_BK.mean(dim=1, keepdim=True)).clamp(-MOST_LOG_LENGTH, MOST_LOG_LENGTH)
@@ -72,7 +77,11 @@ class WindowTransformer(SavedModel):
             clock_B = progress_B if self.size.clock == "progress" else 1.0 - learning_rates_B
             hidden_BKE = hidden_BKE + self.embed_clock(_clock_features(clock_B.float()))[:, None]
         hidden_BKE = functional.dropout(hidden_BKE, self.size.dropout, self.training)
-        hidden_BKE = self.final_norm(self.blocks(hidden_BKE))
+        hidden: Tensor = self.final_norm(self.blocks(hidden_BKE))
+        return hidden
+
+    def answer(self, hidden_BKE: Tensor, grams_BKK: Tensor, phases_B: Tensor) -> Tensor:
+        """The coefficients that follow from what it knows; (B, H, K)."""
         fitted_BH1K, own_BHRK = self.ridge_QHK[phases_B][:, :, None], self.context_ridge(grams_BKK, CONTEXT_PENALTIES)
         # The last token alone has seen them all.
         shares_BH1R = self.weigh(hidden_BKE[:, -1]).unflatten(-1, (len(self.steps), 1, -1))
