@@ -18,6 +18,7 @@ from tipl_ray.paper.predictor import SvdFloor, Tipl, TrialBasis
 from tipl_ray.paper.representation import TokenRepresentation
 from tipl_ray.paper.temporal_svd import fit_shared_basis
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
+from tipl_ray.per_weight.transformer import PerWeightTransformer
 from tipl_ray.places import PUBLISHED_FOLDER, published_predictors
 from tipl_ray.predict import baselines
 from tipl_ray.predict.baselines import (
@@ -423,6 +424,14 @@ def test_the_floor_is_that_of_tipls_basis(tmp_path: Path):
         names = [predictor.name for predictor in make_predictors(EXPERIMENT, [str(tmp_path / basis.kind)])]
         assert names[-2:] == ["tipl", floor]
         assert names[:-2] == [name for name in PREDICTORS.own if PREDICTORS.load(name).in_tables]
+
+
+def test_single_weights_have_no_upper_bound(tmp_path: Path):
+    basis, layout = config.Basis(kind="per-weight"), (("w", (trajectory().shape[1],), 0),)
+    PerWeightTransformer(window_tipl().model, layout).save(str(tmp_path), {"basis": as_table(basis)})
+    predictors = make_predictors(EXPERIMENT, [str(tmp_path)])
+    assert [predictor.name for predictor in predictors][-1] == "tipl"
+    assert np.isfinite(predictors[-1].forecast(trial(trajectory()), STARTS)).all()
 
 
 def test_trajectory_longer_than_those_of_training_is_still_forecast():

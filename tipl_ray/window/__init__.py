@@ -1,1 +1,1 @@
-"""Our representation: the displacements of a window, through their inner products."""
+"""Our first representation: the displacements of a window, through their inner products."""
