@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class PerWeight(Representation):
     """The basis `window`, with a correction for each weight; for policies of one layout, and not for jumps."""
 
-    own_predictors = ("tipl",)
+    own_predictors, one_thread = ("tipl",), True
 
     def without_effect(self) -> dict[str, str]:
         """See `Representation.without_effect`."""
