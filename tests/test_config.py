@@ -130,7 +130,10 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--basis.kind", "fourier"], "basis.kind='fourier' is not one of trial, shared, window, per-weight, nor module:Name"),
+        (
+            ["--basis.kind", "fourier"],
+            "basis.kind='fourier' is not one of trial, shared, window, per-weight, nor module:Name",
+        ),
         (["--preset", "paper", "--basis.rank", "999"], "basis.rank=999 exceeds the 251 snapshots of a trial"),
         (
             ["--model.context", "250"],

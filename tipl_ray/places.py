@@ -5,6 +5,7 @@ import json
 import os
 import re
 import unicodedata
+from collections.abc import Collection
 from pathlib import Path
 
 from tipl_ray.digest import redacted
@@ -54,10 +55,11 @@ def published_predictors() -> tuple[str, ...]:
     return tuple(sorted({file.parent.name for file in PUBLISHED_FOLDER.glob("*/*.json")}))
 
 
-def published_rules() -> tuple[str, ...]:
-    """Names of those that were tuned for return, as `return-rule` with numbers of their own."""
+def published_rules(kinds: Collection[str] = ("return-rule", "return-tipl")) -> tuple[str, ...]:
+    """Names of those that were tuned for return: `return-rule` with numbers of their own, and `return-tipl`, such a
+    rule with a model that changes it."""
     about = {file.parent.name: json.loads(file.read_text()) for file in PUBLISHED_FOLDER.glob("*/predictor.json")}
-    return tuple(sorted(name for name, one in about.items() if one["name"] == "return-rule"))
+    return tuple(sorted(name for name, one in about.items() if one["name"] in kinds))
 
 
 def default_storage(name: str) -> str:

@@ -312,10 +312,9 @@ class Improve:
         for regime in self.regimes:
             regime.check()
             jump = regime.jump
-            if not (jump and (jump.numbers or jump.predictor in published_rules())):
+            if not (jump and (jump.numbers or jump.predictor in published_rules(["return-rule"]))):
                 raise ValueError(
-                    f"improve.regimes: {regime.name!r} needs a jump by return-rule with numbers, or by a published "
-                    "predictor"
+                    f"improve.regimes: {regime.name!r} needs a jump by return-rule with numbers, or by a published rule"
                 )
             if not regime.values:
                 raise ValueError(f"improve.regimes: {regime.name!r} needs values for {regime.searched}")
