@@ -14,8 +14,8 @@ from tipl_ray.predict.gram import Question
 from tipl_ray.predict.predictor import Predictor, Starts, Trial, Weights
 from tipl_ray.window.windows import WindowBatch
 
-WEIGHTS_AT_ONCE = 2**17
-"""Most weights, summed over windows, that are forecast at a time: their features are in memory."""
+WEIGHTS_AT_ONCE = 2**12
+"""Most weights, summed over windows, that are forecast at a time: their features stay in the processor's cache."""
 
 
 class PerWeightTipl(Predictor):
@@ -69,12 +69,16 @@ class PerWeightTipl(Predictor):
             learning_rates_B=on_device(contexts.learning_rates_B).float(),
             scales_B=scales,
         )
-        known_BKP = on_device(trial.weights_TP[starts_B[:, None] + np.arange(-context, 1)])
-        units_B11 = unit_of(scales, known_BKP.shape[2])[:, None, None]
-        own = OwnBatch(
-            known_BKS=known_BKP.diff(dim=1) / units_B11,
-            weights_BS=known_BKP[:, -1],
-            tensors_BS=self._tensors_P.expand(len(starts_B), -1),
-        )
-        moved_BHP = self.model(batch, own) * units_B11
-        return (known_BKP[:, -1:] + moved_BHP).cpu().numpy()
+        known_BKP = trial.weights_TP[starts_B[:, None] + np.arange(-context, 1)]
+        found, units_B11 = self.model.encode(batch), unit_of(scales, known_BKP.shape[2])[:, None, None]
+        forecasts = []
+        for begin in range(0, known_BKP.shape[2], WEIGHTS_AT_ONCE):
+            some_BKS = on_device(known_BKP[:, :, begin : begin + WEIGHTS_AT_ONCE])
+            own = OwnBatch(
+                known_BKS=some_BKS.diff(dim=1) / units_B11,
+                weights_BS=some_BKS[:, -1],
+                tensors_BS=self._tensors_P[begin : begin + WEIGHTS_AT_ONCE].expand(len(starts_B), -1),
+            )
+            moved_BHS = self.model.corrected(*found, own) * units_B11
+            forecasts.append((some_BKS[:, -1:] + moved_BHS).cpu().numpy())
+        return np.concatenate(forecasts, axis=2)

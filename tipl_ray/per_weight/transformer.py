@@ -48,9 +48,16 @@ class PerWeightTransformer(SavedModel):
 
     def forward(self, batch: WindowBatch, own: OwnBatch) -> Tensor:
         """What each weight moves by at each forward step, in the window's unit; (B, H, S)."""
-        contexts = (batch.grams_BKK, batch.phases_B, batch.progress_B, batch.learning_rates_B)
-        hidden_BKE = self.trunk.encode(*contexts)
-        combined_BHS = self.trunk.answer(hidden_BKE, batch.grams_BKK, batch.phases_B) @ own.known_BKS
+        return self.corrected(*self.encode(batch), own)
+
+    def encode(self, batch: WindowBatch) -> tuple[Tensor, Tensor]:
+        """The Transformer's coefficients (B, H, K), and what it knows after the last displacement (B, E)."""
+        hidden_BKE = self.trunk.encode(batch.grams_BKK, batch.phases_B, batch.progress_B, batch.learning_rates_B)
+        return self.trunk.answer(hidden_BKE, batch.grams_BKK, batch.phases_B), hidden_BKE[:, -1]
+
+    def corrected(self, coefficients_BHK: Tensor, hidden_BE: Tensor, own: OwnBatch) -> Tensor:
+        """As `forward`, of what `encode` has found; some of a policy's weights at a time will do."""
+        combined_BHS = coefficients_BHK @ own.known_BKS
         size_BS1 = own.known_BKS.square().mean(dim=1).sqrt().clamp_min(SMALLEST_MOVE)[:, :, None]
         relative_BSK = own.known_BKS.transpose(1, 2) / size_BS1
         features = (
@@ -61,7 +68,7 @@ class PerWeightTransformer(SavedModel):
             own.weights_BS[:, :, None],
         )
         within_BSE = self.embed_weight(torch.cat(features, dim=2)) + self.embed_tensor(own.tensors_BS)
-        within_BSE = functional.gelu(within_BSE + self.embed_window(hidden_BKE[:, -1])[:, None])
+        within_BSE = functional.gelu(within_BSE + self.embed_window(hidden_BE)[:, None])
         for layer in self.hidden:
             within_BSE = within_BSE + functional.gelu(layer(within_BSE))
         return combined_BHS + (size_BS1 * self.correct(within_BSE)).transpose(1, 2)
