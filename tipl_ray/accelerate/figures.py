@@ -20,6 +20,8 @@ from tipl_ray.evaluate.metrics import MIN_TRIALS, Resampling, Row, interquartile
 EPOCH_COLOURS = matplotlib.colormaps["viridis"]
 MOST_CURVES = 9
 """Variants whose learning curves fit one figure."""
+LABELS_APART = 0.026
+"""Least distance of two labels one above the other, as a share of the whole range."""
 
 
 @as_shipped()
@@ -60,14 +62,19 @@ def shares(rows: Sequence[Row]) -> Figure:
     per scope. Rows are those of `scores.over_tasks`."""
     scopes = list(dict.fromkeys(row["scope"] for row in rows))
     figure, panels = new_figure(len(scopes), width=6.2 * max(1, len(scopes)), height=5.4, share=True)
+    ends = [row[end] for row in rows for end in ("share_low", "share_high")]
+    apart_by = LABELS_APART * (max(ends, default=1.0) - min(ends, default=1.0))
     for axes, scope in zip(panels, scopes, strict=False):
         first, *others = [row for row in rows if row["scope"] == scope]
-        for row in others:
+        labels: dict[float, float] = {}
+        for row in sorted(others, key=lambda row: row["share"]):
             colour, across = _contender_colour(row["contender"], first=False), row["share_of_gradient_steps"]
             apart = row["share_low"] > 1 or row["share_high"] < 1
             axes.plot([across] * 2, [row["share_low"], row["share_high"]], color=colour, linewidth=1.2, alpha=0.6)
             axes.plot(across, row["share"], "o", ms=6, mfc=colour if apart else "white", mec=colour, mew=1.5)
-            place, offset = (across, row["share"]), (6, 0)
+            # A label above the one below it, where two variants with as many gradient steps are close.
+            labels[across] = max(row["share"], labels.get(across, -math.inf) + apart_by)
+            place, offset = (across, labels[across]), (6, 0)
             axes.annotate(row["contender"], place, offset, textcoords="offset points", fontsize=8.5, va="center")
         axes.plot(1, 1, "s", ms=8, color=INK)
         axes.axhline(1, color=INK, linewidth=1.0, zorder=1)
