@@ -113,6 +113,13 @@ def test_some_of_the_contenders_run_and_the_first_always() -> None:
     assert names == ["10", "4+ridge"]
     with pytest.raises(ValueError, match=r"accelerate\.only='4\+rigde'"):
         Accelerate(only=("4+rigde",)).check()
+    # What does not run need not have as many values to search.
+    other = Contender(name="other", values=(1e-3, 2e-3))
+    Accelerate(
+        contenders=(Contender(name="10"), Contender(name="4"), other), only=("4",), learning_rates=(1e-3,)
+    ).check()
+    with pytest.raises(ValueError, match="every variant needs the same budget"):
+        Accelerate(contenders=(Contender(name="10"), other), learning_rates=(1e-3,)).check()
 
 
 def test_a_unit_runs_its_contender_on_its_seeds_in_a_storage_of_its_own() -> None:

@@ -222,6 +222,7 @@ class Accelerate:
                 RunTask.read(task, f"accelerate.{field}")
         for contender in self.contenders:
             contender.check()
+        for contender in self.running:
             if len(contender.values) not in (0, len(self.learning_rates)):
                 raise ValueError(
                     f"accelerate.contenders: {contender.name!r}: {len(contender.values)} values to search, but "
