@@ -154,6 +154,10 @@ def test_the_shipped_forks_are_of_no_task_that_is_reported() -> None:
         ({"regimes": ()}, r"improve\.regimes is empty"),
         ({"regimes": (Contender(name="x", values=(1e-3,)),)}, "'x' needs a jump by return-rule with numbers"),
         ({"regimes": (dataclasses.replace(REGIME, values=()),)}, "'small' needs values for learning_rate"),
+        (
+            {"regimes": (dataclasses.replace(REGIME, jump=Jump(predictor="return-tipl-v1", horizon=1)),)},
+            "'small' needs a jump by return-rule with numbers, or by a published rule",
+        ),
         ({"regimes": (dataclasses.replace(REGIME, values=(0.0, 1e-3)),)}, r"values=\[0\.0, 0\.001\] must be above 0"),
         ({"spread": (0.5, 0.0, 0.5)}, r"improve\.spread"),
     ],

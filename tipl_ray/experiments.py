@@ -10,6 +10,19 @@ from tipl_ray.config import MOVED, Basis, Experiment, validated
 from tipl_ray.errors import nearest, no_such
 from tipl_ray.places import JOBS_FOLDER
 
+_OURS: dict[str, dict[str, Any]] = {
+    "model": {"embedding": 64, "layers": 2, "heads": 4, "dropout": 0.0},
+    "train": {
+        "batch_size": 64,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.05,
+        "warmup_steps": 200,
+        "schedule": "cosine",
+        "max_gradient_norm": 1.0,
+    },
+}
+"""What our presets have in common."""
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
     "paper-residual": {
@@ -25,32 +38,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "causal": {
         "basis": {"kind": "window"},
-        "model": {"embedding": 64, "layers": 2, "heads": 4, "dropout": 0.0},
-        "train": {
-            "num_steps": 2_500,
-            "steps_per_iteration": 250,
-            "batch_size": 64,
-            "learning_rate": 2e-3,
-            "weight_decay": 0.05,
-            "warmup_steps": 200,
-            "schedule": "cosine",
-            "max_gradient_norm": 1.0,
-            "joined_windows": 0.3,
-        },
+        "model": _OURS["model"],
+        "train": _OURS["train"] | {"num_steps": 2_500, "steps_per_iteration": 250, "joined_windows": 0.3},
     },
     "per-weight": {
         "basis": {"kind": "per-weight"},
-        "model": {"embedding": 64, "layers": 2, "heads": 4, "dropout": 0.0},
-        "train": {
-            "num_steps": 5_000,
-            "steps_per_iteration": 500,
-            "batch_size": 64,
-            "learning_rate": 2e-3,
-            "weight_decay": 0.05,
-            "warmup_steps": 200,
-            "schedule": "cosine",
-            "max_gradient_norm": 1.0,
-        },
+        "model": _OURS["model"],
+        "train": _OURS["train"] | {"num_steps": 5_000, "steps_per_iteration": 500},
     },
 }
 """Fields that a preset sets; the paper's are the dataclasses' own defaults."""

@@ -45,7 +45,8 @@ class PerWeightError(WindowObjective):
         batch = (self.segments if training else self.validation).gather(windows_B)
         samples = self._samples if training else self._validation_samples
         own, moved_BHS = samples.gather(windows_B, batch.scales_B)
-        return (network(batch, own) - moved_BHS).square().mean(dim=2), batch
+        contexts = (batch.grams_BKK, batch.phases_B, batch.progress_B, batch.learning_rates_B)
+        return (network(*contexts, own) - moved_BHS).square().mean(dim=2), batch
 
     @torch.no_grad()
     def squared_errors(

@@ -3,8 +3,6 @@
 Shapes: P policy weights, B starts, K displacements of context, H forward steps.
 """
 
-import dataclasses
-
 import numpy as np
 import torch
 
@@ -12,7 +10,6 @@ from tipl_ray.per_weight.samples import OwnBatch, tensor_indices, unit_of
 from tipl_ray.per_weight.transformer import PerWeightTransformer
 from tipl_ray.predict.gram import Question
 from tipl_ray.predict.predictor import Predictor, Starts, Trial, Weights
-from tipl_ray.window.windows import WindowBatch
 
 WEIGHTS_AT_ONCE = 2**12
 """Most weights, summed over windows, that are forecast at a time: their features stay in the processor's cache."""
@@ -25,12 +22,7 @@ class PerWeightTipl(Predictor):
 
     def __init__(self, question: Question, model: PerWeightTransformer, device: torch.device | str = "cpu"):
         super().__init__(question)
-        trunk = model.trunk
-        if (trunk.size.context, trunk.steps, trunk.num_phases) != dataclasses.astuple(question):
-            raise ValueError(
-                f"the model answers for context {trunk.size.context}, steps {trunk.steps} and {trunk.num_phases} "
-                f"phases, not for {question}"
-            )
+        model.trunk.check_question(question)
         self.model, self.device = model.to(device).eval(), device
         self._tensors_P = torch.from_numpy(tensor_indices(model.layout)).to(device)
 
@@ -51,28 +43,17 @@ class PerWeightTipl(Predictor):
         return forecast_BHP
 
     def _some(self, trial: Trial, starts_B: Starts) -> Weights:
-        context = self.question.context
-        contexts = trial.band.contexts(starts_B, context)
-        scales_B = np.diagonal(contexts.grams_BKK, axis1=1, axis2=2).mean(axis=1)
-        scales = torch.from_numpy(scales_B.clip(np.finfo(np.float32).tiny)).to(self.device)
-
         def on_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.asarray(array)).to(self.device)
 
-        nothing = torch.empty(0, device=self.device)
-        batch = WindowBatch(
-            grams_BKK=(on_device(contexts.grams_BKK) / scales[:, None, None]).float(),
-            towards_BHK=nothing,
-            moved_BH=nothing,
-            phases_B=on_device(contexts.phases_B),
-            progress_B=on_device(contexts.progress_B).float(),
-            learning_rates_B=on_device(contexts.learning_rates_B).float(),
-            scales_B=scales,
-        )
+        context, num_weights = self.question.context, trial.weights_TP.shape[1]
+        contexts = trial.band.contexts(starts_B, context)
+        found = self.model.encode(*map(on_device, contexts))
+        scales_B = np.diagonal(contexts.grams_BKK, axis1=1, axis2=2).mean(axis=1)
+        units_B11 = unit_of(on_device(scales_B), num_weights)[:, None, None]
         known_BKP = trial.weights_TP[starts_B[:, None] + np.arange(-context, 1)]
-        found, units_B11 = self.model.encode(batch), unit_of(scales, known_BKP.shape[2])[:, None, None]
         forecasts = []
-        for begin in range(0, known_BKP.shape[2], WEIGHTS_AT_ONCE):
+        for begin in range(0, num_weights, WEIGHTS_AT_ONCE):
             some_BKS = on_device(known_BKP[:, :, begin : begin + WEIGHTS_AT_ONCE])
             own = OwnBatch(
                 known_BKS=some_BKS.diff(dim=1) / units_B11,

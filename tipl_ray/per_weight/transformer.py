@@ -15,7 +15,6 @@ from tipl_ray.per_weight.samples import OwnBatch, tensor_indices
 from tipl_ray.predict.blocks import DTYPE
 from tipl_ray.predict.models import SavedModel
 from tipl_ray.window.transformer import WindowTransformer
-from tipl_ray.window.windows import WindowBatch
 
 WIDTH, DEPTH = 64, 2
 """Size of the network that corrects: its width, and hidden layers after the first."""
@@ -46,14 +45,19 @@ class PerWeightTransformer(SavedModel):
         for parameter in (self.correct.weight, self.correct.bias):
             nn.init.zeros_(parameter)
 
-    def forward(self, batch: WindowBatch, own: OwnBatch) -> Tensor:
-        """What each weight moves by at each forward step, in the window's unit; (B, H, S)."""
-        return self.corrected(*self.encode(batch), own)
+    def forward(
+        self, grams_BKK: Tensor, phases_B: Tensor, progress_B: Tensor, learning_rates_B: Tensor, own: OwnBatch
+    ) -> Tensor:
+        """What each weight moves by at each forward step, in the window's unit; (B, H, S). What comes in: see
+        `gram.Contexts`."""
+        return self.corrected(*self.encode(grams_BKK, phases_B, progress_B, learning_rates_B), own)
 
-    def encode(self, batch: WindowBatch) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, grams_BKK: Tensor, phases_B: Tensor, progress_B: Tensor, learning_rates_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The Transformer's coefficients (B, H, K), and what it knows after the last displacement (B, E)."""
-        hidden_BKE = self.trunk.encode(batch.grams_BKK, batch.phases_B, batch.progress_B, batch.learning_rates_B)
-        return self.trunk.answer(hidden_BKE, batch.grams_BKK, batch.phases_B), hidden_BKE[:, -1]
+        hidden_BKE = self.trunk.encode(grams_BKK, phases_B, progress_B, learning_rates_B)
+        return self.trunk.answer(hidden_BKE, grams_BKK, phases_B), hidden_BKE[:, -1]
 
     def corrected(self, coefficients_BHK: Tensor, hidden_BE: Tensor, own: OwnBatch) -> Tensor:
         """As `forward`, of what `encode` has found; some of a policy's weights at a time will do."""

@@ -4,8 +4,6 @@ Shapes: T snapshots, P policy weights, B starts, K displacements of context, F o
 phases of a PPO iteration.
 """
 
-import dataclasses
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -66,11 +64,7 @@ class WindowTipl(Combination):
 
     def __init__(self, question: Question, model: WindowTransformer, device: torch.device | str = "cpu"):
         super().__init__(question)
-        if (model.size.context, model.steps, model.num_phases) != dataclasses.astuple(question):
-            raise ValueError(
-                f"the model answers for context {model.size.context}, steps {model.steps} and {model.num_phases} "
-                f"phases, not for {question}"
-            )
+        model.check_question(question)
         self.model, self.device = model.to(device).eval(), device
 
     @torch.inference_mode()

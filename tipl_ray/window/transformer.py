@@ -93,6 +93,14 @@ class WindowTransformer(SavedModel):
         """The question that it was trained for."""
         return Question(context=self.size.context, steps=self.steps, snapshots_per_iteration=self.num_phases)
 
+    def check_question(self, question: Question) -> None:
+        """Raise ValueError for a question that it was not trained for."""
+        if question != self.question:
+            raise ValueError(
+                f"the model answers for context {self.size.context}, steps {self.steps} and {self.num_phases} phases, "
+                f"not for {question}"
+            )
+
     def described(self) -> dict[str, Any]:
         """See `SavedModel.described`."""
         return {"model": as_table(self.size), **{"steps": self.steps, "num_phases": self.num_phases}}
