@@ -242,6 +242,21 @@ def _run_units(
     return [plan.load(finals[cell]) for cell in cells], [plan.load(unit) for unit in every]
 
 
+def read_finished(plan: Plan) -> list[Finished]:
+    """What a finished acceleration found: every variant with its chosen setting, task by task. Runs nothing.
+
+    Raises StoreError if a unit has not run.
+    """
+    settings, found = plan.experiment.accelerate, []
+    for name in settings.tasks:
+        for contender in settings.running:
+            cell = (*_task(plan.experiment, name), contender)
+            searched = [plan.load(unit) for unit in _search(plan.experiment, cell)]
+            value = best_value(searched) if searched else settings.values_of(contender)[0]
+            found.append(plan.load(_unit(cell, value, search=False)))
+    return comparable(found)
+
+
 def _search(experiment: Experiment, cell: Cell) -> list[Unit]:
     """The search units of a cell: every value on every task of its search; none if there is only one value."""
     settings, (name, env_steps, contender) = experiment.accelerate, cell

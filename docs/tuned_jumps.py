@@ -1,0 +1,102 @@
+"""Fewer epochs and jumps under the tuned presets: one table and one picture over all of them.
+
+    tipl accelerate --experiment tuned_half_cheetah --storage storage/tuned/half_cheetah
+    tipl accelerate --experiment tuned_walker2d --storage storage/tuned/walker2d
+    python docs/tuned_jumps.py storage/tuned
+
+Presets differ in their number of epochs, so variants are named here by their share of the preset's own. Presets with
+runs that are missing are left out. Writes docs/results/tuned_jumps.csv, in the columns of opponents.csv and with rows
+for all presets together, and docs/pictures/tuned_jumps*.png.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(ROOT), str(DOCS)]
+
+from opponents import COLUMNS, RENAMED  # noqa: E402
+
+from tipl_ray.accelerate import figures, scores  # noqa: E402
+from tipl_ray.accelerate.acceleration import Plan, find_predictors, read_finished, source_experiment  # noqa: E402
+from tipl_ray.accelerate.scores import Finished  # noqa: E402
+from tipl_ray.data.storage import StoreError  # noqa: E402
+from tipl_ray.drawing import png  # noqa: E402
+from tipl_ray.evaluate.metrics import Resampling  # noqa: E402
+from tipl_ray.experiments import load_experiment  # noqa: E402
+from tipl_ray.pages import as_csv  # noqa: E402
+from tipl_ray.ppo.engines import choose_engine  # noqa: E402
+from tipl_ray.terminal import say  # noqa: E402
+
+PRESETS = ("half_cheetah", "walker2d", "hopper")
+
+
+def named(one: Finished, epochs: int) -> Finished:
+    """The same results under a name that all presets share: epochs as a percentage of the preset's own."""
+    contender = one.unit.contender
+    # Two of Hopper's five epochs stand with the others' halves.
+    share = {1.0: "100%", 0.5: "50%", 0.4: "50%", 0.2: "20%"}[one.epochs / epochs]
+    name = contender.name.replace(str(one.epochs), share, 1)
+    return dataclasses.replace(
+        one, unit=dataclasses.replace(one.unit, contender=dataclasses.replace(contender, name=name))
+    )
+
+
+def finished(storage: Path) -> list[Finished]:
+    """The results of the presets whose accelerations have run to their end."""
+    found: list[Finished] = []
+    for name in PRESETS:
+        experiment = load_experiment(f"tuned_{name}").at(str(storage / name)).check("accelerate")
+        source = source_experiment(experiment)
+        plan = Plan(
+            experiment=experiment,
+            source=source,
+            predictors=find_predictors(experiment, source, experiment.accelerate.running),
+            engine=choose_engine(experiment.collect.engine, experiment.ppo),
+        )
+        try:
+            found += [named(one, experiment.ppo.num_epochs) for one in read_finished(plan)]
+        except StoreError:
+            say(f"{name} is left out: not all of its runs are in {experiment.storage_path}")
+    return found
+
+
+def table(results: list[Finished], resampling: Resampling) -> list[dict[str, Any]]:
+    """Rows by preset, then those over all presets."""
+    rows = [{name: row[name] for name in COLUMNS} for row in scores.score(results, "none", resampling)]
+    for row in scores.over_tasks(results, resampling):
+        shares = {name: row[name] for name in ("share", "share_low", "share_high")}
+        known = {"env_steps": rows[0]["env_steps"], "seeds": rows[0]["seeds"], "held_out": False}
+        whole = {"task": "all tuned", "contender": row["contender"], **shares, **known}
+        rows.append(dict.fromkeys(COLUMNS) | whole | {"gradient_steps": f"{row['share_of_gradient_steps']:.0%}"})
+    for row in rows:
+        row["gradient_steps"] = str(row["gradient_steps"])
+        row |= {name: round(value, 3) for name, value in row.items() if isinstance(value, float)}
+    return [{RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def main() -> None:
+    """Write the table and the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("storage", type=Path, help="where each preset's storage is a folder")
+    results = finished(parser.parse_args().storage)
+    if not results:
+        raise SystemExit("error: none of the presets' accelerations has run to its end")
+    resampling = Resampling(confidence=0.95, bootstrap=10_000, seed=0)
+    (DOCS / "results" / "tuned_jumps.csv").write_bytes(as_csv(table(results, resampling)))
+    drawn = {"tuned_jumps_shares": figures.shares(scores.over_tasks(results, resampling))}
+    for task in dict.fromkeys(one.unit.task for one in results):
+        own = [one for one in results if one.unit.task == task]
+        curves = {one.unit.contender.name: (one.env_steps_I, one.gradient_steps_I, one.returns_SI) for one in own}
+        title = f"{task}, the zoo's preset, {len(own[0].returns_SI)} trials"
+        drawn[f"tuned_jumps_{task.removesuffix('-v4')}"] = figures.contenders(curves, title, resampling)
+    for name, figure in drawn.items():
+        (DOCS / "pictures" / f"{name}.png").write_bytes(png(figure))
+
+
+if __name__ == "__main__":
+    main()
