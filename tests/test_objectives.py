@@ -58,6 +58,17 @@ def test_next_tokens_validation_skill_is_that_of_the_decoded_weights():
     assert skill == pytest.approx(1 - error / np.square(np.diff(weights_TP[5:], axis=0)).sum(), rel=1e-4)
 
 
+def test_standing_still_is_the_last_token_decoded():
+    objective = NextToken(SIZE, TrainingData(train=tokens(3, 4), validation=tokens(5)))
+    starts_B, steps_H = np.array([6, 20, 30]), (1, 4)
+    weights_TP, fitted = trajectory(5), fit_basis(trajectory(5), 4)
+    decoded_B1P = fitted.decode(fitted.coordinates_TD[starts_B])[:, None]
+    direct_BH = np.square(decoded_B1P - weights_TP[starts_B[:, None] + np.array(steps_H)]).sum(axis=-1)
+    (still_BH,) = objective.standing_still(starts_B, steps_H)
+    np.testing.assert_allclose(still_BH, direct_BH, rtol=1e-4)
+    assert window_error().standing_still(starts_B, steps_H) is None, "there it is copying"
+
+
 def test_window_errors_loss_and_validation_are_those_of_the_forecast_weights():
     """Gathered on a device in units of its context, or asked as a predictor: the same squared errors."""
     objective = window_error()

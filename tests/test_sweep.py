@@ -120,6 +120,7 @@ def test_every_child_has_one_run_under_one_parent_with_every_step_once(finished:
     assert len({child.metrics["ridge_skill"] for child in children}) == 2, "one ridge for each context"
     assert len({child.metrics["floor_skill"] for child in children}) == 2, "one floor for each rank"
     assert all(child.metrics["skill"] < child.metrics["floor_skill"] for child in children)
+    assert all(child.metrics["still_skill"] < child.metrics["floor_skill"] for child in children)
     infos = sorted((client.get_run(child.run_id).info for child in children), key=lambda info: info.start_time)
     assert infos[0].end_time < infos[-1].start_time, "a run ends when its child does, not with the sweep"
     assert any(name.startswith("system/") for name in parent.metrics)

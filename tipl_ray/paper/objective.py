@@ -83,6 +83,14 @@ class NextToken(Objective):
         """See `Objective.upper_bound`: the true future, projected on each trial's basis."""
         return self._tokens.outside_NT[:, starts_B[:, None] + np.asarray(steps_H)]
 
+    def standing_still(self, starts_B: NDArray[np.int64], steps_H: Sequence[int]) -> NDArray[np.float64]:
+        """See `Objective.standing_still`: the last token, decoded in a basis that may know more than that snapshot."""
+        future_BH = starts_B[:, None] + np.asarray(steps_H)
+        last_NB1D = self._tokens.coordinates_NTD[:, starts_B, None]
+        return np.stack(
+            [self._tokens.squared_errors(trial, last_B1D, future_BH) for trial, last_B1D in enumerate(last_NB1D)]
+        )
+
     def about(self) -> dict[str, Any]:
         """See `Objective.about`."""
         return {"normaliser": self.normaliser.as_table()}

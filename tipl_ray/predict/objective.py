@@ -72,6 +72,11 @@ class Objective(abc.ABC):
     def upper_bound(self, starts_B: NDArray[np.int64], steps_H: Sequence[int]) -> NDArray[np.float64]:
         """The same of the true future, as well as the representation can express it: no model does better."""
 
+    def standing_still(self, starts_B: NDArray[np.int64], steps_H: Sequence[int]) -> NDArray[np.float64] | None:
+        """The same of a model that predicts no change: what the representation alone is worth. None where that is
+        copying the last snapshot."""
+        return None
+
 
 def validation_windows(num_windows: int) -> Iterator[NDArray[np.int64]]:
     """The windows that a validation takes, evenly spaced, in batches."""

@@ -31,8 +31,8 @@ CAPTIONS = {
     "heat_map": (
         "The metric over two fields",
         "Mean over the other fields, with the standard deviation where there are several runs. The bottom row is the "
-        "ridge regression; the last column, where known, is the upper bound of each row's basis: the skill of the true "
-        "future projected onto it.",
+        "ridge regression. The last columns, where known, belong to each row's basis: the skill of repeating the last "
+        "token in it, and its upper bound, the skill of the true future projected onto it.",
     ),
     "parallel_coordinates": (
         "All fields at once",
@@ -262,6 +262,7 @@ def draw(client: MlflowClient, rows: Sequence[Row], metric: str, less: bool = Fa
             "skill": row.metrics[metric],
             "ridge": row.metrics.get(f"ridge_{metric}", math.nan),
             "floor": row.metrics.get(f"floor_{metric}", math.nan),
+            "still": row.metrics.get(f"still_{metric}", math.nan),
         }
         for row in known
     ]

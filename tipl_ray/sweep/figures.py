@@ -43,23 +43,26 @@ def heat_map(
     """Skill over two fields of a sweep, with the ridge in a separate row; the best cell, with `less` the lowest, is
     framed.
 
-    A cell is one run: its fields' values, `skill`, `ridge` and, where it is known, `floor`, the upper bound of
-    the run's basis; if that is the same along each row it has a separate column. One scale of
-    colours has them all: white is copying, blue is better, up to 1, and red is worse, by the decades of the error, down
-    to the worst cell. Runs that no grid holds, as a random search makes them, are dots.
+    A cell is one run: its fields' values, `skill`, `ridge` and, where they are known, `still`, the skill of the last
+    token repeated, and `floor`, the upper bound of the run's basis; what is the same along each row has a separate
+    column. One scale of colours has them all: white is copying, blue is better, up to 1, and red is worse, by the
+    decades of the error, down to the worst cell. Runs that no grid holds, as a random search makes them, are dots.
     """
     columns, lines = (sorted({cell[field] for cell in cells}, key=_sort_key) for field in (across, up))
     if len(columns) * len(lines) > 3 * len(cells):
         return _dots(cells, across, up, names, metric, less)
     groups = [[[c["skill"] for c in cells if (c[across], c[up]) == (x, y)] for x in columns] for y in lines]
     ridges = [[c["ridge"] for c in cells if c[across] == x] for x in columns]
-    floors = [{round(cell.get("floor", math.nan), 6) for cell in cells if cell[up] == line} for line in lines]
     has_ridge = any(math.isfinite(value) for ridge in ridges for value in ridge)
-    has_floor = all(len(floor) == 1 and np.isfinite([*floor]).all() for floor in floors)
+    beside = {}
+    for name, label in (("still", "last token\nrepeated"), ("floor", "upper bound\nof the basis")):
+        known = [{round(cell.get(name, math.nan), 6) for cell in cells if cell[up] == line} for line in lines]
+        if all(len(values) == 1 and np.isfinite([*values]).all() for values in known):
+            beside[label] = [max(values) for values in known]
     groups = [*([ridges] * has_ridge), *groups]
     means, deviations = (np.array([[told(group) for group in row] for row in groups]) for told in (_mean, _deviation))
-    if has_floor:
-        means = np.column_stack([means, [*([math.nan] * has_ridge), *(max(floor) for floor in floors)]])
+    for values in beside.values():
+        means = np.column_stack([means, [*([math.nan] * has_ridge), *values]])
     figure, (axes,) = new_figure(1, width=3.0 + 1.7 * means.shape[1], height=2.2 + 0.75 * len(lines))
     norm, colours = _colours(means, metric)
     shown = axes.imshow(means, norm=norm, cmap=colours, aspect="auto", origin="lower")
@@ -79,13 +82,13 @@ def heat_map(
         axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor=INK, linewidth=2.5, zorder=3))
     dress(axes, f"{metric} by {names[up]} and {names[across]}; best framed", names[across], names[up])
     axes.grid(visible=False)
-    told = [*map(_value_text, columns), *(["upper bound\nof the basis"] * has_floor)]
+    told = [*map(_value_text, columns), *beside]
     axes.set_xticks(range(means.shape[1]), [wrapped(figure, text, 1.6, 10.5) for text in told])
     told = [*(["ridge"] * has_ridge), *map(_value_text, lines)]
     axes.set_yticks(range(len(told)), [wrapped(figure, text, 1.6, 10.5) for text in told])
     if has_ridge:
         axes.axhline(0.5, color="white", linewidth=4)
-    if has_floor:
+    if beside:
         axes.axvline(len(columns) - 0.5, color="white", linewidth=4)
     _colour_bar(figure, axes, shown, metric)
     return figure

@@ -369,10 +369,14 @@ def _train(
 
 
 def _levels(judge: Judge, bands: Sequence[GramBand], training: Training) -> dict[str, float]:
-    """What a run's skill is compared with: the ridge's, and the upper bound of any model on its representation."""
+    """What a run's skill is compared with: the ridge's, the upper bound of any model on its representation, and, if
+    that is not 0, a model that predicts no change."""
+    asked = (judge.starts_B, judge.steps)
     ridge_H = judge.ridge(bands, training.experiment.model.context)
-    bound_H = judge.skills(training.objective.upper_bound(judge.starts_B, judge.steps))
-    return _named(ridge_H, judge.steps, "ridge_skill") | _named(bound_H, judge.steps, "floor_skill")
+    bound_H = judge.skills(training.objective.upper_bound(*asked))
+    levels = _named(ridge_H, judge.steps, "ridge_skill") | _named(bound_H, judge.steps, "floor_skill")
+    still_NBH = training.objective.standing_still(*asked)
+    return levels if still_NBH is None else levels | _named(judge.skills(still_NBH), judge.steps, "still_skill")
 
 
 def _judged(judge: Judge, training: Training) -> dict[str, float]:
