@@ -31,8 +31,7 @@ from tipl_ray.paper.predictor import forecast_coordinates  # noqa: E402
 from tipl_ray.paper.temporal_svd import fit_basis  # noqa: E402
 from tipl_ray.paper.tokens import Tokens, tokens_of  # noqa: E402
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser  # noqa: E402
-from tipl_ray.predict.baselines import CopyLast  # noqa: E402
-from tipl_ray.predict.gram import Question, make_band  # noqa: E402
+from tipl_ray.predict.gram import banded_products, moved_squares  # noqa: E402
 from tipl_ray.predict.models import load_about  # noqa: E402
 from tipl_ray.terminal import say_rows  # noqa: E402
 
@@ -45,10 +44,9 @@ Model = tuple[str, CausalTransformer, Normaliser]
 
 def reduced(seed: int, weights_TP: Rows, rank: int) -> tuple[Tokens, NDArray[np.float64]]:
     """A trial's tokens, and copying's squared error at the starts of its windows, summed; (H,)."""
-    tokens = tokens_of(seed, weights_TP, fit_basis(weights_TP, rank))
-    copied = CopyLast(Question(context=1, steps=STEPS, snapshots_per_iteration=1))
-    band = make_band(weights_TP, copied.question.width)
-    return tokens, copied.band_errors(band, _starts(band.num_snapshots)).sum(axis=0)
+    moved_TF = moved_squares(banded_products(weights_TP, max(STEPS)), max(STEPS))
+    tokens = tokens_of(seed, weights_TP, fit_basis(weights_TP, rank), moved_TF)
+    return tokens, moved_TF[_starts(len(moved_TF))][:, np.asarray(STEPS) - 1].sum(axis=0)
 
 
 def _starts(num_snapshots: int) -> NDArray[np.int64]:

@@ -46,7 +46,7 @@ def tokens() -> Tokens:
         coordinates_NTD=coordinates_NTD,
         singular_values_ND=np.ones((NUM_TRIALS, RANK)),
         outside_NT=np.zeros((NUM_TRIALS, NUM_SNAPSHOTS)),
-        displacement_NT=np.ones((NUM_TRIALS, NUM_SNAPSHOTS)),
+        moved_NTF=np.ones((NUM_TRIALS, NUM_SNAPSHOTS, 1)),
     )
 
 

@@ -89,11 +89,13 @@ def trial_basis_of(basis: config.Basis) -> TrialBasis:
     return TrialBasis(representation, fit_shared_basis(others, basis.rank) if basis.kind == "shared" else None)
 
 
-def tipl(basis: config.Basis, token_size: int, num_snapshots: int = 40) -> Tipl:
+def tipl(basis: config.Basis, token_size: int, num_snapshots: int = 40, *, residual: bool = False) -> Tipl:
     torch.manual_seed(0)
     trial_basis = trial_basis_of(basis)
     normaliser = Normaliser.fit(trial_basis.of(trajectory(9)).coordinates_TD[None])
-    return Tipl(QUESTION, CausalTransformer(SIZE, token_size, num_snapshots), trial_basis, normaliser)
+    model = CausalTransformer(dataclasses.replace(SIZE, residual=residual), token_size, num_snapshots)
+    torch.nn.init.normal_(model.predict.weight, std=0.1)
+    return Tipl(QUESTION, model, trial_basis, normaliser)
 
 
 def window_tipl() -> WindowTipl:
@@ -106,7 +108,9 @@ def predictors() -> list[Predictor]:
         *(PREDICTORS.load(name)(QUESTION) for name in PREDICTORS.own),
         WindowFloor(QUESTION),
         SvdFloor(QUESTION, trial_basis_of(config.Basis(rank=4))),
+        SvdFloor(QUESTION, trial_basis_of(config.Basis(rank=4)), changes=True),
         tipl(config.Basis(rank=4), 4),
+        tipl(config.Basis(rank=4), 4, residual=True),
         tipl(config.Basis(kind="shared", rank=4), 4),
         window_tipl(),
     ]

@@ -3,7 +3,7 @@ import pytest
 
 from tipl_ray import config
 from tipl_ray.predict import gram
-from tipl_ray.predict.gram import Question, banded_products, make_band, squared_errors
+from tipl_ray.predict.gram import Question, banded_products, make_band, moved_squares, squared_errors
 
 QUESTION = Question(context=6, steps=(1, 2, 5), snapshots_per_iteration=5)
 
@@ -43,6 +43,14 @@ def test_a_window_is_its_part_of_the_gram_matrix():
     for start, window_NN in zip(starts_B, windows_BNN, strict=True):
         part = slice(start - 6, start + 5)
         np.testing.assert_allclose(window_NN, whole_gram(weights_TP)[part, part], atol=1e-9)
+
+
+def test_squares_of_moves_from_the_band_are_those_of_the_weights():
+    weights_TP = np.random.default_rng(1).standard_normal((12, 7)).cumsum(axis=0)
+    found_TF = moved_squares(banded_products(weights_TP, 5), 5)
+    later_TF = np.minimum(np.arange(12)[:, None] + np.arange(1, 6), 11)
+    direct_TF = np.square(weights_TP[later_TF] - weights_TP[:, None]).sum(axis=2)
+    np.testing.assert_allclose(found_TF, direct_TF, rtol=1e-9)
 
 
 def test_squared_errors_from_the_band_are_those_of_the_weights():

@@ -70,7 +70,7 @@ def test_a_residual_models_loss_is_1_where_it_copies():
         coordinates_NTD=walks_NTD.astype(np.float32),
         singular_values_ND=np.ones((3, 4)),
         outside_NT=np.zeros((3, 40)),
-        displacement_NT=np.ones((3, 40)),
+        moved_NTF=np.ones((3, 40, 1)),
     )
     size = dataclasses.replace(SIZE, residual=True)
     objective = NextToken(size, TrainingData(train=tokens, validation=tokens))

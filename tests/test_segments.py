@@ -15,7 +15,7 @@ from tipl_ray.paper.temporal_svd import fit_basis
 from tipl_ray.paper.tokens import Segments, Tokens, tokens_of
 from tipl_ray.paper.transformer import Normaliser
 from tipl_ray.predict.bands import load_band
-from tipl_ray.predict.gram import Question, make_band
+from tipl_ray.predict.gram import Question, banded_products, make_band, moved_squares
 from tipl_ray.predict.objective import draw_windows
 from tipl_ray.window.augmentation import periodic_grams, side_by_side
 from tipl_ray.window.windows import WindowSegments
@@ -29,9 +29,13 @@ def trajectory(seed: int, num_snapshots: int = 15, num_weights: int = 11) -> np.
     return generator.standard_normal((num_snapshots, num_weights)).cumsum(axis=0).astype(np.float32)
 
 
+def moved(weights_TP: np.ndarray) -> np.ndarray:
+    return moved_squares(banded_products(weights_TP, 3), 3)
+
+
 def tokens(seeds: range, num_snapshots: int = 15) -> Tokens:
     trajectories = {seed: trajectory(seed, num_snapshots) for seed in seeds}
-    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, 4)) for seed, w_TP in trajectories.items()])
+    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, 4), moved(w_TP)) for seed, w_TP in trajectories.items()])
 
 
 def test_windows_are_the_tokens_of_neighbouring_snapshots_and_targets_the_next():
@@ -79,13 +83,16 @@ def test_every_window_is_drawn_about_as_often():
 def test_squared_errors_are_those_of_the_decoded_weights():
     weights_TP = trajectory(5)
     fitted = fit_basis(weights_TP, 4)
-    one = tokens_of(5, weights_TP, fitted)
-    forecast_BD = np.random.default_rng(0).standard_normal((10, fitted.rank))
-    apart_BP = fitted.decode(forecast_BD) - weights_TP[5:]
-    found_B = one.squared_errors(0, forecast_BD, np.arange(5, 15))
-    np.testing.assert_allclose(found_B, np.square(apart_BP).sum(axis=1), rtol=1e-4)
-    moved_T = np.square(np.diff(weights_TP, axis=0)).sum(axis=1)
-    np.testing.assert_allclose(one.displacement_NT[0, 1:], moved_T, rtol=1e-6)
+    one = tokens_of(5, weights_TP, fitted, moved(weights_TP))
+    starts_B, steps_H = np.arange(5, 12), (1, 3)
+    future_BHP = weights_TP[starts_B[:, None] + np.array(steps_H)]
+    forecast_BHD = np.random.default_rng(0).standard_normal((7, 2, fitted.rank))
+    whole_BHP = fitted.decode(forecast_BHD.reshape(14, -1)).reshape(7, 2, -1)
+    # The last snapshot, and how its token changes.
+    last_B1P = (weights_TP - fitted.decode(fitted.coordinates_TD))[starts_B][:, None]
+    for changes, forecast_BHP in ((False, whole_BHP), (True, last_B1P + whole_BHP)):
+        found_BH = one.squared_errors(0, forecast_BHD, starts_B, steps_H, changes=changes)
+        np.testing.assert_allclose(found_BH, np.square(forecast_BHP - future_BHP).sum(axis=2), rtol=1e-4)
 
 
 def test_a_window_ends_where_its_last_token_stands():
@@ -294,7 +301,12 @@ def test_a_trial_reduced_from_the_store_is_reduced_as_from_memory(
         write_trials(Path(storage), {3: weights_TP})
         found, expected = (
             TrialTokens(BASIS).read(storage, 3, QUESTION),
-            tokens_of(3, weights_TP, fit_basis(weights_TP, 4)),
+            tokens_of(
+                3,
+                weights_TP,
+                fit_basis(weights_TP, 4),
+                moved_squares(banded_products(weights_TP, QUESTION.width), QUESTION.future),
+            ),
         )
-        for field in ("coordinates_NTD", "singular_values_ND", "outside_NT", "displacement_NT"):
+        for field in ("coordinates_NTD", "singular_values_ND", "outside_NT", "moved_NTF"):
             np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))

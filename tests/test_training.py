@@ -22,7 +22,7 @@ from tipl_ray.paper.temporal_svd import fit_basis, fit_shared_basis
 from tipl_ray.paper.tokens import Tokens, tokens_of
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
 from tipl_ray.per_weight.samples import WeightSample, sample_weights
-from tipl_ray.predict.gram import GramBand, Question, make_band
+from tipl_ray.predict.gram import GramBand, Question, banded_products, make_band, moved_squares
 from tipl_ray.predict.models import load_about, load_model
 from tipl_ray.predict.objective import draw_windows
 from tipl_ray.predict.predictor import Trial
@@ -67,7 +67,12 @@ def trajectory(seed: int) -> np.ndarray:
 
 def tokens(*seeds: int) -> Tokens:
     trajectories = {seed: trajectory(seed) for seed in seeds}
-    return Tokens.stack([tokens_of(seed, w_TP, fit_basis(w_TP, 4)) for seed, w_TP in trajectories.items()])
+    return Tokens.stack(
+        [
+            tokens_of(seed, w_TP, fit_basis(w_TP, 4), moved_squares(banded_products(w_TP, 10), 10))
+            for seed, w_TP in trajectories.items()
+        ]
+    )
 
 
 def bands(*seeds: int) -> list[GramBand]:

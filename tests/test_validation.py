@@ -11,7 +11,7 @@ from tipl_ray.paper.representation import TrialTokens
 from tipl_ray.paper.temporal_svd import fit_basis
 from tipl_ray.paper.tokens import Tokens, tokens_of
 from tipl_ray.predict.baselines import CopyLast, Ridge
-from tipl_ray.predict.gram import Question, make_band
+from tipl_ray.predict.gram import Question, make_band, moved_squares
 from tipl_ray.predict.predictor import Predictor, Trial, Trials
 from tipl_ray.predict.representation import TrainingData
 from tipl_ray.sweep.judge import Judge
@@ -70,19 +70,26 @@ def window_error(context: int) -> WindowError:
     )
 
 
+def moved(one: Trial) -> np.ndarray:
+    return moved_squares(one.band.products_SW, max(STEPS))
+
+
 def test_starts_are_the_same_for_every_context_and_leave_room_for_the_longest() -> None:
     assert JUDGE.starts_B[0] == 12
     assert JUDGE.starts_B[-1] == NUM_SNAPSHOTS - 1 - 5
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("rank", [3, 8])
-def test_the_papers_model_is_judged_as_its_decoded_weights_are(rank: int) -> None:
+def test_the_papers_model_is_judged_as_its_decoded_weights_are(rank: int, residual: bool) -> None:
     torch.manual_seed(0)
-    at_most = [tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, 8)) for i, one in enumerate(TRIALS)]
+    at_most = [tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, 8), moved(one)) for i, one in enumerate(TRIALS)]
     tokens = Tokens.stack(at_most).truncated(rank)
     objective = NextToken(
-        config.Model(context=6, embedding=16, layers=1), TrainingData(train=tokens, validation=tokens)
+        config.Model(context=6, embedding=16, layers=1, residual=residual),
+        TrainingData(train=tokens, validation=tokens),
     )
+    torch.nn.init.normal_(objective.model.predict.weight, std=0.1)
     tipl = Tipl(question(6), objective.model, TrialBasis(TrialTokens(config.Basis(rank=rank))), objective.normaliser)
     found_H = JUDGE.skills(objective.squared_errors(objective.model, JUDGE.starts_B, STEPS))
     np.testing.assert_allclose(1 - found_H, 1 - skill_from_weights(DecodedAlone(tipl), 6), rtol=1e-3)
@@ -90,8 +97,8 @@ def test_the_papers_model_is_judged_as_its_decoded_weights_are(rank: int) -> Non
 
 def test_truncated_tokens_are_those_of_the_lower_rank() -> None:
     weights_TP = TRIALS[0].weights_TP
-    lower, higher = (tokens_of(1, weights_TP, fit_basis(weights_TP, rank)) for rank in (3, 8))
-    for name in ("coordinates_NTD", "singular_values_ND", "outside_NT", "displacement_NT"):
+    lower, higher = (tokens_of(1, weights_TP, fit_basis(weights_TP, rank), moved(TRIALS[0])) for rank in (3, 8))
+    for name in ("coordinates_NTD", "singular_values_ND", "outside_NT", "moved_NTF"):
         np.testing.assert_allclose(getattr(higher.truncated(3), name), getattr(lower, name), rtol=1e-3, atol=1e-4)
 
 
@@ -108,7 +115,8 @@ def test_the_window_model_and_the_ridge_are_judged_as_their_weights_are() -> Non
 
 
 def test_no_model_has_more_skill_than_the_true_future_on_its_basis() -> None:
-    tokens = Tokens.stack([tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, 13)) for i, one in enumerate(TRIALS)])
+    whole = [tokens_of(i, one.weights_TP, fit_basis(one.weights_TP, 13), moved(one)) for i, one in enumerate(TRIALS)]
+    tokens = Tokens.stack(whole)
     floor = SvdFloor(question(6), TrialBasis(TrialTokens(config.Basis(rank=3))))
     np.testing.assert_allclose(
         1 - bound_H(tokens.truncated(3)), 1 - skill_from_weights(DecodedAlone(floor), 6), rtol=1e-3

@@ -78,9 +78,9 @@ class Experiment:
     where: Where = dataclasses.field(default_factory=Where, metadata=NO_IDENTITY)
     preset: Literal["causal", "paper", "paper-residual", "per-weight"] = "paper"
     """Set of defaults for basis, model and training: `paper` is the paper's Transformer on its Temporal SVD;
-    `paper-residual` is the same Transformer on the same tokens, predicting how each changes; `causal` is ours, on the
-    basis `window`; `per-weight` is ours with a correction for each weight. Sections [causal.train], [paper.train] and
-    so on in the file apply to one of them."""
+    `paper-residual` is the same Transformer on the same tokens, predicting how each changes, which is added to the last
+    snapshot; `causal` is ours, on the basis `window`; `per-weight` is ours with a correction for each weight. Sections
+    [causal.train], [paper.train] and so on in the file apply to one of them."""
     collect: Collect = dataclasses.field(default_factory=Collect)
     ppo: Ppo = dataclasses.field(default_factory=Ppo)
     split: Split = dataclasses.field(default_factory=Split)

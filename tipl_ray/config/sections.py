@@ -243,7 +243,8 @@ class Model:
 
     residual: bool = dataclasses.field(default=False, metadata=LATER)
     """Bases of tokens: predict how a token changes, in units of what one snapshot changes it by, and show the model
-    each token's own change. Without it the model predicts whole tokens, as the paper's does."""
+    each token's own change; the forecast is the last snapshot plus the decoded change. Without it the model predicts
+    whole tokens, as the paper's does, and decodes them."""
 
     def check(self) -> None:
         if self.embedding % self.heads:

@@ -34,7 +34,7 @@ from tipl_ray.predict.blocks import one_thread
 from tipl_ray.predict.gram import Question, squared_errors
 from tipl_ray.predict.models import load_about
 from tipl_ray.predict.predictor import Predictor, Trial, Trials, Weights
-from tipl_ray.predict.representation import load_tipl, representation_in
+from tipl_ray.predict.representation import load_tipl, representation_in, representation_of
 from tipl_ray.predict.saved import load_fitted, save_fitted
 from tipl_ray.registry import PREDICTORS
 from tipl_ray.resources import require_resources
@@ -291,7 +291,8 @@ def evaluation_folder(experiment: Experiment, model_folders: Sequence[str]) -> s
     # A model that was trained on these very trials has their digest in its name.
     store = TrajectoryStore(experiment.storage_path)
     own = [store.digest(experiment.collect.seeds)] if experiment.train.data else []
-    name = digest(*told, *([sources] if sources else []), *own)
+    forecasts = representation_of(experiment.basis).forecasts(experiment.model)
+    name = digest(*told, *([sources] if sources else []), *own, *([forecasts] if forecasts else []))
     return join(experiment.storage_path, "evaluations", name)
 
 

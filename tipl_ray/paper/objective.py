@@ -57,12 +57,14 @@ class NextToken(Objective):
             batch = self.validation.gather(windows_B)
             predicted_BKD = self.model(batch.tokens_BKD, batch.snapshots_BK)
             loss += self._loss(predicted_BKD, batch.targets_BKD).item() * len(windows_B)
-            coordinates_BD = self.normaliser.restore(predicted_BKD[:, -1].cpu().numpy())
+            coordinates_BHD = self.normaliser.restore(predicted_BKD[:, -1:].cpu().numpy())
             trials_B, ends_B = self.validation.ends(windows_B)
             for trial in np.unique(trials_B):
                 own_B = trials_B == trial
-                error += self._tokens.squared_errors(trial, coordinates_BD[own_B], ends_B[own_B] + 1).sum()
-            displacement += self._tokens.displacement_NT[trials_B, ends_B + 1].sum()
+                error += self._tokens.squared_errors(
+                    trial, coordinates_BHD[own_B], ends_B[own_B], (1,), changes=self.model.size.residual
+                ).sum()
+            displacement += self._tokens.moved_NTF[trials_B, ends_B, 0].sum()
             count += len(windows_B)
         return loss / count, float(1.0 - error / displacement) if displacement else float("nan")
 
@@ -81,14 +83,23 @@ class NextToken(Objective):
 
     def upper_bound(self, starts_B: NDArray[np.int64], steps_H: Sequence[int]) -> NDArray[np.float64]:
         """See `Objective.upper_bound`: the true future, projected on each trial's basis."""
-        return self._tokens.outside_NT[:, starts_B[:, None] + np.asarray(steps_H)]
+        return np.stack(
+            [
+                self._tokens.outside(trial, starts_B, steps_H, changes=self.model.size.residual)
+                for trial in range(len(self._tokens.seeds))
+            ]
+        )
 
-    def standing_still(self, starts_B: NDArray[np.int64], steps_H: Sequence[int]) -> NDArray[np.float64]:
+    def standing_still(self, starts_B: NDArray[np.int64], steps_H: Sequence[int]) -> NDArray[np.float64] | None:
         """See `Objective.standing_still`: the last token, decoded in a basis that may know more than that snapshot."""
-        future_BH = starts_B[:, None] + np.asarray(steps_H)
+        if self.model.size.residual:
+            return None
         last_NB1D = self._tokens.coordinates_NTD[:, starts_B, None]
         return np.stack(
-            [self._tokens.squared_errors(trial, last_B1D, future_BH) for trial, last_B1D in enumerate(last_NB1D)]
+            [
+                self._tokens.squared_errors(trial, last_B1D, starts_B, steps_H, changes=False)
+                for trial, last_B1D in enumerate(last_NB1D)
+            ]
         )
 
     def about(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tipl_ray.paper.temporal_svd import FittedBasis
 from tipl_ray.paper.tokens import Tokens, tokens_of
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
-from tipl_ray.predict.gram import Question, check_starts
+from tipl_ray.predict.gram import Question, check_starts, moved_squares
 from tipl_ray.predict.predictor import Predictor, Starts, Trial, Weights
 
 if TYPE_CHECKING:
@@ -42,40 +42,46 @@ class TrialBasis:
             self._fitted = (weakref.ref(weights_TP), self.representation.fit_trial(weights_TP, self.shared))
         return self._fitted[1]
 
-    def tokens(self, weights_TP: Weights) -> Tokens:
-        """The trial in its basis."""
-        fitted = self.of(weights_TP)
-        if self._tokens is None:
-            self._tokens = tokens_of(0, weights_TP, fitted)
+    def tokens(self, trial: Trial, future: int) -> Tokens:
+        """The trial in its basis, and how far its weights move in so many snapshots."""
+        fitted = self.of(trial.weights_TP)
+        if self._tokens is None or self._tokens.moved_NTF.shape[2] < future:
+            moved_TF = moved_squares(trial.band.products_SW, future)
+            self._tokens = tokens_of(0, trial.weights_TP, fitted, moved_TF)
         return self._tokens
 
 
 class SvdFloor(Predictor):
-    """The true future, projected on the trial's basis: what no predictor on that basis can do better than."""
+    """The true future, projected on the trial's basis, or with `changes` the last snapshot and the true change since,
+    projected: what no predictor on that basis can do better than."""
 
     name, causal = "svd-floor", False
 
-    def __init__(self, question: Question, trial_basis: TrialBasis):
+    def __init__(self, question: Question, trial_basis: TrialBasis, *, changes: bool = False):
         super().__init__(question)
-        self.trial_basis = trial_basis
+        self.trial_basis, self.changes = trial_basis, changes
         self.basis = trial_basis.representation.name
 
     def forecast(self, trial: Trial, starts_B: Starts) -> Weights:
         """Decoded tokens of the snapshots to come. Raises ValueError for a start without its future."""
-        fitted, future_BH = self.trial_basis.of(trial.weights_TP), self._future(trial, starts_B)
-        return _decode(fitted, fitted.coordinates_TD[future_BH])
+        check_starts(len(trial.weights_TP), starts_B, self.question.context, self.question.future)
+        fitted = self.trial_basis.of(trial.weights_TP)
+        future_BHD = fitted.coordinates_TD[np.asarray(starts_B)[:, None] + np.asarray(self.question.steps)]
+        return _weights(fitted, future_BHD, trial, starts_B, self.changes)
 
     def squared_errors(self, trial: Trial, starts_B: Starts) -> NDArray[np.float64]:
         """See `Predictor.squared_errors`: what is outside the basis."""
-        return self.trial_basis.tokens(trial.weights_TP).outside_NT[0][self._future(trial, starts_B)]
-
-    def _future(self, trial: Trial, starts_B: Starts) -> NDArray[np.int64]:
         check_starts(len(trial.weights_TP), starts_B, self.question.context, self.question.future)
-        return np.asarray(starts_B)[:, None] + np.asarray(self.question.steps)
+        tokens = self.trial_basis.tokens(trial, self.question.future)
+        return tokens.outside(0, np.asarray(starts_B), self.question.steps, changes=self.changes)
 
 
 class Tipl(Predictor):
-    """TIPL as in the paper: the causal Transformer's tokens, one step after the other, decoded to weights."""
+    """TIPL as in the paper: the causal Transformer's tokens, one step after the other, decoded to weights.
+
+    A residual model's forecast is the last snapshot's weights and the decoded change of its token, so that what the
+    basis leaves out of a snapshot stays as it was.
+    """
 
     name = "tipl"
 
@@ -97,16 +103,16 @@ class Tipl(Predictor):
         # Tokens are snapshots here: as many of them as other predictors have displacements.
         check_starts(len(trial.weights_TP), starts_B, self.model.size.context, 0)
         fitted, steps_H = self._fitted(trial), self.question.steps
-        return _decode(
-            fitted,
-            forecast_coordinates(self.model, self.normaliser, fitted.coordinates_TD, starts_B, steps_H, self.device),
+        found_BHD = forecast_coordinates(
+            self.model, self.normaliser, fitted.coordinates_TD, starts_B, steps_H, self.device
         )
+        return _weights(fitted, found_BHD, trial, starts_B, self.model.size.residual)
 
     def squared_errors(self, trial: Trial, starts_B: Starts) -> NDArray[np.float64]:
         """See `Predictor.squared_errors`: exact, without decoding a forecast."""
         check_starts(len(trial.weights_TP), starts_B, self.question.context, self.question.future)
         self._fitted(trial)
-        tokens, steps_H = self.trial_basis.tokens(trial.weights_TP), self.question.steps
+        tokens, steps_H = self.trial_basis.tokens(trial, self.question.future), self.question.steps
         return token_errors(self.model, self.normaliser, tokens, 0, starts_B, steps_H, self.device)
 
     def _fitted(self, trial: Trial) -> FittedBasis:
@@ -150,10 +156,17 @@ def token_errors(
     for begin in range(0, len(starts_B), WINDOWS_AT_ONCE):
         some_B = np.asarray(starts_B[begin : begin + WINDOWS_AT_ONCE])
         found_BHD = forecast_coordinates(model, normaliser, tokens.coordinates_NTD[trial], some_B, steps_H, device)
-        errors.append(tokens.squared_errors(trial, found_BHD, some_B[:, None] + np.asarray(steps_H)))
+        errors.append(tokens.squared_errors(trial, found_BHD, some_B, steps_H, changes=model.size.residual))
     return np.concatenate(errors)
 
 
-def _decode(fitted: FittedBasis, coordinates_BHD: NDArray[np.float32]) -> Weights:
+def _weights(
+    fitted: FittedBasis, coordinates_BHD: NDArray[np.float32], trial: Trial, starts_B: Starts, changes: bool
+) -> Weights:
+    """Weights of forecast tokens; with `changes` the last snapshot's, changed as its token does."""
     num_starts, num_steps, rank = coordinates_BHD.shape
-    return fitted.decode(coordinates_BHD.reshape(num_starts * num_steps, rank)).reshape(num_starts, num_steps, -1)
+    if not changes:
+        return fitted.decode(coordinates_BHD.reshape(-1, rank)).reshape(num_starts, num_steps, -1)
+    changes_BHD = coordinates_BHD - fitted.coordinates_TD[starts_B][:, None]
+    changes_BHP = fitted.decode_change(changes_BHD.reshape(-1, rank)).reshape(num_starts, num_steps, -1)
+    return trial.weights_TP[starts_B][:, None] + changes_BHP

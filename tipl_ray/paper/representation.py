@@ -10,7 +10,7 @@ from tipl_ray import config
 from tipl_ray.data.rows import Rows
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.experiments import from_table
-from tipl_ray.predict.gram import Question
+from tipl_ray.predict.gram import Question, moved_squares
 from tipl_ray.predict.representation import Representation, TrainingData
 
 if TYPE_CHECKING:
@@ -42,16 +42,22 @@ class TokenRepresentation(Representation):
         """See `Representation.without_effect`."""
         return dict.fromkeys(("model.phase", "model.clock", "train.joined_windows"), FOR_WINDOWS)
 
+    def forecasts(self, model: config.Model) -> dict[str, str]:
+        """See `Representation.forecasts`: changes of tokens used to be decoded as whole tokens."""
+        return {"decoded": "changes"} if model.residual else {}
+
     def read(self, storage: str, seed: int, question: Question, shared: FittedBasis | None = None) -> Tokens:
         """See `Representation.read`."""
         from tipl_ray.paper.tokens import tokens_of
+        from tipl_ray.predict.bands import load_band
 
         weights_TP = TrajectoryStore(storage).weights(seed)
         try:
             fitted = self.fit_trial(weights_TP, shared)
         except ValueError as error:
             raise ValueError(f"trial {seed}: {error}") from error
-        return tokens_of(seed, weights_TP, fitted)
+        band = load_band(storage, seed, question)
+        return tokens_of(seed, weights_TP, fitted, moved_squares(band.products_SW, question.future))
 
     def gather(self, sets: Sequence[Sequence[Tokens]]) -> Tokens:
         """See `Representation.gather`."""
@@ -86,7 +92,7 @@ class TokenRepresentation(Representation):
         from tipl_ray.paper.predictor import SvdFloor, Tipl
 
         assert isinstance(tipl, Tipl), "TIPL is what `load` returned"
-        return [], SvdFloor(tipl.question, tipl.trial_basis)
+        return [], SvdFloor(tipl.question, tipl.trial_basis, changes=tipl.model.size.residual)
 
     def _load_shared(self, folder: str) -> FittedBasis | None:
         return None

@@ -65,8 +65,12 @@ class FittedBasis:
 
     def decode(self, coordinates_BD: Array) -> NDArray[np.float32]:
         """Weights of tokens: U_D S_D V_D^T + origin; (B, P)."""
-        scaled_BD = (coordinates_BD * self.singular_values_D).astype(np.float32)
-        return scaled_BD @ self.basis_PD.T + self.origin_P
+        return self.decode_change(coordinates_BD) + self.origin_P
+
+    def decode_change(self, changes_BD: Array) -> NDArray[np.float32]:
+        """How weights change with their tokens: U_D S_D V_D^T; (B, P)."""
+        scaled_BD = (changes_BD * self.singular_values_D).astype(np.float32)
+        return scaled_BD @ self.basis_PD.T
 
     def on(self, weights_TP: Rows) -> Self:
         """The same basis with the tokens of another trajectory."""

@@ -3,8 +3,8 @@
 A trial is read, reduced and let go before the next: only its tokens stay. Knows nothing of the model beyond its context
 length, nor of how it is trained.
 
-Shapes: N trials, T snapshots, P policy weights, D numbers per token, B windows, K tokens of context; S snapshots of all
-trials.
+Shapes: N trials, T snapshots, P policy weights, D numbers per token, B windows, K tokens of context, H forward steps, F
+the furthest of them; S snapshots of all trials.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ class Tokens:
     """Weights per unit of a coordinate."""
     outside_NT: NDArray[np.float64]
     """Squared distance of each snapshot's weights from its basis."""
-    displacement_NT: NDArray[np.float64]
-    """Squared distance of each snapshot's weights from those of the snapshot before; 0 for the first."""
+    moved_NTF: NDArray[np.float64]
+    """Squared distance of each snapshot's weights from those of the next F: see `gram.moved_squares`."""
 
     @classmethod
     def stack(cls, parts: Sequence[Self]) -> Self:
@@ -67,34 +67,61 @@ class Tokens:
         )
 
     def squared_errors(
-        self, trial: int, coordinates_BHD: NDArray[np.floating], snapshots_BH: NDArray[np.integer]
+        self,
+        trial: int,
+        coordinates_BHD: NDArray[np.floating],
+        starts_B: NDArray[np.integer],
+        steps_H: Sequence[int],
+        *,
+        changes: bool,
     ) -> NDArray[np.float64]:
-        """||w_hat - w||^2 of coordinates that are forecast for some snapshots of the trial of this index; (B, H).
+        """||w_hat - w||^2 of coordinates that are forecast at forward steps of the trial of this index; (B, H).
 
         Exact without the weights: inside the basis a coordinate counts with its singular value, and what the true
-        weights have outside the basis is orthogonal to it.
+        weights have outside the basis is orthogonal to it. The forecast weights are the decoded token or, with
+        `changes`, the last snapshot's weights and the decoded change of its token.
         """
-        apart_BHD = coordinates_BHD - self.coordinates_NTD[trial][snapshots_BH]
-        inside_BH = np.square(apart_BHD * self.singular_values_ND[trial]).sum(axis=-1)
-        return inside_BH + self.outside_NT[trial][snapshots_BH]
+        return self._inside(trial, coordinates_BHD, starts_B, steps_H) + self.outside(
+            trial, starts_B, steps_H, changes=changes
+        )
+
+    def outside(
+        self, trial: int, starts_B: NDArray[np.integer], steps_H: Sequence[int], *, changes: bool
+    ) -> NDArray[np.float64]:
+        """The part of `squared_errors` that no forecast changes: what the true weights, or their change since the
+        start, have outside the basis; (B, H)."""
+        if not changes:
+            return self.outside_NT[trial][starts_B[:, None] + np.asarray(steps_H)]
+        moved_BH = self.moved_NTF[trial][starts_B[:, None], np.asarray(steps_H) - 1]
+        seen_BH = self._inside(trial, self.coordinates_NTD[trial][starts_B, None], starts_B, steps_H)
+        return np.maximum(moved_BH - seen_BH, 0.0)
+
+    def _inside(
+        self,
+        trial: int,
+        coordinates_BHD: NDArray[np.floating],
+        starts_B: NDArray[np.integer],
+        steps_H: Sequence[int],
+    ) -> NDArray[np.float64]:
+        true_BHD = self.coordinates_NTD[trial][starts_B[:, None] + np.asarray(steps_H)]
+        apart_BHD = np.subtract(coordinates_BHD, true_BHD, dtype=np.float64) * self.singular_values_ND[trial]
+        return np.square(apart_BHD).sum(axis=-1)
 
 
-def tokens_of(seed: int, weights_TP: Rows, fitted: FittedBasis) -> Tokens:
-    """Tokens of one trial whose basis is fitted."""
+def tokens_of(seed: int, weights_TP: Rows, fitted: FittedBasis, moved_TF: NDArray[np.float64]) -> Tokens:
+    """Tokens of one trial whose basis is fitted, and whose snapshots are so far from the next F."""
     num_snapshots = weights_TP.shape[0]
-    outside_T, displacement_T = np.zeros(num_snapshots), np.zeros(num_snapshots)
+    outside_T = np.zeros(num_snapshots)
     for start in range(0, num_snapshots, SNAPSHOTS_AT_ONCE):
-        part, before = slice(start, start + SNAPSHOTS_AT_ONCE), min(start, 1)
-        some_TP = weights_TP[start - before : part.stop].astype(np.float64)
-        displacement_T[start + 1 - before : part.stop] = np.square(np.diff(some_TP, axis=0)).sum(axis=1)
-        outside_TP = some_TP[before:] - fitted.decode(fitted.coordinates_TD[part])
+        part = slice(start, start + SNAPSHOTS_AT_ONCE)
+        outside_TP = weights_TP[part].astype(np.float64) - fitted.decode(fitted.coordinates_TD[part])
         outside_T[part] = np.square(outside_TP).sum(axis=1)
     return Tokens(
         seeds=(seed,),
         coordinates_NTD=fitted.coordinates_TD[None],
         singular_values_ND=fitted.singular_values_D[None],
         outside_NT=outside_T[None],
-        displacement_NT=displacement_T[None],
+        moved_NTF=moved_TF[None],
     )
 
 

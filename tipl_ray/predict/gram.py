@@ -151,6 +151,26 @@ def banded_products(weights_TP: Rows, width: int) -> NDArray[np.float64]:
     return products_SW
 
 
+def moved_squares(products_SW: Array, future: int) -> NDArray[np.float64]:
+    """Squared distance of each snapshot's weights from those of the next F, from the band alone; (T, F).
+
+    What would be after the last snapshot counts as the last.
+    """
+    num_displacements = len(products_SW)
+    moved_TF = np.zeros((num_displacements + 1, future))
+    for step in range(future):
+        moved_TF[:, step] = moved_TF[:, max(step - 1, 0)]
+        if step >= num_displacements:
+            continue
+        # One displacement more: its own square, and twice its products with those since the snapshot.
+        count = num_displacements - step
+        added_S = products_SW[step:, 0].astype(np.float64)
+        for first in range(step):
+            added_S += 2.0 * products_SW[first : first + count, step - first]
+        moved_TF[:count, step] += added_S
+    return np.maximum(moved_TF, 0.0)
+
+
 def band_index(size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row, from the window's first on, and column of the band for each entry of a window's Gram matrix; (N, N) each."""
     index_N = np.arange(size)

@@ -76,6 +76,11 @@ class Representation(abc.ABC):
         """Forward steps that training depends on; empty where later forecasts are made of single steps."""
         return ()
 
+    def forecasts(self, model: config.Model) -> dict[str, str]:
+        """How a trained model's answers become weights, if that has changed since earlier versions: results of those
+        are not taken for these."""
+        return {}
+
     def fit(self, storage: str, seeds: Sequence[int]) -> Any:
         """What all trials share, fitted on those that train."""
         raise NotImplementedError

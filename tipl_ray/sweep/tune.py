@@ -83,6 +83,7 @@ class Plan:
     def digest(self) -> str:
         """What the sweep's results depend on, without where it runs."""
         told = identity(self.experiment.sweep) | {"over": {field: repr(entry) for field, entry in self.space.items()}}
+        told |= representation_of(self.experiment.basis).forecasts(self.experiment.model)
         return digest(run_digest(self.experiment, self.data), self.experiment.evaluate.steps, told)
 
     @property
