@@ -23,7 +23,7 @@ demo: $(STAMP)
 	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/demo.toml
 
 sweep: demo
-	.venv/bin/python jobs/sweep.py --preset paper --train.num-steps 500 --train.steps-per-iteration 125
+	.venv/bin/python jobs/sweep.py --preset paper-residual
 
 learn: $(STAMP)
 	.venv/bin/python jobs/pipeline.py --experiment jobs/experiments/half_cheetah_small.toml
