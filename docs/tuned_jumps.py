@@ -4,7 +4,7 @@
     tipl accelerate --experiment tuned_walker2d --storage storage/tuned/walker2d
     python docs/tuned_jumps.py storage/tuned
 
-Presets differ in their number of epochs, so variants are named here by their share of the preset's own. Presets with
+Presets differ in their number of epochs, so variants are named here by their share of the preset's own. Variants with
 runs that are missing are left out. Writes docs/results/tuned_jumps.csv, in the columns of opponents.csv and with rows
 for all presets together, and docs/pictures/tuned_jumps*.png.
 """
@@ -24,7 +24,6 @@ from opponents import COLUMNS, RENAMED  # noqa: E402
 from tipl_ray.accelerate import figures, scores  # noqa: E402
 from tipl_ray.accelerate.acceleration import Plan, find_predictors, read_finished, source_experiment  # noqa: E402
 from tipl_ray.accelerate.scores import Finished  # noqa: E402
-from tipl_ray.data.storage import StoreError  # noqa: E402
 from tipl_ray.drawing import png  # noqa: E402
 from tipl_ray.evaluate.metrics import Resampling  # noqa: E402
 from tipl_ray.experiments import load_experiment  # noqa: E402
@@ -47,7 +46,7 @@ def named(one: Finished, epochs: int) -> Finished:
 
 
 def finished(storage: Path) -> list[Finished]:
-    """The results of the presets whose accelerations have run to their end."""
+    """The results of the presets, as far as their accelerations have run."""
     found: list[Finished] = []
     for name in PRESETS:
         experiment = load_experiment(f"tuned_{name}").at(str(storage / name)).check("accelerate")
@@ -58,10 +57,11 @@ def finished(storage: Path) -> list[Finished]:
             predictors=find_predictors(experiment, source, experiment.accelerate.running),
             engine=choose_engine(experiment.collect.engine, experiment.ppo),
         )
-        try:
-            found += [named(one, experiment.ppo.num_epochs) for one in read_finished(plan)]
-        except StoreError:
-            say(f"{name} is left out: not all of its runs are in {experiment.storage_path}")
+        results = [named(one, experiment.ppo.num_epochs) for one in read_finished(plan)]
+        if not results or results[0].unit.contender.name != "100%":
+            say(f"{name} is left out: its preset's own runs are not all in {experiment.storage_path}")
+            continue
+        found += results
     return found
 
 
@@ -93,7 +93,9 @@ def main() -> None:
         own = [one for one in results if one.unit.task == task]
         curves = {one.unit.contender.name: (one.env_steps_I, one.gradient_steps_I, one.returns_SI) for one in own}
         title = f"{task}, the zoo's preset, {len(own[0].returns_SI)} trials"
-        drawn[f"tuned_jumps_{task.removesuffix('-v4')}"] = figures.contenders(curves, title, resampling)
+        # A band at each of two thousand iterations: a tenth of the resamples will do.
+        bands = dataclasses.replace(resampling, bootstrap=1_000)
+        drawn[f"tuned_jumps_{task.removesuffix('-v4')}"] = figures.contenders(curves, title, bands)
     for name, figure in drawn.items():
         (DOCS / "pictures" / f"{name}.png").write_bytes(png(figure))
 

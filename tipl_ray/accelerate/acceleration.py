@@ -243,17 +243,18 @@ def _run_units(
 
 
 def read_finished(plan: Plan) -> list[Finished]:
-    """What a finished acceleration found: every variant with its chosen setting, task by task. Runs nothing.
+    """What an acceleration has found so far: its variants with their chosen settings, task by task.
 
-    Raises StoreError if a unit has not run.
+    Runs nothing; leaves out variants whose runs are not all there.
     """
     settings, found = plan.experiment.accelerate, []
     for name in settings.tasks:
         for contender in settings.running:
             cell = (*_task(plan.experiment, name), contender)
-            searched = [plan.load(unit) for unit in _search(plan.experiment, cell)]
-            value = best_value(searched) if searched else settings.values_of(contender)[0]
-            found.append(plan.load(_unit(cell, value, search=False)))
+            with contextlib.suppress(StoreError):
+                searched = [plan.load(unit) for unit in _search(plan.experiment, cell)]
+                value = best_value(searched) if searched else settings.values_of(contender)[0]
+                found.append(plan.load(_unit(cell, value, search=False)))
     return comparable(found)
 
 
