@@ -149,6 +149,15 @@ def points(line):
     return np.asarray(line.get_xdata(), dtype=float), np.asarray(line.get_ydata(), dtype=float)
 
 
+def test_long_learning_curves_are_drawn_as_means_of_neighbours():
+    steps, returns_SI = np.arange(1, 1001), np.random.default_rng(0).normal(size=(3, 1000))
+    figure = contenders({"10": (steps, 320 * steps, returns_SI)})
+    (line,) = drawn(figure.axes[0])
+    across, up = points(line)
+    np.testing.assert_array_equal(across, steps[3::4])
+    assert up[0] == pytest.approx(metrics.interquartile_mean(returns_SI[:, :4].mean(axis=1)))
+
+
 def all_figures():
     env_steps = np.arange(0, 1000, 100)
     curves = [(seed, env_steps, np.where(env_steps < 100 * seed, np.nan, env_steps + seed)) for seed in range(4)]

@@ -20,6 +20,8 @@ from tipl_ray.evaluate.metrics import MIN_TRIALS, Resampling, Row, interquartile
 EPOCH_COLOURS = matplotlib.colormaps["viridis"]
 MOST_CURVES = 9
 """Variants whose learning curves fit one figure."""
+MOST_POINTS = 250
+"""Points of a learning curve; more of them are noise."""
 LABELS_APART = 0.026
 """Least distance of two labels one above the other, as a share of the whole range."""
 
@@ -32,8 +34,10 @@ def contenders(
     gradient steps: interquartile mean over trials, with its band.
 
     The first variant, which the others are compared with, is black; a name that ends in a predictor's has its colour.
-    If there are many, only the first and those with the largest areas are drawn.
+    If there are many, only the first and those with the largest areas are drawn. Of a curve with many iterations, the
+    points are means over neighbouring ones.
     """
+    curves = {name: _thinned(*curve) for name, curve in curves.items()}
     figure, panels = new_figure(2, width=11.5, height=4.8, share=True)
     best = sorted(list(curves)[1:], key=lambda name: -float(curves[name][2].mean()))[: MOST_CURVES - 1]
     entries = []
@@ -54,6 +58,16 @@ def contenders(
     left_out = len(curves) - len(entries)
     legend_below(figure, entries, [f"{left_out} more with smaller areas not shown"] if left_out else [])
     return figure
+
+
+def _thinned(
+    env_steps_I: np.ndarray, gradient_steps_I: np.ndarray, returns_SI: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A curve of at most MOST_POINTS points: returns are means over blocks of iterations, steps those at their ends."""
+    size = -(-len(env_steps_I) // MOST_POINTS)
+    ends = np.arange(size, len(env_steps_I) + 1, size)
+    means_SI = np.stack([returns_SI[:, end - size : end].mean(axis=1) for end in ends], axis=1)
+    return env_steps_I[ends - 1], gradient_steps_I[ends - 1], means_SI
 
 
 @as_shipped()
