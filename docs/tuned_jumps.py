@@ -4,9 +4,9 @@
     tipl accelerate --experiment tuned_walker2d --storage storage/tuned/walker2d
     python docs/tuned_jumps.py storage/tuned
 
-Presets differ in their number of epochs, so variants are named here by their share of the preset's own. Variants with
-runs that are missing are left out. Writes docs/results/tuned_jumps.csv, in the columns of opponents.csv and with rows
-for all presets together, and docs/pictures/tuned_jumps*.png.
+Presets differ in their number of epochs, so variants are named in the table by their share of the preset's own.
+Variants with runs that are missing are left out. Writes docs/results/tuned_jumps.csv, in the columns of opponents.csv
+and with rows for all presets together, and docs/pictures/tuned_jumps*.png.
 """
 
 import argparse
@@ -45,9 +45,9 @@ def named(one: Finished, epochs: int) -> Finished:
     )
 
 
-def finished(storage: Path) -> list[Finished]:
-    """The results of the presets, as far as their accelerations have run."""
-    found: list[Finished] = []
+def finished(storage: Path) -> list[tuple[Finished, int]]:
+    """The results of the presets, as far as their accelerations have run, with the preset's own number of epochs."""
+    found: list[tuple[Finished, int]] = []
     for name in PRESETS:
         experiment = load_experiment(f"tuned_{name}").at(str(storage / name)).check("accelerate")
         source = source_experiment(experiment)
@@ -57,11 +57,11 @@ def finished(storage: Path) -> list[Finished]:
             predictors=find_predictors(experiment, source, experiment.accelerate.running),
             engine=choose_engine(experiment.collect.engine, experiment.ppo),
         )
-        results = [named(one, experiment.ppo.num_epochs) for one in read_finished(plan)]
-        if not results or results[0].unit.contender.name != "100%":
+        results, epochs = read_finished(plan), experiment.ppo.num_epochs
+        if not results or results[0].unit.contender.name != str(epochs):
             say(f"{name} is left out: its preset's own runs are not all in {experiment.storage_path}")
             continue
-        found += results
+        found += [(one, epochs) for one in results]
     return found
 
 
@@ -87,10 +87,11 @@ def main() -> None:
     if not results:
         raise SystemExit("error: none of the presets' accelerations has run to its end")
     resampling = Resampling(confidence=0.95, bootstrap=10_000, seed=0)
-    (DOCS / "results" / "tuned_jumps.csv").write_bytes(as_csv(table(results, resampling)))
+    rows = table([named(*result) for result in results], resampling)
+    (DOCS / "results" / "tuned_jumps.csv").write_bytes(as_csv(rows))
     drawn = {}
-    for task in dict.fromkeys(one.unit.task for one in results):
-        own = [one for one in results if one.unit.task == task]
+    for task in dict.fromkeys(one.unit.task for one, _ in results):
+        own = [one for one, _ in results if one.unit.task == task]
         curves = {one.unit.contender.name: (one.env_steps_I, one.gradient_steps_I, one.returns_SI) for one in own}
         title = f"{task}, the zoo's preset, {len(own[0].returns_SI)} trials"
         drawn[f"tuned_jumps_{task.removesuffix('-v4')}"] = figures.contenders(curves, title, resampling)
