@@ -48,6 +48,11 @@ def table(folder: Path) -> list[dict[str, Any]]:
             **shares,
         }
         rows.append(whole | {"gradient_steps": f"{steps}%", "held_out": row["scope"] == "held-out tasks"})
+    return tidied(rows)
+
+
+def tidied(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as docs/results has them: three decimals, gradient steps as text, and the columns' names there."""
     for row in rows:
         row["gradient_steps"] = str(row["gradient_steps"])
         row |= {name: round(value, 3) for name, value in row.items() if isinstance(value, float)}

@@ -5,21 +5,25 @@
     python docs/tuned_jumps.py storage/tuned
 
 Presets differ in their number of epochs, so variants are named in the table by their share of the preset's own.
-Variants with runs that are missing are left out. Writes docs/results/tuned_jumps.csv, in the columns of opponents.csv
-and with rows for all presets together, and docs/pictures/tuned_jumps*.png.
+Variants with runs that are missing are left out; the presets at their own learning rates are those of
+benchmarks/tuned.py. Prints a table with final returns, and writes docs/results/tuned_jumps.csv, in the columns of
+opponents.csv and with rows for all presets together, and docs/pictures/tuned_jumps*.png.
 """
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
-from opponents import COLUMNS, RENAMED  # noqa: E402
+from opponents import COLUMNS, tidied  # noqa: E402
 
 from tipl_ray.accelerate import figures, scores  # noqa: E402
 from tipl_ray.accelerate.acceleration import Plan, find_predictors, read_finished, source_experiment  # noqa: E402
@@ -29,9 +33,11 @@ from tipl_ray.evaluate.metrics import Resampling  # noqa: E402
 from tipl_ray.experiments import load_experiment  # noqa: E402
 from tipl_ray.pages import as_csv  # noqa: E402
 from tipl_ray.ppo.engines import choose_engine  # noqa: E402
-from tipl_ray.terminal import say  # noqa: E402
+from tipl_ray.terminal import say, say_rows  # noqa: E402
 
 PRESETS = ("half_cheetah", "walker2d", "hopper")
+OWN_RUNS = ROOT / "benchmarks" / "results" / "tuned.json"
+"""What benchmarks/tuned.py kept: the presets at their own learning rates, on the same seeds."""
 
 
 def named(one: Finished, epochs: int) -> Finished:
@@ -61,8 +67,23 @@ def finished(storage: Path) -> list[tuple[Finished, int]]:
         if not results or results[0].unit.contender.name != str(epochs):
             say(f"{name} is left out: its preset's own runs are not all in {experiment.storage_path}")
             continue
-        found += [(one, epochs) for one in results]
+        found += [(one, epochs) for one in (results[0], as_published(name, results[0]), *results[1:])]
     return found
+
+
+def as_published(name: str, searched: Finished) -> Finished:
+    """The preset at its own learning rate, where `searched` has the one that the search chose."""
+    kept: dict[str, Any] = json.loads(OWN_RUNS.read_text())
+    own = [group for key, group in kept.items() if key.startswith(f"{name}/")]
+    curves = [[np.nan if value is None else value for value in curve] for group in own for curve in group["curves"]]
+    contender = dataclasses.replace(searched.unit.contender, name=f"{searched.unit.contender.name}, own rate")
+    rate = load_experiment(f"tuned_{name}").ppo.learning_rate
+    return dataclasses.replace(
+        searched,
+        unit=dataclasses.replace(searched.unit, contender=contender, value=rate),
+        returns_SI=scores.filled(np.array(curves)),
+        cpu_seconds=sum(group["seconds"] for group in own),
+    )
 
 
 def table(results: list[Finished], resampling: Resampling) -> list[dict[str, Any]]:
@@ -73,10 +94,7 @@ def table(results: list[Finished], resampling: Resampling) -> list[dict[str, Any
         known = {"env_steps": rows[0]["env_steps"], "seeds": rows[0]["seeds"], "held_out": False}
         whole = {"task": "all tuned", "contender": row["contender"], **shares, **known}
         rows.append(dict.fromkeys(COLUMNS) | whole | {"gradient_steps": f"{row['share_of_gradient_steps']:.0%}"})
-    for row in rows:
-        row["gradient_steps"] = str(row["gradient_steps"])
-        row |= {name: round(value, 3) for name, value in row.items() if isinstance(value, float)}
-    return [{RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
+    return tidied(rows)
 
 
 def main() -> None:
@@ -89,6 +107,7 @@ def main() -> None:
     resampling = Resampling(confidence=0.95, bootstrap=10_000, seed=0)
     rows = table([named(*result) for result in results], resampling)
     (DOCS / "results" / "tuned_jumps.csv").write_bytes(as_csv(rows))
+    say_rows(scores.table(scores.score([one for one, _ in results], "none", resampling)))
     drawn = {}
     for task in dict.fromkeys(one.unit.task for one, _ in results):
         own = [one for one, _ in results if one.unit.task == task]

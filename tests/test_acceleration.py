@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tipl_ray.accelerate import acceleration
-from tipl_ray.accelerate.acceleration import find_predictors, run_acceleration, source_experiment
+from tipl_ray.accelerate.acceleration import find_predictors, read_finished, run_acceleration, source_experiment
 from tipl_ray.accelerate.contenders import Fitted, Unit, fit_and_save, jump_question, jump_settings
 from tipl_ray.accelerate.scores import Finished, best_value, comparable, filled
 from tipl_ray.accelerate.units import AccelerationError, Counted, has_run, load_unit, run_unit
@@ -138,6 +138,14 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
     assert chosen_values == [row["hyperparameters"] for row in rows]
     assert len(rates) == len(searched)
     assert len(list((folder / "figures").glob("*.png"))) == 4
+    # Read without running anything: the same, and nothing where nothing has run.
+    source = source_experiment(experiment)
+    predictors = find_predictors(experiment, source, experiment.accelerate.running)
+    plan = acceleration.Plan(experiment=experiment, source=source, predictors=predictors, engine="torch")
+    read = [(one.unit.contender.name, one.unit.hyperparameters) for one in read_finished(plan)]
+    assert read == [(row["contender"], row["hyperparameters"]) for row in rows]
+    elsewhere = dataclasses.replace(plan, experiment=experiment.at(str(tmp_path / "none")))
+    assert read_finished(elsewhere) == []
     before = {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")}
     run_acceleration(experiment)
     assert {path: path.stat().st_mtime_ns for path in storage.glob("units/*/unit.json")} == before

@@ -443,6 +443,11 @@ def test_heat_map_has_a_column_of_what_each_rank_leaves_possible():
     (frame,) = axes.patches
     assert isinstance(frame, Rectangle)
     assert frame.get_xy() == pytest.approx((0.54, 1.56)), "the best cell is a run's, not the bound's"
+    cells = [cell | {"still": -cell["basis.rank"]} for cell in cells]
+    (axes, _) = sweep_figures.heat_map(cells, "model.context", "basis.rank", SWEEP_NAMES).axes
+    told = [label.get_text() for label in axes.get_xticklabels()]
+    assert told == ["10", "20", "40", "last token\nrepeated", "upper bound\nof the basis"]
+    assert {"-8.000", "-16"} <= {text.get_text() for text in axes.texts}
 
 
 def colours(figure):

@@ -212,9 +212,7 @@ def _run_units(
         """What is reported of every cell whose search has run."""
         for cell, units in searches.items():
             if cell not in finals and ran.issuperset(units):
-                values = settings.values_of(cell[2])
-                value = best_value([plan.load(one) for one in units]) if units else values[0]
-                finals[cell] = _unit(cell, value, search=False)
+                finals[cell] = _chosen_of(plan, cell, units)
                 waiting.insert(0, finals[cell])
 
     def settle(unit: Unit) -> None:
@@ -252,10 +250,15 @@ def read_finished(plan: Plan) -> list[Finished]:
         for contender in settings.running:
             cell = (*_task(plan.experiment, name), contender)
             with contextlib.suppress(StoreError):
-                searched = [plan.load(unit) for unit in _search(plan.experiment, cell)]
-                value = best_value(searched) if searched else settings.values_of(contender)[0]
-                found.append(plan.load(_unit(cell, value, search=False)))
+                found.append(plan.load(_chosen_of(plan, cell, _search(plan.experiment, cell))))
     return comparable(found)
+
+
+def _chosen_of(plan: Plan, cell: Cell, searched: Sequence[Unit]) -> Unit:
+    """What is reported of a cell whose search has run: the best value, or the only one."""
+    if searched:
+        return _unit(cell, best_value([plan.load(unit) for unit in searched]), search=False)
+    return _unit(cell, plan.experiment.accelerate.values_of(cell[2])[0], search=False)
 
 
 def _search(experiment: Experiment, cell: Cell) -> list[Unit]:
