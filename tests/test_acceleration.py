@@ -11,6 +11,7 @@ import pyarrow.csv
 import pytest
 import torch
 
+from tipl_ray import jobs
 from tipl_ray.accelerate import acceleration
 from tipl_ray.accelerate.acceleration import find_predictors, read_finished, run_acceleration, source_experiment
 from tipl_ray.accelerate.contenders import Fitted, Unit, fit_and_save, jump_question, jump_settings
@@ -104,7 +105,7 @@ def test_the_job_searches_runs_and_compares_and_again_finds_all_done(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Path(experiment.storage_path)
-    monkeypatch.setattr(acceleration, "connected_to_ray", contextlib.nullcontext)
+    monkeypatch.setattr(jobs, "connected_to_ray", contextlib.nullcontext)
     run_acceleration(experiment)
     (folder,) = (storage / "accelerations").iterdir()
     rows = pyarrow.csv.read_csv(folder / "table.csv").to_pylist()
@@ -328,7 +329,7 @@ def test_a_source_without_its_model_says_what_to_run(experiment: Experiment, tmp
 def test_one_setting_for_all_tasks_is_searched_once_and_an_oracles_on_each(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acceleration, "connected_to_ray", contextlib.nullcontext)
+    monkeypatch.setattr(jobs, "connected_to_ray", contextlib.nullcontext)
     rates = (3e-4, 1e-3)
     accelerate = Accelerate(
         tasks=("InvertedPendulum-v4", "InvertedDoublePendulum-v4"),

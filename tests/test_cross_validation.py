@@ -9,7 +9,7 @@ import pytest
 from test_stages import collected
 from test_training import experiment
 
-from tipl_ray import config, stages
+from tipl_ray import config, jobs
 from tipl_ray.config import Split
 from tipl_ray.cross_validation import folds_of, run_cross_validation
 from tipl_ray.digest import identity
@@ -50,7 +50,7 @@ def test_folds_that_cannot_be_are_refused(split: dict[str, int], words: str) -> 
 def test_the_job_judges_every_trial_by_a_model_that_has_not_seen_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stages, "connected_to_ray", contextlib.nullcontext)
+    monkeypatch.setattr(jobs, "connected_to_ray", contextlib.nullcontext)
     settings = experiment(tmp_path, "window", num_steps=10)
     settings = dataclasses.replace(
         settings, evaluate=config.Evaluate(horizon=2, run_policies_of=(), bootstrap=50), split=Split(folds=3)

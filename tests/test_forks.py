@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tipl_ray import jobs
 from tipl_ray.accelerate.acceleration import source_experiment
 from tipl_ray.accelerate.contenders import jump_question, jump_settings
 from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
 from tipl_ray.config import Collect, Contender, Experiment, Improve, Jump, Ppo, Where
 from tipl_ray.experiments import load_experiment
-from tipl_ray.improve import fork_data, forks, work
+from tipl_ray.improve import fork_data, forks
 from tipl_ray.improve.fork_data import cell_folder, forks_digest, read_forks, run_and_publish, run_forks
 from tipl_ray.improve.forks import Branches, Cell, branch_rules, cells, fork_iterations, run_cell
 from tipl_ray.ppo.trials import TrialGroup
@@ -115,7 +116,7 @@ def test_what_branches_change_depends_on_nothing_but_their_key() -> None:
 def test_the_job_makes_every_cell_and_what_was_killed_comes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(work, "connected_to_ray", contextlib.nullcontext)
+    monkeypatch.setattr(jobs, "connected_to_ray", contextlib.nullcontext)
     regimes = (REGIME, dataclasses.replace(REGIME, name="other", values=(3e-4,)))
     improve = dataclasses.replace(SMALL.improve, regimes=regimes, stages=1, pairs=1)
     whole, killed = (dataclasses.replace(SMALL, improve=improve).at(str(tmp_path / name)) for name in ("a", "b"))

@@ -11,10 +11,9 @@ import pytest
 import torch
 from test_forks import SMALL, SOURCE
 
-from tipl_ray import config
+from tipl_ray import config, jobs
 from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
 from tipl_ray.evaluate.metrics import Resampling
-from tipl_ray.improve import work
 from tipl_ray.improve.fork_data import run_and_publish
 from tipl_ray.improve.forks import SCHEMA, cells
 from tipl_ray.improve.gain_job import CONSTANT, SIGHTS, STAGES, run_learning
@@ -227,7 +226,7 @@ def test_the_job_trains_what_is_missing_and_its_predictor_changes_the_rule_of_th
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Forks of a real tiny task; the table has every model and stage, and the predictor is the rule and more."""
-    monkeypatch.setattr(work, "connected_to_ray", contextlib.nullcontext)
+    monkeypatch.setattr(jobs, "connected_to_ray", contextlib.nullcontext)
     collect = dataclasses.replace(SMALL.collect, num_trials=3)
     improve = dataclasses.replace(SMALL.improve, stages=4, models=1, model_steps=50)
     experiment = dataclasses.replace(SMALL, collect=collect, improve=improve, split=config.Split(**ONE_EACH))

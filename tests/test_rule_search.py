@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_forks import SMALL, SOURCE
 
+from tipl_ray import jobs
 from tipl_ray.accelerate.return_rule import RuleNumbers
 from tipl_ray.config import Experiment
-from tipl_ray.improve import work
 from tipl_ray.improve.forks import cells
 from tipl_ray.improve.rule_job import run_rule_searches
 from tipl_ray.improve.rule_search import (
@@ -103,7 +103,7 @@ def test_a_rule_of_nothing_is_ppo_without_jumps() -> None:
 def test_the_job_finds_the_same_rule_after_a_kill_and_runs_no_candidate_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(work, "connected_to_ray", contextlib.nullcontext)
+    monkeypatch.setattr(jobs, "connected_to_ray", contextlib.nullcontext)
     improve = dataclasses.replace(SMALL.improve, generations=2, population=4, searches=1)
     collect = dataclasses.replace(SMALL.collect, total_env_steps=4 * 128)
     experiment = dataclasses.replace(SMALL, improve=improve, collect=collect).at(str(tmp_path / "whole"))
@@ -129,7 +129,7 @@ def test_the_job_finds_the_same_rule_after_a_kill_and_runs_no_candidate_twice(
 def test_a_search_whose_rules_fail_finds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(work, "connected_to_ray", contextlib.nullcontext)
+    monkeypatch.setattr(jobs, "connected_to_ray", contextlib.nullcontext)
     improve = dataclasses.replace(SMALL.improve, tasks=("Pendulum-v99",), generations=1, population=4, searches=1)
     with pytest.raises(SystemExit) as ended:
         run_rule_searches(dataclasses.replace(SMALL, improve=improve).at(str(tmp_path)))

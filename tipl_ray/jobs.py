@@ -100,12 +100,23 @@ def open_tracker(experiment: Experiment) -> Tracker:
 
 
 @contextlib.contextmanager
-def prepared_tracker(experiment: Experiment, modules: Sequence[str] = ()) -> Iterator[None]:
+def connected(experiment: Experiment, modules: Sequence[str] = ()) -> Iterator[Tracker]:
+    """A Ray cluster until the block ends, and the experiment's MLflow; it and some modules are loaded as Ray starts.
+
+    Raises ClusterError or TrackingError where one of them cannot be used, for a tracking URI that cannot be at once.
+    """
+    with contextlib.ExitStack() as until_the_end:
+        with _prepared(resolve_uri(experiment.where.tracking.uri, experiment.storage_path), modules):
+            until_the_end.enter_context(connected_to_ray())
+        yield open_tracker(experiment)
+
+
+@contextlib.contextmanager
+def _prepared(uri: str, modules: Sequence[str]) -> Iterator[None]:
     """Do in a thread what `open_tracker` spends seconds on, while the block does something else; then import modules.
 
-    Raises TrackingError before the block for a URI that cannot be. What else is wrong, `open_tracker` finds.
+    What is wrong, `open_tracker` finds.
     """
-    uri = resolve_uri(experiment.where.tracking.uri, experiment.storage_path)
 
     def prepare_all() -> None:
         prepare(uri)

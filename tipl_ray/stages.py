@@ -37,7 +37,7 @@ from tipl_ray.data.storage import (
 )
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import as_table, digest, flat, identity
-from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker, prepared_tracker
+from tipl_ray.jobs import check_job, connected, exit_status, open_tracker
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.representation import representation_of
 from tipl_ray.remembered import remember_collection, remember_training
@@ -89,8 +89,7 @@ class Context:
         """Connect to the Ray cluster, for work that is not found done; before the pipeline's run, so a signal ends
         both. MLflow and some modules are loaded meanwhile."""
         if not self._connected:
-            with prepared_tracker(self.experiment, modules):
-                self._until_the_end.enter_context(connected_to_ray())
+            self.tracker = self._until_the_end.enter_context(connected(self.experiment, modules))
             self._connected = True
         _ = self.pipeline
 

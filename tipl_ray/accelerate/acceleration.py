@@ -35,7 +35,7 @@ from tipl_ray.digest import as_table, digest
 from tipl_ray.drawing import png
 from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
 from tipl_ray.experiments import load_experiment
-from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker, result_of, side_by_side
+from tipl_ray.jobs import check_job, connected, exit_status, result_of, side_by_side
 from tipl_ray.pages import as_csv
 from tipl_ray.ppo.algorithms import Extension
 from tipl_ray.ppo.engines import ENGINES, choose_engine
@@ -99,8 +99,7 @@ def run_acceleration(experiment: Experiment) -> None:
         for contender in named:
             if contender.jump:
                 contenders.jump_settings(contender, experiment, source)
-        tracker = open_tracker(experiment)
-        with connected_to_ray():
+        with connected(experiment) as tracker:
             engine = choose_engine(experiment.collect.engine, experiment.ppo)
             require_seat(experiment, engine, "unit")
             plan = Plan(

@@ -10,7 +10,7 @@ import ray
 from tipl_ray.accelerate.acceleration import source_experiment
 from tipl_ray.collect.crew import require_seat
 from tipl_ray.config import Experiment
-from tipl_ray.jobs import check_job, connected_to_ray, exit_status, open_tracker
+from tipl_ray.jobs import check_job, connected, exit_status
 from tipl_ray.ppo.engines import choose_engine
 from tipl_ray.terminal import duration, say
 from tipl_ray.tracking import Tracker, ui_command
@@ -37,8 +37,8 @@ def work_on(experiment: Experiment, job: str, seat: str) -> Iterator[Work]:
     """
     with exit_status():
         check_job(experiment)
-        source, tracker, begin = source_experiment(experiment), open_tracker(experiment), time.monotonic()
-        with connected_to_ray():
+        source, begin = source_experiment(experiment), time.monotonic()
+        with connected(experiment) as tracker:
             engine = choose_engine(experiment.collect.engine, experiment.ppo)
             require_seat(experiment, engine, seat)
             at_once = experiment.where.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
