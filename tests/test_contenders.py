@@ -98,6 +98,10 @@ def test_epochs_that_leave_no_whole_snapshot_to_predict_are_refused(name: str) -
         ({"searched": "desired_kl", "values": (0.01, 0.02)}, "2 values to search, but accelerate.learning_rates has 5"),
         ({"values": (3.0, 2.0, 1.0, 4.0, 5.0)}, "must increase"),
         ({"jump": Jump(predictor="first-again", corrective_epochs=10)}, "leaves no epoch of ppo.num_epochs"),
+        (
+            {"ppo": {"num_steps": 4_000_000}},
+            "ppo.num_steps=4000000 is more than the [0-9]+ environment steps of a trial",
+        ),
     ],
 )
 def test_a_contender_that_means_nothing_is_refused_by_name(fields: dict, words: str) -> None:

@@ -161,6 +161,24 @@ def test_the_shipped_forks_are_of_no_task_that_is_reported() -> None:
         ),
         ({"regimes": (dataclasses.replace(REGIME, values=(0.0, 1e-3)),)}, r"values=\[0\.0, 0\.001\] must be above 0"),
         ({"spread": (0.5, 0.0, 0.5)}, r"improve\.spread"),
+        (
+            {"regimes": (dataclasses.replace(REGIME, values=(1e-3, 1e-4)),)},
+            r"improve\.regimes: 'small': values=\[0\.001, 0\.0001\] must increase",
+        ),
+        (
+            {"regimes": (dataclasses.replace(REGIME, ppo={"num_epochs": 4, "num_steps": 4096}),)},
+            r"improve\.regimes: 'small': ppo\.num_steps=4096 is more than the 2048 environment steps of a trial",
+        ),
+        (
+            {
+                "regimes": (
+                    dataclasses.replace(
+                        REGIME, jump=Jump(predictor="return-rule", numbers=NUMBERS, corrective_epochs=4)
+                    ),
+                )
+            },
+            r"improve\.regimes: 'small': jump\.corrective_epochs leaves no epoch",
+        ),
     ],
 )
 def test_forks_that_mean_nothing_are_refused_before_work(changes: dict, words: str) -> None:

@@ -17,13 +17,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from typing_extensions import Doc
 
-from tipl_ray.config import JOBS, MOVED, Experiment, RunTask, check_place, every_field, fields_read
+from tipl_ray.config import (
+    IMPROVING,
+    JOBS,
+    MOVED,
+    Experiment,
+    RunTask,
+    check_place,
+    every_field,
+    fields_read,
+    naming,
+)
 from tipl_ray.digest import redacted
 from tipl_ray.errors import UserError, nearest, print_error
 from tipl_ray.experiments import find_experiment, load_experiment, named_experiments
 from tipl_ray.places import absolute_storage, check_places, forget_empty_variables, in_checkout, with_variables
 from tipl_ray.registry import REPRESENTATIONS
-from tipl_ray.terminal import folded, is_terminal, say
+from tipl_ray.terminal import COLOURS, folded, is_terminal, say_sentence
 
 if TYPE_CHECKING:
     from tipl_ray.remembered import Remembered
@@ -41,7 +51,7 @@ TERMS = {
 }
 """Terms that a job's --help defines if it uses them, in words that use only terms after them."""
 
-FIRST_BOX = re.compile(r"^(?=\u256d|options|positional arguments|subcommands)", re.MULTILINE)
+FIRST_BOX = re.compile(r"^(?=(?:\x1b\[[\d;]*m)*(?:\u256d|options|positional arguments|subcommands))", re.MULTILINE)
 """Where --help's description ends: at a box, or on a terminal without such letters at a heading."""
 
 OWN_OPTIONS = ("--experiment", "--help", "--tyro-print-completion", "--tyro-write-completion")
@@ -86,7 +96,7 @@ class CommandLine:
             check_places(parsed.storage_path)
         if self.memory:
             taken = ", ".join(self._taken(parsed, {*sections, *(["preset"] if self.memory.preset else [])}))
-            say(f"{_named(self.jobs)}: {taken} from storage {redacted(parsed.storage_path)}")
+            say_sentence(f"{_named(self.jobs)}: {taken} from storage {redacted(parsed.storage_path)}")
         return parsed
 
     def _usage(self, shown: Any) -> str:
@@ -193,8 +203,9 @@ class _WithoutBox:
         self.box, self._real = "", sys.stderr
 
     def write(self, text: str) -> int:
-        if self.box or text.lstrip("\u256d\u2500+- ").startswith(TITLES):
-            self.box += text
+        uncoloured = COLOURS.sub("", text)
+        if self.box or uncoloured.lstrip("\u256d\u2500+- ").startswith(TITLES):
+            self.box += uncoloured
             return len(text)
         return self._real.write(text)
 
@@ -378,7 +389,7 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
         for field in ("tasks", "search_tasks"):
             given = getattr(experiment.accelerate, field)
             tasks |= {RunTask.read(task).task: f"accelerate.{field}" for task in given}
-    if {"fork", "find_rule", "learn_jumps"} & set(jobs):
+    if set(IMPROVING) & set(jobs):
         tasks |= dict.fromkeys(experiment.improve.tasks, "improve.tasks")
     for task, field in tasks.items():
         module, _, name = task.rpartition(":")
@@ -389,12 +400,15 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
     if {"train", "evaluate", "cross_validate"} & set(jobs):
         for storage in experiment.train.data:
             _check_folder("train.data", storage)
-    if "accelerate" in jobs and any(one.jump for one in experiment.accelerate.running):
+    variants = {"accelerate.contenders": experiment.accelerate.running if "accelerate" in jobs else ()}
+    variants["improve.regimes"] = experiment.improve.regimes if set(IMPROVING) & set(jobs) else ()
+    jumping = [(field, one) for field, some in variants.items() for one in some if one.jump]
+    if jumping:
         where = experiment.where
         path = find_experiment(where.predictors_from, "predictors_from")
         source = load_experiment(path, preset="causal").check_fields()
-        for contender in experiment.accelerate.running:
-            if contender.jump:
+        for field, contender in jumping:
+            with naming(field):
                 contender.horizon(experiment.ppo, source)
         if where.predictors_storage is not None:
             _check_folder("predictors_storage", where.predictors_storage)

@@ -31,6 +31,8 @@ FILE_COLUMNS = 1000
 """Columns of a file, where no line is folded."""
 MOST_COLUMNS = 120
 """Width that running text is folded to on wider terminals."""
+COLOURS = re.compile(r"\x1b\[[\d;]*m")
+"""What turns colours and bold letters on and off."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -50,12 +52,13 @@ def folded(text: str) -> str:
     """A help text folded to the terminal's width: paragraphs, lists of terms, and commands, which stay as they are.
 
     A term is followed by at least two spaces and its definition, whose further lines are indented below it. A line that
-    is indented by four spaces and is no definition's is a command.
+    is indented by four spaces and is no definition's is a command. Colours are left out: they take no room, but hide
+    where a line begins.
     """
     width = min(shutil.get_terminal_size().columns, MOST_COLUMNS)
     blocks: list[tuple[str, list[str]]] = []
     indent: str | None = None
-    for line in text.strip().splitlines():
+    for line in COLOURS.sub("", text).strip().splitlines():
         term = re.match(r" {0,2}\S+(?: \S+)* {2,}(?=\S)", line)
         if not line.strip() or (line.startswith("    ") and not indent):
             blocks.append(("", [line.rstrip()]))

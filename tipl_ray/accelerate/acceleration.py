@@ -27,7 +27,7 @@ from tipl_ray.accelerate.scores import Finished, Row, best_value, comparable, pr
 from tipl_ray.accelerate.units import AccelerationError, has_run, load_unit, run_unit
 from tipl_ray.collect.collection import pending_seeds
 from tipl_ray.collect.crew import require_seat, seat_resources
-from tipl_ray.config import Contender, Experiment, RunTask
+from tipl_ray.config import Contender, Experiment, RunTask, naming
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import Storage, StoreError, file_exists, join, last_name, write_file
 from tipl_ray.data.trajectory_store import TrajectoryStore
@@ -98,7 +98,8 @@ def run_acceleration(experiment: Experiment) -> None:
         source = source_experiment(experiment)
         for contender in named:
             if contender.jump:
-                contenders.jump_settings(contender, experiment, source)
+                with naming("accelerate.contenders"):
+                    contenders.jump_settings(contender, experiment, source)
         with connected(experiment) as tracker:
             engine = choose_engine(experiment.collect.engine, experiment.ppo)
             require_seat(experiment, engine, "unit")

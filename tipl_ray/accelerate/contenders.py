@@ -102,15 +102,14 @@ def jump_settings(contender: Contender, experiment: Experiment, source: Experime
     jump, horizon = contender.jump, contender.horizon(experiment.ppo, source)
     assert jump, "it jumps"
     if jump.predictor not in (known := (*combinations(), TIPL, *published_rules())):
-        named = f"accelerate.contenders: {contender.name!r}: jump.predictor"
         raise ValueError(
-            f"{named}={jump.predictor!r} does not combine displacements, which jumps need; use one of "
-            f"{', '.join(known)}"
+            f"{contender.name!r}: jump.predictor={jump.predictor!r} does not combine displacements, which jumps need; "
+            f"use one of {', '.join(known)}"
         )
     epochs = contender.epochs_before_jump(experiment.ppo) + horizon * source.collect.epochs_per_snapshot
     if is_learned(contender) and epochs != source.ppo.num_epochs:
         raise ValueError(
-            f"accelerate.contenders: {contender.name!r}: jump.horizon={jump.horizon} makes iterations of {epochs} "
+            f"{contender.name!r}: jump.horizon={jump.horizon} makes iterations of {epochs} "
             f"epochs, but {jump.predictor} is fitted on iterations of {source.ppo.num_epochs}"
         )
     return JumpSettings(

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 import pydantic
 
-from tipl_ray.config.fields import LARGEST, NO_IDENTITY, STRICT, check_limits, check_name
+from tipl_ray.config.fields import LARGEST, NO_IDENTITY, STRICT, check_limits, check_name, naming
 from tipl_ray.config.jumps import Accelerate, Improve, RunTask
 from tipl_ray.config.sections import Basis, Collect, Evaluate, Model, Ppo, Split, Sweep, Train, Where
 from tipl_ray.digest import as_table, flat, redacted
@@ -45,24 +45,30 @@ JOBS: dict[str, tuple[str, ...]] = {
         *("-collect.num_trials", "-collect.first_seed", "-ppo.learning_rate", "improve", "-improve.regimes"),
         *("-improve.stages", "-improve.pairs", "-improve.spread", "-improve.iterations", "-improve.models"),
         *("-improve.model_steps", "where.physics_threads", "where.units_at_once"),
+        *("where.predictors_from", "where.predictors_storage"),
     ),
     "fork": (
         *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
         *("-ppo.learning_rate", "improve", "-improve.regimes", "-improve.generations", "-improve.population"),
         *("-improve.searches", "-improve.search_first_seed", "-improve.search_trials"),
         *("-improve.models", "-improve.model_steps", "where.physics_threads", "where.units_at_once"),
+        *("where.predictors_from", "where.predictors_storage"),
     ),
     "learn_jumps": (
         *("collect", "-collect.task", "-collect.iterations_per_commit", "-collect.algorithm", "ppo"),
         *("-ppo.learning_rate", "split", "improve", "-improve.regimes", "-improve.generations", "-improve.population"),
         *("-improve.searches", "-improve.search_first_seed", "-improve.search_trials", "evaluate.bootstrap"),
         *("evaluate.confidence", "evaluate.seed", "where.units_at_once"),
+        *("where.predictors_from", "where.predictors_storage"),
     ),
 }
 """The sections and fields of an experiment that each job reads; a leading dash marks the exceptions."""
 
 EVERY_JOB = ("name", "where.storage", "where.tracking")
 """What every job reads as well."""
+
+IMPROVING = ("find_rule", "fork", "learn_jumps")
+"""Jobs that tune jumps, in the regimes of [improve]."""
 
 LEARNING = ("train", "evaluate", "cross_validate", "sweep")
 """Jobs that split the trials in three and cut them into windows of the model's context."""
@@ -160,9 +166,13 @@ class Experiment:
                 raise no_such("sweep.metric", self.sweep.metric, metrics)
         if "accelerate" in wanted:
             self._check_acceleration()
-        # Of its own accord: an experiment of few steps has nothing to fork.
+        # Only where they are asked for: an experiment of few steps or trials has nothing to fork or learn from.
+        if set(IMPROVING) & set(jobs):
+            self._check_regimes()
         if "fork" in jobs:
             self._check_forks()
+        if "learn_jumps" in jobs:
+            self._check_split()
         return self
 
     def check_fields(self) -> Self:
@@ -206,6 +216,10 @@ class Experiment:
             raise ValueError(
                 f"num_workers={self.where.num_workers} does not divide train.batch_size={self.train.batch_size}"
             )
+        self._check_split()
+        self._check_windows()
+
+    def _check_split(self) -> None:
         held_out = self.split.validation_trials + self.split.test_trials
         if self.split.folds > self.collect.num_trials:
             raise ValueError(
@@ -217,6 +231,8 @@ class Experiment:
                 f"split.validation_trials + split.test_trials = {held_out} leaves no trial to train on: "
                 f"collect.num_trials={self.collect.num_trials}"
             )
+
+    def _check_windows(self) -> None:
         representation = REPRESENTATIONS.load(self.basis.kind)(self.basis)
         representation.check(self)
         if self.train.data and not representation.across_tasks:
@@ -256,14 +272,16 @@ class Experiment:
                 f"accelerate.search_first_seed={searched[0]} and accelerate.search_trials={len(searched)} overlap "
                 f"the seeds {reported[0]} to {reported[-1]}, which are reserved for the results"
             )
+        tasks = [*settings.tasks, *settings.search_tasks]
+        shortest = min(RunTask.read(task).env_steps or self.collect.total_env_steps for task in tasks)
         for contender in settings.running:
-            for value in settings.values_of(contender):
-                contender.ppo_at(self.ppo, value)
-            if contender.epochs_before_jump(self.ppo) < 1:
-                raise ValueError(
-                    f"accelerate.contenders: {contender.name!r}: jump.corrective_epochs leaves no epoch of "
-                    "ppo.num_epochs to run before the jump"
-                )
+            with naming("accelerate.contenders"):
+                contender.check_on(self.ppo, settings.values_of(contender), shortest)
+
+    def _check_regimes(self) -> None:
+        for regime in self.improve.regimes:
+            with naming("improve.regimes"):
+                regime.check_on(self.ppo, regime.values, self.collect.total_env_steps)
 
     def _check_forks(self) -> None:
         for regime in self.improve.regimes:

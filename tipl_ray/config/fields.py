@@ -1,5 +1,6 @@
 """Limits on the fields of a configuration, and the one place where they are checked."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -42,6 +43,15 @@ MOVED = (
     "accelerate.keep_weights",
 )
 """Earlier names of fields that are now in the section `where` under the same last name."""
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Put a field's name before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
 
 
 def check_limits(part: Any, prefix: str = "") -> None:

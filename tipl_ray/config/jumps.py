@@ -18,6 +18,7 @@ from tipl_ray.config.fields import (
     Share,
     check_last_seed,
     check_once,
+    naming,
     validated,
 )
 from tipl_ray.config.sections import Ppo
@@ -95,7 +96,7 @@ class Contender:
     this one is an oracle."""
 
     def check(self) -> None:
-        """Refuse invalid settings. Raises ValueError naming the variant."""
+        """Refuse invalid settings. Raises ValueError naming the variant; the caller adds the field that holds it."""
         try:
             check_text("name", self.name)
             if self.jump and self.outer:
@@ -115,7 +116,7 @@ class Contender:
             if self.jump and self.jump.predictor not in (known := (*PREDICTORS.names(), "tipl", *published_rules())):
                 raise no_such("jump.predictor", self.jump.predictor, known)
         except ValueError as error:
-            raise ValueError(f"accelerate.contenders: {self.name!r}: {error}") from error
+            raise ValueError(f"{self.name!r}: {error}") from error
 
     def ppo_at(self, ppo: Ppo, value: float) -> Ppo:
         """PPO's settings with this variant's overrides and one searched value. Raises ValueError naming the variant."""
@@ -124,12 +125,26 @@ class Contender:
             made: Ppo = validated(Ppo, as_table(ppo) | table, "ppo.")
             made.check()
         except ValueError as error:
-            raise ValueError(f"accelerate.contenders: {self.name!r}: {error}") from error
+            raise ValueError(f"{self.name!r}: {error}") from error
         return made
 
     def epochs_before_jump(self, ppo: Ppo) -> int:
         """Update epochs that an iteration runs before its jump."""
         return int(self.ppo.get("num_epochs", ppo.num_epochs)) - (self.jump.corrective_epochs if self.jump else 0)
+
+    def check_on(self, ppo: Ppo, values: Sequence[float], env_steps: int) -> None:
+        """Refuse what cannot run for so many environment steps. Raises ValueError naming the variant."""
+        for value in values:
+            num_steps = self.ppo_at(ppo, value).num_steps
+            if num_steps > env_steps:
+                raise ValueError(
+                    f"{self.name!r}: ppo.num_steps={num_steps} is more than the {env_steps} environment steps of a "
+                    "trial, which have to hold one PPO iteration"
+                )
+        if self.epochs_before_jump(ppo) < 1:
+            raise ValueError(
+                f"{self.name!r}: jump.corrective_epochs leaves no epoch of ppo.num_epochs to run before the jump"
+            )
 
     def horizon(self, ppo: Ppo, source: "Experiment") -> int:
         """Number of snapshots that its jump replaces; `source` is the experiment that predictors come from.
@@ -140,7 +155,7 @@ class Contender:
         skipped = self.jump.horizon * size if self.jump and self.jump.horizon else source.ppo.num_epochs - run
         if skipped < size or skipped % size or run % size:
             raise ValueError(
-                f"accelerate.contenders: {self.name!r} runs {run} update epochs, and its jump replaces {skipped} "
+                f"{self.name!r} runs {run} update epochs, and its jump replaces {skipped} "
                 f"(iterations of {source.name} have {source.ppo.num_epochs}); both must be positive multiples of "
                 f"{size}, the epochs between two snapshots there"
             )
@@ -221,7 +236,8 @@ class Accelerate:
             for task in getattr(self, field):
                 RunTask.read(task, f"accelerate.{field}")
         for contender in self.contenders:
-            contender.check()
+            with naming("accelerate.contenders"):
+                contender.check()
         for contender in self.running:
             if len(contender.values) not in (0, len(self.learning_rates)):
                 raise ValueError(
@@ -311,7 +327,8 @@ class Improve:
         check_once("improve", "tasks", self.tasks)
         check_once("improve", "regimes", [regime.name for regime in self.regimes])
         for regime in self.regimes:
-            regime.check()
+            with naming("improve.regimes"):
+                regime.check()
             jump = regime.jump
             if not (jump and (jump.numbers or jump.predictor in published_rules(["return-rule"]))):
                 raise ValueError(

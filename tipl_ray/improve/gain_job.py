@@ -18,7 +18,7 @@ from tipl_ray.accelerate.return_rule import ReturnRule
 from tipl_ray.config import Experiment, Model
 from tipl_ray.data.locks import only_one
 from tipl_ray.data.storage import StoreError, join, write_file
-from tipl_ray.digest import as_table, digest
+from tipl_ray.digest import as_table, digest, identity
 from tipl_ray.drawing import png
 from tipl_ray.evaluate.metrics import Resampling
 from tipl_ray.improve.figures import draw_correlations
@@ -75,7 +75,7 @@ def run_learning(experiment: Experiment) -> None:
         data = forks_digest(experiment, work.source, work.engine)
         size = model_size(work.source)
         parts = experiment.split.cut(experiment.collect.seeds)
-        key = digest(data, as_table(size), parts, experiment.improve.models, experiment.improve.model_steps)
+        key = digest(data, identity(size), parts, experiment.improve.models, experiment.improve.model_steps)
         folder = join(experiment.storage_path, "jumps", key)
         forks = make_forks(
             read_forks(experiment, work.source, work.engine),

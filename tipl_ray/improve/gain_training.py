@@ -102,7 +102,7 @@ def make_forks(table: pa.Table, spread: Sequence[float], context: int, training:
         mine = [index for index, other in enumerate(cells) if other == cell]
         branches = {index: [np.asarray(row["returns"]) for row in rows_of[index]] for index in mine}
         known = np.concatenate([returns_I for some in branches.values() for returns_I in some])
-        lowest = float(known[np.isfinite(known)].min(initial=np.inf))
+        lowest = float(np.min(known[np.isfinite(known)])) if np.isfinite(known).any() else 0.0
         for index, some in branches.items():
             score_B = np.array([_followed(returns_I, lowest) for returns_I in some])
             gains[index] = score_B - score_B.mean()
@@ -136,10 +136,13 @@ def make_forks(table: pa.Table, spread: Sequence[float], context: int, training:
 
 
 def _followed(returns_I: NDArray[np.float64], lowest: float) -> float:
-    """Mean return over a branch's iterations, with gaps filled by `filled`, and the lowest from a divergence on."""
+    """Mean return over a branch's iterations, with gaps filled by `filled`, and the lowest from a divergence on.
+
+    A branch that diverged before an episode ended has the lowest throughout.
+    """
     over_I = np.isneginf(returns_I)
     known_I = np.where(over_I, np.nan, returns_I)
-    filled_I = filled(known_I[None])[0] if np.isfinite(known_I).any() else known_I
+    filled_I = filled(known_I[None])[0] if np.isfinite(known_I).any() else np.full_like(known_I, lowest)
     return float(np.where(over_I, lowest, filled_I).mean())
 
 
@@ -179,7 +182,8 @@ def train_gain_model(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % VALIDATED_EVERY == 0 and (loss := gain_loss(model, forks, validation)) < lowest:
+        validated = step % VALIDATED_EVERY == 0 or step == num_steps
+        if validated and (loss := gain_loss(model, forks, validation)) < lowest:
             best, lowest = copy.deepcopy(model.state_dict()), loss
     model.load_state_dict(best)
     return model.eval()

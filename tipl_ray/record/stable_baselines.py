@@ -324,13 +324,18 @@ def _save_checkpoint(model: Any, folder: Path) -> None:
         vector.save(str(partial / "vec_normalize.pkl"))
     partial.rename(folder / str(model.num_timesteps))
     for one in folder.iterdir():
-        if one.name != str(model.num_timesteps):
+        if one.name.startswith(TEMPORARY) or (_is_checkpoint(one) and one.name != str(model.num_timesteps)):
             shutil.rmtree(one)
+
+
+def _is_checkpoint(place: Path) -> bool:
+    """Whether it is a folder that `_save_checkpoint` made: the user may keep other files beside them."""
+    return place.name.isdecimal() and (place / "model.zip").is_file()
 
 
 def _load_checkpoint(model: Any, folder: Path) -> Any:
     """A fresh model as it was at the last checkpoint; itself where there is none."""
-    steps = [int(one.name) for one in folder.iterdir() if one.name.isdecimal()]
+    steps = [int(one.name) for one in folder.iterdir() if _is_checkpoint(one)]
     if not steps:
         return model
     place, vector = folder / str(max(steps)), model.get_vec_normalize_env()
