@@ -357,6 +357,12 @@ def test_tasks_that_no_setting_was_chosen_on_are_told_apart() -> None:
     assert rows[3]["share"] == pytest.approx(2.0, rel=0.05)
     held = score(units, "InvertedPendulum-v4", RESAMPLING, ["Hopper-v4"])
     assert [row["held_out"] for row in held] == [False, False, True, True]
+    # What has a setting for each task was tuned on the held-out ones too.
+    oracle = dataclasses.replace(units[0].unit.contender, name="oracle", per_task=True)
+    oracles = [dataclasses.replace(one, unit=dataclasses.replace(one.unit, contender=oracle)) for one in units[::2]]
+    assert not any(row["held_out"] for row in score(oracles, "InvertedPendulum-v4", RESAMPLING, ["Hopper-v4"]))
+    scopes = [row["scope"] for row in over_tasks([*units, *oracles], RESAMPLING, ["Hopper-v4"])]
+    assert (scopes.count("all tasks"), scopes.count("held-out tasks")) == (3, 2)
 
 
 def test_the_probability_of_improvement_is_that_of_pairs_of_trials() -> None:

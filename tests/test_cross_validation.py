@@ -73,6 +73,7 @@ def test_the_job_judges_every_trial_by_a_model_that_has_not_seen_it(
         assert row["skill"] == pytest.approx(1 - errors / moved)
     models = {path: path.stat().st_mtime_ns for path in tmp_path.glob("models/*/model.json")}
     assert len(models) == 3
+    assert not list(tmp_path.glob("experiment-*.json"))  # nor is a fold's split what later jobs go by
     run_cross_validation(settings)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("models/*/model.json")} == models
     assert pyarrow.csv.read_csv(summary).to_pylist() == rows

@@ -112,7 +112,16 @@ def test_models_of_several_seeds_have_rows_of_their_own_and_one_summary(storage:
     settings, models = experiment(storage), write_models(storage) * 2
     fitted = evaluation.fit_predictors(settings, models)
     errors = evaluation.forecast_errors(settings, models, fitted, 4)
-    returns = evaluation.forecast_returns(settings, models, fitted, 4, evaluation.run_starts(settings))
+    starts_B = evaluation.run_starts(settings)
+    returns = evaluation.forecast_returns(settings, models, fitted, 4, starts_B)
+    # In parts, as a larger cluster runs them, they are the same to the bit.
+    parts = [
+        evaluation.forecast_returns(settings, models, fitted, 4, starts_B, slice(i, i + 1))
+        for i in range(len(starts_B))
+    ]
+    for name, column in returns.items():
+        together = np.concatenate([part[name] for part in parts])
+        np.testing.assert_array_equal(np.sort(together), np.sort(column), name)
     table = evaluation._join(errors, returns)
     own = {name: column[table["predictor"] == "tipl"] for name, column in table.items()}
     assert set(own["predictor_seed"].tolist()) == {0, 1}

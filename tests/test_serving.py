@@ -85,4 +85,6 @@ def test_a_model_that_goes_by_the_learning_rate_asks_for_it(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="learning_rates is missing"):
         loaded.predict({"weights": WEIGHTS_TP})
     rates_T = np.linspace(3e-4, 1e-6, len(WEIGHTS_TP))
+    with pytest.raises(ValueError, match=f"learning_rates has 3 entries for {len(WEIGHTS_TP)} snapshots"):
+        loaded.predict({"weights": WEIGHTS_TP, "learning_rates": rates_T[:3]})
     assert loaded.predict({"weights": WEIGHTS_TP, "learning_rates": rates_T}).shape == (1, 2, 13)

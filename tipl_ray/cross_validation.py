@@ -25,7 +25,7 @@ from tipl_ray.evaluate.metrics import Table
 from tipl_ray.jobs import check_job, exit_status
 from tipl_ray.pages import as_csv
 from tipl_ray.predict.models import load_about
-from tipl_ray.stages import STAGES, Context, run_train, trained_models
+from tipl_ray.stages import STAGES, Context, train_missing, trained_models
 from tipl_ray.terminal import ProgressView, duration, say, say_sentence
 from tipl_ray.tracking import ui_command
 
@@ -60,7 +60,7 @@ def run_cross_validation(experiment: Experiment) -> None:
             with contextlib.ExitStack() as until_the_end:
                 context = Context(fold, until_the_end)
                 STAGES["train"].check(context)
-                run_train(context)
+                train_missing(context)  # of a fold the storage remembers nothing: its split is this job's own
                 context.connect()
                 found.append(_evaluate(fold, trained_models(fold)))
                 trained_on = load_about(trained_models(fold)[0]).get("trained_on", trained_on)

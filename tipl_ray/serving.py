@@ -31,7 +31,7 @@ class Forecaster:
         `model_input` has `weights`, one trial's snapshots from its first on, (T, P); optionally `starts`, the last
         known snapshot of each forecast, by default the last of all, and `learning_rates`, PPO's at each snapshot. A
         model on the basis `trial` takes the whole trial, its future included, as its basis is made of that.
-        Raises ValueError for snapshots that are not (T, P) or a start without its context.
+        Raises ValueError for snapshots that are not (T, P), learning rates that are not T, or a start without its context.
         """
         weights_TP = np.ascontiguousarray(model_input["weights"], np.float32)
         if weights_TP.ndim != 2:
@@ -46,6 +46,8 @@ class Forecaster:
         rates_T = model_input.get("learning_rates")
         if rates_T is None and self.experiment.model.clock == "learning_rate":
             raise ValueError("learning_rates is missing, which a model with model.clock='learning_rate' needs as input")
+        if rates_T is not None and len(rates_T) != len(weights_TP):
+            raise ValueError(f"learning_rates has {len(rates_T)} entries for {len(weights_TP)} snapshots; one each")
         band = make_band(
             weights_TP,
             self._question.width,

@@ -236,6 +236,12 @@ def run_collect(context: Context) -> None:
 
 
 def run_train(context: Context) -> None:
+    """Train the models that are missing, and write down what they were trained for."""
+    train_missing(context)
+    remember_training(context.experiment)
+
+
+def train_missing(context: Context) -> None:
     """Train the Transformer, once for each seed, and log every iteration and the model."""
     experiment = context.experiment
     sets = data_sets(experiment)
@@ -252,7 +258,6 @@ def run_train(context: Context) -> None:
     )
     for run_of_seed in experiment.training_runs:
         _train_one(context, run_of_seed)
-    remember_training(experiment)
 
 
 def _train_one(context: Context, experiment: Experiment) -> None:

@@ -167,7 +167,8 @@ def score(
 ) -> list[Row]:
     """The result table: one row per task and variant, in order; the first variant of a task is its reference.
 
-    `held_out` marks tasks that are not in `searched_on`, if one setting was chosen on those for all tasks.
+    `held_out` marks tasks that are not in `searched_on`, if one setting was chosen on those for all tasks; a variant
+    with settings of its own for each task has none.
 
     The interval of a difference resamples the trials of both variants independently; with too few trials there is none.
     `less_plain` compares jumps with the first variant without jumps, other than the reference, and `less_ridge`
@@ -195,7 +196,7 @@ def score(
                     "hyperparameters": one.unit.hyperparameters,
                     "predictor": predictor_of(contender),
                     "predictor_trained_on": trained_on if is_learned(contender) else "none",
-                    "held_out": bool(searched_on) and task not in searched_on,
+                    "held_out": bool(searched_on) and task not in searched_on and not contender.per_task,
                     "epochs": one.epochs,
                     "seeds": len(one.returns_SI),
                     "env_steps": int(one.env_steps_I[-1]),
@@ -236,6 +237,8 @@ def over_tasks(finished: Sequence[Finished], resampling: Resampling, searched_on
     for scope, tasks in scopes.items():
         for name in dict.fromkeys(one.unit.contender.name for one in finished):
             mine = {(one.unit.task, one.unit.env_steps): one for one in finished if one.unit.contender.name == name}
+            if scope == "held-out tasks" and any(one.unit.contender.per_task for one in mine.values()):
+                continue
             if not tasks or not set(tasks) <= set(mine):
                 continue
             own, firsts = [mine[key] for key in tasks], [references[key] for key in tasks]

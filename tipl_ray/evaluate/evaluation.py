@@ -164,9 +164,18 @@ def _distances(policies_BHP: Weights) -> np.ndarray:
 
 @one_thread()
 def forecast_returns(
-    experiment: Experiment, model_folders: Sequence[str], fitted: bytes, seed: int, starts_B: np.ndarray
+    experiment: Experiment,
+    model_folders: Sequence[str],
+    fitted: bytes,
+    seed: int,
+    every_N: np.ndarray,
+    part: slice = slice(None),
 ) -> Table:
-    """Returns of true and predicted policies at some windows of a trial, one row per start, predictor and step."""
+    """Returns of true and predicted policies at a part of a trial's windows, one row per start, predictor and step.
+
+    Forecasts are made for every window, whatever the part: their last bits depend on how many are made at once.
+    """
+    starts_B = every_N[part]
     trajectory, question = TrajectoryStore(experiment.storage_path).trajectory(seed), Question.of(experiment)
     weights_TP, num_steps = trajectory.weights_TP, len(question.steps)
     trial = Trial(weights_TP=weights_TP, band=load_band(experiment.storage_path, seed, question))
@@ -183,7 +192,7 @@ def forecast_returns(
             continue
         predicted_BH = last_return_BH
         if predictor.name != "copy-last":
-            forecast_NP = predictor.forecast(trial, starts_B).reshape(-1, weights_TP.shape[1])
+            forecast_NP = predictor.forecast(trial, every_N)[part].reshape(-1, weights_TP.shape[1])
             # Weights without observation statistics are no policy; a forecast takes the last that are known.
             predicted_BH = run(forecast_NP, last_BH.ravel(), 0).reshape(future_BH.shape)
         found = (truth_BH, again_BH, predicted_BH, last_return_BH)
@@ -355,11 +364,13 @@ def _send(experiment: Experiment, model_folders: Sequence[str], fitted: bytes) -
     # Fitting a basis takes seconds at full scale, so a trial's windows are cut no finer than keeps the CPUs busy.
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
     test_seeds = TrajectoryStore(experiment.storage_path).sound(experiment.test_seeds)
-    chunks = min(len(run_starts(experiment)), -(-2 * num_cpus // len(test_seeds)))
+    starts_B = run_starts(experiment)
+    size = -(-len(starts_B) // max(1, min(len(starts_B), -(-2 * num_cpus // len(test_seeds)))))
+    parts = [slice(begin, begin + size) for begin in range(0, len(starts_B), size)]
     kept = ray.put(fitted)
     for seed in test_seeds:
-        for starts_B in np.array_split(run_starts(experiment), chunks) if experiment.evaluate.run_policies_of else ():
-            sent[ray.remote(forecast_returns).remote(experiment, model_folders, kept, seed, starts_B)] = "returns"
+        for part in parts if experiment.evaluate.run_policies_of else ():
+            sent[ray.remote(forecast_returns).remote(experiment, model_folders, kept, seed, starts_B, part)] = "returns"
         sent[ray.remote(forecast_errors).remote(experiment, model_folders, kept, seed)] = "errors"
         sent[ray.remote(reconstruction_rows).remote(experiment, seed)] = "reconstruction"
     for seed in test_seeds[:NUM_PATHS]:
