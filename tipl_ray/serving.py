@@ -31,7 +31,7 @@ class Forecaster:
         `model_input` has `weights`, one trial's snapshots from its first on, (T, P); optionally `starts`, the last
         known snapshot of each forecast, by default the last of all, and `learning_rates`, PPO's at each snapshot. A
         model on the basis `trial` takes the whole trial, its future included, as its basis is made of that.
-        Raises ValueError for snapshots that are not (T, P), learning rates that are not T, or a start without its context.
+        Raises ValueError for snapshots that are not (T, P), learning rates that are not T, or a start without context.
         """
         weights_TP = np.ascontiguousarray(model_input["weights"], np.float32)
         if weights_TP.ndim != 2:
