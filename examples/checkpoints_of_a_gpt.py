@@ -61,7 +61,6 @@ def train(folder: Path, num_steps: int, every: int) -> None:
     data = torch.tensor([letters.index(letter) for letter in written])
     model = Gpt(len(letters))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    folder.mkdir(parents=True, exist_ok=True)
     for step in range(num_steps + 1):
         if step % every == 0:
             torch.save({"model": model.state_dict()}, folder / f"step_{step}.pt")
@@ -82,8 +81,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")
     arguments = parser.parse_args()
+    if arguments.every < 1:
+        parser.error(f"--every {arguments.every} is below 1")
     if arguments.steps < 4 * arguments.every:
         parser.error(f"--steps {arguments.steps} gives less than 5 checkpoints, one every {arguments.every}")
+    try:
+        (arguments.folder / "gpt").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--folder {arguments.folder}: {error.strerror}")
     train(arguments.folder / "gpt", arguments.steps, arguments.every)
     storage = str(arguments.folder / "storage")
     import_series(arguments.folder / "gpt", storage, Selection())

@@ -24,6 +24,7 @@ from tipl_ray.accelerate.jumps import ModuleJumps  # J
 from tipl_ray.errors import UserError  # J
 
 GAMMA, GAE_LAMBDA, CLIP, NUM_MINIBATCHES = 0.99, 0.95, 0.2, 32
+EPOCHS_PER_RECORD = 2  # J
 SECONDS_PER_LINE = 5.0
 
 
@@ -71,6 +72,14 @@ def main() -> None:
     parser.add_argument("--goal", type=float, default=np.inf, help="stop at this mean return of the last 20 episodes")
     parser.add_argument("--seed", type=int, default=1, help="of networks, noise and task (default: %(default)s)")
     settings = parser.parse_args()
+    for option, least in (("epochs", 1), ("iterations", 1), ("steps", 2 * NUM_MINIBATCHES)):
+        if (given := getattr(settings, option)) < least:
+            parser.error(f"--{option} {given} is below {least}")
+    if settings.steps % NUM_MINIBATCHES:
+        parser.error(f"--steps {settings.steps} is not a multiple of the {NUM_MINIBATCHES} minibatches")
+    if settings.predictor and settings.epochs % EPOCHS_PER_RECORD:  # J
+        why = "with a predictor, the policy is recorded after every second update epoch"  # J
+        parser.error(f"--epochs {settings.epochs} is not a multiple of {EPOCHS_PER_RECORD}: {why}")  # J
 
     torch.set_num_threads(1)  # networks this small are four times slower on two
     torch.manual_seed(settings.seed)
@@ -91,7 +100,8 @@ def main() -> None:
     jumps = None  # J
     if settings.predictor:  # J
         try:  # J
-            jumps = ModuleJumps.from_pretrained(policy, settings.predictor, recorded=settings.epochs // 2)  # J
+            recorded = settings.epochs // EPOCHS_PER_RECORD  # J
+            jumps = ModuleJumps.from_pretrained(policy, settings.predictor, recorded=recorded)  # J
         except (UserError, ValueError) as refusal:  # J
             parser.error(f"--predictor {settings.predictor} --epochs {settings.epochs}: {refusal}")  # J
 
@@ -134,7 +144,7 @@ def main() -> None:
                 (0.25 * value_error - surrogate).backward()
                 nn.utils.clip_grad_norm_(parameters, 0.5)
                 optimizer.step()
-            if jumps and epoch % 2 == 1:  # J
+            if jumps and (epoch + 1) % EPOCHS_PER_RECORD == 0:  # J
                 jumps.record()  # J
         if jumps:  # J
             rollout = (observations[:-1], actions, log_probabilities)  # J

@@ -24,6 +24,7 @@ from tipl_ray.checkpoints.products import RUNNING
 from tipl_ray.checkpoints.report import answers
 from tipl_ray.errors import UserError
 from tipl_ray.pages import as_csv
+from tipl_ray.predict.saved import load_predictor
 
 WIDTHS, BATCH = (16, 32), 128
 LEARNING_RATE = 0.5
@@ -111,8 +112,18 @@ def main() -> None:
     parser.add_argument("--predictor", help="trained model to evaluate as well, such as tipl-inverted-pendulum-v1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     arguments = parser.parse_args()
+    if arguments.every < 1:
+        parser.error(f"--every {arguments.every} is below 1")
     if (num_snapshots := arguments.epochs * (NUM_TRAINING // BATCH) // arguments.every) < 5:
         parser.error(f"--epochs {arguments.epochs} gives {num_snapshots + 1} snapshots, of at least 6 needed")
+    try:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        if arguments.predictor is not None:
+            load_predictor(arguments.predictor)
+    except OSError as error:
+        parser.error(f"--folder {arguments.folder}: {error.strerror}")
+    except (UserError, ValueError) as error:
+        parser.error(f"--predictor {error}")
     storage, rows = str(arguments.folder / "storage"), []
     for seed in arguments.seeds:
         accuracy = train(storage, seed, arguments.epochs, arguments.every, arguments.momentum)
@@ -131,5 +142,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, ValueError) as error:
         sys.exit(f"error: {error}")

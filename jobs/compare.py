@@ -12,14 +12,19 @@ weights that a model removes: 1 is perfect, 0 is no better than copying.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tipl_ray.command_line import read_options
 from tipl_ray.errors import print_error
 from tipl_ray.places import absolute_storage, default_storage
-from tipl_ray.terminal import say, say_rows, waiting
+from tipl_ray.terminal import say_rows, say_sentence, waiting
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +62,19 @@ class Comparison:
                 raise ValueError(f"{option} {file} {problem}; name a file in an existing folder")
 
 
+def check_run_ids(client: "MlflowClient", option: str, run_ids: Sequence[str]) -> None:
+    """Raises TrackingError, with the option, for an id that MLflow has no run of."""
+    from tipl_ray.tracking import RefusedError
+
+    for run_id in run_ids:
+        try:
+            client.get_run(run_id)
+        except RefusedError as error:
+            raise RefusedError(
+                f"{option} {run_id}: {error}; ids are in the addresses of runs' pages in MLflow, after /runs/"
+            ) from None
+
+
 def main() -> None:
     """Read the runs, compare them, write the page."""
     chosen = read_options(Comparison, __doc__)
@@ -72,15 +90,19 @@ def main() -> None:
         from tipl_ray.tracking import open_to_read
 
     with exit_status():
-        client, uri = open_to_read(chosen.uri, absolute_storage(chosen.storage))
-        title, rows = comparison.choose(client, chosen.runs, chosen.parent, chosen.query, chosen.by)
+        with waiting("compare: reading the runs"):
+            client, uri = open_to_read(chosen.uri, absolute_storage(chosen.storage))
+            for option, run_ids in (("--runs", chosen.runs), ("--parent", (chosen.parent,) if chosen.parent else ())):
+                check_run_ids(client, option, run_ids)
+            title, rows = comparison.choose(client, chosen.runs, chosen.parent, chosen.query, chosen.by)
         rows = comparison.by_metric(rows, chosen.by, chosen.less)[: chosen.best or None]
         say_rows(comparison.table(rows, chosen.by), title=f"{title}, by {chosen.by}")
-        drawn = comparison.draw(client, rows, chosen.by, chosen.less)
+        with waiting("compare: drawing"):
+            drawn = comparison.draw(client, rows, chosen.by, chosen.less)
         chosen.output.write_text(comparison.page(title, rows, chosen.by, drawn, uri), encoding="utf-8")
         if chosen.csv is not None:
             chosen.csv.write_bytes(as_csv(comparison.everything(rows)))
-        say(f"{len(rows)} runs compared in {chosen.output.absolute()}")
+        say_sentence(f"{len(rows)} runs compared in {chosen.output.absolute()}")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ from tipl_ray.command_line import read_options
 from tipl_ray.data.commits import TrialProgress
 from tipl_ray.data.parquet_folder import export_folder
 from tipl_ray.data.snapshots import COLUMNS, Header, as_json
-from tipl_ray.data.storage import TEMPORARY, Storage, StoreError, join
+from tipl_ray.data.storage import TEMPORARY, Storage, StoreError, join, link_to
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.errors import UserError, print_error
 from tipl_ray.remembered import remembered_collection
-from tipl_ray.terminal import say, say_rows, say_sentence, size_text
+from tipl_ray.terminal import say, say_rows, say_sentence, size_text, waiting
 
 Root = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
 
@@ -279,8 +279,9 @@ def import_checkpoints(
     Reads safetensors, state dicts saved by torch.save and stable-baselines3 zips, as files or as one folder each. The
     weights themselves are not copied.
     """
-    from tipl_ray.checkpoints.records import import_series
-    from tipl_ray.checkpoints.series import Selection
+    with waiting("import: starting"):
+        from tipl_ray.checkpoints.records import import_series
+        from tipl_ray.checkpoints.series import Selection
 
     if not folders:
         raise ValueError("no folder given; give the folders of checkpoints, one per training run")
@@ -291,13 +292,13 @@ def import_checkpoints(
         except UserError as error:
             refusals.append(str(error))
             continue
-        say(
+        say_sentence(
             f"{series.name}: {len(series.steps)} checkpoints, {series.steps[0]:,} to {series.steps[-1]:,}, of "
             f"{series.num_weights:,} weights in {series.num_tensors:,} tensors, {size_text(series.num_bytes)}: "
             f"{'imported before' if was_there else 'imported'} as {series.digest}"
         )
         for why, names in series.left_out.items():
-            say(f"  left out {why}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}")
+            say_sentence(f"  left out {why}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}")
     return _tell(refusals)
 
 
@@ -337,16 +338,17 @@ def ask(
 
     Skill is the share of the squared error of copying the last checkpoint that a forecast removes: 1 is perfect, 0 is
     no better than copying."""
-    from tipl_ray.checkpoints.asking import REPORT_FILE, answer
-    from tipl_ray.checkpoints.predictability import Asking
-    from tipl_ray.checkpoints.report import answers, skill_table
+    with waiting("ask: starting"):
+        from tipl_ray.checkpoints.asking import REPORT_FILE, answer
+        from tipl_ray.checkpoints.predictability import Asking
+        from tipl_ray.checkpoints.report import answers, skill_table
 
     asking = Asking(context=context, steps=steps, per_iteration=per_iteration, leave_out=leave_out)
     folder, findings = answer(storage, series, asking, predictor)
     for one in answers(findings):
         say_sentence(one.line)
     say_rows(skill_table(findings), title="Skill against copying the last checkpoint")
-    say(f"{join(folder, REPORT_FILE)}")
+    say(f"report: {link_to(folder, REPORT_FILE)}")
     return 0
 
 
@@ -364,7 +366,9 @@ def watch(
             "FOLDER|NAME",
         ),
     ] = None,
-    ahead: Annotated[int, tyro.conf.arg(help="snapshots between the last one that the predictor sees and this")] = 1,
+    ahead: Annotated[
+        int | None, option("snapshots from the last one that the predictor sees to this one", "1", "INT")
+    ] = None,
     episode_seed: Annotated[int, tyro.conf.arg(help="seed of the episode")] = 0,
     frames: Annotated[int, tyro.conf.arg(help="frames of the video at most; the episode is run to its end")] = 500,
     output: Annotated[
@@ -376,11 +380,15 @@ def watch(
 
     For trials of gymnasium's tasks, ours or stable-baselines3's. Actions are the policy's mean or likeliest ones.
     """
+    if ahead is not None and predictor is None:
+        raise ValueError(f"--ahead {ahead} is for what a predictor forecasts; choose one with --predictor")
+    ahead = 1 if ahead is None else ahead
     from tipl_ray.watch.backends import offscreen_backend
 
     if "MUJOCO_GL" in os.environ:
         offscreen_backend()
-    from tipl_ray.watch.watching import watch as watch_one
+    with waiting("watch: starting"):
+        from tipl_ray.watch.watching import watch as watch_one
 
     watched = watch_one(
         storage,

@@ -1,6 +1,7 @@
 """Folders of checkpoints, reduced to inner products: what is read, in which order, and what is refused."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -211,7 +212,11 @@ def rename(path: Path) -> None:
             reshape,
             r"norm.weight has shape \[24\] in step_0.safetensors and \[25\] in step_10.safetensors; leave it out",
         ),
-        (rename, r"norm.weight is in step_0.safetensors but not in step_10.safetensors \(2 such\); leave it out"),
+        (
+            rename,
+            r"norm.weight is in step_0.safetensors but not in step_10.safetensors; other is in step_10.safetensors but "
+            r"not in step_0.safetensors; leave them out",
+        ),
         (Path.unlink, r"run: holds one checkpoint, step_0.safetensors; a series has at least 2"),
     ],
 )
@@ -222,7 +227,45 @@ def test_what_is_wrong_with_a_checkpoint_is_said_and_nothing_is_written(
     harm(folder / "step_10.safetensors")
     with pytest.raises(CheckpointError, match=complaint):
         import_series(folder, str(tmp_path / "storage"), Selection())
-    assert all_series(str(tmp_path / "storage")) == []
+    assert not (tmp_path / "storage").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_the_others_is_named_and_the_option_that_leaves_it_out_works(
+    tmp_path: Path,
+) -> None:
+    for harm, complaint in ((reshape, "does not fit the other 4 checkpoints; leave this"), (poison, "infinite; leave")):
+        folder = write_safetensors(tmp_path / harm.__name__, model_states(5))
+        harm(folder / "step_10.safetensors")
+        (folder / "final.safetensors").write_bytes((folder / "step_0.safetensors").read_bytes())
+        with pytest.raises(CheckpointError, match=complaint) as refused:
+            import_series(folder, str(tmp_path / "storage"), Selection(steps=r"step_(\d+)"))
+        _, option, *_ = shlex.split(str(refused.value).partition("out, with ")[2])
+        series, _ = import_series(folder, str(tmp_path / "other"), Selection(steps=option))
+        assert series.steps == (0, 20, 30, 40)
+
+
+def test_every_tensor_that_does_not_fit_is_named_at_once_or_the_models_are_different_ones(tmp_path: Path) -> None:
+    folder = write_safetensors(tmp_path / "run", model_states(4))
+    for name in ("step_10", "step_20"):
+        rename(folder / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"leave them out with --exclude 'model\\.*norm\\.weight' 'other'$"):
+        find_series(folder, Selection())
+    series = find_series(folder, Selection(exclude=(r"model\.layers\.1\.norm\.weight", "other")))
+    assert len(series.names) == 4
+    for index, width in enumerate((3, 3, 4, 4)):
+        torch.save({"w": torch.ones(width), "v": torch.ones(width)}, folder / f"{index}.pt")
+    with pytest.raises(
+        CheckpointError, match=r"w has shape .*; v has shape .*; these are checkpoints of different models"
+    ):
+        find_series(folder, Selection(steps=r"(\d)\.pt"))
+
+
+def test_a_folder_of_several_runs_is_refused_with_the_runs(tmp_path: Path) -> None:
+    for name in ("a", "b b"):
+        write_torch(tmp_path / "ck" / name, model_states(3))
+    runs = f"{tmp_path}/ck/a '{tmp_path}/ck/b b'"
+    with pytest.raises(CheckpointError, match=f"its folders look like runs of their own; give them one by one: {runs}"):
+        find_series(tmp_path / "ck", Selection())
 
 
 def test_tensors_that_do_not_fit_can_be_left_out(tmp_path: Path) -> None:

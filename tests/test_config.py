@@ -481,3 +481,13 @@ def test_the_command_that_each_job_says_to_submit_is_one_that_it_takes(job: str)
     default = "accelerate" if job == "accelerate" else "demo"
     experiment = parse_arguments("A job.", words[1:], jobs=stages, experiment=default)
     assert experiment.storage_path.startswith("s3://")
+
+
+@pytest.mark.parametrize("uri", ["htp://mlflow:5000", "/data/mlflow.db", "sqlite:///mlflow.db"])
+def test_a_tracking_uri_that_cannot_be_is_refused_while_it_is_parsed(
+    uri: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments("A job.", ["--storage", str(tmp_path), "--tracking.uri", uri], jobs=["collect"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith(f"error: tracking.uri='{uri}'")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import torch
 from runs import model_states, write_torch
 from test_damage import files_up_to
 from test_trajectory_store import HEADER, collect, files, lose_trial, sealed, truncate
@@ -189,11 +191,44 @@ def test_checkpoints_are_imported_once_and_asked_and_each_folder_that_cannot_be_
     assert main(["ask", storage, "--steps", "1", "3"]) == 0
     out, _ = capfd.readouterr()
     assert out.startswith("Can the next checkpoint be forecast? ")
-    assert (line := out.splitlines()[-1]).endswith("report.html")
-    assert "python jobs/data.py ask" in Path(line).read_text()
+    address = out.splitlines()[-1].removeprefix("report: ")
+    assert address.startswith(f"file://{tmp_path}/storage/predictability/")
+    assert "python jobs/data.py ask" in Path(urllib.parse.urlsplit(address).path).read_text()
     assert "no series is called third" in one_line(capfd, "ask", storage, "--series", "third")
     assert "is no regular expression" in one_line(capfd, "import", folders[0], "--storage", storage, "--include", "(")
     assert "steps=(3, 1) are not rising" in one_line(capfd, "ask", storage, "--steps", 3, 1)
+
+
+def test_a_refused_import_leaves_the_storage_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    states = model_states(3)
+    states[1]["model.embed_tokens.weight"][0, 0] = float("nan")
+    write_torch(tmp_path / "run", states)
+    collect(tmp_path / "kept")
+    for storage in (tmp_path / "new" / "storage", tmp_path / "kept"):
+        before = sorted(tmp_path.rglob("*"))
+        assert "NaN or infinite" in one_line(capfd, "import", tmp_path / "run", "--storage", storage)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_series_of_different_networks_are_averaged_only_where_they_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    storage = str(tmp_path / "storage")
+    for name, width in (("narrow", 3), ("wide", 4), ("wide-too", 4)):
+        states = [{"a.w": torch.randn(width), "b.w": torch.randn(2)} for _ in range(12)]
+        write_torch(tmp_path / name, states)
+        assert main(["import", str(tmp_path / name), "--storage", storage, "--exclude", "optimizer"]) == 0
+    capfd.readouterr()
+    line = one_line(capfd, "ask", storage)
+    assert "contains series of 2 different networks, which are not averaged: narrow (5 weights in 2 layers); " in line
+    assert "wide, wide-too (6 weights in 2 layers); name those to compare, as in --series narrow" in line
+    assert main(["ask", storage, "--series", "narrow", "wide", "--steps", "1"]) == 0
+    assert main(["ask", storage, "--leave-out", "*a*", "--steps", "1"]) == 0
+
+
+def test_ahead_without_a_predictor_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = one_line(capfd, "watch", tmp_path, 1, "--ahead", 5)
+    assert line == "error: --ahead 5 is for what a predictor forecasts; choose one with --predictor"
 
 
 def test_what_export_cannot_do_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,20 @@ from tipl_ray.window.transformer import WindowTransformer
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 PAGE = (ROOT / "docs" / "jumps.md").read_text()
+
+
+def run_example(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What `python examples/<command>` answers, run in a folder."""
+    script, *arguments = shlex.split(command)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *arguments],
+        cwd=folder,
+        env=ALONE,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 @pytest.fixture
@@ -56,17 +71,7 @@ def test_the_pages_lines_jump_in_a_loop_of_ones_own_and_in_stable_baselines3() -
 @pytest.mark.parametrize("predictor", ["first-again-v1", "storage/demo"])
 def test_the_pages_command_trains_a_plain_ppo_with_jumps(predictor: str, demo: Path) -> None:
     (command,) = (line for line in PAGE.splitlines() if line.startswith("python") and line.endswith(predictor))
-    shorter = command.replace("python", sys.executable, 1).replace("examples/", f"{ROOT}/examples/")
-    ran = subprocess.run(
-        f"{shorter} --iterations 3 --steps 256",
-        shell=True,
-        cwd=demo,
-        env=ALONE,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    ran = run_example(f"{command.removeprefix('python examples/')} --iterations 3 --steps 256", demo)
     assert ran.returncode == 0, ran.stderr
     first, *_, last = ran.stdout.splitlines()
     assert first.startswith("256 env steps: mean return")
@@ -76,9 +81,7 @@ def test_the_pages_command_trains_a_plain_ppo_with_jumps(predictor: str, demo: P
 
 
 def test_checkpoints_of_a_small_gpt_are_imported_and_asked(tmp_path: Path) -> None:
-    script = str(ROOT / "examples" / "checkpoints_of_a_gpt.py")
-    command = [sys.executable, script, "--folder", str(tmp_path / "new"), "--steps", "70", "--every", "10"]
-    ran = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True, timeout=300, check=False)
+    ran = run_example(f"checkpoints_of_a_gpt.py --folder {tmp_path}/new --steps 70 --every 10", tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "\nCan the next checkpoint be forecast? Linear extrapolation forecasts the next checkpoint " in ran.stdout
     report = Path(ran.stdout.splitlines()[-1])
@@ -104,9 +107,7 @@ def test_the_page_on_recording_is_carried_out(
 
 
 def test_a_small_resnet_is_recorded_and_asked(tmp_path: Path) -> None:
-    script = str(ROOT / "examples" / "resnet_on_digits.py")
-    command = [sys.executable, script, "--folder", str(tmp_path), "--epochs", "1", "--every", "1", "--seeds", "1", "2"]
-    ran = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True, timeout=300, check=False)
+    ran = run_example(f"resnet_on_digits.py --folder {tmp_path} --epochs 1 --every 1 --seeds 1 2", tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("Can the next checkpoint be forecast?") == 2
     assert TrajectoryStore(str(tmp_path / "storage")).verify(2).num_snapshots == 12
@@ -115,6 +116,27 @@ def test_a_small_resnet_is_recorded_and_asked(tmp_path: Path) -> None:
     assert rows[0] == kept[0]
     assert len({line.split(",")[0] for line in rows[1:]}) == 2
     assert (tmp_path / "digits.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("ppo_with_jumps.py --epochs 0", "--epochs 0 is below 1"),
+        ("ppo_with_jumps.py --steps 0", "--steps 0 is below 64"),
+        ("ppo_with_jumps.py --steps 100", "--steps 100 is not a multiple of the 32 minibatches"),
+        ("ppo_with_jumps.py --predictor first-again-v1 --epochs 5", "--epochs 5 is not a multiple of 2: with a "),
+        ("checkpoints_of_a_gpt.py --folder a_file", "--folder a_file: Not a directory"),
+        ("resnet_on_digits.py --folder a_file", "--folder a_file: File exists"),
+        ("resnet_on_digits.py --folder new --predictor typo", "--predictor typo: no such folder, and not a predictor"),
+    ],
+)
+def test_what_an_example_cannot_do_is_one_line_before_anything_is_trained(
+    command: str, complaint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a_file").touch()
+    ran = run_example(command, tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.splitlines()[-1].startswith(f"{command.split()[0]}: error: {complaint}")
 
 
 @pytest.mark.parametrize("page", ["start", "data", "install", "reference"])

@@ -786,3 +786,19 @@ def test_a_narrow_logarithmic_axis_has_more_than_one_number():
     figure = figures.training_curves([{"step": step, "loss": 1 - 0.005 * step} for step in range(10)])
     figure.draw_without_rendering()
     assert len([label for label in figure.axes[0].get_yticklabels() if label.get_text()]) > 2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (-5, -2, ["10⁻⁵", "10⁻⁴", "10⁻³", "10⁻²"]),
+        (-5, -4, ["10⁻⁵", "2·10⁻⁵", "5·10⁻⁵", "10⁻⁴"]),
+        (-3, 0, ["0.001", "0.01", "0.1", "1"]),
+    ],
+)
+def test_a_logarithmic_axis_has_plain_numbers_or_powers_of_ten_and_never_both(low, high, labels):
+    _, (axes,) = drawing.new_figure(1, width=4, height=3)
+    axes.set_yscale("log")
+    axes.set_ylim(10.0**low, 10.0**high)
+    drawing.tick_decades(axes, low, high)
+    assert [label.get_text() for label in axes.get_yticklabels()] == labels

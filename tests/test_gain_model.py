@@ -22,6 +22,7 @@ from tipl_ray.improve.gain_training import (
     Forks,
     constant_gains,
     correlation,
+    gain_loss,
     make_forks,
     predicted_gains,
     spearman,
@@ -185,6 +186,24 @@ def test_gains_are_scaled_by_the_trials_that_train_and_a_branch_that_diverges_is
     np.testing.assert_allclose(forks.gains_N.numpy()[3:6], [0.0, 3.0, -3.0])  # clipped
     assert forks.gains_N.numpy()[6:].argmax() == 1  # (20 + 1) / 2 with the cell's lowest return
     assert forks.gains_N.numpy()[6:].argmin() == 2
+    # Over before its first episode was, it has the lowest throughout; and where all are, none is better.
+    early = [row(0, [2.0, 2.0]), row(1, [3.0, 3.0]), row(2, [float("nan"), over])]
+    all_over = [row(branch, [over], task="B") for branch in range(3)]
+    gains_N = make_forks(
+        pa.Table.from_pylist([*early, *all_over], schema=SCHEMA), (0.5, 0.5, 0.25), CONTEXT, (1,)
+    ).gains_N.numpy()
+    np.testing.assert_allclose(gains_N[:3], np.array([-1.0, 2.0, -1.0]) / np.std([-1.0, 2.0, -1.0]), rtol=1e-6)
+    np.testing.assert_array_equal(gains_N[3:], 0.0)
+
+
+def test_a_training_shorter_than_the_validations_interval_is_judged_at_its_end() -> None:
+    forks = synthetic(40, "progress")
+    training, validation = forks.branches_of(range(7)), forks.branches_of((7, 8, 9))
+    model = train_gain_model(
+        forks, training, validation, size=SIZE, sight=Sight(), num_steps=20, batch_size=128, learning_rate=3e-3
+    )
+    # 0 for whatever it is asked, before it is trained.
+    assert gain_loss(model, forks, validation) < float(forks.of(validation)[2].square().mean())
 
 
 def test_the_best_change_is_the_top_of_the_true_parabola() -> None:

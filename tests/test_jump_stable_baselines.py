@@ -93,3 +93,10 @@ def test_a_model_without_whole_snapshots_of_update_epochs_is_refused(tmp_path: P
     model = A2C("MlpPolicy", gymnasium.make("Pendulum-v1"), device="cpu")
     with pytest.raises(ValueError, match="A2C has no update epochs"):
         model.learn(10, callback=JumpPolicy(folder))
+
+
+def test_what_cannot_jump_is_refused_when_the_callback_is_made() -> None:
+    with pytest.raises(ValueError, match=r"first-agian-v1: no such folder.*did you mean first-again-v1\?"):
+        JumpPolicy("first-agian-v1")
+    with pytest.raises(ValueError, match="epochs_per_snapshot=0 is not a whole number from 1 on"):
+        JumpPolicy(epochs_per_snapshot=0)

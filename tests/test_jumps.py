@@ -444,7 +444,9 @@ def test_weights_that_are_not_finite_are_refused_and_forgotten_once_they_are_gon
 def test_the_wrong_number_of_snapshots_is_refused_with_both_numbers() -> None:
     jumps = ModuleJumps(nn.Linear(2, 1), CopyLast(QUESTION))
     jumps.record()
-    with pytest.raises(ValueError, match=r"1 recorded snapshots and horizon=3 do not add up to the 5 snapshots"):
+    with pytest.raises(
+        ValueError, match=r"record\(\) was called 1 times since the last jump, and jump\(\) expects 2: "
+    ):
         jumps.jump(progress=0.0)
     with pytest.raises(ValueError, match="exceeds the predictor's forward steps"):
         ModuleJumps(nn.Linear(2, 1), Ridge(QUESTION), JumpSettings(horizon=4))
@@ -656,7 +658,7 @@ def through_torch(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_an_earlier_version(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name != "shapes"}
+    return {name: value for name, value in state.items() if name not in ("shapes", "answers")}
 
 
 @pytest.mark.parametrize(
@@ -697,6 +699,25 @@ def test_a_state_of_other_parameters_is_refused_and_changes_nothing() -> None:
             ModuleJumps(nn.Linear(3, 2), longer).state_dict()
         )
     assert jumps.recorded == 0
+
+
+def test_a_state_of_another_predictor_is_refused(predictors: dict[str, str]) -> None:
+    module = nn.Linear(3, 2)
+    for saved, loaded in (
+        (ModuleJumps(module, Linear(QUESTION)), ModuleJumps(module, CopyLast(QUESTION))),
+        tuple(ModuleJumps.from_pretrained(module, predictors[name]) for name in ("ridge", "tipl")),
+    ):
+        with pytest.raises(ValueError, match="the state is of jumps by another predictor"):
+            loaded.load_state_dict(saved.state_dict())
+        loaded.load_state_dict(loaded.state_dict())
+
+
+@pytest.mark.parametrize("recorded", [0, -1, 2.0, True, "2"])
+def test_a_number_of_snapshots_that_is_none_is_refused_by_name(recorded: Any, predictors: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"^recorded={recorded!r} is not a whole number from 1 on"):
+        ModuleJumps.from_pretrained(nn.Linear(2, 1), recorded=recorded)
+    with pytest.raises(ValueError, match=r"^recorded=5 leaves nothing to jump over: .* so at most 4$"):
+        ModuleJumps.from_pretrained(nn.Linear(2, 1), predictors["ridge"], recorded=5)
 
 
 @pytest.mark.parametrize(

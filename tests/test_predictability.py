@@ -247,3 +247,41 @@ def test_what_cannot_be_asked_is_refused_in_one_line(tmp_path: Path) -> None:
     for asking in ({"context": 1}, {"steps": (2, 1)}, {"steps": ()}, {"per_iteration": 0}):
         with pytest.raises(ValueError, match=next(iter(asking))):
             Asking(**asking)
+
+
+def test_a_series_that_is_too_short_is_refused_with_what_can_be_asked_of_it(tmp_path: Path) -> None:
+    series = imported(tmp_path, bend(12))
+    for asking, way_out in (
+        (Asking(context=8, steps=(5,)), "use --steps up to 3 or --context up to 6"),
+        (Asking(steps=(10,)), "use --steps up to 9$"),
+        (Asking(context=11, steps=(1,)), "use --context up to 10$"),
+        (Asking(context=11, steps=(11,)), "save checkpoints more often"),
+    ):
+        with pytest.raises(CheckpointError, match=f"run: 12 checkpoints are too few .*; {way_out}"):
+            ask([series], asking)
+
+
+def test_two_windows_are_too_few_for_a_verdict(tmp_path: Path) -> None:
+    findings = ask([imported(tmp_path, line(7))], Asking(context=4))
+    assert findings.means[0]["num_windows"] == 2
+    by_question = {one.question: one for one in report.answers(findings)}
+    first = by_question["Can the next checkpoint be forecast?"]
+    assert first.line.startswith("Can the next checkpoint be forecast? Unclear. Too few windows to tell: 3 are needed.")
+    assert by_question["Do forecasts further ahead work?"].verdict == "unknown"
+    assert by_question["Do the recent displacements contain the next one?"].verdict == "unknown"
+    assert by_question["Is the path straight?"].verdict == "yes"
+
+
+def test_layers_are_judged_on_the_windows_that_all_of_them_together_are(tmp_path: Path) -> None:
+    turned_TP = np.concatenate([random_walk(20), random_walk(20)[-1] + line(20)])
+    findings = ask([imported(tmp_path, turned_TP)], Asking(context=4))
+    (layer,) = findings.groups
+    assert layer["skill_linear"] == pytest.approx(skills(findings, SECOND_HALF)["linear", 1])
+    assert layer["skill_linear"] != pytest.approx(skills(findings, ALL)["linear", 1], abs=0.01)
+
+
+def test_lines_that_stop_early_are_named_under_the_picture(tmp_path: Path) -> None:
+    figure = figures.skill(ask([imported(tmp_path, bend(17))], Asking()))
+    note = figure.legends[0].get_title().get_text().replace("\n", " ")
+    assert note.count("no further than h = ") == 1
+    assert note.startswith("damped velocity, dynamic modes, ridge on the context only: no further than h = 2, ")

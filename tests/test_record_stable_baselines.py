@@ -97,9 +97,14 @@ def test_a_training_that_was_killed_and_went_on_leaves_the_bytes_of_an_undisturb
         assert torch.equal(tensor, resumed.policy.state_dict()[name])
 
 
-def test_legs_are_kept_whole_and_alone(tmp_path: Path) -> None:
+def test_legs_are_kept_whole_and_alone_and_leave_what_is_the_users(tmp_path: Path) -> None:
+    theirs = [tmp_path / "checkpoints" / name for name in ("notes.txt", "2024/thesis.tex")]
+    for file in theirs:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
     learn("A2C", tmp_path)
-    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert [file.read_text() for file in theirs] == ["mine", "mine"]
+    (checkpoint,) = (file.parent for file in (tmp_path / "checkpoints").glob("*/model.zip"))
     assert int(checkpoint.name) >= KILLED_STEPS["A2C"]
     assert {one.name for one in checkpoint.iterdir()} == {"model.zip", "vec_normalize.pkl"}
 

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from runs import model_states, write_torch
 
 from tipl_ray import terminal
 from tipl_ray.places import CHECKOUT
@@ -152,3 +154,41 @@ A paragraph.
         "             than fit in one line",
         "A paragraph.",
     ]
+
+
+def run_job(arguments: str) -> str:
+    """A script that runs jobs/data.py as a terminal's user does."""
+    job = str(CHECKOUT / "jobs" / "data.py")
+    return (
+        f"import runpy, sys; sys.argv = [{job!r}, *{arguments.split()!r}]; runpy.run_path({job!r}, run_name='__main__')"
+    )
+
+
+def test_help_on_a_coloured_terminal_has_whole_boxes_and_a_folded_description() -> None:
+    sent = shown(80, run_job("ask --help"), NO_COLOR="", TERM="xterm-256color")
+    assert "\x1b[2m" in sent
+    lines = [line for line in plain_lines(sent.replace("\r\n", "\n")) if line]
+    assert max(map(len, lines)) <= 80
+    boxed = [line for line in lines if line[0] in "\u256d\u2502\u2570"]
+    assert {len(line) for line in boxed} == {80}
+    assert {line[-1] for line in boxed} == set("\u256e\u2502\u256f")
+    described = lines[: lines.index(boxed[0])]
+    assert described[0].startswith("usage: ")
+    assert "Report how predictable training runs are, recorded trials and imported" in described
+
+
+def test_what_is_refused_is_one_line_on_a_coloured_terminal_too() -> None:
+    sent = shown(80, run_job("describee storage"), NO_COLOR="", TERM="xterm-256color")
+    (line,) = plain_lines(sent.replace("\r\n", "\n"))
+    assert line.startswith("error: describee: not a command, nor the value of an option; did you mean describe?")
+
+
+def test_something_moves_while_checkpoints_are_read_and_asked_and_lines_break_between_words(tmp_path: Path) -> None:
+    folder = write_torch(tmp_path / "run", model_states(12))
+    lines = plain_lines(shown(80, run_job(f"import {folder} --storage {tmp_path}/s --exclude norm")))
+    assert "import: starting" in " ".join(lines)
+    assert max(map(len, lines)) <= 80
+    assert "of 2,928 weights in 4 tensors, 141 KB: imported as" in " ".join(" ".join(lines).split())
+    said = " ".join(plain_lines(shown(80, run_job(f"ask {tmp_path}/s"))))
+    for what in ("ask: starting", "ask: reading the storage", "ask: comparing forecasts", f"report: file://{tmp_path}"):
+        assert what in said

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tipl_ray import config, tracking
+from tipl_ray import config, tipl, tracking
 from tipl_ray.data.storage import Storage, StoreError
 from tipl_ray.digest import as_table, redacted
 from tipl_ray.experiments import load_experiment
@@ -191,8 +191,16 @@ def test_unreachable_server_is_one_clear_error_within_seconds(tmp_path):
         uri = f"http://127.0.0.1:{reserved.getsockname()[1]}"
         before = dict(os.environ)
         start = time.perf_counter()
-        with pytest.raises(tracking.TrackingError, match=uri):
-            tracking.Tracker.open(uri, "pendulum", str(tmp_path))
+        for arguments in (
+            (tracking.Tracker.open, uri, "pendulum", str(tmp_path)),
+            (tracking.open_to_read, uri, "/none"),
+        ):
+            with pytest.raises(tracking.TrackingError) as refused:
+                arguments[0](*arguments[1:])
+            assert str(refused.value) == (
+                f"MLflow cannot be used at tracking.uri='{uri}': connection refused. Start that server, or set "
+                "--tracking.uri or MLFLOW_TRACKING_URI to another"
+            )
     assert time.perf_counter() - start < 30
     assert {name for name in os.environ if name.startswith("MLFLOW_HTTP")} == {
         name for name in before if name.startswith("MLFLOW_HTTP")
@@ -210,7 +218,14 @@ def test_file_that_is_no_database_is_one_clear_error(tmp_path):
     [
         ("/some/mlruns", "is a folder"),
         ("file:///some/mlruns", "is a folder"),
+        ("/some/mlflow.db", r"is a path, not a URI: write sqlite:////some/mlflow\.db$"),
+        ("file:///some/runs.SQLite", r"is a path, not a URI: write sqlite:////some/runs\.SQLite$"),
         ("sqlite:///mlflow.db", "is relative to the working directory"),
+        (
+            "htp://mlflow:5000",
+            r"^tracking\.uri='htp://mlflow:5000': MLflow knows no scheme 'htp'; did you mean http\?; ",
+        ),
+        ("s3://bucket/runs", "its schemes are http, https, sqlite, postgresql, mysql, mssql, databricks"),
     ],
 )
 def test_uri_that_would_not_last_is_refused(uri, complaint):
@@ -674,3 +689,16 @@ def test_names_of_any_letters_are_found_again_and_registered(name, storage, tmp_
     assert found.run_id == run.run_id
     assert tracker.register(f"tipl-{name}", run.run_id, name) == "1"
     assert tracker.register(f"tipl-{name}", run.run_id, name) == "1"
+
+
+@pytest.mark.parametrize("option", ["--runs", "--parent"])
+def test_compare_names_the_option_whose_run_there_is_not_and_where_ids_are(
+    option, tracker, storage, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["tipl compare", "--storage", str(storage), option, "nope"])
+    with pytest.raises(SystemExit) as ended:
+        tipl.load("compare").main()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {option} nope: MLflow at sqlite:")
+    assert line.endswith("ids are in the addresses of runs' pages in MLflow, after /runs/")

@@ -155,7 +155,7 @@ def test_the_command_asks_about_recorded_trials(tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr().out
     assert "Can the next checkpoint be forecast?" in said
     assert [line for line in said.splitlines() if line.startswith("ridge ") and "other series" in line]
-    page = Path(said.splitlines()[-1]).read_text()
+    page = Path(said.splitlines()[-1].removeprefix("report: file://")).read_text()
     assert "--leave-out &#39;running statistics&#39;" in page
     assert "learns its coefficients" in page
     assert main(["ask", str(tmp_path / "none")]) == 1

@@ -94,6 +94,8 @@ class CommandLine:
             print(f"note: {option} has no effect: {why}", file=sys.stderr)
         with refused():
             check_places(parsed.storage_path)
+            if parsed.where.tracking.uri:
+                _check_tracking(parsed.where.tracking.uri)
         if self.memory:
             taken = ", ".join(self._taken(parsed, {*sections, *(["preset"] if self.memory.preset else [])}))
             say_sentence(f"{_named(self.jobs)}: {taken} from storage {redacted(parsed.storage_path)}")
@@ -412,6 +414,13 @@ def _check_named(experiment: Experiment, jobs: Collection[str]) -> None:
                 contender.horizon(experiment.ppo, source)
         if where.predictors_storage is not None:
             _check_folder("predictors_storage", where.predictors_storage)
+
+
+def _check_tracking(uri: str) -> None:
+    # Takes a fifth of a second to load.
+    from tipl_ray.tracking import check_uri
+
+    check_uri(uri)
 
 
 def _check_folder(field: str, place: str) -> None:

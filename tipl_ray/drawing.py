@@ -18,12 +18,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 DPI = 160
 INK = "#222222"
 SOFT = "#5c6670"
 FAINT = "#d9d9d9"
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LETTERS = 11
 """Size of a legend's letters [points]."""
 
@@ -107,21 +108,35 @@ def explain(axes: Axes, words: str) -> None:
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic axis over what is drawn, its ticks plain numbers."""
+    """A logarithmic axis over what is drawn, its ticks as `tick_decades` labels them."""
     axes.set_yscale("log")
     low, high = np.log10(axes.get_ylim())
     tick_decades(axes, low, high)
 
 
 def tick_decades(axes: Axes, low: float, high: float) -> None:
-    """Label a logarithmic axis between two powers of ten: by decades, and between them where there are few."""
+    """Label a logarithmic axis between two powers of ten: by decades, and between them where there are few.
+
+    In plain numbers, or all in powers of ten where one of them would be too long."""
     between = (1.0,) if high - low > 2.5 else (1.0, 2.0, 5.0)
     ticks = [tick for tick in LogLocator(subs=between).tick_values(10**low, 10**high) if low <= np.log10(tick) <= high]
     if len(ticks) < 2:
         ticks = [tick for tick in MaxNLocator(5).tick_values(10**low, 10**high) if 10**low <= tick <= 10**high]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    is_plain = all("e" not in f"{tick:g}" for tick in ticks)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}") if is_plain else FuncFormatter(_power_of_ten))
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _power_of_ten(value: float, place: int | None = None) -> str:
+    """A tick where some would be too long as plain numbers.
+
+    >>> _power_of_ten(1e-5), _power_of_ten(0.02)
+    ('10⁻⁵', '2·10⁻²')
+    """
+    factor, exponent = f"{value:.2e}".split("e")
+    power = f"10{str(int(exponent)).translate(RAISED)}"
+    return power if float(factor) == 1 else f"{float(factor):g}·{power}"
 
 
 def wrapped(figure: Figure, text: str, inches: float, size: float, weight: str = "normal") -> str:

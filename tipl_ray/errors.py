@@ -5,14 +5,24 @@ import re
 import sys
 from collections.abc import Sequence
 
+MOST_NAMES, SOME_NAMES = 12, 3
+"""Known names that an error lists, and how many of more it gives as examples."""
+
 
 class UserError(RuntimeError):
     """An error that the user can fix: a job prints it in one line, without a traceback."""
 
 
 def no_such(field: str, name: str, known: Sequence[str]) -> ValueError:
-    """The error for an unknown name: it lists the known ones and suggests the nearest."""
-    return ValueError(f"{field}={name!r} is not one of {', '.join(known)}{nearest(name, known)}")
+    """The error for an unknown name: it suggests the nearest known one and lists all, or of many a few.
+
+    >>> no_such("task", "Hoper", ["Ant", "Bird", "Cat", "Dog", "Hopper", *"abcdefgh"])
+    ValueError("task='Hoper' is not one of 13 names; did you mean Hopper? (Ant, Bird, Cat, ...)")
+    """
+    if len(known) <= MOST_NAMES:
+        return ValueError(f"{field}={name!r} is not one of {', '.join(known)}{nearest(name, known)}")
+    some = ", ".join(known[:SOME_NAMES])
+    return ValueError(f"{field}={name!r} is not one of {len(known)} names{nearest(name, known)} ({some}, ...)")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import functools
 import getpass
+import importlib.metadata
 import io
 import json
 import logging
@@ -26,13 +27,14 @@ import subprocess
 import sys
 import tempfile
 import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tipl_ray.data.storage import join, local_folder
 from tipl_ray.digest import flat, redacted
-from tipl_ray.errors import UserError
+from tipl_ray.errors import UserError, nearest
 from tipl_ray.places import CHECKOUT
 
 if TYPE_CHECKING:
@@ -49,8 +51,15 @@ PAGE = "/#/experiments/{}/runs?workflowType=machine_learning"
 """An experiment's runs with their metrics, among MLflow's pages."""
 MODEL_FOLDER, ARTIFACTS = "model", "mlflow-artifacts"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+SERVERS = ("http", "https")
 WORDS = ("databricks", "databricks-uc")
 """Tracking URIs of MLflow's own that have no scheme."""
+CLOUDS = ("databricks", "databricks-uc", "uc", "arn", "azureml")
+"""Schemes of hosted stores; those of a plugin that is installed are known as well."""
+DATABASE_FILE = re.compile(r"\.(db|db3|sqlite|sqlite3)$", re.IGNORECASE)
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+CONNECT_SECONDS = 2.0
+"""How long a server may take to accept a connection."""
 LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -96,17 +105,37 @@ def resolve_uri(uri: str | None, storage_path: str) -> str:
                 "folder, or set --tracking.uri or MLFLOW_TRACKING_URI"
             )
         return f"sqlite:///{folder / 'mlflow.db'}"
-    if _scheme(uri) in ("", "file") and uri not in WORDS:
+    check_uri(uri)
+    return uri
+
+
+def check_uri(uri: str) -> None:
+    """Raises TrackingError for a tracking URI that MLflow does not understand, or that would not outlive the job."""
+    scheme, shown = _scheme(uri), redacted(uri)
+    if scheme in ("", "file") and uri not in WORDS:
+        if DATABASE_FILE.search(uri):
+            path = Path(uri.partition("://")[2] if scheme else uri).absolute()
+            raise TrackingError(f"tracking.uri={shown!r} is a path, not a URI: write sqlite:///{path}")
         raise TrackingError(
-            f"tracking.uri={redacted(uri)!r} is a folder, which MLflow no longer supports since 3.17: use "
+            f"tracking.uri={shown!r} is a folder, which MLflow no longer supports since 3.17: use "
             "sqlite:////absolute/mlflow.db or the http:// address of a server"
         )
-    if _scheme(uri).startswith("sqlite") and not re.match(r"[\w+]+:////", uri):
+    if scheme.startswith("sqlite") and not re.match(r"[\w+]+:////", uri):
         raise TrackingError(
-            f"tracking.uri={redacted(uri)!r} is relative to the working directory, which a Ray job deletes: use "
+            f"tracking.uri={shown!r} is relative to the working directory, which a Ray job deletes: use "
             "four slashes and an absolute path, sqlite:////absolute/mlflow.db"
         )
-    return uri
+    known = (*SERVERS, *DATABASES, *CLOUDS)
+    if uri not in WORDS and scheme.partition("+")[0] not in known and scheme not in _plugins():
+        raise TrackingError(
+            f"tracking.uri={shown!r}: MLflow knows no scheme {scheme!r}{nearest(scheme, known)}; its schemes are "
+            f"{', '.join(known)}"
+        )
+
+
+def _plugins() -> set[str]:
+    """Schemes that MLflow's plugins, where some are installed, add to its own."""
+    return {one.name for one in importlib.metadata.entry_points(group="mlflow.tracking_store")}
 
 
 def ui_command(uri: str, experiment_id: str | None = None) -> str:
@@ -118,7 +147,7 @@ def ui_command(uri: str, experiment_id: str | None = None) -> str:
     if shown != shlex.quote(uri) and uri == os.environ.get("MLFLOW_TRACKING_URI"):
         shown = '"$MLFLOW_TRACKING_URI"'
     page = PAGE.format(experiment_id) if experiment_id else ""
-    if _scheme(uri) in ("http", "https"):
+    if _scheme(uri) in SERVERS:
         return f"{shlex.quote(sys.executable)} -m webbrowser {shown}{shlex.quote(page) if page else ''}"
     if not _scheme(uri).startswith(DATABASES):
         return f"the pages of {shown}"
@@ -168,6 +197,7 @@ class Tracker:
             with _as_tracking_error(uri):
                 _make_database(file)
                 _follow_artifacts(file, local_folder(storage_path))
+        _check_that_it_answers(uri)
         with _impatient():
             client = _client(uri)
             tracker = cls(client, uri, _experiment_id(client, uri, experiment_name, storage_path))
@@ -383,13 +413,18 @@ def open_to_read(uri: str | None, storage_path: str) -> tuple[MlflowClient, str]
         with _as_tracking_error(uri):
             if not _holds_anything(file):
                 raise TrackingError(f"{file}: it contains no runs; set --storage or --uri to an MLflow that has some")
+    _check_that_it_answers(uri)
     with _impatient():
         client = _client(uri)
         client.search_experiments(max_results=1)
     return client, uri
 
 
-class AlreadyThereError(TrackingError):
+class RefusedError(TrackingError):
+    """A healthy MLflow refuses a request."""
+
+
+class AlreadyThereError(RefusedError):
     """MLflow has one of that name already."""
 
 
@@ -448,16 +483,39 @@ def _as_tracking_error(uri: str) -> Iterator[None]:
         reason = _without_secrets((str(error).splitlines() or [type(error).__name__])[0], uri)
         shown, code = redacted(uri), getattr(error, "error_code", None)
         if code in REFUSALS:
-            kind = AlreadyThereError if code == "RESOURCE_ALREADY_EXISTS" else TrackingError
-            trouble = kind(f"MLflow at {shown} refuses: {reason}")
+            kind = AlreadyThereError if code == "RESOURCE_ALREADY_EXISTS" else RefusedError
+            trouble: TrackingError = kind(f"MLflow at {shown} refuses: {reason}")
         else:
             here = _sqlite_file(uri) or getattr(error, "errno", None) in NO_ROOM_OR_ACCESS
             way_out = "Free some space there or fix permissions, and run again" if here else "Start that server"
-            trouble = TrackingError(
-                f"MLflow cannot be used at tracking.uri={shown!r}: {reason}. {way_out}, or set --tracking.uri or "
-                "MLFLOW_TRACKING_URI to another"
-            )
+            trouble = _unusable(uri, reason, way_out)
         raise trouble from (error if shown == uri else None)
+
+
+def _check_that_it_answers(uri: str) -> None:
+    """Raises TrackingError where no server accepts a connection; behind a proxy, or where the user has set how often
+    MLflow tries, MLflow finds out."""
+    if _scheme(uri) not in SERVERS or RETRIES in os.environ:
+        return
+    try:
+        address = urllib.parse.urlsplit(uri)
+        host, port = address.hostname, address.port or (443 if address.scheme == "https" else 80)
+    except ValueError:  # which MLflow words better
+        return
+    if not host or (address.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)):
+        return
+    try:
+        socket.create_connection((host, port), CONNECT_SECONDS).close()
+    except (OSError, UnicodeError) as error:
+        reason = _without_secrets(getattr(error, "strerror", None) or str(error), uri)
+        raise _unusable(uri, f"{reason[:1].lower()}{reason[1:]}", "Start that server") from None
+
+
+def _unusable(uri: str, reason: str, way_out: str) -> TrackingError:
+    return TrackingError(
+        f"MLflow cannot be used at tracking.uri={redacted(uri)!r}: {reason}. {way_out}, or set --tracking.uri or "
+        "MLFLOW_TRACKING_URI to another"
+    )
 
 
 def _without_secrets(text: str, uri: str) -> str:
@@ -658,7 +716,7 @@ def _impatient() -> Iterator[None]:
     """MLflow's patience with a server cut from minutes to seconds, where the user has not set it."""
     import mlflow.store.db.utils as databases
 
-    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    limits = {RETRIES: "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
     ours = {name: value for name, value in limits.items() if name not in os.environ}
     os.environ.update(ours)
     attempts, databases.MAX_RETRY_COUNT = databases.MAX_RETRY_COUNT, DATABASE_ATTEMPTS

@@ -242,6 +242,26 @@ def allowed_share(here: float, there: float, limit: float) -> float:
     return float(np.clip(np.nan_to_num(share), 0.0, 1.0))
 
 
+def answers_of(forecaster: Forecaster) -> NDArray[np.float64]:
+    """A predictor's coefficients in each phase for one context of made-up displacements (Q, H, K): what it is known by,
+    whatever its name and place."""
+    question = forecaster.question
+    places_K, phases_Q = np.arange(question.context), np.arange(question.snapshots_per_iteration)
+    gram_KK = 0.5 ** np.abs(np.subtract.outer(places_K, places_K)) * np.sqrt(np.outer(1.0 + places_K, 1.0 + places_K))
+    contexts = Contexts(
+        grams_BKK=np.repeat(gram_KK[None], len(phases_Q), axis=0),
+        phases_B=phases_Q,
+        progress_B=np.full(len(phases_Q), 0.25),
+        learning_rates_B=np.full(len(phases_Q), 0.75),
+    )
+    return np.asarray(forecaster.coefficients(contexts), dtype=np.float64)
+
+
+def _same_answers(one_QHK: NDArray[np.float64], other_QHK: NDArray[np.float64]) -> bool:
+    """Whether they are one predictor's; machines differ in the last bits."""
+    return one_QHK.shape == other_QHK.shape and np.allclose(one_QHK, other_QHK, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
 class ModuleJumps:
     """Jumps for any torch module, in any training loop: call `record` after as many update epochs as there were between
     snapshots in the predictor's data, and `jump` in place of the epochs left out.
@@ -281,9 +301,12 @@ class ModuleJumps:
 
         `recorded` is the number of snapshots recorded per iteration before the jump, one after every second update
         epoch; the package's rules work with any number. Their limit on a jump's KL divergence applies if `jump` is
-        given the divergence. Raises ValueError if there is no such predictor, or if it was fitted on iterations of
-        another length.
+        given the divergence. Raises ValueError if there is no such predictor, if `recorded` is no whole number from 1
+        on, or if the predictor was fitted on iterations of another length.
         """
+        if isinstance(recorded, bool) or not isinstance(recorded, int | np.integer) or recorded < 1:
+            raise ValueError(f"recorded={recorded!r} is not a whole number from 1 on: snapshots recorded before a jump")
+        recorded = int(recorded)
         predictor = load_predictor(name)
         kl_limit = 0.0
         question = Question(context=predictor.question.context, steps=(1,), snapshots_per_iteration=recorded + 1)
@@ -291,8 +314,13 @@ class ModuleJumps:
             predictor, kl_limit = predictor.asked(question), predictor.kl_limit
         elif isinstance(predictor, FirstAgain):
             predictor = FirstAgain(question)
-        horizon = predictor.question.snapshots_per_iteration - recorded
-        return cls(module, predictor, JumpSettings(horizon=max(horizon, 1), damping=damping, kl_limit=kl_limit))
+        in_all = predictor.question.snapshots_per_iteration
+        if recorded >= in_all:
+            raise ValueError(
+                f"recorded={recorded} leaves nothing to jump over: {name} was fitted on iterations of {in_all} "
+                f"snapshots, so at most {in_all - 1}"
+            )
+        return cls(module, predictor, JumpSettings(horizon=in_all - recorded, damping=damping, kl_limit=kl_limit))
 
     def record(self) -> None:
         """Record a snapshot of the module's weights. Raises ValueError if no parameter is trained any more."""
@@ -312,15 +340,20 @@ class ModuleJumps:
         the first, by default annealed linearly. `divergence` returns the approximate KL divergence of the module, as it
         is when called, from the policy that collected the rollout; with it, a jump beyond `settings.kl_limit` is
         shortened, by linear interpolation between the divergences before and after. A forecast that is not finite or
-        absurdly far is refused with a RuntimeWarning. Raises ValueError for invalid fractions, and if the number of
-        recorded snapshots is not the one that the predictor expects.
+        absurdly far is refused with a RuntimeWarning. Raises ValueError for invalid fractions, and if `record` was not
+        called as often since the last jump as the predictor expects.
         """
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress={progress} is not between 0 and 1: it is the fraction of training that is done")
         learning_rate = 1.0 - progress if learning_rate is None else learning_rate
         if not 0.0 <= learning_rate < float("inf"):
             raise ValueError(f"learning_rate={learning_rate} is not a fraction of the first learning rate, such as 0.5")
-        check_schedule(self._predictor.question, self.recorded, self.settings.horizon)
+        expected = self._predictor.question.snapshots_per_iteration - self.settings.horizon
+        if self.recorded != expected:
+            raise ValueError(
+                f"record() was called {self.recorded} times since the last jump, and jump() expects {expected}: call "
+                "record() after every few update epochs, or give another number as `recorded`"
+            )
         trained = self._follow()
         coefficients_HK, refused = propose(
             self._predictor,
@@ -367,12 +400,13 @@ class ModuleJumps:
         history = {name: torch.from_numpy(array) for name, array in self._history.state().items()}
         shapes = [list(shape) for shape, _ in self._layout.values()]
         counts = {"recorded": self.recorded, "taken": self.taken, "refused": self.refused}
-        return {"history": history, "shapes": shapes, **counts}
+        answers = torch.from_numpy(answers_of(self._predictor))
+        return {"history": history, "shapes": shapes, "answers": answers, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; its tensors may be on any device.
 
-        Raises ValueError if it belongs to another context or module.
+        Raises ValueError if it belongs to another context, module or predictor.
         """
         if missing := sorted({"history", "recorded", "taken", "refused"} - state.keys()):
             raise ValueError(f"the state has no {missing[0]!r}: it is not what state_dict() returned")
@@ -382,6 +416,13 @@ class ModuleJumps:
         for index, (there, here) in enumerate(itertools.zip_longest(state.get("shapes", shapes), shapes)):
             if there != here:
                 raise ValueError(f"trained parameter {index} has shape {there} in the state and {here} in the module")
+        if "answers" in state:  # nor has it these
+            theirs_QHK, own_QHK = state["answers"].detach().cpu().numpy(), answers_of(self._predictor)
+            if theirs_QHK.shape[-1] == own_QHK.shape[-1] and not _same_answers(theirs_QHK, own_QHK):
+                raise ValueError(
+                    f"the state is of jumps by another predictor, whose answers are not those of this one "
+                    f"({type(self._predictor).__name__}); load the predictor that it was saved with"
+                )
         self._history.set_state({name: tensor.detach().cpu().numpy() for name, tensor in state["history"].items()})
         self.recorded, self.taken, self.refused = (int(state[name]) for name in ("recorded", "taken", "refused"))
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tipl_ray.accelerate.jumps import ModuleJumps
+from tipl_ray.predict.saved import load_predictor
 from tipl_ray.record.stable_baselines import UpdateEpochs, acting_part, epochs_per_iteration
 
 # isort: split
@@ -31,8 +32,12 @@ class JumpPolicy(BaseCallback):
     """
 
     def __init__(self, predictor: str = "first-again-v1", *, epochs_per_snapshot: int = EPOCHS_PER_SNAPSHOT):
-        """`predictor` is the name of one that comes with the package, or a folder with another."""
+        """`predictor` is the name of one that comes with the package, or a folder with another. Raises ValueError where
+        there is none, and for epochs that are no whole number from 1 on."""
         super().__init__()
+        if isinstance(epochs_per_snapshot, bool) or not isinstance(epochs_per_snapshot, int) or epochs_per_snapshot < 1:
+            raise ValueError(f"epochs_per_snapshot={epochs_per_snapshot!r} is not a whole number from 1 on")
+        load_predictor(predictor)
         self._predictor, self._every = predictor, epochs_per_snapshot
         self._counted: UpdateEpochs | None = None
         self.jumps: ModuleJumps | None = None

@@ -21,6 +21,7 @@ def skill(findings: Findings) -> Figure:
     """Skill against checkpoints ahead, of all predictors on the same windows."""
     figure, (axes,) = new_figure(1, width=8.5, height=4.4)
     windows, below = shared_windows(findings), []
+    ends: dict[int, list[str]] = {}
     for name in dict.fromkeys(row["predictor"] for row in findings.means):
         if name == "copy-last":
             continue
@@ -34,13 +35,20 @@ def skill(findings: Findings) -> Figure:
             axes.fill_between(step_H, *band_2H, color=style["color"], alpha=0.15, linewidth=0)
         if skill_H and min(skill_H) < LOWEST:
             below.append(f"{label} falls to {min(skill_H):,.1f}")
+        if step_H:
+            ends.setdefault(step_H[-1], []).append(label)
     axes.axhline(0, color=COLOURS["copy-last"], linewidth=2, zorder=1, label=NAMES["copy-last"])
     axes.set_ylim(max(LOWEST, min(axes.get_ylim()[0], -0.05)), 1.03)
     where = f", {windows} of the series" if windows == SECOND_HALF else ""
     dress(axes, f"Skill compared with copying the last checkpoint{where}", "checkpoints ahead h", SKILL_LABEL)
     axes.xaxis.set_major_locator(FixedLocator(sorted({row["step"] for row in findings.means})))
     axes.xaxis.set_minor_locator(NullLocator())
-    legend_below(figure, labelled(axes), ["; ".join(below)] if below else [])
+    notes = ["; ".join(below)] if below else []
+    notes += [
+        f"{', '.join(names)}: no further than h = {step}, as there is too little data beyond"
+        for step, names in sorted(ends.items())[:-1]
+    ]
+    legend_below(figure, labelled(axes), notes)
     return figure
 
 

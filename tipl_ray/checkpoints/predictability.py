@@ -107,7 +107,9 @@ def ask(series: Sequence[ImportedSeries], asking: Asking, tipl: Combination | No
         paths=[{"series": one.name, "digest": one.digest, **path(one)} for one in series],
         spectra=[{"series": one.name, "digest": one.digest, **row} for one in series for row in spectrum(one)],
         groups=[
-            {"series": one.name, "digest": one.digest, **row} for one in series for row in _groups(one, context, asking)
+            {"series": one.name, "digest": one.digest, **row}
+            for one in series
+            for row in _groups(one, context, asking, _shared(means))
         ],
     )
 
@@ -230,12 +232,22 @@ def _context(series: Sequence[ImportedSeries], asking: Asking, tipl: Combination
         context = own
     if context > available:
         ahead = asking.steps[0]
-        way_out = f"; at most --context {available}" if available > 0 and tipl is None else ""
+        way_out = _shorter(shortest.num_displacements, context, ahead, can_choose=tipl is None)
         raise CheckpointError(
             f"{shortest.name}: {len(shortest.steps)} checkpoints are too few to judge a forecast {ahead} ahead from a "
             f"context of {context} displacements, which takes {context + ahead + 1}{way_out}"
         )
     return context
+
+
+def _shorter(num_displacements: int, context: int, ahead: int, *, can_choose: bool) -> str:
+    """What to ask instead of a series that is too short for a forecast so far ahead from a context of this length."""
+    ways = []
+    if ahead > 1 and num_displacements > context:
+        ways.append(f"--steps up to {num_displacements - context}")
+    if can_choose and (most := num_displacements - ahead) >= FEWEST:
+        ways.append(f"--context {'up to ' * (most > FEWEST)}{most}")
+    return f"; use {' or '.join(ways)}" if ways else "; save checkpoints more often"
 
 
 def _others(series: Sequence[ImportedSeries], bands: Sequence[GramBand], index: int) -> list[GramBand]:
@@ -356,8 +368,8 @@ def _means(skills: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def _groups(series: ImportedSeries, context: int, asking: Asking) -> Iterator[Row]:
-    """Layers that move, in the series' order, one step ahead by predictors that need no fitting."""
+def _groups(series: ImportedSeries, context: int, asking: Asking, windows: str) -> Iterator[Row]:
+    """Layers that move, in the series' order, one step ahead by predictors that need no fitting, on these windows."""
     products, step = series.products, asking.steps[0]
     whole = float(np.trace(products.gram_SS))
     question = Question(context=context, steps=(step,), snapshots_per_iteration=phases_of(series, asking))
@@ -367,8 +379,9 @@ def _groups(series: ImportedSeries, context: int, asking: Asking) -> Iterator[Ro
         if not moved > 0:
             continue
         band = _band(series, gram_SS, context + step, asking)
-        starts_B = np.arange(context, len(gram_SS) - step + 1)
-        rows = [_row(predictor, band, starts_B, step, "nothing", ALL) for predictor in predictors]
+        first = max(context, len(gram_SS) // 2) if windows == SECOND_HALF else context
+        starts_B = np.arange(first, len(gram_SS) - step + 1)
+        rows = [_row(predictor, band, starts_B, step, "nothing", windows) for predictor in predictors]
         yield {
             "group": name,
             "weights": int(num_weights),

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl_ray.checkpoints.files import CheckpointError, StoredTensor
-from tipl_ray.checkpoints.series import Series
+from tipl_ray.checkpoints.series import UNMATCHED, Series, leave_out
 from tipl_ray.data.rows import Rows
 from tipl_ray.predict.blocks import one_thread
 
@@ -228,9 +228,9 @@ def _summed(moved_Sp: Tensor) -> Tensor:
 
 
 def _not_finite(series: Series, part: _Slice, values: Sequence[Tensor]) -> CheckpointError:
-    found = [(name, value) for name, value in zip(series.names, values, strict=True) if not value.isfinite().all()]
-    stored: StoredTensor = series.tensors[part.name][series.names.index(found[0][0])]
+    bad = [name for name, value in zip(series.names, values, strict=True) if not value.isfinite().all()]
+    stored: StoredTensor = series.tensors[part.name][series.names.index(bad[0])]
+    steps, unmatched = dict(zip(series.names, series.steps, strict=True)), series.left_out.get(UNMATCHED, ())
     return CheckpointError(
-        f"{stored.path}: {part.name} has weights that are NaN or infinite; leave this checkpoint out, with --steps or "
-        "by moving it away"
+        f"{stored.path}: {part.name} has weights that are NaN or infinite; {leave_out(bad, steps, unmatched)}"
     )

@@ -8,10 +8,11 @@ A series is a folder of checkpoints that was imported, or a recorded trial, whos
 The folder counts once series.json is there; a killed import leaves none, and begins again. Shapes: see `products`.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 from tipl_ray.checkpoints.products import Products, Progress, multiply
 from tipl_ray.checkpoints.series import Selection, Series, find_series
 from tipl_ray.data.locks import only_one
-from tipl_ray.data.storage import Storage, StoreError, file_exists, join, publish, read_published
-from tipl_ray.terminal import ProgressView, size_text
+from tipl_ray.data.storage import Storage, StoreError, file_exists, join, local_folder, publish, read_published
+from tipl_ray.terminal import ProgressView, size_text, waiting
 
 SERIES = "series"
 ABOUT_FILE, PRODUCTS_FILE, RECORD = "series.json", "products.safetensors", "series.sha256"
@@ -69,11 +70,13 @@ def import_series(folder: Path, storage: str, selection: Selection) -> tuple[Imp
     Raises CheckpointError as `find_series` and `multiply` do, before anything is written; StoreError where the storage
     cannot be written, or another process imports the same series.
     """
-    series = find_series(folder, selection)
+    with waiting(f"{folder.name}: looking at the files"):
+        series = find_series(folder, selection)
     place = join(storage, SERIES, series.digest)
     if file_exists(place, ABOUT_FILE):
         return load_series(storage, series.digest), True
-    with only_one(storage, f"series-{series.digest}", f"importing {folder.name}"):
+    lock = only_one(storage, f"series-{series.digest}", f"importing {folder.name}")
+    with _without_empty_folders(storage), lock:
         with ProgressView() as view:
 
             def report(progress: Progress) -> None:
@@ -83,6 +86,21 @@ def import_series(folder: Path, storage: str, selection: Selection) -> tuple[Imp
         imported = _imported(series, products)
         keep(imported, place)
     return imported, False
+
+
+@contextlib.contextmanager
+def _without_empty_folders(storage: str) -> Iterator[None]:
+    """Where the block fails, take away the folders that are new since, down to the lock's, if nothing is in them."""
+    local = local_folder(storage)
+    folders = [] if local is None else [local / "locks", local, *local.parents]
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what another process has begun to use stays
+            for folder in new:
+                folder.rmdir()
+        raise
 
 
 def load_series(storage: str, digest: str) -> ImportedSeries:

@@ -45,6 +45,9 @@ HELD = 0.9
 """Share of the next displacement's square in the span of the context's from which on the context contains it."""
 LINE = 0.95
 """Energy of a rank-1 SVD from which on a path is called a line."""
+FEWEST_WINDOWS = MIN_TRIALS
+"""Windows from which on they tell anything, where there is no interval over series."""
+TOO_FEW = "Too few windows to tell"
 MANY = 3
 """Series from which on their paths share a sentence."""
 LAYERS = "Is every layer predictable?"
@@ -121,6 +124,8 @@ def next_checkpoint(findings: Findings) -> Answer:
         others = f"the best of {len(own)} predictors on the same windows, {_words(best).rstrip(',')}, is"
         sentences = [f"{_sentence(linear).rstrip('.')}; {others} {_amount(best['skill'], against='')}."]
     sentences.append(f"Percentages refer to the squared error over all weights, {_windows(linear)}.")
+    if _few(best):
+        sentences.insert(0, f"{TOO_FEW}: {FEWEST_WINDOWS} are needed.")
     return _answer(_question(step), _verdict(best), sentences, best)
 
 
@@ -137,7 +142,8 @@ def further_ahead(findings: Findings) -> Answer:
         words = [_sentence(linear).rstrip(".")]
         if best["predictor"] != "linear":
             words.append(f"the best there, {_words(best).rstrip(',')}, is {_amount(best['skill'], against='')}")
-        sentences.append("; ".join(words) + ".")
+        few = f"{TOO_FEW} at h = {step} ({best['num_windows']}): " if _few(best) else ""
+        sentences.append(few + "; ".join(words) + ".")
         verdicts.append(_verdict(best))
     question = "Do forecasts further ahead work?"
     if not verdicts:
@@ -160,6 +166,11 @@ def by_phase(findings: Findings) -> Answer:
         if (row["predictor"], row["step"]) == (best["predictor"], step) and row["skill"] is not None
     }
     within = [skill for phase, skill in skills.items() if phase]
+    num_windows = [
+        row["num_windows"]
+        for row in findings.phases
+        if (row["predictor"], row["step"], row["phase"]) == (best["predictor"], step, 0)
+    ]
     if 0 not in skills or not within:
         return Answer(question=question, verdict="unknown", text="There are too few windows to say.")
     text = (
@@ -167,7 +178,9 @@ def by_phase(findings: Findings) -> Answer:
         f"within iterations it is between {_amount(min(within), against='')} and {_amount(max(within), against='')}. "
         "What follows the end of an iteration depends on data that has not been collected yet."
     )
-    return Answer(question=question, verdict=_verdict({**best, "skill": skills[0], "skill_low": None}), text=text)
+    ended = {**best, "skill": skills[0], "skill_low": None, "num_windows": sum(num_windows)}
+    few = f"{TOO_FEW}: {ended['num_windows']} where an iteration has ended. " if _few(ended) else ""
+    return Answer(question=question, verdict=_verdict(ended), text=f"{few}{text}")
 
 
 def at_best(findings: Findings) -> Answer:
@@ -191,18 +204,21 @@ def at_best(findings: Findings) -> Answer:
     )
     held = rows[0]["skill"]
     verdict: Verdict = "yes" if held >= HELD else "partly" if held >= CLEAR else "no"
+    if _few(rows[0]):
+        verdict, text = "unknown", f"{TOO_FEW}. {text}"
     return Answer(question=question, verdict=verdict, text=text)
 
 
 def zero_shot(findings: Findings) -> Answer:
     """TIPL against the best of the others on the same windows."""
-    own = [row for row in findings.means if row["predictor"] == "tipl" and row["windows"] == ALL]
+    windows = shared_windows(findings)
+    own = [row for row in findings.means if (row["predictor"], row["windows"]) == ("tipl", windows)]
     sentences, sides = [], []
     for row in own:
         rivals = [
             other
             for other in findings.means
-            if (other["step"], other["windows"]) == (row["step"], ALL)
+            if (other["step"], other["windows"]) == (row["step"], windows)
             and other["predictor"] not in ("tipl", BOUND)
             and other["skill"] is not None
         ]
@@ -210,8 +226,10 @@ def zero_shot(findings: Findings) -> Answer:
             continue
         best = max(rivals, key=lambda other: other["skill"])
         theirs = f"the best of the others, {_words(best)}, is {_amount(best['skill'], against='')}"
-        sentences.append(f"{_sentence(row).rstrip('.')}; {theirs}.")
-        sides.append(row["skill"] > best["skill"])
+        few = f"{TOO_FEW} ({row['num_windows']}): " if _few(row) else ""
+        sentences.append(f"{few}{_sentence(row).rstrip('.')}; {theirs}.")
+        if not few:
+            sides.append(row["skill"] > best["skill"])
     verdict: Verdict = "unknown" if not sides else "yes" if all(sides) else "partly" if any(sides) else "no"
     question = "Does the trained Transformer do better, without further training?"
     return Answer(question=question, verdict=verdict, text=" ".join(sentences) or "It was not evaluated at any step.")
@@ -288,10 +306,12 @@ def layers(findings: Findings) -> Answer:
     text = (
         f"Linear extrapolation is better than {COPY} in {better} of the {len(rows)} layers that move: best in "
         f"{_layer(findings, ordered[0])} ({_amount(ordered[0]['skill_linear'], against='')}), worst in "
-        f"{_layer(findings, ordered[-1])} ({_amount(ordered[-1]['skill_linear'], against='')}). Most of the movement, "
-        f"{most['share_of_movement']:.0%}, is in {_layer(findings, most)}."
+        f"{_layer(findings, ordered[-1])} ({_amount(ordered[-1]['skill_linear'], against='')}), on the same windows as "
+        f"all layers together. Most of the movement, {most['share_of_movement']:.0%}, is in {_layer(findings, most)}."
     )
     verdict: Verdict = "yes" if better == len(rows) else "partly" if better else "no"
+    if all(map(_few, _at(findings, min(row["step"] for row in findings.means)))):
+        verdict, text = "unknown", f"{TOO_FEW}. {text}"
     return Answer(question=LAYERS, verdict=verdict, text=text)
 
 
@@ -435,13 +455,20 @@ def _ahead(step: int) -> str:
     return "one checkpoint ahead" if step == 1 else f"{step} ahead"
 
 
+def _few(row: Row) -> bool:
+    """Whether a row rests on too few windows for a verdict; with an interval over series it does not."""
+    return row["skill_low"] is None and row["num_windows"] < FEWEST_WINDOWS
+
+
 def _windows(row: Row) -> str:
     where = "in the second half of the series" if row["windows"] == SECOND_HALF else "of every window"
     return f"over {row['num_windows']} start{'s' * (row['num_windows'] != 1)} {where}"
 
 
 def _verdict(row: Row) -> Verdict:
-    """By the interval where there is one, else by the size."""
+    """By the interval where there is one, else by the size; unknown where there are too few windows."""
+    if _few(row):
+        return "unknown"
     if row["skill_low"] is not None:
         return "yes" if row["skill_low"] > 0 else "no" if row["skill_high"] < 0 else "partly"
     return "yes" if row["skill"] >= CLEAR else "partly" if row["skill"] >= 0.0005 else "no"

@@ -3,15 +3,18 @@
 Knows names, sizes and shapes; reads no more of the weights than the samples that the series' digest is of.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tipl_ray.checkpoints.files import CheckpointError, Contents, StoredTensor, read_contents, readable
 from tipl_ray.digest import digest
+from tipl_ray.record.tensors import listed
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".zip")
 """How the names of checkpoints end."""
@@ -27,8 +30,12 @@ KNOWN_FILES = (
 NOT_CHECKPOINTS = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|trainer_state).*", re.IGNORECASE)
 """Files next to the weights with the same ending."""
 SHARD = re.compile(r"-\d+-of-\d+\.")
+UNMATCHED = "not matched by --steps"
+"""Why an entry is left out that a pattern does not take."""
 SAMPLE_BYTES = 65536
 """Length of each of the three samples of a file that the series' digest is of."""
+MOST_TENSORS, MOST_NAMES, MOST_NUMBERS = 6, 4, 6
+"""Tensors and checkpoints that an error names, and numbers in a name that it looks for the checkpoint's among."""
 FORMAT = 1
 """Of what is kept of a series; another one makes all series be imported again."""
 
@@ -115,8 +122,9 @@ def _read_series(folder: Path, selection: Selection) -> Series:
         matching = f" that {selection.steps!r} matches" if unmatched else ""
         raise CheckpointError(f"{folder}: holds one checkpoint{matching}, {next(iter(steps))}; a series has at least 2")
     contents = {name: read_contents(found[name]) for name in steps}
+    _check_shapes(folder, contents, selection, steps, unmatched)
     tensors, left_out = _common(folder, contents, selection)
-    entries = {"no checkpoints": tuple(ignored), "not matched by --steps": tuple(unmatched)}
+    entries = {"no checkpoints": tuple(ignored), UNMATCHED: tuple(unmatched)}
     left_out |= {why: names for why, names in entries.items() if names}
     return Series(
         folder=folder,
@@ -179,6 +187,13 @@ def _checkpoints(folder: Path, selection: Selection) -> tuple[dict[str, Path], l
     """Names of the folder's entries -> the file with the weights or their index; names of what is no checkpoint."""
     found: dict[str, Path] = {}
     ignored: list[str] = []
+    runs = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and _is_run(entry, selection)]
+    if runs and not any(map(_is_checkpoint, folder.iterdir())):
+        raise CheckpointError(
+            f"{folder}: its folders look like runs of their own; give them one by one: "
+            f"{' '.join(shlex.quote(str(run)) for run in runs)}; if each is one checkpoint, choose its weights with "
+            "--file"
+        )
     for entry in sorted(folder.iterdir()):
         if entry.name.endswith(".index.json") or (entry.suffix in SUFFIXES and SHARD.search(entry.name)):
             raise CheckpointError(
@@ -208,6 +223,14 @@ def _weights_in(folder: Path, selection: Selection) -> Path | None:
     return able[0] if able else None
 
 
+def _is_run(folder: Path, selection: Selection) -> bool:
+    """Whether a folder holds checkpoints, rather than the files of one: several whose names differ in their numbers."""
+    if selection.file is not None or any((folder / name).is_file() for name in KNOWN_FILES):
+        return False
+    names = [path.name for path in folder.iterdir() if _is_checkpoint(path) and not SHARD.search(path.name)]
+    return len(names) > 1 and len({re.sub(r"\d+", "0", name) for name in names}) == 1
+
+
 def _is_checkpoint(path: Path) -> bool:
     return path.is_file() and path.suffix in SUFFIXES and not NOT_CHECKPOINTS.fullmatch(path.name)
 
@@ -217,27 +240,10 @@ def _common(
 ) -> tuple[dict[str, tuple[StoredTensor, ...]], dict[str, tuple[str, ...]]]:
     """The tensors taken, which all checkpoints must have with equal shapes, and those left out by the reason."""
     first_name, first = next(iter(contents.items()))
-    for name, another in contents.items():
-        apart = sorted(filter(selection.takes, first.tensors.keys() ^ another.tensors.keys()))
-        if apart:
-            has, lacks = (first_name, name) if apart[0] in first.tensors else (name, first_name)
-            raise CheckpointError(
-                f"{folder}: {apart[0]} is in {has} but not in {lacks} ({len(apart)} such); leave it out with --exclude "
-                f"'{re.escape(apart[0])}'"
-            )
     tensors = {}
     for tensor, stored in first.tensors.items():
-        if not selection.takes(tensor):
-            continue
-        all_of_it = tuple(one.tensors[tensor] for one in contents.values())
-        for name, other in zip(contents, all_of_it, strict=True):
-            if other.shape != stored.shape:
-                raise CheckpointError(
-                    f"{folder}: {tensor} has shape {list(stored.shape)} in {first_name} and {list(other.shape)} in "
-                    f"{name}; leave it out with --exclude '{re.escape(tensor)}'"
-                )
-        if stored.num_values:
-            tensors[tensor] = all_of_it
+        if selection.takes(tensor) and stored.num_values:
+            tensors[tensor] = tuple(one.tensors[tensor] for one in contents.values())
     if not tensors:
         raise CheckpointError(f"{folder}: no tensor of floats is left of {len(first.tensors)} in {first_name}")
     left_out: dict[str, tuple[str, ...]] = {}
@@ -246,6 +252,85 @@ def _common(
     if not_asked := tuple(name for name in first.tensors if not selection.takes(name)):
         left_out["by --include and --exclude"] = not_asked
     return tensors, left_out
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _check_shapes(
+    folder: Path,
+    contents: Mapping[str, Contents],
+    selection: Selection,
+    steps: Mapping[str, int],
+    unmatched: Collection[str],
+) -> None:
+    """Raises CheckpointError where the checkpoints are not all of the same tensors, with every one that differs."""
+    shapes = {
+        name: {tensor: stored.shape for tensor, stored in one.tensors.items() if selection.takes(tensor)}
+        for name, one in contents.items()
+    }
+    alike = [[name for name in shapes if shapes[name] == one] for one in shapes.values()]
+    usual = max(alike, key=len)
+    others = [name for name in shapes if name not in usual]
+    if not others:
+        return
+    differing = _differences(shapes, usual[0], others)
+    more = len(differing) - MOST_TENSORS
+    told = "; ".join([*list(differing.values())[:MOST_TENSORS], *([f"{more} more tensors differ"] if more > 0 else [])])
+    if len(others) == 1 and len(usual) > 1:
+        way_out = f"{others[0]} does not fit the other {len(usual)} checkpoints; {leave_out(others, steps, unmatched)}"
+    elif more > 0 or not {*shapes[usual[0]]} - {*differing}:
+        way_out = "these are checkpoints of different models; give a folder with those of one"
+    else:
+        patterns = " ".join(f"'{re.escape(tensor)}'" for tensor in differing)
+        way_out = f"leave {'it' if len(differing) == 1 else 'them'} out with --exclude {patterns}"
+    raise CheckpointError(f"{folder}: {told}; {way_out}")
+
+
+def _differences(shapes: Mapping[str, Shapes], usual: str, others: Sequence[str]) -> dict[str, str]:
+    """Tensors that a checkpoint has otherwise than the usual one, each with the first such difference."""
+    differing: dict[str, str] = {}
+    for name in others:
+        for tensor in dict.fromkeys([*shapes[usual], *shapes[name]]):
+            shape, other = shapes[usual].get(tensor), shapes[name].get(tensor)
+            if shape == other or tensor in differing:
+                continue
+            if shape is None or other is None:
+                has, lacks = (usual, name) if other is None else (name, usual)
+                differing[tensor] = f"{tensor} is in {has} but not in {lacks}"
+            else:
+                differing[tensor] = f"{tensor} has shape {list(shape)} in {usual} and {list(other)} in {name}"
+    return differing
+
+
+def leave_out(bad: Sequence[str], steps: Mapping[str, int], unmatched: Collection[str]) -> str:
+    """How to leave some of a folder's checkpoints out, whose names and numbers are given: with --steps, where a short
+    pattern can."""
+    these = "this checkpoint" if len(bad) == 1 else listed(bad)
+    pattern = _pattern_without(bad, steps, unmatched)
+    return (
+        f"leave {these} out, {f'with --steps {shlex.quote(pattern)} or ' if pattern else ''}by moving {_it(bad)} away"
+    )
+
+
+def _it(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
+
+
+def _pattern_without(bad: Sequence[str], steps: Mapping[str, int], unmatched: Collection[str]) -> str | None:
+    """A pattern for --steps that takes every checkpoint but the bad ones, with its number; None where no short one
+    does."""
+    rest = {name: number for name, number in steps.items() if name not in bad}
+    if len(bad) > MOST_NAMES or len(rest) < 2:
+        return None
+    names = "|".join(map(re.escape, bad))
+    for numbers_before in range(MOST_NUMBERS):
+        before = rf"(?:\D*\d+){{{numbers_before}}}" if numbers_before else ""
+        pattern = f"^(?!(?:{names})$){before}" + r"\D*(\d+)"
+        with contextlib.suppress(CheckpointError):
+            if number_names([*steps, *unmatched], pattern, Path())[0] == rest:
+                return pattern
+    return None
 
 
 def _digest(

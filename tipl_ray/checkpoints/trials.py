@@ -8,12 +8,13 @@ asked.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from tipl_ray.checkpoints.files import CheckpointError
-from tipl_ray.checkpoints.products import Products, Progress, multiply_rows
+from tipl_ray.checkpoints.products import Products, Progress, group_of, multiply_rows
 from tipl_ray.checkpoints.records import ABOUT_FILE, ImportedSeries, all_series, keep, load_kept
 from tipl_ray.data.commits import TRAJECTORIES
 from tipl_ray.data.snapshots import Header
@@ -34,6 +35,9 @@ class Candidate:
     name: str
     digest: str
     num_checkpoints: int
+    num_weights: int
+    weights_by_layer: Mapping[str, int]
+    """Of each layer; empty where they are not known."""
     load: Callable[[], ImportedSeries]
 
 
@@ -78,16 +82,30 @@ def trial_series(storage: str, seed: int) -> ImportedSeries:
 
 
 def _trial(store: TrajectoryStore, seed: int) -> Candidate:
+    header = store.header([seed])
+    weights_by_layer: dict[str, int] = {}
+    for name, shape, _ in header.layout:
+        weights_by_layer[group_of(name)] = weights_by_layer.get(group_of(name), 0) + math.prod(shape)
     return Candidate(
         name=f"trial-{seed}",
         digest=store.digest([seed]),
         num_checkpoints=store.progress(seed).num_snapshots,
+        num_weights=header.num_weights,
+        weights_by_layer=weights_by_layer,
         load=lambda: trial_series(store.root, seed),
     )
 
 
 def _imported(series: ImportedSeries) -> Candidate:
-    return Candidate(name=series.name, digest=series.digest, num_checkpoints=len(series.steps), load=lambda: series)
+    products = series.products
+    return Candidate(
+        name=series.name,
+        digest=series.digest,
+        num_checkpoints=len(series.steps),
+        num_weights=series.num_weights,
+        weights_by_layer=dict(zip(products.groups, products.weights_G.tolist(), strict=True)),
+        load=lambda: series,
+    )
 
 
 def _computed(store: TrajectoryStore, seed: int, digest: str, folder: str) -> ImportedSeries:
@@ -121,6 +139,7 @@ def _products(store: TrajectoryStore, seed: int, header: Header, folder: str) ->
 
     try:
         with ProgressView() as view:
+            view.wait(f"trial {seed}: reading")
             return multiply_rows(store.weights(seed), header.layout, report)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}; verify the trial") from error
