@@ -349,7 +349,9 @@ def test_one_setting_for_all_tasks_is_searched_once_and_an_oracles_on_each(
     (folder,) = tmp_path.glob("accelerations/*")
     rows = pyarrow.csv.read_csv(folder / "table.csv").to_pylist()
     assert [(row["contender"], row["held_out"]) for row in rows] == [
-        (name, held) for held in (False, True) for name in ("2", "KL", "oracle")
+        (name, held and name != "oracle")  # which was tuned on the task itself
+        for held in (False, True)
+        for name in ("2", "KL", "oracle")
     ]
     chosen = [row["hyperparameters"] for row in rows]
     assert chosen[:2] == chosen[3:5]
