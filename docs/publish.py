@@ -32,9 +32,7 @@ def main() -> None:
     source, target = find_predictor(arguments.folder), PUBLISHED_FOLDER / arguments.name
     target.mkdir(parents=True, exist_ok=True)
     if is_complete(source):
-        about = load_about(source)
-        about["experiment"].pop("where", None)
-        load_model(source).save(str(target), about)
+        load_model(source).save(str(target), load_about(source))
     else:
         for name in RULE_FILES:
             shutil.copy(Path(source) / name, target / name)

@@ -19,6 +19,7 @@ from publications import dying_before
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from cluster import measure_driver
+from tipl_ray.accelerate.contenders import unit_table
 from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.jumps import JumpSettings
 from tipl_ray.collect import crew
@@ -26,14 +27,15 @@ from tipl_ray.collect.collection import CollectionError, collect, pending_seeds
 from tipl_ray.collect.crew import LOOK_SECONDS, MESSAGES_PER_SECOND, seat_resources
 from tipl_ray.collect.group import GroupCollector, trial_header
 from tipl_ray.collect.placement import GroupProgress
-from tipl_ray.config import Experiment, Ppo, Where
+from tipl_ray.config import Contender, Experiment, Jump, Ppo, Where
 from tipl_ray.data.storage import StoreError
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.digest import digest
 from tipl_ray.experiments import load_experiment
+from tipl_ray.improve.forks import Cell
 from tipl_ray.jobs import check_job
 from tipl_ray.places import CHECKOUT
-from tipl_ray.ppo.algorithms import State
+from tipl_ray.ppo.algorithms import NOTHING, State
 from tipl_ray.ppo.engines import choose_engine
 from tipl_ray.ppo.trials import TrialGroup
 from tipl_ray.predict.baselines import FirstAgain
@@ -51,6 +53,7 @@ def smoke(storage: Path, where: Where | None = None, **collect_fields: Any) -> E
 
 
 ENGINE = choose_engine("auto", Ppo())
+REGIME = Contender(name="any", ppo={"num_epochs": 2}, jump=Jump(predictor="first-again", horizon=1))
 
 
 @pytest.mark.parametrize("groups", [[[1, 2, 3, 4]], [[4], [2, 1, 3]]])
@@ -283,6 +286,49 @@ def test_where_nobody_names_an_algorithm_headers_are_as_they_were(tmp_path: Path
     config = trial_header(smoke(tmp_path), "torch").config
     assert "algorithm" not in config
     assert digest(config) == "8c5aefb121297edc"
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "named"),
+    [("task", "task", "CentredPendulum"), ("task", "mountain", "MyMountain-v0"), ("algorithm", "algorithm", "Reinforce")],
+)
+def test_trials_of_someone_elses_file_are_not_continued_with_another_version_of_it(
+    field: str, name: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"someones_{name}.py"
+    file.write_text(MOUNTAIN if name == "mountain" else (CHECKOUT / f"examples/recipes/{name}.py").read_text())
+    experiment = smoke(tmp_path, **{field: f"someones_{name}:{named}"}, epochs_per_snapshot=1)
+    experiment = dataclasses.replace(experiment, ppo=dataclasses.replace(experiment.ppo, num_epochs=1))
+    GroupCollector(experiment, "torch", [1]).advance(seconds=0.1, to_commit=True)
+    GroupCollector(experiment, "torch", [1])
+    cell = Cell(task=experiment.collect.task, regime=REGIME, value=1e-3)
+    made_of, curves = cell.made_of(experiment, experiment, "torch"), unit_table(experiment, NOTHING)
+    file.write_text(file.read_text() + "\n# changed\n")
+    with pytest.raises(StoreError, match=rf"another configuration: config.source.{field}='\w+' there, '\w+' here"):
+        GroupCollector(experiment, "torch", [1])
+    assert cell.made_of(experiment, experiment, "torch") != made_of
+    assert unit_table(experiment, NOTHING) != curves
+
+
+MOUNTAIN = """
+import gymnasium
+from gymnasium.envs.classic_control import Continuous_MountainCarEnv
+
+
+class Mountain(Continuous_MountainCarEnv):
+    pass
+
+
+gymnasium.register("MyMountain-v0", entry_point=Mountain, max_episode_steps=100)
+"""
+
+
+def test_the_engine_is_no_part_of_a_name_but_as_what_runs(tmp_path: Path) -> None:
+    automatic, named = smoke(tmp_path, engine="auto"), smoke(tmp_path, engine="torch")
+    assert unit_table(automatic, NOTHING) == unit_table(named, NOTHING)
+    cell = Cell(task="HalfCheetah-v4", regime=REGIME, value=1e-3)
+    assert cell.made_of(automatic, automatic, "torch") == cell.made_of(named, named, "torch")
 
 
 def test_progress_counts_what_was_run_before(tmp_path: Path) -> None:

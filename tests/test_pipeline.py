@@ -168,7 +168,7 @@ def test_a_pipeline_killed_while_training_goes_on_to_the_same_model_and_results(
     job.wait()
     assert not list(killed.glob("models/*/model.json"))
     run("pipeline", killed, head=head)
-    for pattern in ("models/*/model.safetensors", "evaluations/*/summary.csv"):
+    for pattern in ("models/*/model.safetensors", "models/*/model.json", "evaluations/*/summary.csv"):
         (expected,), (found,) = undisturbed.glob(pattern), killed.glob(pattern)
         assert found.read_bytes() == expected.read_bytes(), pattern
 
@@ -180,7 +180,10 @@ def test_the_pipeline_leaves_in_a_bucket_what_it_leaves_in_a_folder(
     run("pipeline", storage, *tracking)
     assert TrajectoryStore(storage).finished()
     assert TrajectoryStore(storage).digest() == TrajectoryStore(str(finished[0])).digest()
-    for kind, name in (("models", "model.safetensors"), ("evaluations", "summary.csv"), ("evaluations", "report.html")):
+    for kind, name in (
+        *(("models", "model.safetensors"), ("models", "model.json")),
+        *(("evaluations", "summary.csv"), ("evaluations", "report.html")),
+    ):
         (expected,), (folder,) = finished[0].glob(f"{kind}/*"), Storage(join(storage, kind)).folders()
         assert folder == expected.name
         found, expected_content = read_file(join(storage, kind, folder), name), (expected / name).read_bytes()

@@ -158,6 +158,8 @@ def test_a_run_goes_on_from_its_checkpoint_and_what_it_gives_again_is_checked(tm
     give(recorder, 0, 4)
     checkpoint = recorder.state_dict()
     assert checkpoint == {"snapshot": 4, "step": 3}
+    give(recorder, 4, 7)
+    recorder.load_state_dict(checkpoint)  # of the same process, which has recorded beyond it
     give(recorder, 4, 9)
     assert recorder.num_committed == 8
     del recorder

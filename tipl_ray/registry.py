@@ -43,7 +43,7 @@ class Registry:
         """Digest of the file that a thing from outside is written in, which its answers depend on; None for our own."""
         if name in self.own:
             return None
-        return hashlib.sha256(Path(inspect.getfile(self.load(name))).read_bytes()).hexdigest()[:16]
+        return file_digest(self.load(name))
 
     def check(self, field: str, name: str) -> None:
         """Raise ValueError naming the field where there is no such thing; a `module:Name` is looked up and imported."""
@@ -76,6 +76,12 @@ class Registry:
             ) from error
         except AttributeError as error:
             raise ValueError(f"{field}={place!r}: {module} has no {name!r}") from error
+
+
+def file_digest(thing: Any) -> str:
+    """Digest of the file that a class is written in. Raises TypeError or OSError where there is none, as of a built-in
+    one."""
+    return hashlib.sha256(Path(inspect.getfile(thing)).read_bytes()).hexdigest()[:16]
 
 
 def look_here() -> str:

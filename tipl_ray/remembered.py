@@ -114,7 +114,7 @@ def _of_trials(storage: str) -> dict[str, Any]:
     made = dict(store.header(seeds[:1]).config) if seeds else {}
     if "policy_hidden" not in made or "jump" in made:
         return {}  # of another making, or by a predictor of which the digest alone is known
-    collect = {name: made[name] for name in made if name not in ("ppo", "engine")}
+    collect = {name: made[name] for name in made if name not in ("ppo", "engine", "source")}
     collect |= {"task": store.header(seeds[:1]).task}
     if store.seal() and seeds[-1] - seeds[0] + 1 == len(seeds):
         collect |= {"first_seed": seeds[0], "num_trials": len(seeds)}

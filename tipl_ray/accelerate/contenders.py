@@ -15,6 +15,7 @@ from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.jumps import JumpSettings
 from tipl_ray.accelerate.outer_steps import OuterSteps
 from tipl_ray.accelerate.return_rule import ReturnRule
+from tipl_ray.collect.group import outside_sources
 from tipl_ray.config import Collect, Contender, Experiment, Jump, RunTask
 from tipl_ray.data.storage import join
 from tipl_ray.data.trajectory_store import TrajectoryStore
@@ -156,8 +157,11 @@ def is_learned(contender: Contender) -> bool:
 
 
 def collection_identity(collect: Collect) -> dict[str, Any]:
-    """`identity`, with the fields that earlier versions included in the digests of units and accelerations."""
-    return identity(collect) | {"trials_per_actor": 0, "physics_threads": 1}
+    """What curves depend on, and the fields that earlier versions included in digests of units and accelerations.
+
+    The engine that runs is known beside it: `auto` and `compiled` make the same curves.
+    """
+    return {**identity(collect), "engine": "auto", "trials_per_actor": 0, "physics_threads": 1} | outside_sources(collect)
 
 
 def unit_table(experiment: Experiment, extension: Extension) -> dict[str, dict[str, Any]]:

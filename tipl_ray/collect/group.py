@@ -13,7 +13,7 @@ import ray
 from ray.util.metrics import Counter, Gauge
 
 from tipl_ray.collect.placement import GroupProgress
-from tipl_ray.config import Experiment
+from tipl_ray.config import Collect, Experiment
 from tipl_ray.data.commits import Divergence
 from tipl_ray.data.snapshots import Header
 from tipl_ray.data.trajectory_store import TrajectoryStore
@@ -21,6 +21,7 @@ from tipl_ray.data.trial_writer import TrialWriter
 from tipl_ray.digest import identity
 from tipl_ray.ppo.algorithms import ALGORITHMS, NOTHING, Algorithm, Extension, Hooks
 from tipl_ray.ppo.engines import ENGINES
+from tipl_ray.ppo.tasks import task_source
 from tipl_ray.ppo.trials import network_shape
 from tipl_ray.terminal import log_event
 
@@ -31,6 +32,16 @@ RECORDED = (
 """Fields of `collect` that a trial's bits depend on, besides the task and the seed."""
 
 
+def outside_sources(collect: Collect) -> dict[str, dict[str, str]]:
+    """Digests of the files that an algorithm and a task from outside are written in, as part of a configuration."""
+    found = {
+        "algorithm": ALGORITHMS.source_digest(collect.algorithm),
+        "task": task_source(collect.task, collect.task_options),
+    }
+    found_in = {field: source for field, source in found.items() if source}
+    return {"source": found_in} if found_in else {}
+
+
 def trial_header(experiment: Experiment, engine: str, extension: Extension = NOTHING) -> Header:
     """What the bits of this experiment's trials depend on. Raises ValueError for an unknown task."""
     collect = identity(experiment.collect)
@@ -39,6 +50,7 @@ def trial_header(experiment: Experiment, engine: str, extension: Extension = NOT
         layout=network_shape(experiment.collect).policy_layout,
         config={
             **{field: collect[field] for field in RECORDED if field in collect},
+            **outside_sources(experiment.collect),
             "ppo": identity(experiment.ppo),
             "engine": ENGINES[engine],
             **extension.header,

@@ -86,6 +86,10 @@ class TrialWriter:
         copy = dataclasses.replace(snapshot, weights=weights, **statistics)
         self._buffer.append(copy)
 
+    def discard(self) -> None:
+        """Forget the buffered snapshots, as a kill would: the next one follows the last commit."""
+        self._buffer = []
+
     def commit(self, state: dict[str, np.ndarray]) -> CommitRecord:
         """Publish the buffered snapshots and the state to resume from: part, then state, then the record that counts.
 

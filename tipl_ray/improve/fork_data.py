@@ -34,7 +34,7 @@ def cell_folder(cell: Cell, experiment: Experiment, source: Experiment, engine: 
     """Folder of a cell, named by a digest of everything that its rows depend on."""
     improve = identity(experiment.improve)
     draws = {field: improve[field] for field in SAME_DRAWS}
-    made_of = cell.made_of(experiment, source, engine)
+    made_of = {**cell.made_of(experiment, source, engine), "seeds": list(experiment.collect.seeds)}
     return join(experiment.storage_path, "forks", digest(cell.name, list(cell.base()), made_of, draws))
 
 

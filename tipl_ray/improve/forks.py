@@ -20,10 +20,10 @@ from tipl_ray.accelerate.contenders import jump_question, jump_settings, publish
 from tipl_ray.accelerate.group_jumps import GroupJumps, Jumps
 from tipl_ray.accelerate.jumps import Forecaster, JumpSettings
 from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
+from tipl_ray.collect.group import trial_header
 from tipl_ray.config import Contender, Experiment, Improve
 from tipl_ray.digest import identity
 from tipl_ray.ppo.algorithms import Extension, Hooks, State
-from tipl_ray.ppo.engines import ENGINES
 from tipl_ray.ppo.trials import TrialGroup, network_shape
 from tipl_ray.predict.gram import Question
 
@@ -78,14 +78,14 @@ class Cell:
         return dataclasses.replace(experiment, collect=collect, ppo=ppo)
 
     def made_of(self, experiment: Experiment, source: Experiment, engine: str) -> dict[str, Any]:
-        """Everything that its trials depend on except their rules' parameters, for digests."""
-        own = self.experiment(experiment, source)
+        """Everything that its trials depend on except their seeds and their rules' parameters, for digests."""
+        header = trial_header(self.experiment(experiment, source), engine)
         return {
             "jump": identity(jump_settings(self.regime, experiment, source)),
             "question": dataclasses.asdict(jump_question(self.regime, experiment, source)),
-            "collect": identity(own.collect),
-            "ppo": identity(own.ppo),
-            "engine": ENGINES[engine],
+            "task": header.task,
+            # Nothing of a cell is committed before its end.
+            **{name: value for name, value in header.config.items() if name != "iterations_per_commit"},
         }
 
     def base(self) -> RuleNumbers:

@@ -29,6 +29,8 @@ class GymnasiumSimulations(Simulations):
     fast = False
     task: ClassVar[str]
     options: ClassVar[Mapping[str, Any]]
+    environment: ClassVar[type[gymnasium.Env[Any, Any]]]
+    """Without its wrappers."""
     action_space: ClassVar[Box | Discrete]
 
     def __init__(self, count: int, num_threads: int = 1):
@@ -201,6 +203,7 @@ def through_gymnasium(task: str, options: Mapping[str, Any]) -> type[GymnasiumSi
     attributes = {
         "task": task,
         "options": options,
+        "environment": type(environment.unwrapped),
         "observation_size": math.prod(observations.shape),
         "max_episode_steps": max_episode_steps,
         "discrete": isinstance(actions, Discrete),

@@ -7,9 +7,9 @@ from typing import Any
 
 import gymnasium
 
-from tipl_ray.ppo.gymnasium_tasks import through_gymnasium
+from tipl_ray.ppo.gymnasium_tasks import GymnasiumSimulations, through_gymnasium
 from tipl_ray.ppo.simulations import Simulations, can_be_resumed
-from tipl_ray.registry import Registry, look_here
+from tipl_ray.registry import Registry, file_digest, look_here
 
 TASKS = Registry(
     "collect.task",
@@ -41,6 +41,19 @@ def find_task(task: str, options: Mapping[str, Any] | None = None) -> type[Simul
     naming the task and the available ones.
     """
     return _found(task, json.dumps(dict(options or {}), sort_keys=True))
+
+
+def task_source(task: str, options: Mapping[str, Any] | None = None) -> str | None:
+    """Digest of the file that a task from outside is written in; None for this package's and gymnasium's, whose
+    versions are recorded, and where there is no file. Raises as `find_task` does."""
+    kind = find_task(task, options)
+    written = kind.environment if issubclass(kind, GymnasiumSimulations) else kind
+    if written.__module__.partition(".")[0] in ("tipl_ray", "gymnasium"):
+        return None
+    try:
+        return file_digest(written)
+    except (TypeError, OSError):
+        return None
 
 
 @functools.cache

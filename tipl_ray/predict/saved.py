@@ -10,18 +10,19 @@ import numpy as np
 import safetensors.numpy
 
 from tipl_ray.data.storage import Storage, file_exists, join, last_name, publish, read_file, read_published
-from tipl_ray.digest import flat, identity
+from tipl_ray.digest import digest, flat, identity
 from tipl_ray.errors import nearest
 from tipl_ray.experiments import from_table
 from tipl_ray.places import PUBLISHED_FOLDER, published_predictors
 from tipl_ray.predict.gram import Question
-from tipl_ray.predict.model_files import ABOUT_FILE, WEIGHTS_FILE, is_complete
+from tipl_ray.predict.model_files import WEIGHTS_FILE, is_complete
 from tipl_ray.predict.models import load_about, understood
 from tipl_ray.predict.predictor import Combination, Predictor
 from tipl_ray.predict.representation import load_tipl, representation_in
 from tipl_ray.registry import PREDICTORS
 
-MODEL_FILES = (WEIGHTS_FILE, ABOUT_FILE)
+HISTORY = ("experiment", "metrics", "data_digest", "trained_on")
+"""Of a trained model's description, how it came to be: its answers to a question depend on none of it."""
 
 PREDICTOR_FILE, ABOUT_PREDICTOR_FILE, PREDICTOR_RECORD = "predictor.safetensors", "predictor.json", "predictor.sha256"
 
@@ -137,8 +138,12 @@ def _differences(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def predictor_digest(folder: str) -> str:
-    """Digest of what a saved predictor's answers depend on, wherever it is stored. Raises as `load_predictor` does."""
+    """Digest of a saved predictor, wherever it is stored: of a trained model, its weights and what describes it, not
+    how it came to be. Raises as `load_predictor` does."""
     load_predictor(folder)
     folder = find_predictor(folder)
-    names = (ABOUT_PREDICTOR_FILE, PREDICTOR_FILE) if file_exists(folder, ABOUT_PREDICTOR_FILE) else MODEL_FILES
-    return hashlib.sha256(b"".join(read_file(folder, name) for name in names)).hexdigest()[:16]
+    if file_exists(folder, ABOUT_PREDICTOR_FILE):
+        names = (ABOUT_PREDICTOR_FILE, PREDICTOR_FILE)
+        return hashlib.sha256(b"".join(read_file(folder, name) for name in names)).hexdigest()[:16]
+    about = {name: value for name, value in load_about(folder).items() if name not in HISTORY}
+    return digest(about, hashlib.sha256(read_file(folder, WEIGHTS_FILE)).hexdigest())

@@ -157,13 +157,16 @@ class Recorder:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from a checkpoint: the next snapshot is the one after those that its run had recorded.
 
-        Raises StoreError where the trial has fewer snapshots than that.
+        What was recorded since and is not committed is forgotten, as after a kill. Raises StoreError where the trial
+        has fewer snapshots than that.
         """
         if not 0 <= state["snapshot"] <= self.num_committed:
             raise StoreError(
                 f"{self._store.root}: the checkpoint was taken after {state['snapshot']} snapshots, and trial "
                 f"{self._trial} has {self.num_committed}; continue from an earlier checkpoint, or record another trial"
             )
+        if self._writer:
+            self._writer.discard()
         self._next, self._step = int(state["snapshot"]), int(state["step"])
 
     def close(self) -> None:

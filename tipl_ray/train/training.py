@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tipl_ray import config
 from tipl_ray.data.storage import join, publish, read_file
-from tipl_ray.digest import as_table
+from tipl_ray.digest import identity
 from tipl_ray.errors import UserError
 from tipl_ray.predict.blocks import Blocks
 from tipl_ray.predict.models import load_model, read_model_file
@@ -34,6 +34,10 @@ CHECKPOINT_RECORD = "training.sha256"
 Metrics = dict[str, float]
 """One iteration: iteration, step, loss, validation_loss, validation_skill, learning_rate, steps_per_second,
 seconds_left."""
+TIMINGS = ("steps_per_second", "seconds_left")
+"""Metrics that differ between two runs of the same training, and are no part of its model."""
+NOT_LEARNED_FROM = ("accelerate", "improve", "sweep")
+"""Sections of an experiment that no training reads."""
 
 
 class TrainingError(UserError):
@@ -163,11 +167,14 @@ class Training:
         return warmed * 0.5 * (1.0 + math.cos(math.pi * step / self.config.num_steps))
 
     def _about(self) -> dict[str, Any]:
+        """What model.json has besides the model: the same for every run of this training, wherever it runs."""
+        made_by = {part: of for part, of in identity(self.experiment).items() if part not in NOT_LEARNED_FROM}
+        best = min(self.history, key=lambda row: row["validation_loss"], default={})
         return {
-            "experiment": as_table(self.experiment),
-            "basis": as_table(self.experiment.basis),
+            "experiment": {"name": self.experiment.name, **made_by},
+            "basis": identity(self.experiment.basis),
             **self.objective.about(),
-            "metrics": min(self.history, key=lambda row: row["validation_loss"], default=None),
+            "metrics": {name: value for name, value in best.items() if name not in TIMINGS},
         }
 
 
