@@ -290,7 +290,11 @@ def test_where_nobody_names_an_algorithm_headers_are_as_they_were(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("field", "name", "named"),
-    [("task", "task", "CentredPendulum"), ("task", "mountain", "MyMountain-v0"), ("algorithm", "algorithm", "Reinforce")],
+    [
+        ("task", "task", "CentredPendulum"),
+        ("task", "mountain", "MyMountain-v0"),
+        ("algorithm", "algorithm", "Reinforce"),
+    ],
 )
 def test_trials_of_someone_elses_file_are_not_continued_with_another_version_of_it(
     field: str, name: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -298,7 +302,8 @@ def test_trials_of_someone_elses_file_are_not_continued_with_another_version_of_
     monkeypatch.chdir(tmp_path)
     file = tmp_path / f"someones_{name}.py"
     file.write_text(MOUNTAIN if name == "mountain" else (CHECKOUT / f"examples/recipes/{name}.py").read_text())
-    experiment = smoke(tmp_path, **{field: f"someones_{name}:{named}"}, epochs_per_snapshot=1)
+    theirs: dict[str, Any] = {field: f"someones_{name}:{named}"}
+    experiment = smoke(tmp_path, epochs_per_snapshot=1, **theirs)
     experiment = dataclasses.replace(experiment, ppo=dataclasses.replace(experiment.ppo, num_epochs=1))
     GroupCollector(experiment, "torch", [1]).advance(seconds=0.1, to_commit=True)
     GroupCollector(experiment, "torch", [1])

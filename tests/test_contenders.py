@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tipl_ray.accelerate import figures
 from tipl_ray.accelerate.acceleration import source_experiment
 from tipl_ray.accelerate.contenders import Fitted, Unit, epochs_of, jump_question, jump_settings
 from tipl_ray.accelerate.group_jumps import Jumps
@@ -15,7 +16,9 @@ from tipl_ray.accelerate.scores import (
     filled,
     over_tasks,
     score,
+    search_rows,
     sentences,
+    sentences_over_tasks,
     table,
 )
 from tipl_ray.config import Accelerate, Collect, Contender, Experiment, Jump, OuterStep, Ppo, RunTask, Where
@@ -421,3 +424,28 @@ def test_a_task_of_another_width_has_units_of_its_own() -> None:
     assert [one.collect.policy_hidden for one in ran] == [(8, 8), (16, 32)]
     assert {one.collect.task for one in ran} == {"HalfCheetah-v4"}
     assert ran[0].storage_path != ran[1].storage_path
+
+
+@pytest.mark.parametrize("trials", [1, 2])
+def test_of_fewer_than_three_trials_there_are_no_intervals(trials: int) -> None:
+    units = [finished("10", rising(100.0, 1.0)[:trials]), finished("4", rising(110.0, 1.0)[:trials])]
+    rows = score(units, "any", RESAMPLING)
+    together = over_tasks(units, RESAMPLING)
+    assert rows[1]["share"] == together[1]["share"] == pytest.approx(1.1, abs=0.02)
+    for row in (*rows, *together):
+        assert all(np.isnan(value) for name, value in row.items() if name.endswith(("_low", "_high")) and value)
+    assert "nan" not in " ".join(sentences_over_tasks(together, 1)) + str(table(rows))
+    figures.shares(together)
+    figures.areas(rows)
+
+
+def test_a_search_marks_the_chosen_setting_of_each_length() -> None:
+    contender = named("10")
+    units = [
+        Unit(task="Hopper-v4", env_steps=env_steps, contender=contender, value=value, search=True)
+        for env_steps in (4000, 8000)
+        for value in (1e-3, 2e-3)
+    ]
+    searched = [dataclasses.replace(finished("10", rising(10.0)), unit=unit) for unit in units]
+    rows = search_rows(searched, {units[0], units[3]})
+    assert [row["chosen"] for row in rows] == [True, False, False, True]

@@ -316,8 +316,7 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
         confidence=experiment.evaluate.confidence, bootstrap=experiment.accelerate.bootstrap, seed=0
     )
     rows = scores.score(finished, plan.source.collect.task, resampling, plan.searched_on)
-    chosen = {(one.task, one.contender.name, one.value) for one in _chosen(plan, finished)}
-    rates = scores.search_rows(searched, chosen)
+    rates = scores.search_rows(searched, _chosen(plan, finished))
     together = scores.over_tasks(finished, resampling, plan.searched_on)
     tables = {"table": rows, "search": rates, "tasks": together, "curves": _curve_rows(finished)}
     for name, table in tables.items():
@@ -348,10 +347,10 @@ def _report(plan: Plan, finished: Sequence[Finished], searched: Sequence[Finishe
     say(f"accelerate: table, curves and report in {folder}")
 
 
-def _chosen(plan: Plan, finished: Sequence[Finished]) -> list[Unit]:
+def _chosen(plan: Plan, finished: Sequence[Finished]) -> set[Unit]:
     """The search units whose setting was chosen."""
     cells = [(one.unit, (one.unit.task, one.unit.env_steps, one.unit.contender)) for one in finished]
-    return [unit for one, cell in cells for unit in _search(plan.experiment, cell) if unit.value == one.value]
+    return {unit for one, cell in cells for unit in _search(plan.experiment, cell) if unit.value == one.value}
 
 
 def _facts(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
@@ -413,6 +412,7 @@ def _curve_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
                 {
                     "task": one.unit.task,
                     "contender": one.unit.contender.name,
+                    "env_steps": int(one.env_steps_I[-1]),
                     "env_step": int(one.env_steps_I[index]),
                     "return_iqm": round(float(middle), 2),
                     "return_quartile_1": round(float(low_I[index]), 2),

@@ -76,7 +76,7 @@ def shares(rows: Sequence[Row]) -> Figure:
     per scope. Rows are those of `scores.over_tasks`."""
     scopes = list(dict.fromkeys(row["scope"] for row in rows))
     figure, panels = new_figure(len(scopes), width=6.2 * max(1, len(scopes)), height=5.4, share=True)
-    ends = [row[end] for row in rows for end in ("share_low", "share_high")]
+    ends = [row[end] for row in rows for end in ("share", "share_low", "share_high") if np.isfinite(row[end])]
     apart_by = LABELS_APART * (max(ends, default=1.0) - min(ends, default=1.0))
     for axes, scope in zip(panels, scopes, strict=False):
         first, *others = [row for row in rows if row["scope"] == scope]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tipl_ray.accelerate.contenders import Unit, is_learned
 from tipl_ray.config import Contender
-from tipl_ray.evaluate.metrics import Resampling, interquartile_mean
+from tipl_ray.evaluate.metrics import MIN_TRIALS, Resampling, interquartile_mean
 
 SHARES = (80, 90, 95)
 """Percentages of the first variant's final return that the time to is measured."""
@@ -126,11 +126,8 @@ def best_value(searched: Sequence[Finished]) -> float:
     return min(zip(ranks, -shares, values, strict=True))[2]
 
 
-def search_rows(searched: Sequence[Finished], chosen: Collection[tuple[str, str, float]]) -> list[Row]:
-    """Results of the search: one row per task, variant and setting, with areas under the curve over its trials.
-
-    `chosen` has (task, variant's name, value).
-    """
+def search_rows(searched: Sequence[Finished], chosen: Collection[Unit]) -> list[Row]:
+    """Results of the search: one row per task, variant and setting, with areas under the curve over its trials."""
     rows = []
     for task, env_steps, contender in dict.fromkeys(
         (one.unit.task, one.unit.env_steps, one.unit.contender) for one in searched
@@ -151,7 +148,7 @@ def search_rows(searched: Sequence[Finished], chosen: Collection[tuple[str, str,
                     "auc_least": float(one.areas_S.min()),
                     "auc_most": float(one.areas_S.max()),
                     "diverged": one.num_diverged,
-                    "chosen": (task, contender.name, one.unit.value) in chosen,
+                    "chosen": one.unit in chosen,
                 }
             )
     return rows
@@ -259,8 +256,10 @@ def over_tasks(finished: Sequence[Finished], resampling: Resampling, searched_on
 
 
 def _is_clear(first: Finished, resampling: Resampling) -> bool:
-    """Whether a first variant's area is clearly above 0, so that others can be divided by it."""
-    return bool(_with_interval("auc", [first.areas_S], resampling)["auc_low"] > 0)
+    """Whether a first variant's area is clearly above 0, so that others can be divided by it: of too few trials for an
+    interval, the area of each."""
+    low = _with_interval("auc", [first.areas_S], resampling)["auc_low"]
+    return bool((first.areas_S.min() if np.isnan(low) else low) > 0)
 
 
 def _share(own: Sequence[Finished], firsts: Sequence[Finished], resampling: Resampling) -> Row:
@@ -270,7 +269,9 @@ def _share(own: Sequence[Finished], firsts: Sequence[Finished], resampling: Resa
     drawn = [
         areas_RS / interquartile_mean(firsts_RS)[:, None] for areas_RS, firsts_RS in _drawn(own, firsts, resampling)
     ]
-    low, high = resampling.ends(interquartile_mean(np.concatenate(drawn, axis=1)))
+    low, high = _ends(
+        [one.areas_S for one in (*own, *firsts)], interquartile_mean(np.concatenate(drawn, axis=1)), resampling
+    )
     return {"share": _middle(np.concatenate(strata)), "share_low": low, "share_high": high}
 
 
@@ -282,7 +283,8 @@ def _better(own: Sequence[Finished], firsts: Sequence[Finished], resampling: Res
         return 0.5 * (1.0 + apart.mean(axis=(1, 2)))
 
     pairs = [(one.areas_S[None], first.areas_S[None]) for one, first in zip(own, firsts, strict=True)]
-    low, high = resampling.ends(np.mean([probability(*pair) for pair in _drawn(own, firsts, resampling)], axis=0))
+    drawn_R = np.mean([probability(*pair) for pair in _drawn(own, firsts, resampling)], axis=0)
+    low, high = _ends([one.areas_S for one in (*own, *firsts)], drawn_R, resampling)
     return {
         "better": float(np.mean([probability(*pair) for pair in pairs])),
         "better_low": low,
@@ -355,9 +357,9 @@ def sentences_over_tasks(together: Sequence[Row], num_tasks: int) -> list[str]:
         )
     return lines + [
         f"Over {row['tasks']} of {num_tasks} tasks ({row['scope']}), {row['contender']}: {row['share']:.3f} of the "
-        f"first variant's area [{row['share_low']:.3f}, {row['share_high']:.3f}] with "
-        f"{row['share_of_gradient_steps']:.0%} of its gradient steps; better with probability {row['better']:.2f} "
-        f"[{row['better_low']:.2f}, {row['better_high']:.2f}]."
+        f"first variant's area{_in_brackets(row, 'share', '.3f')} with "
+        f"{row['share_of_gradient_steps']:.0%} of its gradient steps; better with probability "
+        f"{row['better']:.2f}{_in_brackets(row, 'better', '.2f')}."
         for row in together
     ]
 
@@ -414,13 +416,21 @@ def _waited(one: Finished, final: float) -> Row:
     return found
 
 
+def _ends(
+    strata: Sequence[NDArray[np.float64]], drawn_R: NDArray[np.float64], resampling: Resampling
+) -> tuple[float, float]:
+    """The interval of what was resampled from some units' trials; (NaN, NaN) where one of them has fewer than
+    MIN_TRIALS."""
+    return resampling.ends(drawn_R if min(map(len, strata)) >= MIN_TRIALS else drawn_R[:0])
+
+
 def _middle(values: NDArray[np.float64]) -> float:
     return float(interquartile_mean(values))
 
 
 def _with_interval(name: str, strata: Sequence[NDArray[np.float64]], resampling: Resampling) -> Row:
     """The interquartile mean over all runs of all strata, one for each task."""
-    low, high = resampling.ends(resampling.resample(*strata))
+    low, high = _ends(strata, resampling.resample(*strata), resampling)
     return {name: _middle(np.concatenate(strata)), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -443,6 +453,10 @@ def _difference(name: str, one: Finished, other: Finished | None, resampling: Re
 
 
 def _bracketed(row: Row, name: str, sign: str = "") -> str:
-    if np.isnan(row[f"{name}_low"]):
-        return f"{row[name]:{sign}.0f}"
-    return f"{row[name]:{sign}.0f} [{row[f'{name}_low']:{sign}.0f}, {row[f'{name}_high']:{sign}.0f}]"
+    return f"{row[name]:{sign}.0f}{_in_brackets(row, name, f'{sign}.0f')}"
+
+
+def _in_brackets(row: Row, name: str, style: str) -> str:
+    """The interval, after a space; nothing where there is none."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return "" if np.isnan(low) else f" [{low:{style}}, {high:{style}}]"
