@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tipl_ray.command_line import read_options
 from tipl_ray.errors import print_error
 from tipl_ray.places import absolute_storage, default_storage
-from tipl_ray.terminal import say_rows, say_sentence, waiting
+from tipl_ray.terminal import say, say_rows, waiting
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -102,7 +102,7 @@ def main() -> None:
         chosen.output.write_text(comparison.page(title, rows, chosen.by, drawn, uri), encoding="utf-8")
         if chosen.csv is not None:
             chosen.csv.write_bytes(as_csv(comparison.everything(rows)))
-        say_sentence(f"{len(rows)} runs compared in {chosen.output.absolute()}")
+        say(f"{len(rows)} runs compared in {chosen.output.absolute()}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from tipl_ray.data.storage import TEMPORARY, Storage, StoreError, join, link_to
 from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.errors import UserError, print_error
 from tipl_ray.remembered import remembered_collection
-from tipl_ray.terminal import say, say_rows, say_sentence, size_text, waiting
+from tipl_ray.terminal import say, say_rows, say_whole, size_text, waiting
 
 Root = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORAGE", help="folder or URI of the data set")]
 
@@ -292,13 +292,13 @@ def import_checkpoints(
         except UserError as error:
             refusals.append(str(error))
             continue
-        say_sentence(
+        say(
             f"{series.name}: {len(series.steps)} checkpoints, {series.steps[0]:,} to {series.steps[-1]:,}, of "
             f"{series.num_weights:,} weights in {series.num_tensors:,} tensors, {size_text(series.num_bytes)}: "
             f"{'imported before' if was_there else 'imported'} as {series.digest}"
         )
         for why, names in series.left_out.items():
-            say_sentence(f"  left out {why}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}")
+            say(f"  left out {why}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}")
     return _tell(refusals)
 
 
@@ -346,9 +346,9 @@ def ask(
     asking = Asking(context=context, steps=steps, per_iteration=per_iteration, leave_out=leave_out)
     folder, findings = answer(storage, series, asking, predictor)
     for one in answers(findings):
-        say_sentence(one.line)
+        say(one.line)
     say_rows(skill_table(findings), title="Skill against copying the last checkpoint")
-    say(f"report: {link_to(folder, REPORT_FILE)}")
+    say_whole(f"report: {link_to(folder, REPORT_FILE)}")
     return 0
 
 

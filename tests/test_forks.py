@@ -16,9 +16,10 @@ from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
 from tipl_ray.config import Collect, Contender, Experiment, Improve, Jump, Ppo, Where
 from tipl_ray.experiments import load_experiment
-from tipl_ray.improve import fork_data, forks
+from tipl_ray.improve import fork_data, forks, work
 from tipl_ray.improve.fork_data import cell_folder, forks_digest, read_forks, run_and_publish, run_forks
 from tipl_ray.improve.forks import Branches, Cell, branch_rules, cells, fork_iterations, run_cell
+from tipl_ray.improve.gain_job import run_learning
 from tipl_ray.ppo.trials import TrialGroup
 
 ENGINE = "compiled" if shutil.which("g++") else "torch"
@@ -184,3 +185,22 @@ def test_the_shipped_forks_are_of_no_task_that_is_reported() -> None:
 def test_forks_that_mean_nothing_are_refused_before_work(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(SMALL, improve=dataclasses.replace(SMALL.improve, **changes)).check("fork")
+
+
+def test_a_model_without_forks_to_learn_from_is_refused_before_ray_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "connected", lambda experiment: pytest.fail("Ray was started"))
+    with pytest.raises(SystemExit):
+        run_learning(SMALL.at(str(tmp_path)))
+    refused = capsys.readouterr().err
+    assert "the forks of InvertedPendulum-v4, small, learning_rate 0.001 are missing; run jobs/fork.py" in refused
+
+
+def test_a_cell_is_named_by_what_its_branches_depend_on_alone() -> None:
+    def folder(**fields: int | str) -> str:
+        changed = dataclasses.replace(SMALL, collect=dataclasses.replace(SMALL.collect, **fields))
+        return cell_folder(CELL, changed, SOURCE, "torch")
+
+    assert folder() == folder(engine="auto") == folder(iterations_per_commit=7)
+    assert len({folder(), folder(num_trials=3), folder(first_seed=6), folder(total_env_steps=17 * 128)}) == 4

@@ -214,7 +214,7 @@ def test_no_job_is_told_again_what_an_earlier_one_was_told(tmp_path: Path) -> No
 
     trials = ["--collect.task", "Hopper-v5", "--collect.num-trials", "6", "--collect.total-env-steps", "16384"]
     told("collect", *trials, "--collect.policy-hidden", "8", "8")
-    taken = "task Hopper-v5, 6 trials, policy 8-8"
+    taken = "task Hopper-v5, 6 trials (seeds 1 to 6), policy 8-8"
     ours = told("train", "--train.num-steps", "40", "--split.validation-trials", "1", "--split.test-trials", "1")
     assert ours.startswith(f"train: preset causal, {taken} from storage {tmp_path}")
     assert f"{taken}, split 1/1 from storage" in told("train", "--preset", "paper", "--train.num-steps", "20")

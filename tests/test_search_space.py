@@ -87,6 +87,14 @@ def test_a_rank_is_refused_on_a_basis_that_has_none() -> None:
     assert make_space(demo({"basis.rank": [8, 16], "basis.kind": ["window", "trial"]}, "causal"))
 
 
+def test_a_range_whose_ends_are_possible_and_not_what_is_between_is_refused() -> None:
+    words = "model.embedding is a range with impossible values in it: model.heads=4 does not divide model.embedding=65"
+    searched = demo({"model.embedding": "uniform(64,128)", "model.heads": [4]})
+    searched = dataclasses.replace(searched, sweep=dataclasses.replace(searched.sweep, search="optuna"))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        make_space(searched)
+
+
 @pytest.mark.parametrize("argument", ["basis.rank", "=8", "basis.rank="])
 def test_an_argument_without_field_or_values_is_refused(argument: str) -> None:
     with pytest.raises(ValueError, match="use FIELD=VALUE"):

@@ -56,8 +56,11 @@ def test_workers_share_out_the_same_global_batch_whatever_their_number(num_worke
     two = tokens(range(2))
     segments = Segments(two, Normaliser.fit(two.coordinates_NTD), context=5)
     for step in (0, 1, 1000):
-        alone = segments.batch(step, 8, seed=3)
-        shares = [segments.batch(step, 8, 3, rank, num_workers) for rank in range(num_workers)]
+        alone = segments.gather(draw_windows(segments.num_windows, step, 8, 3))
+        shares = [
+            segments.gather(draw_windows(segments.num_windows, step, 8, 3, rank, num_workers))
+            for rank in range(num_workers)
+        ]
         for one, many in zip(alone, zip(*shares, strict=True), strict=True):
             assert torch.equal(torch.stack(many, dim=1).flatten(0, 1), one)
 

@@ -249,6 +249,9 @@ def test_other_data_sets_to_train_on_are_split_as_the_own_one_is(tmp_path: Path)
     assert found.split.cut(found.seeds) == ((1, 2, 3), (4,), (5,))
     assert (found.task, found.digest) == ("Line-v0", other.digest())
     assert data_sets.training_digest(elsewhere(tmp_path, tmp_path / "other")) == other.digest()
+    folded = dataclasses.replace(elsewhere(tmp_path, tmp_path / "other"), split=config.Split(folds=6))
+    with pytest.raises(ValueError, match=r"other: split\.folds=6 exceeds its 5 trials"):
+        data_sets.data_sets(folded)
     few = write_store(tmp_path / "few", (1, 2))
     few.finish((1, 2), 41)
     with pytest.raises(ValueError, match="leave none of its 2 trials to train on"):

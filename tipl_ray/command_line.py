@@ -33,7 +33,7 @@ from tipl_ray.errors import UserError, nearest, print_error
 from tipl_ray.experiments import find_experiment, load_experiment, named_experiments
 from tipl_ray.places import absolute_storage, check_places, forget_empty_variables, in_checkout, with_variables
 from tipl_ray.registry import REPRESENTATIONS
-from tipl_ray.terminal import COLOURS, folded, is_terminal, say_sentence
+from tipl_ray.terminal import COLOURS, folded, is_terminal, say
 
 if TYPE_CHECKING:
     from tipl_ray.remembered import Remembered
@@ -98,7 +98,7 @@ class CommandLine:
                 _check_tracking(parsed.where.tracking.uri)
         if self.memory:
             taken = ", ".join(self._taken(parsed, {*sections, *(["preset"] if self.memory.preset else [])}))
-            say_sentence(f"{_named(self.jobs)}: {taken} from storage {redacted(parsed.storage_path)}")
+            say(f"{_named(self.jobs)}: {taken} from storage {redacted(parsed.storage_path)}")
         return parsed
 
     def _usage(self, shown: Any) -> str:
@@ -117,7 +117,7 @@ class CommandLine:
         told = {
             "preset": f"preset {experiment.preset}",
             "collect.task": f"task {collect.task}",
-            "collect.num_trials": f"{collect.num_trials} trials",
+            "collect.num_trials": f"{collect.num_trials} trials (seeds {collect.seeds[0]} to {collect.seeds[-1]})",
             "collect.policy_hidden": f"policy {'-'.join(map(str, collect.policy_hidden))}",
             "split.test_trials": f"split {split.validation_trials}/{split.test_trials}",
         }

@@ -26,7 +26,7 @@ from tipl_ray.jobs import check_job, exit_status
 from tipl_ray.pages import as_csv
 from tipl_ray.predict.models import load_about
 from tipl_ray.stages import STAGES, Context, train_missing, trained_models
-from tipl_ray.terminal import ProgressView, duration, say, say_sentence
+from tipl_ray.terminal import ProgressView, duration, say, say_whole
 from tipl_ray.tracking import ui_command
 
 FOLDS = 10
@@ -82,9 +82,9 @@ def run_cross_validation(experiment: Experiment) -> None:
             tables["summary"], experiment.evaluate.confidence, tables["comparisons"], tables["groups"]
         )
         for answer in answers:
-            say_sentence(answer.line)
+            say(answer.line)
         say(f"cross_validate: tables in {folder}, {duration(time.monotonic() - begin)}")
-        say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
+        say_whole(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
 def _evaluate(experiment: Experiment, models: Sequence[str]) -> Evaluation:

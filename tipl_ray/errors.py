@@ -33,9 +33,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def print_error(error: object) -> None:
-    """One line on standard error, with jobs named as the user started this one: by `tipl` or by file."""
-    text = str(error)
-    print(f"error: {as_command(text) if sys.argv[0].startswith('tipl ') else text}", file=sys.stderr)
+    """One line on standard error, with jobs named as the user started this one."""
+    print(f"error: {as_started(str(error))}", file=sys.stderr)
+
+
+def as_started(text: str) -> str:
+    """A text with jobs named as the user started this one: by `tipl` or by file."""
+    return as_command(text) if sys.argv[0].startswith("tipl ") else text
 
 
 def as_command(text: str) -> str:

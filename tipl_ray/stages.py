@@ -23,7 +23,7 @@ import numpy as np
 from tipl_ray.collect.placement import GroupProgress
 from tipl_ray.config import Experiment, Ppo
 from tipl_ray.data.locks import only_one
-from tipl_ray.data.snapshots import PPO_COLUMNS, Header
+from tipl_ray.data.snapshots import PPO_COLUMNS, Header, last_known
 from tipl_ray.data.storage import (
     Storage,
     StoreError,
@@ -41,7 +41,7 @@ from tipl_ray.jobs import check_job, connected, exit_status, open_tracker
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.representation import representation_of
 from tipl_ray.remembered import remember_collection, remember_training
-from tipl_ray.terminal import ProgressView, duration, say, say_sentence, waiting
+from tipl_ray.terminal import ProgressView, duration, say, say_whole, waiting
 from tipl_ray.tracking import PARENT_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import DataSet, data_sets, missing_model, model_folder, run_digest, training_digest
 
@@ -427,15 +427,15 @@ def run_stages(experiment: Experiment, names: Sequence[str]) -> None:
                 require_workers(experiment)  # now, and not when all is collected
         for name in names:
             STAGES[name].run(context)
-        say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
+        say_whole(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
 def say_end(storage: str, folder: str, answers: Sequence[Answer]) -> None:
     """The end of a run: its findings in a few lines, and the link to its report, to which `latest` now leads too."""
     for answer in answers:
-        say_sentence(answer.line)
+        say(answer.line)
     make_latest(storage, folder)
-    say(f"report: {link_to(folder, REPORT_FILE)}")
+    say_whole(f"report: {link_to(folder, REPORT_FILE)}")
 
 
 def data_digest(experiment: Experiment) -> str:
@@ -495,7 +495,7 @@ def _refuse_other_experiment(experiment: Experiment, header: Header) -> None:
     here = as_table(experiment)
     ppo, jump = made.pop("ppo", {}), dict(made.pop("jump", {}))
     jump.pop("predictor", None)  # a digest, which means nothing to a reader
-    for field in ("engine", "iterations_per_commit"):  # of no account to who reads the trials
+    for field in ("engine", "iterations_per_commit", "source"):  # of no account to who reads the trials
         made.pop(field, None)
     # What is not recorded came later, or was at its default.
     there = {"collect": {"task": header.task, **made}, "ppo": as_table(Ppo()) | ppo if ppo else ppo, "jump": jump}
@@ -525,11 +525,7 @@ def learning_curves(experiment: Experiment) -> list[tuple[int, np.ndarray, np.nd
     first = slice(1, None, experiment.snapshots_per_iteration)  # an iteration's episodes stand at its first snapshot
     for seed in store.sound(experiment.collect.seeds):
         trial = store.trajectory(seed, columns=["env_step", "episodic_return"])
-        returns_T = trial.episodic_returns_T[first].copy()
-        for index in range(1, len(returns_T)):
-            if np.isnan(returns_T[index]):
-                returns_T[index] = returns_T[index - 1]
-        curves.append((seed, trial.env_steps_T[first], returns_T))
+        curves.append((seed, trial.env_steps_T[first], last_known(trial.episodic_returns_T[first])))
     return curves
 
 

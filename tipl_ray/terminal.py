@@ -38,14 +38,14 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def say(message: str) -> None:
-    """Print a line."""
-    console.print(message, markup=False)
-
-
-def say_sentence(message: str) -> None:
     """Print a line, folded between words on a terminal."""
     indented: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-    say(textwrap.fill(message, console.width, **indented) if is_terminal(sys.stdout) else message)
+    say_whole(textwrap.fill(message, console.width, **indented) if is_terminal(sys.stdout) else message)
+
+
+def say_whole(message: str) -> None:
+    """Print a line as it is, as a command is to be copied."""
+    console.print(message, markup=False)
 
 
 def folded(text: str) -> str:

@@ -43,7 +43,7 @@ from tipl_ray.predict.gram import Question
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.saved import ABOUT_PREDICTOR_FILE as PREDICTOR_FILE
 from tipl_ray.predict.saved import load_predictor, predictor_digest
-from tipl_ray.terminal import ProgressView, duration, say, say_rows
+from tipl_ray.terminal import ProgressView, duration, say, say_rows, say_whole
 from tipl_ray.tracking import Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder, training_digest
 
@@ -116,7 +116,7 @@ def run_acceleration(experiment: Experiment) -> None:
                 finished, searched = _run_units(plan, named, tracker, run)
                 _report(plan, finished, searched, join(experiment.storage_path, "accelerations", key), run)
             say(f"accelerate: {duration(time.monotonic() - begin)}")
-            say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
+            say_whole(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
 def source_experiment(experiment: Experiment) -> Experiment:

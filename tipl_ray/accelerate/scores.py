@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 
 from tipl_ray.accelerate.contenders import Unit, is_learned
 from tipl_ray.config import Contender
+from tipl_ray.data.snapshots import last_known
 from tipl_ray.evaluate.metrics import MIN_TRIALS, Resampling, interquartile_mean
 
 SHARES = (80, 90, 95)
 """Percentages of the first variant's final return that the time to is measured."""
 SMOOTHED = 5
 """Iterations in the moving average that has to reach a return."""
-FINAL_SHARE = 10
-"""The final return is the mean over the last 1/FINAL_SHARE of the iterations."""
 
 Row = dict[str, Any]
 
@@ -76,20 +75,23 @@ class Finished:
 
     @property
     def _tenth(self) -> int:
-        return max(1, self.returns_SI.shape[1] // FINAL_SHARE)
+        return final_iterations(self.returns_SI.shape[1])
+
+
+def final_iterations(num_iterations: int) -> int:
+    """Iterations at a trial's end whose mean return is its final return: a tenth of all, and at least one."""
+    return max(1, num_iterations // 10)
 
 
 def filled(returns_SI: NDArray[np.float64]) -> NDArray[np.float64]:
     """Curves without gaps: the last known return, or before the first known one that one. Raises ValueError for an
     empty curve."""
-    result_SI = returns_SI.copy()
-    for returns_I in result_SI:
-        known = np.flatnonzero(~np.isnan(returns_I))
-        if not len(known):
-            raise ValueError("no episode ended in a trial, so its learning curve is empty")
-        latest_I = np.searchsorted(known, np.arange(len(returns_I)), side="right") - 1
-        returns_I[:] = returns_I[known[np.maximum(latest_I, 0)]]
-    return result_SI
+    known_SI = ~np.isnan(returns_SI)
+    if not known_SI.any(axis=1).all():
+        raise ValueError("no episode ended in a trial, so its learning curve is empty")
+    first_S1 = np.take_along_axis(returns_SI, known_SI.argmax(axis=1)[:, None], axis=1)
+    latest_SI = last_known(returns_SI)
+    return np.where(np.isnan(latest_SI), first_S1, latest_SI)
 
 
 def comparable(finished: Sequence[Finished]) -> list[Finished]:

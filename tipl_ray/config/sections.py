@@ -361,8 +361,9 @@ class Tracking:
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Where:
-    """Where a job runs, which resources it may use and where its output goes; no result depends on any of it,
-    except that the dropout of a training depends on its number of workers."""
+    """Where a job runs, which resources it may use and where its output goes. No result depends on any of it, with two
+    exceptions: a training's dropout depends on its number of workers, and the last bits of a model on the paper's
+    tokens on its threads (cpus_per_trial in a sweep, else the CPUs of the machine)."""
 
     storage: str | None = None
     """Folder or URI for all output; by default storage/<name> in the checkout (ignored by git) or, if the package is

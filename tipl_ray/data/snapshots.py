@@ -204,6 +204,13 @@ class Header:
         return digest(self.task, self.layout, self.config, simulators, *columns)
 
 
+def last_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Along the last axis each value, or the last one before it that is not NaN, as of returns where no episode ended;
+    NaN before the first."""
+    places = np.where(np.isnan(values), 0, np.arange(values.shape[-1]))
+    return np.take_along_axis(values, np.maximum.accumulate(places, axis=-1), axis=-1)
+
+
 def differences(header: Header, other: Header) -> str:
     """What counts and differs between a header and another, by dotted field, the first few of them."""
     left, right = (

@@ -7,6 +7,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,8 @@ class Task:
 
 def run_learning(experiment: Experiment) -> None:
     """All of jobs/learn_jumps.py."""
-    with work_on(experiment, "learn_jumps", "model") as work:
+    there = partial(forks_digest, experiment)  # raises for a missing cell
+    with work_on(experiment, "learn_jumps", "model", check=there) as work:
         data = forks_digest(experiment, work.source, work.engine)
         size = model_size(work.source)
         parts = experiment.split.cut(experiment.collect.seeds)

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from tipl_ray import config
 from tipl_ray.digest import as_table
 from tipl_ray.predict.blocks import DTYPE, Blocks, initialise
-from tipl_ray.predict.context_ridge import lengths_and_cosines
+from tipl_ray.predict.context_ridge import displacement_tokens
 from tipl_ray.predict.models import SavedModel
 
 CHANGES = 3
-MOST_LOG_LENGTH = 8.0
-"""Limit on a token's log length, since a displacement may be 0."""
 CLOCK_SIZE, PLACE_SIZE, EXTRA_SIZE = 5, 4, 4
 FURTHEST = 1.5
 """Limit on the model's changes, in units of the changes that it was trained on."""
@@ -80,10 +78,7 @@ class GainTransformer(SavedModel):
 
     def trunk(self, seen: Seen, gains_B: Tensor | None = None) -> Tensor:
         """Hidden state of the last token; (B, E)."""
-        lengths_BK, cosines_BKK = lengths_and_cosines(seen.grams_BKK)
-        logs_BK = lengths_BK.log()
-        relative_BK = (logs_BK - logs_BK.mean(dim=1, keepdim=True)).clamp(-MOST_LOG_LENGTH, MOST_LOG_LENGTH)
-        tokens_BKD = torch.cat((cosines_BKK, relative_BK[:, :, None]), dim=2).float()
+        tokens_BKD = displacement_tokens(seen.grams_BKK)
         if not self.sight.trajectory:
             tokens_BKD = torch.zeros_like(tokens_BKD)
         hidden_BKE = self.embed_token(tokens_BKD) + self.embed_position.weight

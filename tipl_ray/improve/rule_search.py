@@ -29,7 +29,7 @@ from ray.tune.search.optuna import OptunaSearch
 from tipl_ray.accelerate.contenders import jump_question, jump_settings
 from tipl_ray.accelerate.group_jumps import Jumps
 from tipl_ray.accelerate.return_rule import ReturnRule, RuleNumbers
-from tipl_ray.accelerate.scores import filled
+from tipl_ray.accelerate.scores import filled, final_iterations
 from tipl_ray.collect.crew import seat_resources
 from tipl_ray.config import Experiment
 from tipl_ray.data.storage import Storage, file_exists, join, publish, read_published
@@ -53,8 +53,6 @@ moves."""
 START = {name: (low + high) / 2 for name, (low, high) in BOUNDS.items()}
 FINAL_WEIGHT = 0.25
 """Weight of the final return's rank; the area's rank has the rest."""
-FINAL_SHARE = 10
-"""The final return is the mean over the last 1/FINAL_SHARE of the iterations."""
 CANDIDATE_FILE, RULE_FILE, RECORD = "candidate.json", "rule.json", "checksum.sha256"
 WAY_OUT = "delete it; the same command then computes it again"
 
@@ -120,8 +118,7 @@ def run_rule(
 
 def score_curves(curves_SI: NDArray[np.float64]) -> list[float]:
     """Mean area under the curves and mean final return; NaN where a trial diverged."""
-    last = max(1, curves_SI.shape[1] // FINAL_SHARE)
-    return [float(curves_SI.mean()), float(curves_SI[:, -last:].mean())]
+    return [float(curves_SI.mean()), float(curves_SI[:, -final_iterations(curves_SI.shape[1]) :].mean())]
 
 
 def run_candidate(

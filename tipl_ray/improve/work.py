@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 
@@ -12,7 +12,7 @@ from tipl_ray.collect.crew import require_seat
 from tipl_ray.config import Experiment
 from tipl_ray.jobs import check_job, connected, exit_status
 from tipl_ray.ppo.engines import choose_engine
-from tipl_ray.terminal import duration, say
+from tipl_ray.terminal import duration, say, say_whole
 from tipl_ray.tracking import Tracker, ui_command
 
 
@@ -30,18 +30,26 @@ class Work:
 
 
 @contextlib.contextmanager
-def work_on(experiment: Experiment, job: str, seat: str) -> Iterator[Work]:
+def work_on(
+    experiment: Experiment,
+    job: str,
+    seat: str,
+    check: Callable[[Experiment, str], object] = lambda source, engine: None,
+) -> Iterator[Work]:
     """Set up a job and finish it; `seat` names the unit of work that needs one CPU.
+
+    `check` is called before Ray starts, with the source and the engine, to raise where something is missing.
 
     Exits with status 1 and one line on standard error for errors that the user can fix, 130 if interrupted.
     """
     with exit_status():
         check_job(experiment)
         source, begin = source_experiment(experiment), time.monotonic()
+        engine = choose_engine(experiment.collect.engine, experiment.ppo)
+        check(source, engine)
         with connected(experiment) as tracker:
-            engine = choose_engine(experiment.collect.engine, experiment.ppo)
             require_seat(experiment, engine, seat)
             at_once = experiment.where.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
             yield Work(experiment=experiment, source=source, tracker=tracker, engine=engine, at_once=at_once)
         say(f"{job}: {duration(time.monotonic() - begin)}")
-        say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
+        say_whole(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")

@@ -19,7 +19,6 @@ from torch import Tensor
 from tipl_ray.data.rows import Rows
 from tipl_ray.paper.temporal_svd import FittedBasis
 from tipl_ray.paper.transformer import Normaliser
-from tipl_ray.predict.objective import draw_windows
 
 SNAPSHOTS_AT_ONCE = 64
 """Snapshots that are decoded at a time when the basis is measured."""
@@ -156,10 +155,6 @@ class Segments:
         snapshots_BK = firsts_B[:, None] + self._offsets_K
         rows_BK = trials_B[:, None] * self.num_snapshots + snapshots_BK
         return Batch(self._tokens_SD[rows_BK], snapshots_BK, self._tokens_SD[rows_BK + 1])
-
-    def batch(self, step: int, batch_size: int, seed: int, rank: int = 0, num_workers: int = 1) -> Batch:
-        """One worker's share of a step's global batch, a pure function of the arguments: see `draw_windows`."""
-        return self.gather(draw_windows(self.num_windows, step, batch_size, seed, rank, num_workers))
 
     def ends(self, windows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Index of each window's trial, and of its last snapshot in that."""

@@ -124,7 +124,7 @@ class FirstAgain(PhaseTable):
 
 
 class RidgeOnContext(Combination):
-    """Ridge regression that is fitted on nothing but the context at hand: see `model.ContextRidge`."""
+    """Ridge regression that is fitted on nothing but the context at hand: see `context_ridge.ContextRidge`."""
 
     name = "context-ridge"
 

@@ -13,6 +13,9 @@ from tipl_ray.predict.blocks import DTYPE
 SMALLEST_SQUARE = 1e-30
 """Squared length below which a displacement has no direction."""
 
+MOST_LOG_LENGTH = 8.0
+"""Limit on a token's log length, since a displacement may be 0."""
+
 CONTEXT_PENALTIES = (0.1, 0.3, 1.0, 3.0)
 """Penalties of the ridge regressions on the context itself that a model weighs, in units of its mean squared length."""
 
@@ -21,6 +24,15 @@ def lengths_and_cosines(grams_BKK: Tensor) -> tuple[Tensor, Tensor]:
     """Lengths of displacements, and cosines between them; (B, K) and (B, K, K)."""
     lengths_BK = grams_BKK.diagonal(dim1=1, dim2=2).clamp_min(SMALLEST_SQUARE).sqrt()
     return lengths_BK, grams_BKK / (lengths_BK[:, :, None] * lengths_BK[:, None])
+
+
+def displacement_tokens(grams_BKK: Tensor) -> Tensor:
+    """What a Transformer sees of each displacement: its cosines with all of them, and its length beside their mean one,
+    as a logarithm; (B, K, K + 1)."""
+    lengths_BK, cosines_BKK = lengths_and_cosines(grams_BKK)
+    logs_BK = lengths_BK.log()
+    relative_BK = (logs_BK - logs_BK.mean(dim=1, keepdim=True)).clamp(-MOST_LOG_LENGTH, MOST_LOG_LENGTH)
+    return torch.cat((cosines_BKK, relative_BK[:, :, None]), dim=2).float()
 
 
 class ContextRidge(nn.Module):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tipl_ray import pages
 from tipl_ray.digest import redacted
 from tipl_ray.drawing import png
+from tipl_ray.errors import as_started
 from tipl_ray.evaluate.report import Answer, Verdict, counted, steps_text
 from tipl_ray.sweep import figures
 from tipl_ray.sweep.space import short_names
@@ -207,7 +208,7 @@ def findings(rows: Sequence[Row], metric: str, num_trials: int) -> list[Answer]:
         Answer(
             question="And in returns?",
             verdict=None,
-            text="A sweep runs no policies; jobs/evaluate.py does, for a model that jobs/train.py has trained.",
+            text=as_started("A sweep runs no policies; jobs/evaluate.py does, for a model of jobs/train.py."),
         ),
         Answer(
             question="How sure is that?",

@@ -86,6 +86,9 @@ def make_space(experiment: config.Experiment) -> Space:
     if combinations > MAX_COMBINATIONS:
         raise ValueError(f"sweep.over makes {combinations} combinations, more than {MAX_COMBINATIONS}")
     children = [with_fields(experiment, candidate) for candidate in corners(space)]
+    for field, entry in space.items():
+        if isinstance(entry, Range) and entry.whole:
+            _check_between(experiment, field, entry, next(corners(space)))
     bases = {child.basis for child in children}
     without_effect = [representation_of(basis).without_effect() for basis in bases]
     for field in space:
@@ -95,6 +98,17 @@ def make_space(experiment: config.Experiment) -> Space:
                 "--preset paper uses basis `trial`, --preset causal `window`"
             )
     return space
+
+
+def _check_between(experiment: config.Experiment, field: str, entry: Range, candidate: Candidate) -> None:
+    """Refuse a range of integers in which some are impossible, as those that another field does not divide."""
+    for value in (entry.low + 1, entry.high - 1):
+        try:
+            with_fields(experiment, {**candidate, field: value})
+        except ValueError as error:
+            raise ValueError(
+                f"sweep.over.{field} is a range with impossible values in it: {error}; give a list of values"
+            ) from error
 
 
 def corners(space: Space) -> Iterator[Candidate]:

@@ -47,7 +47,7 @@ from tipl_ray.stages import REPORT_FILE, data_digest, essence, log_data, run_tag
 from tipl_ray.sweep import comparison
 from tipl_ray.sweep.judge import Judge
 from tipl_ray.sweep.space import Candidate, Range, Space, corners, describe, make_space, short_names, with_fields
-from tipl_ray.terminal import ProgressView, duration, say, say_rows, waiting
+from tipl_ray.terminal import ProgressView, duration, say, say_rows, say_whole, waiting
 from tipl_ray.tracking import KEY_TAG, Run, Tracker, ui_command
 from tipl_ray.train.data_sets import model_folder, run_digest
 from tipl_ray.train.ray_train import make_trainer, publish_model, worker_training
@@ -136,7 +136,7 @@ def run_sweep(experiment: config.Experiment) -> None:
             _require_children(experiment)
             with tracker.run(plan.name, key, tags=run_tags(experiment)) as parent:
                 _sweep(plan, tracker, parent)
-    say(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
+    say_whole(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")
 
 
 def make_plan(experiment: config.Experiment) -> Plan:

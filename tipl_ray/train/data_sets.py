@@ -79,6 +79,11 @@ def data_sets(experiment: config.Experiment) -> tuple[DataSet, ...]:
                 f"{storage}: {phases} snapshots per PPO iteration do not match the experiment's "
                 f"{experiment.snapshots_per_iteration}"
             )
+        if experiment.split.folds > len(store.seeds()):
+            raise ValueError(
+                f"{storage}: split.folds={experiment.split.folds} exceeds its {len(store.seeds())} trials, which "
+                "leaves some folds empty"
+            )
         found.append(DataSet(storage=storage, seeds=store.seeds(), split=experiment.split))
         if not experiment.split.cut(store.seeds())[0]:
             raise ValueError(

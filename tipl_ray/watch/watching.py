@@ -12,7 +12,7 @@ from tipl_ray.data.trajectory_store import TrajectoryStore
 from tipl_ray.predict.bands import load_band, snapshots_per_iteration
 from tipl_ray.predict.gram import Question
 from tipl_ray.predict.predictor import Combination, Predictor, combine
-from tipl_ray.predict.saved import load_predictor
+from tipl_ray.predict.saved import combinations, load_predictor
 from tipl_ray.record.export import read_snapshot
 from tipl_ray.registry import PREDICTORS
 from tipl_ray.watch.policies import Act, acting
@@ -129,14 +129,20 @@ def predicted(
 
 def _predictor(name: str, question: Question) -> Combination:
     """A saved predictor, or one by name that needs no fitting, for this question."""
-    if name not in PREDICTORS.own:
-        return load_predictor(name)
-    kind = PREDICTORS.load(name)
-    if not issubclass(kind, Combination) or kind.fit is not Predictor.fit:
+    every = {own: PREDICTORS.load(own)(question) for own in combinations()}
+    # One that has numbers without a fit is of a rule, whose numbers come from a folder.
+    ready = {own: one for own, one in every.items() if type(one).fit is Predictor.fit and not one.fitted}
+    if name in ready:
+        return ready[name]
+    if name in PREDICTORS.own:
         raise ValueError(
-            f"predictor={name!r} has to be fitted first; give the folder of a saved one, or of a trained model"
+            f"predictor={name!r} has to be fitted first; give the folder of a saved one, or of a trained model, or one "
+            f"that needs no fitting: {', '.join(ready)}"
         )
-    return kind(question)
+    try:
+        return load_predictor(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; predictors that need no fitting are {', '.join(ready)}") from error
 
 
 def _phases(header: Header) -> dict[str, Any]:

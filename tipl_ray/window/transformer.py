@@ -16,14 +16,11 @@ from torch.nn import functional
 from tipl_ray import config
 from tipl_ray.digest import as_table
 from tipl_ray.predict.blocks import DTYPE, Blocks
-from tipl_ray.predict.context_ridge import CONTEXT_PENALTIES, ContextRidge, lengths_and_cosines
+from tipl_ray.predict.context_ridge import CONTEXT_PENALTIES, ContextRidge, displacement_tokens
 from tipl_ray.predict.gram import Question
 from tipl_ray.predict.models import SavedModel
 
 CLOCK_SIZE = 4
-
-MOST_LOG_LENGTH = 8.0
-"""Limit of a token's log length: a displacement may be 0."""
 
 
 class WindowTransformer(SavedModel):
@@ -64,11 +61,7 @@ class WindowTransformer(SavedModel):
 
     def encode(self, grams_BKK: Tensor, phases_B: Tensor, progress_B: Tensor, learning_rates_B: Tensor) -> Tensor:
         """What it knows after each displacement; (B, K, E)."""
-        lengths_BK, cosines_BKK = lengths_and_cosines(grams_BKK)
-        logs_BK = lengths_BK.log()
-        relative_BK = (logs_BK - logs_BK.mean(dim=1, keepdim=True)).clamp(-MOST_LOG_LENGTH, MOST_LOG_LENGTH)
-        tokens_BKD = torch.cat((cosines_BKK, relative_BK[:, :, None]), dim=2).float()
-        hidden_BKE = self.embed_token(tokens_BKD) + self.embed_position.weight
+        hidden_BKE = self.embed_token(displacement_tokens(grams_BKK)) + self.embed_position.weight
         if self.size.phase:
             # The last displacement led to the start's phase, the one before it to the phase before.
             ages_K = torch.arange(self.size.context - 1, -1, -1, device=phases_B.device)
