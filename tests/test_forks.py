@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_a_model_without_forks_to_learn_from_is_refused_before_ray_starts(
 
 
 def test_a_cell_is_named_by_what_its_branches_depend_on_alone() -> None:
-    def folder(**fields: int | str) -> str:
+    def folder(**fields: Any) -> str:
         changed = dataclasses.replace(SMALL, collect=dataclasses.replace(SMALL.collect, **fields))
         return cell_folder(CELL, changed, SOURCE, "torch")
 

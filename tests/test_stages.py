@@ -268,16 +268,14 @@ def test_a_job_takes_from_a_storage_what_was_collected_there_and_says_so(
 ):
     settings = hopper(tmp_path)
     remember_collection(settings)
+    trials = "task Hopper-v5, 6 trials (seeds 3 to 8), policy 16-4"
     for job in ("train", "sweep", "evaluate"):
         taken = told(tmp_path, job=job)
         assert dataclasses.replace(taken, accelerate=settings.accelerate) == settings
-        said = f"{job}: preset causal, task Hopper-v5, 6 trials (seeds 3 to 8), policy 16-4, split 1/1 from storage {tmp_path}\n"
+        said = f"{job}: preset causal, {trials}, split 1/1 from storage {tmp_path}\n"
         assert capsys.readouterr().out == said
     assert told(tmp_path, job="collect").collect == settings.collect
-    assert (
-        capsys.readouterr().out
-        == f"collect: task Hopper-v5, 6 trials (seeds 3 to 8), policy 16-4 from storage {tmp_path}\n"
-    )
+    assert capsys.readouterr().out == f"collect: {trials} from storage {tmp_path}\n"
 
 
 def test_options_go_before_what_a_storage_remembers_and_that_before_the_demo(

@@ -150,9 +150,9 @@ def test_a_prediction_is_what_the_predictor_says_of_the_snapshots_before(tmp_pat
     for ahead in (0, 8):
         with pytest.raises(ValueError, match=f"ahead={ahead} is not between 1 and 7"):
             predicted(store, store.header(), true, "linear", ahead)
-    with pytest.raises(ValueError, match="predictor='ridge' has to be fitted first.* no fitting: copy-last, linear, "):
+    with pytest.raises(ValueError, match=r"predictor='ridge' has to be fitted first.* no fitting: copy-last, linear, "):
         predicted(store, store.header(), true, "ridge", 1)
-    with pytest.raises(ValueError, match="nowhere: no such folder.* that need no fitting are copy-last, linear, "):
+    with pytest.raises(ValueError, match=r"nowhere: no such folder.* that need no fitting are copy-last, linear, "):
         predicted(store, store.header(), true, "nowhere", 1)
 
 
