@@ -1,13 +1,13 @@
 """Does the stacked engine learn as others do? The same hyperparameters and seeds, and a two-sample test of the outcome.
 
-CleanRL's defaults are held against the plain trial, a preset of rl-baselines3-zoo against stable-baselines3, and the
+CleanRL's defaults are held against the plain trial, presets of rl-baselines3-zoo against stable-baselines3, and the
 engine's products in bfloat16 (ppo.precision, where the processor has them) against those in float32. Per seed: the mean
 return of the episodes that ended in each iteration. Final return is the mean over the last tenth of a trial, area under
 the curve the mean over all of it; a Mann-Whitney test compares the implementations on each. Seeds that are done are
 kept in benchmarks/results/same_learning.json; the same command goes on with the others, then writes
 docs/results/same_learning.csv and docs/pictures/same_learning.png. The others take about two hours of one core.
 
-    python benchmarks/same_learning.py [--studies InvertedPendulum-v4 HalfCheetah-v4 tuned_half_cheetah bfloat16]
+    python benchmarks/same_learning.py [--studies InvertedPendulum-v4 HalfCheetah-v4 tuned_hopper bfloat16]
 """
 
 import dataclasses
@@ -140,6 +140,7 @@ STUDIES = {
         _of_defaults("InvertedPendulum-v4", 8, 100_000, 20),
         _of_defaults("HalfCheetah-v4", 64, 300_000, 8),
         _of_preset("tuned_half_cheetah", 300_000, 8),
+        _of_preset("tuned_hopper", 300_000, 8),
         *([_of_bfloat16("HalfCheetah-v4", 256, 300_000, 16)] if has_bfloat16() else []),
     )
 }
