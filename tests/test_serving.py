@@ -14,6 +14,8 @@ from tipl_ray import config, tracking
 from tipl_ray.digest import as_table
 from tipl_ray.predict.gram import Question, make_band
 from tipl_ray.predict.predictor import Trial
+from tipl_ray.predict.saved import find_model
+from tipl_ray.serving import Forecaster
 from tipl_ray.window.predictor import WindowTipl
 from tipl_ray.window.transformer import WindowTransformer
 
@@ -88,3 +90,33 @@ def test_a_model_that_goes_by_the_learning_rate_asks_for_it(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=f"learning_rates has 3 entries for {len(WEIGHTS_TP)} snapshots"):
         loaded.predict({"weights": WEIGHTS_TP, "learning_rates": rates_T[:3]})
     assert loaded.predict({"weights": WEIGHTS_TP, "learning_rates": rates_T}).shape == (1, 2, 13)
+
+
+@pytest.mark.parametrize("name", ["tipl-half-cheetah-v1", "tipl-inverted-pendulum-v1"])
+def test_a_published_model_forecasts_in_three_lines(name: str) -> None:
+    forecaster = Forecaster.from_pretrained(name)
+    weights_BHP = forecaster.forecast(WEIGHTS_TP, [20, 30])
+    assert weights_BHP.shape == (2, len(forecaster.steps), WEIGHTS_TP.shape[1])
+    assert (forecaster.context, forecaster.steps[:2]) == (20, (1, 2))
+    # Nothing after a start is used.
+    np.testing.assert_allclose(forecaster.forecast(WEIGHTS_TP[:21]), weights_BHP[:1], rtol=1e-5, atol=1e-5)
+    # A trial of 41 snapshots is further through at its 21st than one of thousands is.
+    assert not np.allclose(forecaster.forecast(WEIGHTS_TP[:21], num_snapshots=41), weights_BHP[:1], rtol=1e-4)
+
+
+def test_a_model_is_found_by_its_folder_or_its_storage_and_a_rule_is_none(tmp_path: Path) -> None:
+    about = {"experiment": as_table(EXPERIMENT), "basis": as_table(EXPERIMENT.basis)}
+    model().save(str(tmp_path / "models" / "one"), about)
+    for place in (tmp_path, tmp_path / "models", tmp_path / "models" / "one"):
+        assert find_model(str(place)) == str(tmp_path / "models" / "one")
+    model().save(str(tmp_path / "models" / "two"), about)
+    with pytest.raises(ValueError, match="contains 2 models; use the folder of one: "):
+        Forecaster.from_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="contains no trained model: it has a rule for jumps, see load_predictor"):
+        Forecaster.from_pretrained("first-again-v1")
+    with pytest.raises(
+        ValueError, match=r"no such folder, and not a predictor published .*; did you mean tipl-half"
+    ):
+        Forecaster.from_pretrained("tipl-half-cheeta-v1")
+    with pytest.raises(ValueError, match=r"nothing contains no trained model$"):
+        Forecaster.from_pretrained(str(tmp_path / "nothing"))

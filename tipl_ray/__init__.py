@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from tipl_ray.record.export import policy_module as policy_module
     from tipl_ray.record.export import save_safetensors as save_safetensors
     from tipl_ray.record.recorder import Recorder as Recorder
+    from tipl_ray.serving import Forecaster as Forecaster
 
 __version__ = "0.1.0"
 
 EXPORTS = {
     "Experiment": "tipl_ray.config.experiment",
+    "Forecaster": "tipl_ray.serving",
     "ModuleJumps": "tipl_ray.accelerate.jumps",
     "Recorder": "tipl_ray.record.recorder",
     "TrajectoryStore": "tipl_ray.data.trajectory_store",

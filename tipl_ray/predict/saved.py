@@ -90,29 +90,57 @@ def find_predictor(folder: str) -> str:
 
     Raises as `load_predictor` does.
     """
-    if folder in published_predictors():
-        return str(PUBLISHED_FOLDER / folder)
-    if file_exists(folder, ABOUT_PREDICTOR_FILE):
-        return folder
-    models = [folder] if is_complete(folder) else _models_below(folder)
-    able = {model: load_about(model) for model in models if representation_in(model).can_jump}
-    if len(able) == 1:
-        return next(iter(able))
+    place = _published_or(folder)
+    if file_exists(place, ABOUT_PREDICTOR_FILE):
+        return place
+    models = _models_in(place)
+    able = [model for model in models if representation_in(model).can_jump]
     if able:
-        raise ValueError(
-            f"{folder} contains {len(able)} models; use the folder of one: {'; '.join(_differences(able))}"
-        )
+        return _only(folder, able)
     found = (
         f"; of its {len(models)} models none answers with displacements (train with --preset causal)" if models else ""
     )
+    raise ValueError(
+        f"{folder} contains neither a saved predictor nor a trained model that forecasts displacements{found}"
+    )
+
+
+def find_model(folder: str) -> str:
+    """The folder of a trained model, on any representation: the one named, the one in its `models/`, or the one that
+    the package brings along under this name.
+
+    Raises ValueError where there is none, and where there are several, which it lists.
+    """
+    place = _published_or(folder)
+    if models := _models_in(place):
+        return _only(folder, models)
+    rule = ": it has a rule for jumps, see load_predictor" if file_exists(place, ABOUT_PREDICTOR_FILE) else ""
+    raise ValueError(f"{folder} contains no trained model{rule}")
+
+
+def _published_or(folder: str) -> str:
+    """The folder of what is published under this name, else the folder itself. Raises ValueError for a name that is
+    neither."""
+    if folder in published_predictors():
+        return str(PUBLISHED_FOLDER / folder)
     if "/" not in folder and not Storage(folder).entries():
         raise ValueError(
             f"{folder}: no such folder, and not a predictor published with this package: "
             f"{', '.join(published_predictors())}{nearest(folder, published_predictors())}"
         )
-    raise ValueError(
-        f"{folder} contains neither a saved predictor nor a trained model that forecasts displacements{found}"
-    )
+    return folder
+
+
+def _only(folder: str, models: Sequence[str]) -> str:
+    """The one of the models found in a folder. Raises ValueError where there are several."""
+    if len(models) > 1:
+        told = "; ".join(_differences({model: load_about(model) for model in models}))
+        raise ValueError(f"{folder} contains {len(models)} models; use the folder of one: {told}")
+    return models[0]
+
+
+def _models_in(folder: str) -> list[str]:
+    return [folder] if is_complete(folder) else _models_below(folder)
 
 
 def _models_below(folder: str) -> list[str]:
