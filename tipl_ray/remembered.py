@@ -22,7 +22,7 @@ COLLECTED = ("name", "collect", "ppo")
 SHARED = ("split", "evaluate")
 """What is the same for every preset, until changed by an option."""
 BY_PRESET = ("basis", "model", "train", "sweep")
-FORGOTTEN = ("where", "accelerate")
+FORGOTTEN = ("where", "accelerate", "improve")
 """What is of another place, or of other trials."""
 
 

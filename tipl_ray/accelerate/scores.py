@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from tipl_ray.accelerate.contenders import Unit, is_learned
 from tipl_ray.config import Contender
@@ -123,7 +124,7 @@ def best_value(searched: Sequence[Finished]) -> float:
         own = comparable([one for one in searched if (one.unit.task, one.unit.env_steps) == task])
         areas = np.array([next(one for one in own if one.unit.value == value).areas_S.mean() for value in values])
         areas = np.where(np.isnan(areas), np.nanmin(areas, initial=0.0), areas)
-        ranks += [(areas > area).sum() + 0.5 * ((areas == area).sum() - 1) for area in areas]
+        ranks += rankdata(-areas)
         shares += (areas - areas.min()) / (np.ptp(areas) or 1.0)
     return min(zip(ranks, -shares, values, strict=True))[2]
 

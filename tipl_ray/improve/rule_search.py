@@ -25,6 +25,7 @@ from optuna.samplers import CmaEsSampler
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.search.optuna import OptunaSearch
+from scipy.stats import rankdata
 
 from tipl_ray.accelerate.contenders import jump_question, jump_settings
 from tipl_ray.accelerate.group_jumps import Jumps
@@ -151,10 +152,8 @@ def fitness(outcomes: Sequence[Outcome | None]) -> list[float]:
     for task in tasks:
         for part, weight in ((0, 1 - FINAL_WEIGHT), (1, FINAL_WEIGHT)):
             values = np.array([np.nan if one is None else one[task][part] for one in outcomes])
-            values = np.where(np.isnan(values), -np.inf, values)
-            below = (values[None, :] < values[:, None]).sum(axis=1)
-            ties = (values[None, :] == values[:, None]).sum(axis=1) - 1
-            totals += weight * (below + 0.5 * ties) / max(1, len(outcomes) - 1)
+            ranks = rankdata(np.where(np.isnan(values), -np.inf, values)) - 1
+            totals += weight * ranks / max(1, len(outcomes) - 1)
     return [float(total) for total in totals / max(1, len(tasks))]
 
 
