@@ -18,6 +18,8 @@ from tipl_ray.evaluate.figures import colour_of
 from tipl_ray.evaluate.metrics import MIN_TRIALS, Resampling, Row, interquartile_mean, numbers
 
 EPOCH_COLOURS = matplotlib.colormaps["viridis"]
+RULE_COLOURS = {"return-rule-v1": "#e08283", "return-rule-v2": "#c0392b", "return-tipl-v1": colour_of("tipl")}
+"""Of published predictors that no result table has."""
 MOST_CURVES = 9
 """Variants whose learning curves fit one figure."""
 MOST_POINTS = 250
@@ -187,4 +189,4 @@ def _contender_colour(name: str, first: bool) -> str:
         return INK
     if name.isdecimal():
         return to_hex(EPOCH_COLOURS(0.95 * min(1.0, math.log(max(1, int(name))) / math.log(20))))
-    return colour_of(jumps or name)
+    return RULE_COLOURS.get(jumps) or colour_of(jumps or name)

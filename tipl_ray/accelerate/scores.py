@@ -396,7 +396,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, str]]:
             "final return": _bracketed(row, "final_return"),
             "gradient steps": f"{row['gradient_steps']:,}",
             "env steps to 90%": f"{row['env_steps_to_90']:,}" if row["env_steps_to_90"] else "not reached",
-            "CPU s per trial": f"{row['seconds']:.1f}",
+            "CPU s per trial": f"{row['seconds']:.1f}" if np.isfinite(row["seconds"]) else "not known",
             "collapsed": f"{row['collapsed']} of {row['seeds']}"
             + (f", {row['diverged']} diverged" if row["diverged"] else ""),
         }
