@@ -65,7 +65,12 @@ def draw_task(axes: Axes, task: str, rows: list[dict[str, Any]]) -> None:
         )
     axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
     axes.set_xticks(range(1, 11))
-    dress(axes, task, "snapshots ahead", "skill (1 perfect, 0 copying)" if is_first_in_line(axes) else "")
+    dress(
+        axes,
+        task.removesuffix("-v4").removesuffix("-v1"),
+        "snapshots ahead",
+        "skill (1 perfect, 0 copying)" if is_first_in_line(axes) else "",
+    )
 
 
 def main() -> None:
@@ -76,7 +81,7 @@ def main() -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     (DOCS / "results" / "all_tasks.csv").write_bytes(as_csv(rows))
     with as_shipped():
-        figure, panels = new_figure(len(tasks), width=12, height=3.1, across=4)
+        figure, panels = new_figure(len(tasks), width=13.5, height=3.1, across=4)
         for axes, task in zip(panels, tasks, strict=True):
             draw_task(axes, task, [row for row in rows if row["task"] == task])
         legend_below(figure, labelled(panels[0]))

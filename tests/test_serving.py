@@ -92,7 +92,7 @@ def test_a_model_that_goes_by_the_learning_rate_asks_for_it(tmp_path: Path) -> N
     assert loaded.predict({"weights": WEIGHTS_TP, "learning_rates": rates_T}).shape == (1, 2, 13)
 
 
-@pytest.mark.parametrize("name", ["tipl-half-cheetah-v1", "tipl-inverted-pendulum-v1"])
+@pytest.mark.parametrize("name", ["tipl-all-tasks-v1", "tipl-half-cheetah-v1", "tipl-inverted-pendulum-v1"])
 def test_a_published_model_forecasts_in_three_lines(name: str) -> None:
     forecaster = Forecaster.from_pretrained(name)
     weights_BHP = forecaster.forecast(WEIGHTS_TP, [20, 30])
@@ -114,9 +114,7 @@ def test_a_model_is_found_by_its_folder_or_its_storage_and_a_rule_is_none(tmp_pa
         Forecaster.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="contains no trained model: it has a rule for jumps, see load_predictor"):
         Forecaster.from_pretrained("first-again-v1")
-    with pytest.raises(
-        ValueError, match=r"no such folder, and not a predictor published .*; did you mean tipl-half"
-    ):
+    with pytest.raises(ValueError, match=r"no such folder, and not a predictor published .*; did you mean tipl-half"):
         Forecaster.from_pretrained("tipl-half-cheeta-v1")
     with pytest.raises(ValueError, match=r"nothing contains no trained model$"):
         Forecaster.from_pretrained(str(tmp_path / "nothing"))

@@ -465,6 +465,7 @@ def test_ray_train_resumes_an_interrupted_run_and_finds_the_finished_one(cluster
     best = min(history, key=lambda row: row["validation_loss"])
     assert about["metrics"] == {name: value for name, value in best.items() if name not in training.TIMINGS}
     assert "where" not in about["experiment"]
+    assert "data" not in about["experiment"]["train"]
     np.testing.assert_array_equal(
         Normaliser.from_table(about["normaliser"]).mean_D, Normaliser.fit(tokens(3, 4).coordinates_NTD).mean_D
     )

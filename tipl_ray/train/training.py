@@ -169,6 +169,7 @@ class Training:
     def _about(self) -> dict[str, Any]:
         """What model.json has besides the model: the same for every run of this training, wherever it runs."""
         made_by = {part: of for part, of in identity(self.experiment).items() if part not in NOT_LEARNED_FROM}
+        made_by["train"].pop("data")  # wherever the data sets are, their digest is known
         best = min(self.history, key=lambda row: row["validation_loss"], default={})
         return {
             "experiment": {"name": self.experiment.name, **made_by},
