@@ -3,7 +3,8 @@
     python docs/all_tasks.py storage/all
 
 Reads the newest evaluation of every storage in the folder, as `latest` names it. Writes docs/results/all_tasks.csv and
-docs/pictures/all_tasks.png.
+docs/pictures/all_tasks.png; with --seen, for models that were trained on the task too, docs/results/all_tasks_seen.csv
+
 """
 
 import argparse
@@ -77,15 +78,18 @@ def main() -> None:
     """Write table and picture, and print the table of docs/results.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where every task has its storage")
-    rows = read(parser.parse_args().folder)
+    parser.add_argument("--seen", action="store_true", help="the models were trained on the tested task too")
+    arguments = parser.parse_args()
+    rows = read(arguments.folder)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    (DOCS / "results" / "all_tasks.csv").write_bytes(as_csv(rows))
-    with as_shipped():
-        figure, panels = new_figure(len(tasks), width=13.5, height=3.1, across=4)
-        for axes, task in zip(panels, tasks, strict=True):
-            draw_task(axes, task, [row for row in rows if row["task"] == task])
-        legend_below(figure, labelled(panels[0]))
-        (DOCS / "pictures" / "all_tasks.png").write_bytes(png(figure))
+    (DOCS / "results" / f"all_tasks{'_seen' if arguments.seen else ''}.csv").write_bytes(as_csv(rows))
+    if not arguments.seen:
+        with as_shipped():
+            figure, panels = new_figure(len(tasks), width=13.5, height=3.1, across=4)
+            for axes, task in zip(panels, tasks, strict=True):
+                draw_task(axes, task, [row for row in rows if row["task"] == task])
+            legend_below(figure, labelled(panels[0]))
+            (DOCS / "pictures" / "all_tasks.png").write_bytes(png(figure))
     table = {(row["task"], row["predictor"], row["step"]): row for row in rows}
 
     def cell(task: str, predictor: str, step: int) -> str:
