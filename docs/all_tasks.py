@@ -3,8 +3,7 @@
     python docs/all_tasks.py storage/all
 
 Reads the newest evaluation of every storage in the folder, as `latest` names it. Writes docs/results/all_tasks.csv and
-docs/pictures/all_tasks.png; with --seen, for models that were trained on the task too, docs/results/all_tasks_seen.csv
-
+docs/pictures/all_tasks.png; with --seen, for models that were trained on the task too, docs/results/all_tasks_seen.csv.
 """
 
 import argparse
