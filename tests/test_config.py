@@ -153,7 +153,7 @@ def test_a_file_that_is_wrong_is_refused_by_field_and_value(tmp_path: Path, text
         (["--preset", "mine"], "--preset='mine' is not one of causal, paper"),
         (
             ["--experiment", "nowhere.toml"],
-            "nowhere.toml: no such file, and not one of the experiments accelerate, cart_pole, demo",
+            "nowhere.toml: no such file, and not one of the experiments accelerate, all_tasks, cart_pole",
         ),
     ],
 )
