@@ -5,7 +5,7 @@ engine's products in bfloat16 (ppo.precision, where the processor has them) agai
 return of the episodes that ended in each iteration. Final return is the mean over the last tenth of a trial, area under
 the curve the mean over all of it; a Mann-Whitney test compares the implementations on each. Seeds that are done are
 kept in benchmarks/results/same_learning.json; the same command goes on with the others, then writes
-docs/results/same_learning.csv and docs/pictures/same_learning.png. The others take about two hours of one core.
+docs/results/same_learning.csv and docs/pictures/same_learning.png. All of them take hours of one core.
 
     python benchmarks/same_learning.py [--studies InvertedPendulum-v4 HalfCheetah-v4 tuned_hopper bfloat16]
 """

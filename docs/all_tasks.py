@@ -2,8 +2,9 @@
 
     python docs/all_tasks.py storage/all
 
-Reads the newest evaluation of every storage in the folder, as `latest` names it. Writes docs/results/all_tasks.csv and
-docs/pictures/all_tasks.png; with --seen, for models that were trained on the task too, docs/results/all_tasks_seen.csv.
+Reads the newest evaluation of every storage in the folder, as `latest` names it. Prints skills, and how far the
+Transformer is ahead of others on the same windows; writes docs/results/all_tasks.csv and docs/pictures/all_tasks.png,
+and with --seen, for models that were trained on the task too, docs/results/all_tasks_seen.csv alone.
 """
 
 import argparse
@@ -40,9 +41,9 @@ BOUND = "window-floor"
 SHOWN_STEPS = (1, 2, 5, 10)
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read(folder: Path, table: str) -> list[dict[str, Any]]:
     """Rows of every task's newest evaluation, task by task."""
-    tables = sorted(folder.glob("*/latest/summary.csv"))
+    tables = sorted(folder.glob(f"*/latest/{table}.csv"))
     if not tables:
         raise SystemExit(f"error: no storage in {folder} has an evaluation; run the commands of docs/results.md first")
     return [row for table in tables for row in pyarrow.csv.read_csv(table).to_pylist()]
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where every task has its storage")
     parser.add_argument("--seen", action="store_true", help="the models were trained on the tested task too")
     arguments = parser.parse_args()
-    rows = read(arguments.folder)
+    rows = read(arguments.folder, "summary")
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     (DOCS / "results" / f"all_tasks{'_seen' if arguments.seen else ''}.csv").write_bytes(as_csv(rows))
     if not arguments.seen:
@@ -93,12 +94,27 @@ def main() -> None:
 
     def cell(task: str, predictor: str, step: int) -> str:
         row = table[task, predictor, step]
-        return f"{row['skill']:.2f} [{row['skill_low']:.2f}, {row['skill_high']:.2f}]"
+        return f"{row['skill']:.3f} [{row['skill_low']:.3f}, {row['skill_high']:.3f}]"
 
     say_rows(
         {"task": task, "predictor": predictor, **{f"h = {step}": cell(task, predictor, step) for step in SHOWN_STEPS}}
         for task in tasks
         for predictor in (*DRAWN, BOUND)
+    )
+    apart = {
+        (row["task"], row["against"], row["step"]): row
+        for row in read(arguments.folder, "comparisons")
+        if (row["predictor"], row["group"]) == ("tipl", "all")
+    }
+
+    def ahead(task: str, other: str, step: int) -> str:
+        row = apart[task, other, step]
+        return f"{row['skill_difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
+
+    say_rows(
+        {"task": task, "tipl against": other, **{f"h = {step}": ahead(task, other, step) for step in SHOWN_STEPS}}
+        for task in tasks
+        for other in list(DRAWN)[1:]
     )
 
 

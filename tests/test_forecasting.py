@@ -561,6 +561,8 @@ def test_a_published_predictor_is_small_has_a_card_and_is_loaded_by_its_name(nam
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 2**20
     card = (folder / "card.md").read_text()
     assert card.startswith(f"# {name}\n")
+    # Where it was made is nobody's business.
+    assert not any('"where"' in file.read_text() for file in folder.glob("*.json"))
     # What it learned from, and that it is read as it was published.
     assert predictor_digest(name) in card
     predictor = load_predictor(name)

@@ -87,9 +87,19 @@ def test_a_rank_is_refused_on_a_basis_that_has_none() -> None:
     assert make_space(demo({"basis.rank": [8, 16], "basis.kind": ["window", "trial"]}, "causal"))
 
 
-def test_a_range_whose_ends_are_possible_and_not_what_is_between_is_refused() -> None:
-    words = "model.embedding is a range with impossible values in it: model.heads=4 does not divide model.embedding=65"
-    searched = demo({"model.embedding": "uniform(64,128)", "model.heads": [4]})
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        (
+            {"model.embedding": "uniform(64,128)", "model.heads": [4]},
+            "model.heads=4 does not divide model.embedding=65",
+        ),
+        ({"model.embedding": [20], "model.heads": "uniform(1,5)"}, "model.heads=3 does not divide model.embedding=20"),
+    ],
+)
+def test_a_range_whose_ends_are_possible_and_not_what_is_between_is_refused(over: dict[str, Any], words: str) -> None:
+    words = f" is a range with impossible values in it: {words}; give a list of values"
+    searched = demo(over)
     searched = dataclasses.replace(searched, sweep=dataclasses.replace(searched.sweep, search="optuna"))
     with pytest.raises(ValueError, match=re.escape(words)):
         make_space(searched)

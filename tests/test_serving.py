@@ -102,6 +102,8 @@ def test_a_published_model_forecasts_in_three_lines(name: str) -> None:
     np.testing.assert_allclose(forecaster.forecast(WEIGHTS_TP[:21]), weights_BHP[:1], rtol=1e-5, atol=1e-5)
     # A trial of 41 snapshots is further through at its 21st than one of thousands is.
     assert not np.allclose(forecaster.forecast(WEIGHTS_TP[:21], num_snapshots=41), weights_BHP[:1], rtol=1e-4)
+    with pytest.raises(ValueError, match="num_snapshots=20 is less than the 21 snapshots given"):
+        forecaster.forecast(WEIGHTS_TP[:21], num_snapshots=20)
 
 
 def test_a_model_is_found_by_its_folder_or_its_storage_and_a_rule_is_none(tmp_path: Path) -> None:

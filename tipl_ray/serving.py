@@ -60,14 +60,16 @@ class Forecaster:
         forecast, by default the last of all; nothing after it is used, except by a model on the basis `trial`, which
         takes the whole trial. `learning_rates_T` is PPO's at each snapshot. `num_snapshots` is the length that the
         trial is to have, by default that of the trials that the model was trained on: models know how much of a trial
-        has passed. Raises ValueError for snapshots that are not (T, P), learning rates that are not T, or a start
-        without context.
+        has passed. Raises ValueError for snapshots that are not (T, P) or more than `num_snapshots`, learning rates
+        that are not T, or a start without context.
         """
         weights_TP = np.ascontiguousarray(weights_TP, np.float32)
         if weights_TP.ndim != 2:
             raise ValueError(f"weights has shape {weights_TP.shape}, not (snapshots, policy weights)")
         starts_B = np.atleast_1d(len(weights_TP) - 1 if starts_B is None else starts_B).astype(np.int64)
         check_starts(len(weights_TP), starts_B, self.context, 0)
+        if num_snapshots is not None and num_snapshots < len(weights_TP):
+            raise ValueError(f"num_snapshots={num_snapshots} is less than the {len(weights_TP)} snapshots given")
         planned = self.experiment.num_snapshots if num_snapshots is None else num_snapshots
         band = self._band(weights_TP, learning_rates_T, planned)
         return self._tipl.forecast(Trial(weights_TP=weights_TP, band=band), starts_B)

@@ -161,9 +161,8 @@ def collection_identity(collect: Collect) -> dict[str, Any]:
 
     The engine that runs is known beside it: `auto` and `compiled` make the same curves.
     """
-    return {**identity(collect), "engine": "auto", "trials_per_actor": 0, "physics_threads": 1} | outside_sources(
-        collect
-    )
+    before = {"trials_per_actor": 0, "physics_threads": 1}
+    return {**identity(collect), "engine": "auto", **before, **outside_sources(collect)}
 
 
 def unit_table(experiment: Experiment, extension: Extension) -> dict[str, dict[str, Any]]:

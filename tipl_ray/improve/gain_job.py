@@ -72,10 +72,8 @@ class Task:
 
 def run_learning(experiment: Experiment) -> None:
     """All of jobs/learn_jumps.py."""
-    there = partial(forks_digest, experiment)  # raises for a missing cell
-    with work_on(experiment, "learn_jumps", "model", check=there) as work:
-        data = forks_digest(experiment, work.source, work.engine)
-        size = model_size(work.source)
+    with work_on(experiment, "learn_jumps", "model", find=partial(forks_digest, experiment)) as work:
+        data, size = work.found, model_size(work.source)
         parts = experiment.split.cut(experiment.collect.seeds)
         key = digest(data, identity(size), parts, experiment.improve.models, experiment.improve.model_steps)
         folder = join(experiment.storage_path, "jumps", key)

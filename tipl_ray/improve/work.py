@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import ray
 
@@ -27,6 +28,8 @@ class Work:
     engine: str
     at_once: int
     """Ray tasks, of one CPU each, that run at the same time."""
+    found: Any
+    """What `work_on` was told to find."""
 
 
 @contextlib.contextmanager
@@ -34,22 +37,23 @@ def work_on(
     experiment: Experiment,
     job: str,
     seat: str,
-    check: Callable[[Experiment, str], object] = lambda source, engine: None,
+    find: Callable[[Experiment, str], Any] = lambda source, engine: None,
 ) -> Iterator[Work]:
     """Set up a job and finish it; `seat` names the unit of work that needs one CPU.
 
-    `check` is called before Ray starts, with the source and the engine, to raise where something is missing.
-
-    Exits with status 1 and one line on standard error for errors that the user can fix, 130 if interrupted.
+    `find` is called before Ray starts, with the source and the engine, and raises where something is missing. Exits
+    with status 1 and one line on standard error for errors that the user can fix, 130 if interrupted.
     """
     with exit_status():
         check_job(experiment)
         source, begin = source_experiment(experiment), time.monotonic()
         engine = choose_engine(experiment.collect.engine, experiment.ppo)
-        check(source, engine)
+        found = find(source, engine)
         with connected(experiment) as tracker:
             require_seat(experiment, engine, seat)
             at_once = experiment.where.units_at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
-            yield Work(experiment=experiment, source=source, tracker=tracker, engine=engine, at_once=at_once)
+            yield Work(
+                experiment=experiment, source=source, tracker=tracker, engine=engine, at_once=at_once, found=found
+            )
         say(f"{job}: {duration(time.monotonic() - begin)}")
         say_whole(f"MLflow: {ui_command(tracker.uri, tracker.experiment_id)}")

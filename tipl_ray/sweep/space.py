@@ -24,6 +24,8 @@ FIXED = {
 }
 """Fields of those sections that are the same for all, and why."""
 MAX_COMBINATIONS = 10_000
+MOST_TRIED = 64
+"""Integers between a range's ends that are tried before a sweep starts."""
 RANGE = re.compile(r"(log|uniform)\(([^,()]+),([^,()]+)\)")
 
 Candidate = dict[str, Any]
@@ -101,8 +103,9 @@ def make_space(experiment: config.Experiment) -> Space:
 
 
 def _check_between(experiment: config.Experiment, field: str, entry: Range, candidate: Candidate) -> None:
-    """Refuse a range of integers in which some are impossible, as those that another field does not divide."""
-    for value in (entry.low + 1, entry.high - 1):
+    """Refuse a range of integers in which some are impossible, as those that another field does not divide; of many,
+    the first are tried."""
+    for value in itertools.islice(range(int(entry.low) + 1, int(entry.high)), MOST_TRIED):
         try:
             with_fields(experiment, {**candidate, field: value})
         except ValueError as error:
