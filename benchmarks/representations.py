@@ -16,9 +16,11 @@ docs/results/representations.csv; it takes about a quarter of an hour of one cor
 """
 
 import copy
+import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,35 @@ HIDDEN = (256, 128)
 TRAINING_STEPS, BATCH, LEARNING_RATE, VALIDATED_EVERY = 4_000, 512, 1e-3, 250
 
 Weights = NDArray[np.float32]
-Code = Callable[[Weights], Weights]
-"""Snapshots (T, P) as they are when they have been written as tokens and read again."""
+Parts = Sequence[Sequence[Weights]]
+"""The trials that train, those that choose and those that test, each (T, P)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Code:
+    """Snapshots as tokens of D numbers, and back."""
+
+    encode: Callable[[Weights], Weights]
+    """(T, P) to (T, D)."""
+    decode: Callable[[Weights], Weights]
+    """(T, D) to (T, P)."""
+
+    def reread(self, weights_TP: Weights) -> Weights:
+        """Snapshots as they are when they have been written as tokens and read again."""
+        return self.decode(self.encode(weights_TP))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Representation:
+    """One way to write snapshots as tokens, fitted on the trials that train, once per seed."""
+
+    name: str
+    causal: bool
+    """Whether a token depends on nothing of its trial that comes later."""
+    parts: Parts
+    """The trials as they are written: with their neurons matched, where they are."""
+    code_of: Sequence[Callable[[Weights], Code]]
+    """The code of any trial; one for each seed."""
 
 
 class Matching:
@@ -119,9 +148,17 @@ class Autoencoder(nn.Module):
         self.scale = scale
         self.encoder, self.decoder = _layers([num_weights, *HIDDEN, size]), _layers([size, *HIDDEN[::-1], num_weights])
 
+    def encode(self, weights_BP: torch.Tensor) -> torch.Tensor:
+        """The snapshots' tokens; (B, D)."""
+        return self.encoder((weights_BP - self.mean_P) / self.scale)
+
+    def decode(self, tokens_BD: torch.Tensor) -> torch.Tensor:
+        """The tokens' snapshots; (B, P)."""
+        return self.decoder(tokens_BD) * self.scale + self.mean_P
+
     def forward(self, weights_BP: torch.Tensor) -> torch.Tensor:
         """The snapshots, written and read again."""
-        return self.decoder(self.encoder((weights_BP - self.mean_P) / self.scale)) * self.scale + self.mean_P
+        return self.decode(self.encode(weights_BP))
 
 
 def _layers(widths: Sequence[int]) -> nn.Sequential:
@@ -169,17 +206,44 @@ def train_autoencoder(
                 best, kept = found, copy.deepcopy(model.state_dict())
     model.load_state_dict(kept)
     model.requires_grad_(requires_grad=False)
-    return lambda weights_TP: model(torch.from_numpy(weights_TP)).numpy()
+    return Code(
+        encode=lambda weights_TP: model.encode(torch.from_numpy(weights_TP)).numpy(),
+        decode=lambda tokens_TD: model.decode(torch.from_numpy(tokens_TD)).numpy(),
+    )
 
 
 def of_basis(fitted: FittedBasis) -> Code:
     """A linear basis as a code."""
-    return lambda weights_TP: fitted.decode(fitted.encode(weights_TP))
+    return Code(encode=fitted.encode, decode=fitted.decode)
+
+
+def representations(shape: NetworkShape, parts: Parts, size: int, steps: int) -> Iterator[Representation]:
+    """All that write a snapshot as a token of this size, one after the other; autoencoders train for some steps."""
+
+    def same(code: Code) -> Callable[[Weights], Code]:
+        return lambda _: code
+
+    training, validation, _ = parts
+    own = [lambda trial_TP: of_basis(fit_basis(trial_TP, size))]
+    yield Representation(name="trial", causal=False, parts=parts, code_of=own)
+    shared = [same(of_basis(fit_shared_basis(training, size)))]
+    yield Representation(name="shared", causal=True, parts=parts, code_of=shared)
+    for name, row, causal in (("matched at the first snapshot", 0, True), ("matched at the last", -1, False)):
+        # A matching keeps all distances, so errors may be measured where the basis is.
+        matched = [[Matching(shape, one[row], training[0][row]).apply(one) for one in trials] for trials in parts]
+        code = same(of_basis(fit_shared_basis(matched[0], size)))
+        yield Representation(name=f"shared, {name}", causal=causal, parts=matched, code_of=[code])
+    for name, of_changes in (("autoencoder", False), ("autoencoder of changes", True)):
+        codes = [
+            same(train_autoencoder(training, validation, size, seed, of_changes=of_changes, steps=steps))
+            for seed in range(SEEDS)
+        ]
+        yield Representation(name=name, causal=True, parts=parts, code_of=codes)
 
 
 def error_sums(trial_TP: Weights, code: Code) -> dict[str, NDArray[np.float64]]:
     """Squared errors of one trial, summed over starts, by column and step (H,); and of copying."""
-    read_TP = code(trial_TP).astype(np.float64)
+    read_TP = code.reread(trial_TP).astype(np.float64)
     last = len(trial_TP) - max(STEPS)
     found: dict[str, list[float]] = {"whole": [], "change": [], "moved": []}
     for step in STEPS:
@@ -206,60 +270,60 @@ def window_sums(trial_TP: Weights, size: int) -> dict[str, NDArray[np.float64]]:
     return {"whole": np.full(len(STEPS), np.nan), "change": error, "moved": moved}
 
 
-def rows_of(name: str, size: int, causal: bool, seeds: int, sums: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(
+    name: str,
+    size: int,
+    causal: bool,
+    seeds: int,
+    sums: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] = ("whole", "change"),
+) -> list[dict[str, Any]]:
     """One row per step, from the sums of the test trials; of several seeds, trial by trial, all of their sums."""
     resampling, rows = Resampling(confidence=0.95, bootstrap=10_000, seed=0), []
-    for column, step in enumerate(STEPS):
+    for index, step in enumerate(STEPS):
         row: dict[str, Any] = {"representation": name, "size": size, "causal": causal, "step": step}
-        for bound in ("whole", "change"):
-            error_N, moved_N = (np.array([one[key][column] for one in sums]) for key in (bound, "moved"))
+        for column in columns:
+            error_N, moved_N = (np.array([one[key][index] for one in sums]) for key in (column, "moved"))
             low, high = resampling.interval(np.arange(len(sums)), error_N, moved_N)
             ends = (1 - error_N.sum() / moved_N.sum(), 1 - high, 1 - low)
             row |= dict(
-                zip((bound, f"{bound}_low", f"{bound}_high"), (round(float(end), 4) for end in ends), strict=True)
+                zip((column, f"{column}_low", f"{column}_high"), (round(float(end), 4) for end in ends), strict=True)
             )
         rows.append(row | {"trials": len(sums), "seeds": seeds})
     return rows
 
 
-def study(
-    shape: NetworkShape, parts: Sequence[Sequence[Weights]], sizes: Sequence[int], steps: int
-) -> list[dict[str, Any]]:
+def of_all_seeds(by_seed: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The sums of each trial over all seeds."""
+    return [{key: sum(one[key] for one in trial) for key in trial[0]} for trial in zip(*by_seed, strict=True)]
+
+
+def study(shape: NetworkShape, parts: Parts, sizes: Sequence[int], steps: int) -> list[dict[str, Any]]:
     """All rows, from the trials of the three parts."""
-    training, validation, testing = parts
     rows: list[dict[str, Any]] = []
-
-    def add(name: str, size: int, *, causal: bool, codes: Sequence[Sequence[Code]]) -> None:
-        """One seed's codes after the other's, each with one per test trial."""
-        by_seed = [[error_sums(one, code) for one, code in zip(testing, own, strict=True)] for own in codes]
-        sums = [{key: sum(one[key] for one in trial) for key in trial[0]} for trial in zip(*by_seed, strict=True)]
-        rows.extend(rows_of(name, size, causal, len(codes), sums))
-        say(
-            ", ".join(
-                f"{row['representation']} {size}, h {row['step']}: {row['change']}" for row in rows[-len(STEPS) :]
-            )
-        )
-
     for size in sizes:
-        add("trial", size, causal=False, codes=[[of_basis(fit_basis(one, size)) for one in testing]])
-        shared = fit_shared_basis(training, size)
-        add("shared", size, causal=True, codes=[[of_basis(shared)] * len(testing)])
-        for name, row, causal in (("matched at the first snapshot", 0, True), ("matched at the last", -1, False)):
-            reference_P = training[0][row]
-            moved = [Matching(shape, one[row], reference_P).apply(one) for one in training]
-            matched = fit_shared_basis(moved, size)
-            # A matching keeps all distances, so errors may be measured where the basis is.
-            found = [Matching(shape, one[row], reference_P).apply(one) for one in testing]
-            sums = [error_sums(one, of_basis(matched)) for one in found]
-            rows.extend(rows_of(f"shared, {name}", size, causal, 1, sums))
-        for name, of_changes in (("autoencoder", False), ("autoencoder of changes", True)):
-            codes = [
-                train_autoencoder(training, validation, size, seed, of_changes=of_changes, steps=steps)
-                for seed in range(SEEDS)
-            ]
-            add(name, size, causal=True, codes=[[code] * len(testing) for code in codes])
-        rows.extend(rows_of("window", size, True, 1, [window_sums(one, size) for one in testing]))
+        for one in representations(shape, parts, size, steps):
+            by_seed = [[error_sums(trial, code_of(trial)) for trial in one.parts[2]] for code_of in one.code_of]
+            rows += rows_of(one.name, size, one.causal, len(by_seed), of_all_seeds(by_seed))
+            say(f"{one.name} {size}: " + ", ".join(f"h {row['step']} {row['change']}" for row in rows[-len(STEPS) :]))
+        rows += rows_of("window", size, True, 1, [window_sums(trial, size) for trial in parts[2]])
     return rows
+
+
+def read_trials(parser: ArgumentParser, arguments: Namespace) -> tuple[NetworkShape, Parts]:
+    """The trials of the storage on the command line, split as in their experiment; random walks for a quick run."""
+    experiment = load_experiment(ROOT / "jobs" / "experiments" / "inverted_pendulum.toml")
+    shape = network_shape(experiment.collect)
+    if arguments.quick:
+        random = np.random.default_rng(0)
+        walks = [random.normal(size=(60, shape.num_policy_weights)).cumsum(axis=0) for _ in range(7)]
+        trials = [walk.astype(np.float32) for walk in walks]
+        return shape, (trials[:3], trials[3:5], trials[5:])
+    if not arguments.storage:
+        parser.error("name a storage")
+    store = TrajectoryStore(arguments.storage)
+    parts = experiment.split.cut(experiment.collect.seeds)
+    return shape, [[store.weights(seed)[:] for seed in seeds] for seeds in parts]
 
 
 def main() -> None:
@@ -269,21 +333,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 32], help="numbers per token")
     arguments = parser.parse_args()
     use_one_core()
-    experiment = load_experiment(ROOT / "jobs" / "experiments" / "inverted_pendulum.toml")
-    parts: Sequence[Sequence[int]]
-    shape, sizes, steps = network_shape(experiment.collect), arguments.sizes, TRAINING_STEPS
-    if arguments.quick:
-        random = np.random.default_rng(0)
-        walks = [random.normal(size=(60, shape.num_policy_weights)).cumsum(axis=0) for _ in range(7)]
-        trials = {seed: walk.astype(np.float32) for seed, walk in enumerate(walks)}
-        parts, sizes, steps = ((0, 1, 2), (3, 4), (5, 6)), [2, 4], 10
-    elif not arguments.storage:
-        parser.error("name a storage")
-    else:
-        store = TrajectoryStore(arguments.storage)
-        parts = experiment.split.cut(experiment.collect.seeds)
-        trials = {seed: store.weights(seed)[:] for seeds in parts for seed in seeds}
-    rows = study(shape, [[trials[seed] for seed in seeds] for seeds in parts], sizes, steps)
+    shape, parts = read_trials(parser, arguments)
+    sizes, steps = ([2, 4], 10) if arguments.quick else (arguments.sizes, TRAINING_STEPS)
+    rows = study(shape, parts, sizes, steps)
     publish_table("representations", rows, arguments.quick)
     say_rows([{key: str(value) for key, value in row.items()} for row in rows])
 
