@@ -57,8 +57,8 @@ bench: $(PEERS)
 	.venv-bench/bin/python benchmarks/scaling.py
 
 bench-quick: $(PEERS)
-	set -e; for benchmark in $(filter-out benchmarks/command.py,$(wildcard benchmarks/*.py)); do \
-	    echo "$$benchmark --quick"; .venv-bench/bin/python $$benchmark --quick; done
+	printf '%s\n' $(filter-out benchmarks/command.py,$(wildcard benchmarks/*.py)) | xargs -P 2 -I BENCHMARK sh -c \
+	    'said=$$(.venv-bench/bin/python BENCHMARK --quick 2>&1); status=$$?; printf "%s --quick\n%s\n" BENCHMARK "$$said"; exit $$status'
 
 clean:
 	rm -rf .venv .venv-bench site

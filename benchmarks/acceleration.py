@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="alternating rounds")
     arguments = parser.parse_args()
     shapes, num_rounds = (SHAPES[:1], 1) if arguments.quick else (SHAPES, arguments.rounds)
-    use_one_core()
+    use_one_core(arguments.quick)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folders = predictors(folder)

@@ -205,7 +205,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="TASK/WIDTH-WIDTH@STEPS (default: %(default)s)")
     arguments = parser.parse_args()
-    use_one_core()
+    use_one_core(arguments.quick)
     folder = results_folder(arguments.quick)
     rows = [row for name in arguments.tasks for row in study(name, arguments.quick)]
     publish_table("batch_gradient", rows, arguments.quick)

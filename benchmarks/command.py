@@ -64,7 +64,8 @@ def _scratch() -> Path:
     return folder
 
 
-def use_one_core() -> None:
-    """Keep this process on one core, with one thread."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+def use_one_core(quick: bool) -> None:
+    """Keep this process on one core, with one thread; a quick run, which has others beside it, on one thread alone."""
+    if not quick:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)

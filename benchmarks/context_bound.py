@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("storages", nargs="*", metavar="STORAGE", help="folders or URIs of collected trials")
     parser.add_argument("--trials", type=int, default=5, help="last trials of each that are read (default: 5)")
     arguments = parser.parse_args()
-    use_one_core()
+    use_one_core(arguments.quick)
     rows = []
     if arguments.quick:
         walks = {seed: np.random.default_rng(seed).normal(size=(200, 60)).cumsum(axis=0) for seed in range(3)}

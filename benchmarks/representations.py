@@ -332,7 +332,7 @@ def main() -> None:
     parser.add_argument("storage", nargs="?", help="folder or URI of the collected trials")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 32], help="numbers per token")
     arguments = parser.parse_args()
-    use_one_core()
+    use_one_core(arguments.quick)
     shape, parts = read_trials(parser, arguments)
     sizes, steps = ([2, 4], 10) if arguments.quick else (arguments.sizes, TRAINING_STEPS)
     rows = study(shape, parts, sizes, steps)

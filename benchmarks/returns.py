@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds")
     arguments = parser.parse_args()
     rounds = 1 if arguments.quick else arguments.rounds
-    use_one_core()
+    use_one_core(arguments.quick)
     shape, weights_NP, means_NO, variances_NO = learned_policies(1 if arguments.quick else 16)
     ppo = Experiment(name="bench").ppo
     learner = make_learner(choose_engine("auto", ppo), shape, ppo)

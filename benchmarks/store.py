@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--write", help=argparse.SUPPRESS)
     parser.add_argument("--collect", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    use_one_core()
+    use_one_core(arguments.quick)
     pa.set_cpu_count(1)
     if arguments.write:
         write_and_tell_memory(*json.loads(arguments.write))

@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64, help="SVD rank (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each variant (default: %(default)s)")
     arguments = parser.parse_args()
-    use_one_core()
+    use_one_core(arguments.quick)
     base = load_experiment(ROOT / "jobs" / "experiments" / f"{arguments.experiment}.toml", "paper-residual")
     rank, num_steps, seeds = (4, 2, 1) if arguments.quick else (arguments.rank, 2_500, arguments.seeds)
     base = dataclasses.replace(

@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("storage", nargs="?", help="folder or URI of the collected trials")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32], help="numbers per token")
     arguments = parser.parse_args()
-    use_one_core()
+    use_one_core(arguments.quick)
     shape, parts = read_trials(parser, arguments)
     sizes, steps = ([4], (10, 2, 2)) if arguments.quick else (arguments.sizes, (TRAINING_STEPS, 1_500, 2_500))
     rows: list[dict[str, Any]] = []

@@ -142,7 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.steps = 1, 2
-    use_one_core()
+    use_one_core(arguments.quick)
     experiment, data = Experiment(name="bench"), tokens()
     halved = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, precision="bfloat16"))
     subjects = {

@@ -26,6 +26,7 @@ def head() -> Iterator[str]:
     wait for.
     """
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     node = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 200_000_000}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(CHECKOUT))

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from tipl_ray.data.storage import StoreError
 from tipl_ray.paper.objective import NextToken
 from tipl_ray.paper.tokens import Tokens
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
+from tipl_ray.places import CHECKOUT
 from tipl_ray.predict.model_files import is_complete
 from tipl_ray.predict.models import load_about, load_model
 from tipl_ray.predict.representation import TrainingData
@@ -308,6 +311,20 @@ def test_loading_draws_no_random_number_and_keeps_the_type_that_was_saved(tmp_pa
         }
         assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
         assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_process_that_loads_a_model_does_not_wait_for_torchs_compiler(tmp_path: Path) -> None:
+    window_model().save(str(tmp_path))
+    loading = "import sys; from tipl_ray.predict.models import load_model; load_model(sys.argv[1])"
+    said = subprocess.run(
+        [sys.executable, "-c", f"{loading}; print('torch._dynamo' in sys.modules)", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        cwd=CHECKOUT,
+    )
+    assert said.stdout == "False\n"
 
 
 def test_a_seed_makes_the_same_model_whatever_the_default_type() -> None:

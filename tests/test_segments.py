@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from tipl_ray import config
 from tipl_ray.data.storage import publish
 from tipl_ray.paper import temporal_svd
 from tipl_ray.paper.representation import TrialTokens
+from tipl_ray.paper.segments import Segments
 from tipl_ray.paper.temporal_svd import fit_basis
-from tipl_ray.paper.tokens import Segments, Tokens, tokens_of
+from tipl_ray.paper.tokens import Tokens, tokens_of
 from tipl_ray.paper.transformer import Normaliser
+from tipl_ray.places import CHECKOUT
 from tipl_ray.predict.bands import load_band
 from tipl_ray.predict.gram import Question, banded_products, make_band, moved_squares
 from tipl_ray.predict.objective import draw_windows
@@ -313,3 +317,17 @@ def test_a_trial_reduced_from_the_store_is_reduced_as_from_memory(
         )
         for field in ("coordinates_NTD", "singular_values_ND", "outside_NT", "moved_NTF"):
             np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
+
+
+def test_who_reads_trials_waits_for_no_torch() -> None:
+    """The tasks that read and reduce trials: importing torch would take each of them two seconds."""
+    reading = "import sys, tipl_ray.paper.tokens, tipl_ray.predict.bands, tipl_ray.train.reading as reading"
+    said = subprocess.run(
+        [sys.executable, "-c", f"{reading}; print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        cwd=CHECKOUT,
+    )
+    assert said.stdout == "False\n"

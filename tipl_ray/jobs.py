@@ -229,6 +229,8 @@ def _start(address: str) -> None:
         return
     # A local cluster is this process' own. A token, which Ray would write into the home, belongs to real ones.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Nobody takes this machine away with notice, so a training needs no process that waits for one.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # What an experiment names as `module:Name` may lie where the job was started.
     checkout = str(CHECKOUT) if in_checkout() else None  # what is installed, workers find by themselves
     paths = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH"), str(Path.cwd())]))
@@ -254,12 +256,14 @@ def _inherited_by_workers(paths: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _with_less_to_start() -> Iterator[None]:
-    """Ray without the process that reads logs for a driver who does not want them, and its agent on a free port.
+    """Ray without two processes, and its agent on a free port.
 
+    Nobody wants what the one that reads logs would tell the driver, and the one that starts nodes has none to start.
     For the agent's usual port Ray waits four seconds where another cluster on this machine has it.
     """
     parameters = ray._private.parameter.RayParams
-    ours = functools.partial(parameters, dashboard_agent_listen_port=0, include_log_monitor=False)  # type: ignore[arg-type]
+    less = {"include_log_monitor": False, "no_monitor": True, "dashboard_agent_listen_port": 0}
+    ours = functools.partial(parameters, **less)  # type: ignore[arg-type]
     ray._private.parameter.RayParams = ours  # type: ignore[misc,assignment]
     try:
         yield

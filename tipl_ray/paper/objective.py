@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from tipl_ray import config
 from tipl_ray.paper.predictor import token_errors
+from tipl_ray.paper.segments import Segments
 from tipl_ray.paper.temporal_svd import BASIS_FILE
-from tipl_ray.paper.tokens import Segments, Tokens
+from tipl_ray.paper.tokens import Tokens
 from tipl_ray.paper.transformer import CausalTransformer, Normaliser
 from tipl_ray.predict.objective import Objective, validation_windows
 from tipl_ray.predict.representation import TrainingData

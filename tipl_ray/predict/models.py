@@ -108,7 +108,8 @@ def load_model(folder: str) -> SavedModel:
     model, or a damaged one.
     """
     about, content = load_about(folder), read_model_file(folder, WEIGHTS_FILE)
-    with understood(folder, ABOUT_FILE), torch.device("meta"):
+    # Not on torch's device "meta": initialising a tensor there loads torch's compiler, a second and a half.
+    with understood(folder, ABOUT_FILE), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = ARCHITECTURES.load(about["architecture"]).described_by(about)
     with understood(folder, WEIGHTS_FILE):
         # A tensor of its own for each, aligned as torch does it: products may depend on that.
