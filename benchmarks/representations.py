@@ -44,6 +44,8 @@ from tipl_ray.ppo.trials import network_shape  # noqa: E402
 from tipl_ray.terminal import say, say_rows  # noqa: E402
 
 STEPS, CONTEXT, SEEDS = (1, 5, 10), 20, 3
+WINDOWS = 400
+"""Most windows of each test trial that are judged where each takes time."""
 RESTARTS, SWEEPS = 20, 30
 """Random beginnings of a matching, and its alternations at most."""
 HIDDEN = (256, 128)
@@ -255,13 +257,19 @@ def error_sums(trial_TP: Weights, code: Code) -> dict[str, NDArray[np.float64]]:
     return {name: np.array(values) for name, values in found.items()}
 
 
+def evenly(first: int, end: int) -> NDArray[np.int64]:
+    """At most WINDOWS starts of a trial, over all of it and over all phases of an iteration."""
+    every = np.arange(first, end)
+    # Not every fifth: five snapshots make an iteration, and forecasts differ by its phases.
+    return every[np.linspace(0, len(every) - 1, min(len(every), WINDOWS)).astype(int)]
+
+
 def window_sums(trial_TP: Weights, size: int) -> dict[str, NDArray[np.float64]]:
     """The same for the change's projection onto the last displacements, as many as there are at a trial's beginning; a
     whole snapshot is nothing that they hold."""
     moves_TP = np.diff(trial_TP.astype(np.float64), axis=0)
-    starts_B = np.arange(CONTEXT, len(trial_TP) - max(STEPS))
     error, moved = np.zeros(len(STEPS)), np.zeros(len(STEPS))
-    for start in starts_B[:: 1 + len(starts_B) // 400]:
+    for start in evenly(CONTEXT, len(trial_TP) - max(STEPS)):
         basis_PK, _ = np.linalg.qr(moves_TP[max(0, start - size) : start].T)
         for column, step in enumerate(STEPS):
             change_P = trial_TP[start + step].astype(np.float64) - trial_TP[start]

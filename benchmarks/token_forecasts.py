@@ -32,6 +32,7 @@ from representations import (  # noqa: E402
     Code,
     Parts,
     Weights,
+    evenly,
     of_all_seeds,
     read_trials,
     representations,
@@ -51,9 +52,6 @@ from tipl_ray.terminal import say, say_rows  # noqa: E402
 from tipl_ray.train.training import Training  # noqa: E402
 from tipl_ray.window.predictor import WindowTipl  # noqa: E402
 from tipl_ray.window.transformer import WindowTransformer  # noqa: E402
-
-WINDOWS = 400
-"""Windows of each test trial that are judged, about."""
 
 Forecaster = Callable[[Weights, NDArray[np.int64]], NDArray[np.floating]]
 """How the weights of a trial (T, P) are said to change from each start to each forward step; (B, H, P)."""
@@ -130,8 +128,7 @@ def on_displacements(parts: Parts, context: int, steps: int, seed: int) -> Forec
 
 def judged(forecast: Forecaster, trial_TP: Weights, first: int) -> dict[str, NDArray[np.float64]]:
     """Squared errors of one trial's forecasts, and of copying, each summed over starts; (H,)."""
-    starts_B = np.arange(first, len(trial_TP) - max(STEPS))
-    starts_B = starts_B[:: 1 + len(starts_B) // WINDOWS]
+    starts_B = evenly(first, len(trial_TP) - max(STEPS))
     moved_BHP = trial_TP[starts_B[:, None] + np.asarray(STEPS)].astype(np.float64) - trial_TP[starts_B][:, None]
     errors_BH = np.square(forecast(trial_TP, starts_B) - moved_BHP).sum(axis=2)
     return {"skill": errors_BH.sum(axis=0), "moved": np.square(moved_BHP).sum(axis=(0, 2))}
