@@ -1,12 +1,12 @@
-"""How much memory the pipeline's jobs take: the most that any one of their processes had resident, job by job.
+"""How much memory the pipeline takes: the most that any process of each kind had resident.
 
-Each job runs in a process of its own; it and everything below it, which is Ray and its workers, are looked at five
-times a second. Resident memory counts what processes share, such as libraries and Ray's object store, in each of them.
+The job and everything below it, which is Ray and its workers, are looked at five times a second. Resident memory counts
+what processes share, such as libraries and Ray's object store, in each of them.
 
     python benchmarks/memory.py --experiment half_cheetah --preset paper-residual --storage storage/half_cheetah
 
-All options are those of jobs/pipeline.py, whose stages these are; what is finished there is not done again, so that a
-storage with all trials and no model shows training and evaluation. Adds the rows to docs/results/memory.csv.
+All options are those of jobs/pipeline.py; what is finished in the storage is not done again, so that one with all
+trials and no model shows training and evaluation. Adds the rows to docs/results/memory.csv.
 """
 
 import contextlib
@@ -30,7 +30,6 @@ from command import make_parser, write_table  # noqa: E402
 from tipl_ray.terminal import say_rows  # noqa: E402
 
 TABLE = ROOT / "docs" / "results" / "memory.csv"
-STAGES = ("collect", "train", "evaluate")
 POLL_SECONDS = 0.2
 KINDS = {r"^ray::(\w+)": r"\1", r"jobs/(\w+)\.py": r"jobs/\1.py", r"(raylet|gcs_server)": r"\1"}
 """What a command line says of a process -> what its row is called; the rest are Ray's own."""
@@ -64,22 +63,22 @@ def _kind(command_line: str) -> str:
 
 
 def main() -> None:
-    """Run the stages one after the other, print the table, and keep it."""
+    """Run the pipeline, print the table, and keep it."""
     parser = make_parser(__doc__)
     arguments, told = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.quick:
             told = ["--experiment", "smoke", "--storage", folder]
-        at = told.index("--storage") if "--storage" in told else len(told)
-        wherever, rows = told[:at] + told[at + 2 :], list[dict[str, Any]]()
-        for stage in STAGES:
-            found = peaks([sys.executable, f"jobs/{stage}.py", *told])
-            kind = max(found, key=lambda one: found[one])
-            rows.append({"options": " ".join(wherever), "job": stage, "process": kind, "peak_mb": found[kind] // 10**6})
+        found = peaks([sys.executable, "jobs/pipeline.py", *told])
+    at = told.index("--storage") if "--storage" in told else len(told)
+    options = " ".join(told[:at] + told[at + 2 :])
+    ordered = sorted(found.items(), key=lambda item: -item[1])
+    rows = [{"options": options, "process": kind, "peak_mb": peak // 10**6} for kind, peak in ordered]
     if not arguments.quick:
-        kept = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
-        write_table(TABLE, [row for row in kept if row["options"] != rows[0]["options"]] + rows)
-    say_rows([{key: str(value) for key, value in row.items()} for row in rows], title="Peak memory of any process")
+        kept: list[dict[str, Any]] = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
+        write_table(TABLE, [row for row in kept if row["options"] != options] + rows)
+    shown = [{key: str(value) for key, value in row.items() if key != "options"} for row in rows]
+    say_rows(shown, title=f"Peak memory of pipeline {options}")
 
 
 if __name__ == "__main__":
