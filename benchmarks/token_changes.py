@@ -4,7 +4,8 @@
 (`added`). Decoded instead is the changed token itself, as in the paper (`decoded`). Both are judged for three models:
 as shipped; with a random sign for each direction of each trial's basis, where the preset makes the largest weight of
 each positive; and predicting whole tokens, as the paper does. Figures are the skill in weights on the validation
-trials, on the windows of the sweeps of rank and context, as the mean over h = 1 to 10 and over seeds.
+trials, on the windows of the sweeps of rank and context, as the mean over h = 1 to 10 and over seeds; `skill_deviation`
+is the root mean square distance of the seeds from that.
 
     python benchmarks/token_changes.py storage/inverted_pendulum [--experiment inverted_pendulum] [--rank 64]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import botocore.session
 
+ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "trajectories-of-tests"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
 OTHERS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION")
@@ -90,3 +91,10 @@ def _set_environment(values: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a new process has loaded when it has run some code."""
+    command = [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, cwd=ROOT)
+    return set(ran.stdout.split())

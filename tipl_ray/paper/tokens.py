@@ -1,7 +1,7 @@
 """Trials as tokens (Section 3.2).
 
 A trial is read, reduced and let go before the next: only its tokens stay. Knows nothing of the model; does not import
-torch, so that what reads trials starts in half the time.
+torch, which tasks that read trials would wait two seconds for.
 
 Shapes: N trials, T snapshots, P policy weights, D numbers per token, B starts, H forward steps, F the furthest of them.
 """
